@@ -1,0 +1,59 @@
+"""The command line: one Typer app, one file per command, each a thin call into a room.
+
+Nothing heavy is imported here: `latentguard --help` must answer in well under half a second.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from latentguard import __version__
+from latentguard.errors import LatentGuardError
+
+EXIT_MATCH = 1
+EXIT_USAGE = 2
+EXIT_UNREADABLE = 3
+
+app = typer.Typer(
+    name="latentguard",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Moderate images while they are still latents: scan files against a YAML policy, "
+    "see which concept and prompt matched, at which threshold.",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"latentguard {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Options that stand before a command."""
+
+
+def _register() -> None:
+    from latentguard.cli import adapt, doctor, evaluate, models, policy, scan
+
+    for module in (scan, policy, models, evaluate, adapt, doctor):
+        module.register(app)
+
+
+def main() -> None:
+    """Entry point: expected errors become one line on stderr and exit code 2, never a traceback."""
+    _register()
+    try:
+        app()
+    except LatentGuardError as error:
+        typer.echo(f"latentguard: {error}", err=True)
+        sys.exit(EXIT_USAGE)
