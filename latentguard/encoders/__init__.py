@@ -1,0 +1,7 @@
+"""Latents to embeddings: one Encoder protocol, and `load_encoder` for all that follow it."""
+
+from __future__ import annotations
+
+from latentguard.encoders.base import Encoder, Features, Head
+
+__all__ = ["Encoder", "Features", "Head"]

@@ -1,0 +1,128 @@
+"""What every encoder gives: features of latents, a head into the joint space, and text there.
+
+Nothing here imports torch when the module is loaded: commands that only list models stay quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from latentguard.spaces import Latents
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder's trunk says of a batch of latents, before the head.
+
+    pooled: [B, D], one vector an image (what the head turns into the image's embedding).
+    tokens: [B, N, D], one vector a place, row-major over `grid`; the head applies to them too,
+        which is what heat maps are made of.
+    grid: (rows, columns) with rows * columns == N.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The step from features [..., D] to the joint space [..., dim]: LayerNorm, then a projection.
+
+    Each half is absent where the encoder has none: no `ln_weight` means no LayerNorm, no
+    `projection` [D, dim] means dim == D. `ops.concept_similarity` applies it together with the
+    similarity; `embed` is the same in plain PyTorch.
+    """
+
+    ln_weight: Tensor | None = None
+    ln_bias: Tensor | None = None
+    eps: float = 1e-5
+    projection: Tensor | None = None
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Unit-norm embeddings [..., dim] of features [..., D]; the norm is taken in float32."""
+        import torch.nn.functional as F
+
+        x = features
+        if self.ln_weight is not None:
+            x = F.layer_norm(x, x.shape[-1:], self.ln_weight, self.ln_bias, self.eps)
+        if self.projection is not None:
+            x = x @ self.projection
+        return F.normalize(x.float(), dim=-1)
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Latents and prompts to unit vectors of one space, whose inner product is the score."""
+
+    @property
+    def name(self) -> str:
+        """The model's name, as in verdicts and lock files."""
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the weights; with `name` it keys calibrated thresholds."""
+
+    @property
+    def space(self) -> str:
+        """The latent space that it reads, a key of `latentguard.spaces.SPACES`."""
+
+    @property
+    def needs_scaled(self) -> bool:
+        """Whether `features` reads scaled latents (True) or raw ones (False)."""
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the joint space."""
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor from margins to logits (already exponentiated)."""
+
+    @property
+    def head(self) -> Head:
+        """From features to the joint space."""
+
+    @property
+    def neutral_prompts(self) -> tuple[str, ...]:
+        """Contrast prompts for concepts of policies that give none."""
+
+    @property
+    def min_coverage(self) -> float:
+        """The coverage below which a prompt counts as not visible to this encoder."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def features(
+        self,
+        latents: Tensor,
+        noise: Tensor | None = None,
+        alpha: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> Features:
+        """Features of latents [B, C, H, W], in the convention that `needs_scaled` names.
+
+        With `noise` (the shape of latents), `alpha` [B] and `sigma` [B] it reads
+        alpha * latents + sigma * noise. Differentiable in latents.
+        """
+
+    def encode_latents(self, latents: Latents) -> Tensor:
+        """Unit-norm embeddings [B, dim]. Raises LatentsError for another space or shape."""
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit-norm embeddings [P, dim]."""
+
+    def coverage(self, texts: Sequence[str]) -> Tensor:
+        """How much of each text [P] this encoder can see, 0 (nothing) to 1."""
+
+    def to(self, device: torch.device | str) -> Self: ...
