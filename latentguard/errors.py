@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class LatentGuardError(Exception):
     """Base of every error that latentguard raises on purpose."""
 
 
 class PolicyError(LatentGuardError, ValueError):
-    """A policy that cannot be used; the message names file, line and key."""
+    """A policy that cannot be used; the message names file, line and key.
+
+    errors: one sentence for each thing that is wrong; the message shows the first few of them.
+    """
+
+    def __init__(self, message: str, errors: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.errors: tuple[str, ...] = tuple(errors) or (message,)
 
 
 class LatentsError(LatentGuardError, ValueError):

@@ -1,0 +1,43 @@
+"""Policies: which concepts to look for, at which threshold, and what to do about a match.
+
+A policy is one YAML file; docs/policies.md describes every key. What is loaded is frozen and
+complete: `Policy.plain()` is the same as JSON-able data, which is all that `latentguard.verdict`
+needs. Calibrated thresholds lie beside the policy in NAME.lock.yaml.
+
+fields: what each kind of value accepts. models: Policy and its parts. lock: calibrated thresholds.
+loading: files to policies. yaml_nodes: untrusted YAML to values that know their lines. problems:
+what is wrong, in sentences.
+"""
+
+from latentguard.policy.fields import SCHEMA_VERSION
+from latentguard.policy.loading import json_schema, load_policy, parse_policy, shipped_policies
+from latentguard.policy.lock import (
+    CalibratedMargin,
+    Lock,
+    LockEntry,
+    load_lock,
+    lock_path,
+    parse_lock,
+    write_lock,
+)
+from latentguard.policy.models import Concept, Policy, Schedule, Steer, Threshold
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CalibratedMargin",
+    "Concept",
+    "Lock",
+    "LockEntry",
+    "Policy",
+    "Schedule",
+    "Steer",
+    "Threshold",
+    "json_schema",
+    "load_lock",
+    "load_policy",
+    "lock_path",
+    "parse_lock",
+    "parse_policy",
+    "shipped_policies",
+    "write_lock",
+]

@@ -1,0 +1,138 @@
+"""Policies from names and files; every error is one sentence with file, line and key."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from latentguard.errors import PolicyError
+from latentguard.policy.lock import Lock, lock_path, parse_lock
+from latentguard.policy.models import Policy
+from latentguard.policy.problems import closest, line_of, validate
+from latentguard.policy.yaml_nodes import clip, compose, problems_error, read_bytes
+
+
+def parse_policy(
+    data: bytes | str,
+    source: str = "policy",
+    lock: bytes | None = None,
+    lock_source: str = "lock",
+) -> Policy:
+    """A policy from the text of its YAML file, and of its lock file where there is one.
+
+    source, lock_source: the names of the two in messages.
+    Raises PolicyError: one sentence with name, line and key for each thing that is wrong.
+    """
+    raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    policy = validate(Policy, compose(raw, source), source, "a policy")
+    policy._file_sha256 = hashlib.sha256(raw if lock is None else raw + b"\0" + lock).hexdigest()
+    if lock is not None:
+        policy._lock = parse_lock(lock, lock_source)
+        _check_calibration(policy, policy._lock, lock, lock_source)
+    return policy
+
+
+def _check_calibration(policy: Policy, lock: Lock, data: bytes, source: str) -> None:
+    """Refuse margins of prompts that have changed since: they belong to other scores."""
+    concepts = {c.id: c for c in policy.concepts if c.threshold.kind == "fpr"}
+    stale = [
+        (index, entry)
+        for index, entry in enumerate(lock.entries)
+        if entry.concept in concepts
+        and entry.prompts_sha256 != policy.prompts_sha256(concepts[entry.concept])
+    ]
+    if stale:
+        root = compose(data, source)
+        raise problems_error(
+            source,
+            [
+                (
+                    line_of(root, ["entries", index]),
+                    f"entries[{index}] was calibrated with other prompts, contrast prompts or "
+                    f"templates of '{entry.concept}'; calibrate it again or remove the entry",
+                )
+                for index, entry in stale
+            ],
+        )
+
+
+def load_policy(name_or_path: str | Path | Policy, *, use_lock: bool = True) -> Policy:
+    """A policy by the name of one that ships ("default") or by the path of its YAML file.
+
+    A shipped name wins over a file of that name; write ./default to mean the file. A Policy is
+    returned as it is. NAME.lock.yaml beside the file is read with it, unless `use_lock` is false
+    (calibration reads a policy whose lock has gone stale).
+    Raises PolicyError: one sentence with file, line and key for each thing that is wrong.
+    """
+    if isinstance(name_or_path, Policy):
+        return name_or_path
+    path = _find(name_or_path)
+    lock = lock_path(path)
+    return parse_policy(
+        read_bytes(path),
+        str(path),
+        read_bytes(lock) if use_lock and lock.exists() else None,
+        str(lock),
+    )
+
+
+def _find(name_or_path: str | Path) -> Path:
+    shipped = shipped_policies()
+    if isinstance(name_or_path, str) and name_or_path in shipped:
+        return shipped[name_or_path]
+    path = Path(name_or_path)
+    text = str(name_or_path)
+    try:
+        is_name = path.name == text and not path.suffix and not path.exists()
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{clip(text)}: cannot be read: {error}") from error
+    if is_name:
+        near = closest(text, shipped)
+        hint = f"did you mean '{near}'? " if near else ""
+        raise PolicyError(
+            f"no policy is named '{clip(text)}'; {hint}"
+            f"these ship: {', '.join(shipped) or 'none'}; any other is given by its file's path"
+        )
+    return path
+
+
+def shipped_policies() -> dict[str, Path]:
+    """The policies that come with latentguard, by name."""
+    package = Path(__file__).resolve().parents[1]
+    # Installed they lie inside the package, in a checkout beside it.
+    for folder in (package / "policies", package.parent / "policies"):
+        files = sorted(folder.glob("*.yaml"))
+        names = {f.stem: f for f in files if not f.name.endswith(".lock.yaml")}
+        if names:
+            return names
+    return {}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of policy files, for editors. What it cannot say (unique ids, contrast
+    prompts that differ from the prompts) is left to `load_policy`."""
+    schema = _tidied(Policy.model_json_schema())
+    # Draft 7 is what YAML editors implement best; nothing newer is used.
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "latentguard policy",
+        **schema,
+    }
+
+
+def _tidied(schema: Any) -> Any:
+    """Without generated titles, line breaks in descriptions, and null for what may be left out."""
+    if isinstance(schema, list):
+        return [_tidied(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    tidy: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "anyOf" and {"type": "null"} in value and len(value) == 2:
+            tidy |= _tidied(next(option for option in value if option != {"type": "null"}))
+        elif key == "description" and isinstance(value, str):
+            tidy[key] = " ".join(value.split())
+        elif not (key == "title" and isinstance(value, str)) and (key, value) != ("default", None):
+            tidy[key] = _tidied(value)
+    return tidy

@@ -1,0 +1,249 @@
+"""The policy itself: frozen, validated data, and the same as JSON-able data for `verdict`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, PrivateAttr, field_validator, model_validator
+
+from latentguard.policy.fields import (
+    Description,
+    Every,
+    Filled,
+    Frozen,
+    Label,
+    Margin,
+    NoiseWindow,
+    Probability,
+    Prompt,
+    Rate,
+    Slug,
+    Strength,
+    Template,
+    rule,
+)
+from latentguard.policy.lock import Lock
+from latentguard.policy.yaml_nodes import show
+
+Action = Literal["observe", "review", "steer", "block"]
+ThresholdKind = Literal["probability", "margin", "fpr"]
+
+
+def _in_window(window: tuple[float, float | None], noise_level: float) -> bool:
+    low, high = window
+    return low <= noise_level and (high is None or noise_level <= high)
+
+
+class Threshold(Frozen):
+    """When a score is a match: exactly one of probability, margin and fpr; at or above it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": [kind]} for kind in ("probability", "margin", "fpr")]
+        }
+    )
+
+    probability: Probability | None = None
+    """sigmoid(logit scale x margin), 0 to 1. 0.5 is where a concept draws level with its
+    contrast prompts."""
+    margin: Margin | None = None
+    """Best cosine over the prompts minus best over the contrast prompts, -2 to 2."""
+    fpr: Rate | None = None
+    """Target false-positive rate, above 0 and below 1; its margin is looked up in
+    NAME.lock.yaml, for the model, latent space and noise level in use."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none of them"
+            raise rule(f"must have exactly one of probability, margin and fpr, got {got}")
+        return self
+
+    @property
+    def kind(self) -> ThresholdKind:
+        """Which of the three is given."""
+        if self.probability is not None:
+            return "probability"
+        return "margin" if self.margin is not None else "fpr"
+
+    @property
+    def value(self) -> float:
+        """Its value."""
+        return float(getattr(self, self.kind))
+
+
+class Steer(Frozen):
+    """How a concept is steered away from."""
+
+    strength: Strength = 1.0
+    """How strongly latents are moved away from the concept; 1 is the guard's own measure."""
+
+
+class Concept(Frozen):
+    """One thing to look for."""
+
+    id: Slug
+    """Short name, unique in the policy; it stands in verdicts, reports and lock files."""
+    category: Slug
+    """The group that reports put it in."""
+    description: Description = ""
+    """What is meant, for people."""
+    prompts: Filled[tuple[Prompt, ...]]
+    """Texts that name the concept; the best match counts. Short noun phrases work best."""
+    contrast: tuple[Prompt, ...] = ()
+    """Harmless things that it could be taken for; the best of them is subtracted."""
+    threshold: Threshold
+    """From which score on it is a match."""
+    action: Action
+    """What a match leads to. `observe` only records it; `steer` blocks where nothing can be
+    steered any more (files, final latents)."""
+    severity: Literal["low", "medium", "high", "critical"] = "medium"
+    """How bad it is, for reports; among matches of one action the most severe gives the reason."""
+    steer: Steer | None = None
+    """Settings of the action `steer`."""
+    noise_window: NoiseWindow = (0.0, None)
+    """[low, high] noise levels (noise-to-signal ratio, 0 is clean) at which it is judged during
+    denoising; null is no upper end. Final latents are always judged."""
+
+    @model_validator(mode="after")
+    def _contrast_differs(self) -> Self:
+        _check_contrast(self.prompts, self.contrast, "contrast")
+        return self
+
+
+class Schedule(Frozen):
+    """When latents are scored during denoising. The final latents always are."""
+
+    noise: NoiseWindow = (0.0, None)
+    """[low, high] noise levels (noise-to-signal ratio, 0 is clean) at which steps are scored;
+    null is no upper end."""
+    every: Every = 1
+    """Score every n-th step within that range, 1 is each."""
+
+    def due(self, step: int, noise_level: float) -> bool:
+        """Whether to score at `step` (counted from 0), where the noise level is `noise_level`."""
+        return step % self.every == 0 and _in_window(self.noise, noise_level)
+
+
+class Policy(Frozen):
+    """A moderation policy, complete and frozen; read one with `load_policy`."""
+
+    schema_version: Literal[1]
+    """The version of the policy language."""
+    name: Slug
+    """The policy's name, in verdicts and reports."""
+    version: Label
+    """The policy's own version, as text."""
+    description: Description = ""
+    """What it is for, and what it does not see."""
+    model: Label | None = None
+    """The encoder that it was written for."""
+    space: Slug | None = None
+    """The latent space that it was written for: sdxl, sd1, sd3, flux1, flux2."""
+    templates: Filled[tuple[Template, ...]] = ("{}",)
+    """Sentences that each prompt is set into, in place of "{}"; their mean is the prompt."""
+    contrast: tuple[Prompt, ...] = ()
+    """Harmless things that every concept is compared with, besides its own contrast prompts.
+    Where a concept has neither, the model's neutral prompts are used."""
+    concepts: Filled[tuple[Concept, ...]]
+    """What to look for."""
+    schedule: Schedule = Schedule()
+    """When latents are scored during denoising."""
+    on_error: Literal["block", "review", "allow"] = "block"
+    """The decision where latents cannot be judged (NaN, a wrong shape, an exception)."""
+    on_block: Literal["blank", "raise", "callback"] = "blank"
+    """What a blocked generation gives: a blank image, an exception, or what a callback returns."""
+    uncovered: Literal["error", "warn"] = "error"
+    """A concept that the model cannot see: refuse the pair of policy and model, or mark it in
+    every report."""
+
+    _file_sha256: str | None = PrivateAttr(None)
+    _lock: Lock | None = PrivateAttr(None)
+
+    @field_validator("concepts")
+    @classmethod
+    def _unique_ids(cls, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
+        seen: dict[str, int] = {}
+        for index, concept in enumerate(concepts):
+            first = seen.setdefault(concept.id, index)
+            if first != index:
+                raise rule(
+                    f"must be unique, but '{concept.id}' is also the id of concepts[{first}]",
+                    index,
+                    "id",
+                )
+        return concepts
+
+    @model_validator(mode="after")
+    def _shared_contrast_differs(self) -> Self:
+        for concept in self.concepts:
+            _check_contrast(concept.prompts, self.contrast, "contrast")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the YAML file's bytes; where a lock file lies beside it, of the bytes of
+        both with a zero byte between. A policy made in Python has that of its canonical JSON."""
+        if self._file_sha256 is not None:
+            return self._file_sha256
+        return hashlib.sha256(_canonical(self.model_dump(mode="json"))).hexdigest()
+
+    @property
+    def lock(self) -> Lock | None:
+        """Calibrated thresholds, where NAME.lock.yaml lies beside the policy."""
+        return self._lock
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's; a copy that differs no longer has the file's digest."""
+        copy = super().model_copy(update=update, deep=deep)
+        if update:
+            copy._file_sha256 = None
+        return copy
+
+    def texts(self, prompt: str) -> tuple[str, ...]:
+        """`prompt` set into each template."""
+        return tuple(template.replace("{}", prompt) for template in self.templates)
+
+    def contrast_of(self, concept: Concept) -> tuple[str, ...]:
+        """The concept's own contrast prompts, then the policy's; each once. May be empty."""
+        return tuple(dict.fromkeys(concept.contrast + self.contrast))
+
+    def prompts_sha256(self, concept: Concept) -> str:
+        """Hex digest of what makes the concept's scores: templates, prompts and contrast."""
+        return hashlib.sha256(
+            _canonical([self.templates, concept.prompts, self.contrast_of(concept)])
+        ).hexdigest()
+
+    def plain(self) -> dict[str, Any]:
+        """The policy as JSON-able data, complete with `sha256` and `lock`.
+
+        Each concept's `threshold` is {"kind", "value"}, and `steer` is {"strength"} exactly where
+        the action is steer, else None.
+        """
+        data = self.model_dump(mode="json")
+        for concept, model in zip(data["concepts"], self.concepts, strict=True):
+            concept["threshold"] = {"kind": model.threshold.kind, "value": model.threshold.value}
+            steered = model.action == "steer"
+            concept["steer"] = (model.steer or Steer()).model_dump() if steered else None
+        data["sha256"] = self.sha256
+        data["lock"] = self._lock.model_dump(mode="json") if self._lock else None
+        return data
+
+
+def _check_contrast(prompts: Sequence[str], contrast: Sequence[str], field: str) -> None:
+    own = {prompt.casefold() for prompt in prompts}
+    for index, text in enumerate(contrast):
+        if text.casefold() in own:
+            raise rule(
+                f"is also a prompt ({show(text)}), which could then never win",
+                field,
+                index,
+            )
+
+
+def _canonical(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
