@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from latentguard.encoders.base import Encoder, Features, Head
+from latentguard.encoders.base import Encoder, Features, Head, strongest_view
 
-__all__ = ["Encoder", "Features", "Head"]
+__all__ = ["Encoder", "Features", "Head", "strongest_view"]

@@ -24,11 +24,33 @@ class Features:
     tokens: [B, N, D], one vector a place, row-major over `grid`; the head applies to them too,
         which is what heat maps are made of.
     grid: (rows, columns) with rows * columns == N.
+    tiles: how many views of each image were read. Above 1, `pooled` is [B * tiles, D], an image's
+        views next to each other, and its scores are those of `strongest_view`.
     """
 
     pooled: Tensor
     tokens: Tensor
     grid: tuple[int, int]
+    tiles: int = 1
+
+
+def strongest_view(
+    tiles: int, probability: Tensor, margin: Tensor, best_prompt: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the scores of views [B * tiles, K] to those of images [B, K]: the largest margin wins.
+
+    A NaN in any view stays a NaN, so that whoever reads the score fails closed.
+    """
+    if tiles == 1:
+        return probability, margin, best_prompt
+    views = margin.unflatten(0, (-1, tiles))
+    best, view = views.max(dim=1)
+    pick = view.unsqueeze(1)
+    return (
+        probability.unflatten(0, (-1, tiles)).gather(1, pick).squeeze(1),
+        best,
+        best_prompt.unflatten(0, (-1, tiles)).gather(1, pick).squeeze(1),
+    )
 
 
 @dataclass(frozen=True)
@@ -112,15 +134,16 @@ class Encoder(Protocol):
     ) -> Features:
         """Features of latents [B, C, H, W], in the convention that `needs_scaled` names.
 
-        With `noise` (the shape of latents), `alpha` [B] and `sigma` [B] it reads
-        alpha * latents + sigma * noise. Differentiable in latents.
+        With the predicted `noise` (the shape of latents), `alpha` [B] and `sigma` [B] it reads the
+        estimate of the clean latents, (latents - sigma * noise) / alpha; `sigma` goes with `noise`,
+        `alpha` alone divides. Differentiable in latents.
         """
 
     def encode_latents(self, latents: Latents) -> Tensor:
-        """Unit-norm embeddings [B, dim]. Raises LatentsError for another space or shape."""
+        """Unit-norm float32 embeddings [B, dim]. Raises LatentsError for another space or shape."""
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm embeddings [P, dim]."""
+        """Unit-norm float32 embeddings [P, dim]."""
 
     def coverage(self, texts: Sequence[str]) -> Tensor:
         """How much of each text [P] this encoder can see, 0 (nothing) to 1."""
