@@ -1,0 +1,110 @@
+"""Where the operators' schemas meet their kernels.
+
+The compiled extension `latentguard._C` defines the schemas and registers CPU (and CUDA) kernels.
+Where it is absent, or was compiled without CUDA, the reference is registered in its place, so
+that `torch.ops.latentguard` looks the same on every machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+HEAD = "Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? projection"
+BANK = "Tensor concepts, Tensor segments, Tensor contrast, Tensor contrast_segments"
+CLEAN = (
+    "Tensor? scale=None, Tensor? shift=None, Tensor? noise=None, Tensor? alpha=None, "
+    "Tensor? sigma=None"
+)
+
+# The same strings stand in csrc/ops.cpp; a test compares the two.
+SCHEMAS = {
+    "patch_embed": (
+        "(Tensor latents, Tensor weight, Tensor class_embedding, Tensor positional_embedding, "
+        f"Tensor ln_weight, Tensor ln_bias, float eps, {CLEAN}) -> Tensor"
+    ),
+    "patch_embed_backward": (
+        "(Tensor grad, Tensor latents, Tensor weight, Tensor positional_embedding, "
+        f"Tensor ln_weight, float eps, {CLEAN}) -> Tensor"
+    ),
+    "concept_similarity": (
+        f"(Tensor features, {HEAD}, {BANK}, float logit_scale) -> "
+        "(Tensor probability, Tensor margin, Tensor best_prompt, Tensor best_contrast)"
+    ),
+    "concept_similarity_backward": (
+        f"(Tensor? grad_probability, Tensor? grad_margin, Tensor features, {HEAD}, "
+        "Tensor concepts, Tensor contrast, Tensor probability, Tensor best_prompt, "
+        "Tensor best_contrast, float logit_scale) -> Tensor"
+    ),
+    "concept_heatmap": f"(Tensor tokens, {HEAD}, {BANK}) -> Tensor",
+    "concept_heatmap_backward": f"(Tensor grad, Tensor tokens, {HEAD}, {BANK}) -> Tensor",
+}
+
+# Computed by the compiled kernels; every other dtype takes the reference.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _load() -> tuple[Any, str]:
+    """The extension and why it is not used: (module, "") or (None, reason)."""
+    try:
+        module = importlib.import_module("latentguard._C")
+    except ModuleNotFoundError:
+        return None, "not compiled (no C++ compiler or no torch when latentguard was installed)"
+    except ImportError as error:
+        return None, f"compiled for another torch, or damaged: {error}"
+    return module, ""
+
+
+def _needs_newer_cpu() -> str:
+    """Why the machine code of the extension cannot run on this processor, or nothing."""
+    from latentguard.ops import build_info
+
+    built = build_info.read()
+    here = torch.backends.cpu.get_cpu_capability()
+    if built is not None and built.get("cpu") == "AVX2" and here not in ("AVX2", "AVX512"):
+        return f"compiled for AVX2, this processor offers {here}"
+    return ""
+
+
+_refused = _needs_newer_cpu()
+extension, missing = (None, _refused) if _refused else _load()
+_library: Any = torch.library.Library("latentguard", "DEF" if extension is None else "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def compiled_for(device: str) -> bool:
+    """Whether kernels of our own exist for a device type."""
+    return extension is not None and (device == "cpu" or bool(extension.build_info()["cuda"]))
+
+
+def register(
+    name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Give one operator what its kernels do not bring: reference, fake kernel, autograd."""
+    qualified = f"latentguard::{name}"
+    if extension is None:
+        _library.define(name + SCHEMAS[name])
+        _library.impl(name, reference, "CompositeExplicitAutograd")
+    elif not compiled_for("cuda"):
+        _library.impl(name, reference, "CUDA")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=_library
+        )
+
+
+def use_kernels(tensor: torch.Tensor, *weights: torch.Tensor | None) -> bool:
+    """Whether a call goes to the operator: a dtype and device it serves, no weight to train.
+
+    Weights get their gradients through the reference, which is plain PyTorch.
+    """
+    if tensor.dtype not in DTYPES or tensor.device.type not in ("cpu", "cuda"):
+        return False
+    return not (torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights))

@@ -1,0 +1,5 @@
+"""Builds the optional extension; everything else about the package stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
