@@ -1,0 +1,200 @@
+"""Latents: a tensor that carries its convention, so that nothing downstream has to guess."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from latentguard.errors import LatentsError
+from latentguard.spaces.space import BatchNorm, LatentSpace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Layout = Literal["spatial", "packed"]
+
+
+class Latents:
+    """A batch of latents of one space, one scaling and one layout.
+
+    Attributes:
+        tensor: float [B, C, H, W] (spatial) or [B, H/2 * W/2, C * 4] (packed).
+        space: the LatentSpace; a name is looked up.
+        scaled: True as the diffusion model denoises, False as the VAE encodes and decodes. There
+            is no default: the two differ by a factor of 8 in sdxl, and a wrong one fails silently.
+        layout: "spatial" or "packed".
+        height, width: size in latent cells; required when packed.
+        ids: one name per image, or None.
+
+    Raises:
+        LatentsError: the tensor is not floating, is empty, or its shape is not the space's.
+    """
+
+    __slots__ = ("height", "ids", "layout", "scaled", "space", "tensor", "width")
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        space: str | LatentSpace,
+        scaled: bool,
+        layout: Layout = "spatial",
+        height: int | None = None,
+        width: int | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> None:
+        self.tensor = tensor
+        self.space = LatentSpace.get(space)
+        self.scaled = scaled
+        self.layout: Layout = layout
+        self._check_tensor()
+        self.height, self.width = self._size(height, width)
+        self.ids = None if ids is None else tuple(ids)
+        if self.ids is not None and len(self.ids) != len(self):
+            raise LatentsError(f"{len(self)} latents need as many ids, got {len(self.ids)}")
+
+    def _check_tensor(self) -> None:
+        from torch import is_tensor
+
+        tensor: Any = self.tensor
+        if not is_tensor(tensor):
+            raise LatentsError(f"latents must be a torch.Tensor, got {type(tensor).__name__}")
+        if not isinstance(self.scaled, bool):
+            raise LatentsError(
+                f"scaled must be True (as the model denoises) or False (as the VAE encodes), got "
+                f"{self.scaled!r}"
+            )
+        if self.layout not in ("spatial", "packed"):
+            raise LatentsError(f"layout must be spatial or packed, got {self.layout!r}")
+        if not tensor.is_floating_point():
+            raise LatentsError(f"latents must be floating point, got {dtype_name(tensor)}")
+        if tensor.numel() == 0:
+            raise LatentsError(f"latents must not be empty, got shape {list(tensor.shape)}")
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        space, shape = self.space, self.tensor.shape
+        if self.layout == "packed":
+            if space.packed_patch == 1:
+                raise LatentsError(f"space {space} has no packed layout: use layout='spatial'")
+            if height is None or width is None:
+                raise LatentsError(
+                    "packed latents do not carry their size: give height and width in latent "
+                    f"cells (pixels / {space.factor})"
+                )
+            space.check_packed(shape, height, width)
+            return height, width
+        if len(shape) != 4 or shape[1] != space.channels:
+            raise LatentsError(
+                f"space {space}: spatial latents must be [B, {space.channels}, H, W], "
+                f"got {list(shape)}"
+            )
+        actual = (int(shape[2]), int(shape[3]))
+        if (height, width) not in ((None, None), actual):
+            raise LatentsError(
+                f"height and width say {height}x{width} latent cells, the tensor is "
+                f"{actual[0]}x{actual[1]}"
+            )
+        return actual
+
+    # -- conventions -------------------------------------------------------------------------
+
+    def raw(self, batch_norm: BatchNorm | None = None) -> Latents:
+        """These latents as the VAE encodes them (self when they are).
+
+        `batch_norm` is needed for flux2 unless the space carries it; the result's space does.
+        """
+        return self._converted(False, batch_norm)
+
+    def scaled_(self, batch_norm: BatchNorm | None = None) -> Latents:
+        """These latents as the diffusion model denoises them (self when they are).
+
+        Not in place; the underscore tells it from the attribute `scaled`.
+        """
+        return self._converted(True, batch_norm)
+
+    def _converted(self, scaled: bool, batch_norm: BatchNorm | None) -> Latents:
+        if self.scaled is scaled:
+            return self
+        space = self.space if batch_norm is None else self.space.with_batch_norm(*batch_norm)
+        if self.layout == "packed":
+            return self.spatial()._converted(scaled, batch_norm).packed()
+        convert = space.to_scaled if scaled else space.to_raw
+        return Latents(convert(self.tensor), space, scaled, ids=self.ids)
+
+    def spatial(self) -> Latents:
+        """The same latents as [B, C, H, W] (self when they are)."""
+        if self.layout == "spatial":
+            return self
+        tensor = self.space.unpack(self.tensor, self.height, self.width)
+        return Latents(tensor, self.space, self.scaled, ids=self.ids)
+
+    def packed(self) -> Latents:
+        """The same latents as tokens [B, H/2 * W/2, C * 4] (self when they are)."""
+        if self.layout == "packed":
+            return self
+        return self._like(self.space.pack(self.tensor), self.ids, layout="packed")
+
+    # -- a batch -----------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return int(self.tensor.shape[0])
+
+    @overload
+    def __getitem__(self, index: int) -> Latents: ...
+    @overload
+    def __getitem__(self, index: slice) -> Latents: ...
+    def __getitem__(self, index: int | slice) -> Latents:
+        """Some of the images; one index gives a batch of one."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index {index} is out of range for {len(self)} latents")
+            start = index % len(self)
+            index = slice(start, start + 1)
+        return self._like(self.tensor[index], None if self.ids is None else self.ids[index])
+
+    def __iter__(self) -> Iterator[Latents]:
+        return (self[index] for index in range(len(self)))
+
+    @staticmethod
+    def cat(batches: Sequence[Latents]) -> Latents:
+        """One batch from several of the same space, scaling, layout and size.
+
+        Ids are kept when every batch has them.
+        """
+        from torch import cat
+
+        if not batches:
+            raise LatentsError("nothing to concatenate: give at least one Latents")
+        first = batches[0]
+        for other in batches[1:]:
+            if other._convention() != first._convention():
+                raise LatentsError(f"cannot concatenate {first!r} and {other!r}")
+        ids: tuple[str, ...] | None = None
+        if all(batch.ids is not None for batch in batches):
+            ids = tuple(name for batch in batches for name in batch.ids or ())
+        return first._like(cat([batch.tensor for batch in batches]), ids)
+
+    def to(self, *args: Any, **kwargs: Any) -> Latents:
+        """`tensor.to(...)` with everything else kept: a device, a floating dtype, or both."""
+        return self._like(self.tensor.to(*args, **kwargs), self.ids)
+
+    def _like(
+        self, tensor: Tensor, ids: Sequence[str] | None, layout: Layout | None = None
+    ) -> Latents:
+        return Latents(
+            tensor, self.space, self.scaled, layout or self.layout, self.height, self.width, ids
+        )
+
+    def _convention(self) -> tuple[Any, ...]:
+        return self.space, self.scaled, self.layout, self.height, self.width
+
+    def __repr__(self) -> str:
+        convention = "scaled" if self.scaled else "raw"
+        return (
+            f"Latents({self.space} {convention} {self.layout}, {len(self)} of "
+            f"{self.height}x{self.width} cells, {dtype_name(self.tensor)})"
+        )
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The dtype as users write it: float32 rather than torch.float32."""
+    return str(tensor.dtype).removeprefix("torch.")

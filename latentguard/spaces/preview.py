@@ -1,0 +1,67 @@
+"""A small RGB picture of latents without a VAE: the published or fitted linear view."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from latentguard.errors import LatentsError
+from latentguard.spaces.space import SPACES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from latentguard.spaces.latents import Latents
+
+
+def rgb_preview(
+    latents: Latents, upscale: int = 1, mode: Literal["nearest", "bicubic"] = "nearest"
+) -> NDArray[np.uint8]:
+    """What the latents show, one pixel per cell: uint8 [B, H * upscale, W * upscale, 3].
+
+    A linear map of each cell, so colours and layout are right and detail is missing. Values out
+    of range are clipped; NaN becomes black. Computed in float32 on the tensor's device.
+
+    Args:
+        latents: of any space, scaling and layout; raw flux2 needs a space with its batch-norm
+            statistics, as the view is of scaled latents.
+        upscale: 1 to 64; 8 gives the size of the decoded image.
+        mode: how cells become pixels when upscaled.
+
+    Raises:
+        LatentsError: a bad option, or raw flux2 latents without statistics.
+    """
+    import torch
+
+    if not 1 <= upscale <= 64:
+        raise LatentsError(f"upscale must be 1 to 64, got {upscale}")
+    if mode not in ("nearest", "bicubic"):
+        raise LatentsError(f"mode must be nearest or bicubic, got {mode!r}")
+    with torch.no_grad():
+        rgb = linear_rgb(latents)
+        if upscale > 1:
+            options: dict[str, Any] = {} if mode == "nearest" else {"align_corners": False}
+            rgb = torch.nn.functional.interpolate(rgb, scale_factor=upscale, mode=mode, **options)
+        pixels = ((rgb + 1) * 127.5).nan_to_num(0.0).clamp(0, 255).round().to(torch.uint8)
+        picture: NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return picture
+
+
+def linear_rgb(latents: Latents) -> Tensor:
+    """The linear RGB view itself: float32 [B, 3, H, W], about [-1, 1], differentiable."""
+    import torch
+
+    space = SPACES[latents.space.name]
+    spatial = latents.spatial()
+    # The factors are of the space's standard scaling; Playground 2.5's, say, is another one.
+    standard = latents.space.scale == space.scale or space.scale is None
+    if latents.scaled and standard:
+        scaled = spatial.tensor.float()
+    elif space.scale is None:
+        scaled = spatial.to(torch.float32).scaled_().tensor
+    else:
+        scaled = space.to_scaled(spatial.to(torch.float32).raw().tensor)
+    factors = scaled.new_tensor(space.rgb_factors)
+    bias = scaled.new_tensor(space.rgb_bias)
+    return torch.einsum("bchw,cr->brhw", scaled, factors) + bias.view(1, 3, 1, 1)

@@ -1,0 +1,375 @@
+"""The table of latent spaces and the exact conversions between their conventions.
+
+Every space obeys `scaled = (raw - shift) * scale`: raw is what the VAE encodes and decodes, scaled
+is what the diffusion model denoises. Factors are one number, one per channel, or (flux2) one per
+channel of the 2x2 packing. Sources: `vae.config` of the published pipelines and diffusers 0.42.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from latentguard.errors import LatentsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Factors = float | tuple[float, ...]
+RGB = tuple[float, float, float]
+
+
+class BatchNorm(NamedTuple):
+    """The batch-norm statistics of the FLUX.2 VAE, over its 128 packed channels.
+
+    `mean` and `var` are the buffers `vae.bn.running_mean` and `vae.bn.running_var`, `eps` is
+    `vae.config.batch_norm_eps` (1e-4 in diffusers).
+    """
+
+    mean: Sequence[float]
+    var: Sequence[float]
+    eps: float = 1e-4
+
+    @classmethod
+    def from_vae(cls, vae: Any) -> BatchNorm:
+        """Read the statistics from a diffusers `AutoencoderKLFlux2` (anything with `.bn`)."""
+        try:
+            return cls(vae.bn.running_mean.tolist(), vae.bn.running_var.tolist(), float(vae.bn.eps))
+        except AttributeError as error:
+            raise LatentsError(
+                f"{type(vae).__name__} has no batch-norm statistics (bn.running_mean, "
+                "bn.running_var): pass the full FLUX.2 VAE"
+            ) from error
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """One latent space: its shape, its two scalings, its packing and its RGB view.
+
+    Attributes:
+        name: `sdxl`, `sd1`, `sd3`, `flux1` or `flux2`.
+        channels: channels of the spatial layout [B, channels, H, W].
+        factor: pixels per latent cell and axis.
+        scale, shift: `scaled = (raw - shift) * scale`; a number, `channels` numbers, or
+            `packed_channels` numbers in packed order. None where the numbers are no constants
+            of the space (flux2 without its batch-norm statistics).
+        packed_patch: 2 where the pipeline packs 2x2 cells into one token, else 1.
+        mean, std: per-channel statistics of raw latents over natural images, or None.
+        rgb_factors, rgb_bias: linear RGB view of *scaled* latents, [channels][3] and [3],
+            giving about [-1, 1] at one pixel per cell.
+    """
+
+    name: str
+    channels: int
+    scale: Factors | None
+    shift: Factors | None
+    rgb_factors: tuple[RGB, ...]
+    rgb_bias: RGB
+    factor: int = 8
+    packed_patch: int = 1
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        allowed = (1, self.channels, self.packed_channels)
+        for label, value in (("scale", self.scale), ("shift", self.shift)):
+            if isinstance(value, tuple) and len(value) not in allowed[1:]:
+                raise LatentsError(
+                    f"space {self.name}: {label} must be one number, {self.channels} or "
+                    f"{self.packed_channels} numbers, got {len(value)}"
+                )
+            numbers = value if isinstance(value, tuple) else (0.0 if value is None else value,)
+            if not all(math.isfinite(number) for number in numbers):
+                raise LatentsError(f"space {self.name}: {label} must be finite")
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if any(number is not None and number <= 0 for number in scales):
+            raise LatentsError(f"space {self.name}: scale must be above 0")
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def packed_channels(self) -> int:
+        """Channels of one token of the packed layout (equal to `channels` without packing)."""
+        return self.channels * self.packed_patch**2
+
+    # -- finding a space ---------------------------------------------------------------------
+
+    @staticmethod
+    def get(name: str | LatentSpace) -> LatentSpace:
+        """The space of that name (a LatentSpace passes through). LatentsError lists the names."""
+        if isinstance(name, LatentSpace):
+            return name
+        if not isinstance(name, str) or name not in SPACES:
+            raise LatentsError(f"unknown latent space {name!r}: use one of {', '.join(SPACES)}")
+        return SPACES[name]
+
+    @staticmethod
+    def from_vae_config(config: Mapping[str, Any]) -> LatentSpace:
+        """The space that a diffusers `vae.config` describes, with that config's own numbers.
+
+        Reads `latent_channels`, `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`,
+        `block_out_channels` and, for FLUX.2, `batch_norm_eps` and `patch_size`. A FLUX.2 space
+        still needs `with_batch_norm(...)` to convert, as the statistics are buffers of the VAE.
+
+        Raises:
+            LatentsError: the config describes none of the known spaces, or is of an
+                AutoencoderTiny, whose scaling_factor says nothing about the pipeline's latents.
+        """
+        from latentguard.spaces.vae_config import space_from_vae_config
+
+        return space_from_vae_config(config)
+
+    # -- raw <-> scaled ----------------------------------------------------------------------
+
+    def with_batch_norm(
+        self, mean: Sequence[float] | Tensor, var: Sequence[float] | Tensor, eps: float = 1e-4
+    ) -> LatentSpace:
+        """This space (flux2) with the statistics that raw <-> scaled needs.
+
+        Args:
+            mean, var: 128 numbers each, the VAE's `bn.running_mean` and `bn.running_var`.
+            eps: the VAE's `batch_norm_eps`.
+        """
+        if self.name != "flux2":
+            raise LatentsError(f"space {self.name} is not batch-normalised: only flux2 is")
+        means, variances = _floats(mean), _floats(var)
+        if len(means) != self.packed_channels or len(variances) != self.packed_channels:
+            raise LatentsError(
+                f"space flux2: batch-norm mean and var must hold {self.packed_channels} numbers "
+                f"(the packed channels), got {len(means)} and {len(variances)}"
+            )
+        if not all(variance + eps > 0 for variance in variances):
+            raise LatentsError("space flux2: batch-norm var must not be negative or NaN")
+        scale = tuple(1.0 / math.sqrt(variance + eps) for variance in variances)
+        return replace(self, scale=scale, shift=means)
+
+    def to_scaled(self, raw: Tensor, batch_norm: BatchNorm | None = None) -> Tensor:
+        """[..., channels, H, W] as the VAE encodes -> the same shape as the model denoises.
+
+        Differentiable; keeps dtype and device. flux2 needs even H and W and the statistics,
+        here or in the space (`with_batch_norm`).
+        """
+        space = self._with(batch_norm)
+        scale, shift = space._factors(raw, "scaled")
+        return (raw - shift) * scale
+
+    def to_raw(self, scaled: Tensor, batch_norm: BatchNorm | None = None) -> Tensor:
+        """The inverse of `to_scaled`, same shape: what the VAE decodes."""
+        space = self._with(batch_norm)
+        scale, shift = space._factors(scaled, "raw")
+        return scaled / scale + shift
+
+    def _with(self, batch_norm: BatchNorm | None) -> LatentSpace:
+        return self if batch_norm is None else self.with_batch_norm(*batch_norm)
+
+    def _factors(self, tensor: Tensor, wanted: str) -> tuple[Tensor | float, Tensor | float]:
+        if self.scale is None or self.shift is None:
+            raise LatentsError(
+                f"space {self.name}: {wanted} latents need the batch-norm statistics of the "
+                "pipeline's VAE: pass batch_norm=BatchNorm.from_vae(pipe.vae)"
+            )
+        self._check_spatial(tensor)
+        return self._spread(self.scale, tensor), self._spread(self.shift, tensor)
+
+    def _spread(self, factors: Factors, tensor: Tensor) -> Tensor | float:
+        """Factors in a shape that broadcasts over [..., channels, H, W]."""
+        if not isinstance(factors, tuple):
+            return factors
+        values = tensor.new_tensor(factors)
+        if len(factors) == self.channels:
+            return values.view(self.channels, 1, 1)
+        # One number per packed channel: index c*4 + dy*2 + dx is the cell (dy, dx) of each 2x2
+        # block of channel c, so the numbers tile the image.
+        patch = self.packed_patch
+        height, width = tensor.shape[-2:]
+        self._check_even(height, width)
+        block = values.view(self.channels, patch, patch)
+        return block.repeat(1, height // patch, width // patch)
+
+    # -- spatial <-> packed ------------------------------------------------------------------
+
+    def pack(self, spatial: Tensor) -> Tensor:
+        """[B, C, H, W] -> tokens [B, H/2 * W/2, C * 4], row-major, channel c*4 + dy*2 + dx."""
+        return self.patchify(spatial).flatten(2).transpose(1, 2)
+
+    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Tokens [B, N, C * 4] -> [B, C, height, width]; height and width in latent cells."""
+        self.check_packed(tuple(tokens.shape), height, width)
+        rows, columns = height // self.packed_patch, width // self.packed_patch
+        grid = tokens.transpose(1, 2).reshape(-1, self.packed_channels, rows, columns)
+        return self.unpatchify(grid)
+
+    def check_packed(self, shape: Sequence[int], height: int, width: int) -> None:
+        """LatentsError unless `shape` is that of packed latents of height x width cells."""
+        self._check_packs()
+        self._check_even(height, width)
+        count = height // self.packed_patch * (width // self.packed_patch)
+        if len(shape) != 3 or tuple(shape[1:]) != (count, self.packed_channels):
+            raise LatentsError(
+                f"space {self.name}: packed latents of {height}x{width} cells must be "
+                f"[B, {count}, {self.packed_channels}], got {list(shape)} "
+                f"(height and width are latent cells: pixels / {self.factor})"
+            )
+
+    def patchify(self, spatial: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C * 4, H/2, W/2], channel c*4 + dy*2 + dx."""
+        from torch.nn.functional import pixel_unshuffle
+
+        self._check_packs()
+        if spatial.ndim != 4:
+            raise LatentsError(
+                f"space {self.name}: spatial latents must be [B, {self.channels}, H, W], "
+                f"got {list(spatial.shape)}"
+            )
+        self._check_spatial(spatial)
+        self._check_even(*spatial.shape[-2:])
+        return pixel_unshuffle(spatial, self.packed_patch)
+
+    def unpatchify(self, grid: Tensor) -> Tensor:
+        """[B, C * 4, H/2, W/2] -> [B, C, H, W], the inverse of `patchify`."""
+        from torch.nn.functional import pixel_shuffle
+
+        self._check_packs()
+        if grid.ndim != 4 or grid.shape[1] != self.packed_channels:
+            raise LatentsError(
+                f"space {self.name}: patched latents must be [B, {self.packed_channels}, H/2, "
+                f"W/2], got {list(grid.shape)}"
+            )
+        return pixel_shuffle(grid, self.packed_patch)
+
+    def _check_spatial(self, tensor: Tensor) -> None:
+        if tensor.ndim < 3 or tensor.shape[-3] != self.channels:
+            raise LatentsError(
+                f"space {self.name}: latents must be [B, {self.channels}, H, W], "
+                f"got {list(tensor.shape)}"
+            )
+
+    def _check_packs(self) -> None:
+        if self.packed_patch == 1:
+            raise LatentsError(
+                f"space {self.name} has no packed layout: only flux1 and flux2 pack 2x2 cells"
+            )
+
+    def _check_even(self, height: int, width: int) -> None:
+        if height < 1 or width < 1 or height % self.packed_patch or width % self.packed_patch:
+            raise LatentsError(
+                f"space {self.name}: height and width must be even numbers of latent cells for "
+                f"its 2x2 packing, got {height}x{width}"
+            )
+
+
+def _floats(values: Sequence[float] | Tensor) -> tuple[float, ...]:
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    return tuple(float(value) for value in plain)
+
+
+# RGB views. sd1, sdxl, sd3 and flux1: ComfyUI's comfy/latent_formats.py (SD15, SDXL, SD3, Flux),
+# which fits them to scaled latents; its previewer shows (rgb + 1) / 2.
+_RGB_SDXL: tuple[RGB, ...] = (
+    (0.3651, 0.4232, 0.4341),
+    (-0.2533, -0.0042, 0.1068),
+    (0.1076, 0.1111, -0.0362),
+    (-0.3165, -0.2492, -0.2188),
+)
+_RGB_SD1: tuple[RGB, ...] = (
+    (0.3512, 0.2297, 0.3227),
+    (0.3250, 0.4974, 0.2350),
+    (-0.2829, 0.1762, 0.2721),
+    (-0.2120, -0.2616, -0.7177),
+)
+_RGB_SD3: tuple[RGB, ...] = (
+    (-0.0922, -0.0175, 0.0749),
+    (0.0311, 0.0633, 0.0954),
+    (0.1994, 0.0927, 0.0458),
+    (0.0856, 0.0339, 0.0902),
+    (0.0587, 0.0272, -0.0496),
+    (-0.0006, 0.1104, 0.0309),
+    (0.0978, 0.0306, 0.0427),
+    (-0.0042, 0.1038, 0.1358),
+    (-0.0194, 0.0020, 0.0669),
+    (-0.0488, 0.0130, -0.0268),
+    (0.0922, 0.0988, 0.0951),
+    (-0.0278, 0.0524, -0.0542),
+    (0.0332, 0.0456, 0.0895),
+    (-0.0069, -0.0030, -0.0810),
+    (-0.0596, -0.0465, -0.0293),
+    (-0.1448, -0.1463, -0.1189),
+)
+_RGB_FLUX1: tuple[RGB, ...] = (
+    (-0.0346, 0.0244, 0.0681),
+    (0.0034, 0.0210, 0.0687),
+    (0.0275, -0.0668, -0.0433),
+    (-0.0174, 0.0160, 0.0617),
+    (0.0859, 0.0721, 0.0329),
+    (0.0004, 0.0383, 0.0115),
+    (0.0405, 0.0861, 0.0915),
+    (-0.0236, -0.0185, -0.0259),
+    (-0.0245, 0.0250, 0.1180),
+    (0.1008, 0.0755, -0.0421),
+    (-0.0515, 0.0201, 0.0011),
+    (0.0428, -0.0012, -0.0036),
+    (0.0817, 0.0765, 0.0749),
+    (-0.1264, -0.0522, -0.1103),
+    (-0.0280, -0.0881, -0.0499),
+    (-0.1262, -0.0982, -0.0778),
+)
+_RGB_FLUX2: tuple[RGB, ...] = ((0.0, 0.0, 0.0),) * 32
+_RGB_BIAS_FLUX2: RGB = (0.0, 0.0, 0.0)
+
+# Statistics of raw latents. sdxl: `latents_mean` and `latents_std` that Playground 2.5's VAE config
+# gives for the SDXL VAE. sd1: `raw_mean` and `raw_std` of sd-vae-ft-mse (the SD 1 encoder) over
+# ImageNet in NVlabs/edm2, training/encoders.py.
+SPACES: dict[str, LatentSpace] = {
+    space.name: space
+    for space in (
+        LatentSpace(
+            name="sdxl",
+            channels=4,
+            scale=0.13025,
+            shift=0.0,
+            mean=(-1.6574, 1.886, -1.383, 2.5155),
+            std=(8.4927, 5.9022, 6.5498, 5.2299),
+            rgb_factors=_RGB_SDXL,
+            rgb_bias=(0.1084, -0.0175, -0.0011),
+        ),
+        LatentSpace(
+            name="sd1",
+            channels=4,
+            scale=0.18215,
+            shift=0.0,
+            mean=(5.81, 3.25, 0.12, -2.15),
+            std=(4.17, 4.62, 3.71, 3.28),
+            rgb_factors=_RGB_SD1,
+            rgb_bias=(0.0, 0.0, 0.0),
+        ),
+        LatentSpace(
+            name="sd3",
+            channels=16,
+            scale=1.5305,
+            shift=0.0609,
+            rgb_factors=_RGB_SD3,
+            rgb_bias=(0.2394, 0.2135, 0.1925),
+        ),
+        LatentSpace(
+            name="flux1",
+            channels=16,
+            scale=0.3611,
+            shift=0.1159,
+            packed_patch=2,
+            rgb_factors=_RGB_FLUX1,
+            rgb_bias=(-0.0329, -0.0718, -0.0851),
+        ),
+        LatentSpace(
+            name="flux2",
+            channels=32,
+            scale=None,
+            shift=None,
+            packed_patch=2,
+            rgb_factors=_RGB_FLUX2,
+            rgb_bias=_RGB_BIAS_FLUX2,
+        ),
+    )
+}
