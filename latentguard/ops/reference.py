@@ -224,7 +224,8 @@ def concept_similarity_backward(
         out = out @ projection.to(dtype).t()
     if ln_weight is not None:
         out = _layer_norm_backward(out, features.to(dtype), ln_weight.to(dtype), eps)
-    return out.to(features.dtype)
+    gradient: Tensor = out.to(features.dtype)
+    return gradient
 
 
 def concept_heatmap(
