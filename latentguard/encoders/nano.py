@@ -1,0 +1,261 @@
+"""The bundled encoders: a latent adapter on a pretrained image classifier, in 13 MB each.
+
+An image is its posterior over ImageNet's 1,000 classes, a prompt is a weighting of those classes
+(class_text.py), and a score is the cosine of their square roots. What the classes do not span it
+cannot see, and says so (`coverage`). How the weights were made: latentguard.adapt and docs/nano.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from latentguard.encoders.base import Features, Head
+from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalise
+from latentguard.encoders.lite import CLASSES, fuse
+from latentguard.encoders.nano_net import NanoNet, RgbViewNet
+from latentguard.errors import LatentsError, ModelError
+from latentguard.spaces import Latents, LatentSpace
+
+FORMAT = "latentguard-nano"
+SCHEMA_VERSION = "1"
+WEIGHTS = Path(__file__).parent / "weights"
+BUNDLED = ("nano-flux2", "nano-sdxl")
+MAX_BYTES = 64 << 20
+"""No nano model is larger; a larger file is something else."""
+
+LOGIT_SCALE = 10.0
+"""From margins of Bhattacharyya coefficients to log odds: 0.22 more like the concept than like its
+contrast is a probability of 0.9. Fixed, not fitted, so that numbers compare across nano models."""
+
+NEUTRAL_PROMPTS = ("everyday scene",)
+"""Stands for the uniform distribution over the classes (see `encode_text`): the score of an image
+of which the classifier says nothing."""
+
+
+class NanoEncoder(nn.Module):
+    """An Encoder (latentguard.encoders.base) over class posteriors; see the module's text."""
+
+    def __init__(
+        self,
+        net: NanoNet | RgbViewNet,
+        text: ClassText,
+        *,
+        name: str,
+        sha256: str,
+        space: str,
+        card: str,
+        class_names: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.text = text
+        self.name = name
+        self.sha256 = sha256
+        self.space = space
+        self.notes = card
+        self.class_names = tuple(class_names)
+        self.needs_scaled = True
+        self.uses_templates = False
+        self.dim = CLASSES
+        self.logit_scale = LOGIT_SCALE
+        self.head = Head()
+        self.neutral_prompts = NEUTRAL_PROMPTS
+        self.min_coverage = MIN_COVERAGE
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.trunk.classifier.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.net.trunk.classifier.weight.dtype
+
+    def features(
+        self,
+        latents: Tensor,
+        noise: Tensor | None = None,
+        alpha: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> Features:
+        """Square roots of class posteriors, of the image and of each cell of the final grid.
+
+        Args:
+            latents: [B, C, H, W] in the scaled convention.
+            noise, alpha, sigma: predicted noise [B, C, H, W] and the levels [B]; given together,
+                the x0 estimate (latents - sigma * noise) / alpha is read instead.
+
+        Returns:
+            pooled [B, 1000] and tokens [B, N, 1000] of unit norm, differentiable in latents.
+        """
+        x = latents.to(self.dtype)
+        if noise is not None:
+            assert alpha is not None
+            assert sigma is not None
+            a, s = (v.to(self.dtype).view(-1, 1, 1, 1) for v in (alpha, sigma))
+            x = (x - s * noise.to(self.dtype)) / a
+        x = x.contiguous(memory_format=torch.channels_last)
+        cells = self.net.feature_map(x)
+        grid = (cells.shape[2], cells.shape[3])
+        classifier = self.net.trunk.classifier
+        pooled = _root_posterior(classifier(cells.mean((2, 3))))
+        tokens = _root_posterior(classifier(cells.flatten(2).transpose(1, 2)))
+        return Features(pooled=pooled, tokens=tokens, grid=grid)
+
+    def encode_latents(self, latents: Latents) -> Tensor:
+        """Unit-norm embeddings [B, 1000]; entry c is the square root of class c's probability."""
+        if latents.space.name != self.space:
+            raise LatentsError(
+                f"model {self.name} reads {self.space} latents, got {latents.space.name}"
+            )
+        tensor = latents.spatial().scaled_().tensor
+        return self.features(tensor.to(self.device)).pooled
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit-norm class weightings [P, 1000]; a neutral prompt is the uniform one."""
+        embedded = self.text.embed(texts)
+        for row, text in enumerate(texts):
+            if text in NEUTRAL_PROMPTS:
+                embedded[row] = CLASSES**-0.5
+        return embedded.to(self.device, self.dtype)
+
+    def coverage(self, texts: Sequence[str]) -> Tensor:
+        """How near [P] the nearest class is to each text, 0 to 1; neutral prompts count as 1."""
+        found = self.text.coverage(texts)
+        for row, text in enumerate(texts):
+            if text in NEUTRAL_PROMPTS:
+                found[row] = 1.0
+        return found
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        super().to(*args, **kwargs)
+        return self
+
+
+def _root_posterior(logits: Tensor) -> Tensor:
+    # exp(log / 2) rather than sqrt(softmax): its gradient stays finite at probability 0.
+    return torch.exp(0.5 * torch.log_softmax(logits.float(), -1)).to(logits.dtype)
+
+
+def load_nano(name_or_path: str | Path, device: str | torch.device | None = None) -> NanoEncoder:
+    """A bundled nano encoder by name, or one that `latentguard adapt` wrote, by path.
+
+    Raises:
+        ModelError: no such file, not a nano model, an unknown schema_version, a broken file.
+    """
+    import safetensors
+    import safetensors.torch
+
+    path = Path(name_or_path)
+    if str(name_or_path) in BUNDLED:
+        path = WEIGHTS / f"{name_or_path}.safetensors"
+    if not path.is_file():
+        raise ModelError(f"no nano model at {path}; bundled are {', '.join(BUNDLED)}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ModelError(f"{path}: {path.stat().st_size} bytes is too large for a nano model")
+    data = path.read_bytes()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ModelError(
+            f"{path}: not a nano model (metadata format {metadata.get('format')!r}, "
+            f"wanted {FORMAT!r})"
+        )
+    if metadata.get("schema_version") != SCHEMA_VERSION:
+        raise ModelError(
+            f"{path}: schema_version {metadata.get('schema_version')!r}, "
+            f"this latentguard reads {SCHEMA_VERSION!r}"
+        )
+    try:
+        encoder = _build(metadata, tensors, hashlib.sha256(data).hexdigest())
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: damaged nano model ({error})") from error
+    return encoder if device is None else encoder.to(device)
+
+
+def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) -> NanoEncoder:
+    config = json.loads(metadata["config"])
+    net = make_net(metadata["kind"], config)
+    fuse(net)
+    net.load_state_dict({k[4:]: v.float() for k, v in tensors.items() if k.startswith("net.")})
+    net.eval().requires_grad_(False)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    prompts = json.loads(metadata["prompts"])
+    stored = dict(zip(prompts, tensors["text.prompts"], strict=True))
+    LatentSpace.get(metadata["space"])
+    return NanoEncoder(
+        net,
+        ClassText(tensors["text.table"], stored),
+        name=metadata["name"],
+        sha256=sha256,
+        space=metadata["space"],
+        card=metadata["card"],
+        class_names=json.loads(metadata["class_names"]),
+    )
+
+
+def make_net(kind: str, config: dict[str, Any]) -> NanoNet | RgbViewNet:
+    """The network that a model file's `kind` and `config` describe, with fresh weights."""
+    kinds: dict[str, type[NanoNet] | type[RgbViewNet]] = {"adapter": NanoNet, "rgb": RgbViewNet}
+    if kind not in kinds:
+        raise ModelError(f"unknown nano network {kind!r}; known are {', '.join(kinds)}")
+    return kinds[kind](**config)
+
+
+def save_nano(
+    path: str | Path,
+    net: NanoNet | RgbViewNet,
+    *,
+    kind: str,
+    config: dict[str, Any],
+    name: str,
+    space: str,
+    card: str,
+    class_names: Sequence[str],
+    table: Tensor,
+    prompts: Sequence[str],
+) -> None:
+    """Write a nano model: fused weights in float16, class table and stored prompts beside them.
+
+    Args:
+        net: a trained network; its batch norms are folded in a copy.
+        table: [2, 1000, 384], see ClassText.
+        prompts: stored with the model, so that they need no sentence encoder.
+    """
+    import copy
+
+    import safetensors.torch
+
+    from latentguard.encoders.class_text import similarities
+    from latentguard.encoders.minilm import minilm
+
+    fused = fuse(copy.deepcopy(net).eval())
+    keys = list(dict.fromkeys(normalise(prompt) for prompt in prompts))
+    tensors = {f"net.{k}": v.half().contiguous() for k, v in fused.state_dict().items()}
+    tensors["text.table"] = table.half().contiguous()
+    tensors["text.prompts"] = similarities(minilm().encode(keys), table).half().contiguous()
+    metadata = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "config": json.dumps(config),
+        "name": name,
+        "space": space,
+        "card": card,
+        "class_names": json.dumps(list(class_names)),
+        "prompts": json.dumps(keys),
+    }
+    target = Path(path)
+    temporary = target.with_suffix(".tmp")
+    safetensors.torch.save_file(tensors, str(temporary), metadata)
+    temporary.replace(target)
