@@ -43,13 +43,13 @@ def strongest_view(
     """
     if tiles == 1:
         return probability, margin, best_prompt
-    views = margin.unflatten(0, (-1, tiles))
-    best, view = views.max(dim=1)
+    shape = (-1, tiles, margin.shape[-1])
+    best, view = margin.reshape(shape).max(dim=1)
     pick = view.unsqueeze(1)
     return (
-        probability.unflatten(0, (-1, tiles)).gather(1, pick).squeeze(1),
+        probability.reshape(shape).gather(1, pick).squeeze(1),
         best,
-        best_prompt.unflatten(0, (-1, tiles)).gather(1, pick).squeeze(1),
+        best_prompt.reshape(shape).gather(1, pick).squeeze(1),
     )
 
 

@@ -1,0 +1,216 @@
+"""The models that have a name: what they read, how large they are, where they come from, where
+they lie on this machine. No torch: `latentguard models list` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from latentguard.errors import ModelError
+
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class LatentClipConfig:
+    """The shape of a Latent-CLIP: an image tower over latents, CLIP's text tower beside it.
+
+    `grid` is the trained side in latent cells (64 is 512 pixels), heads are 64 wide in both
+    towers, the MLP is four times as wide as the tower. Sizes: Becker, Wendler et al.,
+    arXiv 2503.08455, and the configuration files that come with its checkpoints.
+    """
+
+    patch: int
+    embed_dim: int
+    text_width: int
+    grid: int = 64
+    channels: int = 4
+    width: int = 768
+    layers: int = 12
+    text_layers: int = 12
+    context_length: int = 77
+    vocab_size: int = 49408
+    space: str = "sdxl"
+    needs_scaled: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (type(value) is not int or not 0 < value <= 65536):
+                raise ModelError(
+                    f"model configuration: `{field.name}` must be a whole number from 1 to 65536, "
+                    f"got {value!r}"
+                )
+        if type(self.needs_scaled) is not bool:
+            raise ModelError(
+                "model configuration: `needs_scaled` must be true or false, "
+                f"got {self.needs_scaled!r}"
+            )
+        if not isinstance(self.space, str):
+            raise ModelError(
+                f"model configuration: `space` must be a space's name, got {self.space!r}"
+            )
+        if self.grid % self.patch:
+            raise ModelError(
+                f"model configuration: `grid` must be a multiple of `patch` ({self.patch}), "
+                f"got {self.grid}"
+            )
+        for name in ("width", "text_width"):
+            if getattr(self, name) % 64:
+                raise ModelError(
+                    f"model configuration: `{name}` must be a multiple of 64 (the width of a "
+                    f"head), got {getattr(self, name)}"
+                )
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of the trained grid."""
+        return self.grid // self.patch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a file's metadata."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LatentClipConfig:
+        """The other way; ModelError for a key that is missing or unknown."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != known:
+            got = sorted(values) if isinstance(values, dict) else values
+            raise ModelError(f"model configuration: keys must be {sorted(known)}, got {got}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named model."""
+
+    name: str
+    kind: Literal["nano", "latent-clip"]
+    space: str
+    summary: str
+    size: int  # bytes to fetch, as far as it is known beforehand; 0 for a bundled model
+    repo: str | None = None
+    file: str | None = None
+    config: LatentClipConfig | None = None
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the weights come inside the package."""
+        return self.repo is None
+
+    @property
+    def url(self) -> str:
+        """Where a browser fetches the official file."""
+        return f"{HUB}/{self.repo}/resolve/main/{self.file}"
+
+
+# The best of a space first: this order is what --model auto goes by.
+CATALOG: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            name="latent-clip-b4-plus",
+            kind="latent-clip",
+            space="sdxl",
+            summary="Latent-CLIP ViT-B/4-plus at 512, 640 dimensions, any prompt",
+            size=2_300_000_000,
+            repo="wendlerc/latent-clip-b-4-512-plus-34b-80k",
+            file="checkpoints/epoch_34.pt",
+            config=LatentClipConfig(patch=4, embed_dim=640, text_width=640),
+        ),
+        Entry(
+            name="latent-clip-b8",
+            kind="latent-clip",
+            space="sdxl",
+            summary="Latent-CLIP ViT-B/8 at 512, 512 dimensions, any prompt, half the time of B/4",
+            size=2_300_000_000,
+            repo="wendlerc/latent-clip-b-8-512-34b-80k",
+            file="checkpoints/epoch_34.pt",
+            config=LatentClipConfig(patch=8, embed_dim=512, text_width=512),
+        ),
+        Entry(
+            name="nano-sdxl",
+            kind="nano",
+            space="sdxl",
+            summary="first-stage filter over the linear RGB view of SDXL latents, bundled",
+            size=0,
+        ),
+        Entry(
+            name="nano-flux2",
+            kind="nano",
+            space="flux2",
+            summary="first-stage filter over FLUX.2 latents, bundled",
+            size=0,
+        ),
+    )
+}
+
+
+def cache_dir() -> Path:
+    """Where converted weights are kept: LATENTGUARD_CACHE, else the platform's cache folder."""
+    chosen = os.environ.get("LATENTGUARD_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA")
+        return (Path(base) if base else Path.home() / "AppData" / "Local") / "latentguard" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "latentguard"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "latentguard"
+
+
+def converted_path(name: str) -> Path:
+    """Where the converted weights of a named model lie, or would."""
+    return cache_dir() / "models" / f"{name}.safetensors"
+
+
+def by_hand_path(name: str) -> Path:
+    """Where an official checkpoint file that was fetched by hand is looked for."""
+    return cache_dir() / "models" / f"{name}.pt"
+
+
+def bundled_path(name: str) -> Path:
+    """Where a bundled model's weights lie inside the package."""
+    return Path(__file__).parent / "weights" / f"{name}.safetensors"
+
+
+def _hub_cache_path(entry: Entry) -> Path | None:
+    """The official file in huggingface_hub's own cache; asks no network."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(str(entry.repo), str(entry.file))
+    return Path(found) if isinstance(found, str) else None
+
+
+def locate(name: str) -> Path | None:
+    """The file that a named model would be loaded from on this machine, None if there is none.
+
+    Converted weights first, then an official checkpoint put there by hand, then one in
+    huggingface_hub's cache.
+    """
+    entry = CATALOG[name]
+    if entry.bundled:
+        path = bundled_path(name)
+        return path if path.is_file() else None
+    for path in (converted_path(name), by_hand_path(name)):
+        if path.is_file():
+            return path
+    return _hub_cache_path(entry)
+
+
+def how_to_get(name: str) -> str:
+    """What to do about a named model that is not on this machine, in one clause."""
+    entry = CATALOG[name]
+    fallback = next(e.name for e in CATALOG.values() if e.bundled and e.space == entry.space)
+    return (
+        f"fetch it with `latentguard models get {name}` ({entry.size / 1e9:.1f} GB), or download "
+        f"{entry.url} elsewhere and put it at {by_hand_path(name)}, or use the bundled {fallback}"
+    )

@@ -1,0 +1,342 @@
+"""Weights of Latent-CLIP on disk: the official checkpoint, read without running anything in it,
+and the converted safetensors file that stands in for it afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentguard.encoders.catalog import CATALOG, LatentClipConfig
+from latentguard.errors import ModelError
+
+KIND = "latent-clip"
+SCHEMA_VERSION = "1"
+
+# What an official checkpoint holds besides the two towers: the frozen SDXL VAE encoder, which made
+# the latents in training. Nothing else may be left over.
+SKIPPED = ("visual.vae_encoder.", "visual.vae_quant_conv.")
+IMAGE_PREFIX = "visual.latent_vit."
+
+# A safetensors header is JSON of this size at most (the format's own limit).
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Both towers: keys `image.*`, `text.*` and `logit_scale`, and where they come from."""
+
+    tensors: dict[str, Tensor]
+    config: LatentClipConfig
+    name: str
+    sha256: str
+    source_sha256: str
+
+
+def expected_shapes(config: LatentClipConfig) -> dict[str, tuple[int, ...]]:
+    """Every key of a converted file with its shape."""
+    d, p = config.width, config.patch
+    shapes: dict[str, tuple[int, ...]] = {
+        "image.conv1.weight": (d, config.channels, p, p),
+        "image.class_embedding": (d,),
+        "image.positional_embedding": (1 + config.side**2, d),
+        **_norm("image.ln_pre", d),
+        **_blocks("image.transformer", d, config.layers),
+        **_norm("image.ln_post", d),
+        "image.proj": (d, config.embed_dim),
+        "logit_scale": (),
+    }
+    t = config.text_width
+    return shapes | {
+        "text.token_embedding.weight": (config.vocab_size, t),
+        "text.positional_embedding": (config.context_length, t),
+        **_blocks("text.transformer", t, config.text_layers),
+        **_norm("text.ln_final", t),
+        "text.text_projection": (t, config.embed_dim),
+    }
+
+
+def _norm(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}.weight": (width,), f"{prefix}.bias": (width,)}
+
+
+def _blocks(prefix: str, d: int, layers: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in range(layers):
+        block = f"{prefix}.resblocks.{index}"
+        shapes |= _norm(f"{block}.ln_1", d) | _norm(f"{block}.ln_2", d)
+        for name, size in (
+            ("attn.in_proj", (3 * d, d)),
+            ("attn.out_proj", (d, d)),
+            ("mlp.c_fc", (4 * d, d)),
+            ("mlp.c_proj", (d, 4 * d)),
+        ):
+            joint = "_" if name.endswith("in_proj") else "."
+            shapes[f"{block}.{name}{joint}weight"] = size
+            shapes[f"{block}.{name}{joint}bias"] = size[:1]
+    return shapes
+
+
+# --- the official file -----------------------------------------------------------------------
+
+
+def read_official(path: Path, config: LatentClipConfig | None = None) -> tuple[str, Weights]:
+    """An official checkpoint: (name in the catalogue, weights in the dtype of the file).
+
+    The unpickler may build tensors, plain containers and numpy scalars, nothing else; the tensors
+    stay mapped from the file until they are used. The model is told by the shapes of the patch
+    embedding and the projection; `config` overrides that. Raises ModelError for anything that is
+    not exactly such a checkpoint.
+    """
+    state = _state_dict(path)
+    tensors = _rename(path, state)
+    name, found = _identify(path, tensors)
+    config = config or found
+    _check(path, tensors, config)
+    return name, Weights(tensors, config, name, "", file_sha256(path))
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals(_scalar_globals()):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file") from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path}: refused, it holds more than tensors and plain data, and running what it "
+            f"asks for is not safe: {_first_line(error)}"
+        ) from error
+    except Exception as error:  # what a damaged file raises is up to zip, pickle and torch
+        raise ModelError(
+            f"{path}: not a PyTorch checkpoint that can be mapped (truncated, or written before "
+            f"PyTorch 1.6): {_first_line(error)}"
+        ) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ModelError(f"{path}: must be a dict with a `state_dict`, got {type(loaded).__name__}")
+    not_tensors = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if not_tensors:
+        raise ModelError(f"{path}: values must be tensors, not so {_some(not_tensors)}")
+    return state
+
+
+def _scalar_globals() -> list[Any]:
+    """What numpy scalars in a checkpoint need, under numpy's old name and its new one."""
+    try:
+        from numpy._core.multiarray import scalar
+    except ImportError:
+        from numpy.core.multiarray import scalar  # type: ignore[no-redef, unused-ignore]
+    kinds = ("float64", "float32", "float16", "int64", "int32", "bool")
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in kinds),
+    ]
+
+
+def _rename(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official keys to ours; `module.` is what DistributedDataParallel puts before every key."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        bare = key.removeprefix("module.")
+        if bare.startswith(SKIPPED):
+            continue
+        if bare.startswith(IMAGE_PREFIX):
+            ours = "image." + bare.removeprefix(IMAGE_PREFIX)
+        elif bare == "logit_scale":
+            ours = bare
+        else:
+            ours = "text." + bare
+        if ours in tensors:
+            raise ModelError(f"{path}: holds {bare} twice, with and without `module.`")
+        tensors[ours] = value
+    return tensors
+
+
+def _identify(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, LatentClipConfig]:
+    conv, proj = tensors.get("image.conv1.weight"), tensors.get("image.proj")
+    if conv is None or proj is None or conv.dim() != 4 or proj.dim() != 2:
+        raise ModelError(
+            f"{path}: not a Latent-CLIP checkpoint: `{IMAGE_PREFIX}conv1.weight` [D, C, p, p] and "
+            f"`{IMAGE_PREFIX}proj` [D, dim] must be there, got {_some(tensors)}"
+        )
+    known = [entry for entry in CATALOG.values() if entry.config is not None]
+    for entry in known:
+        assert entry.config is not None
+        if (conv.shape[-1], proj.shape[1]) == (entry.config.patch, entry.config.embed_dim):
+            return entry.name, entry.config
+    raise ModelError(
+        f"{path}: patch {conv.shape[-1]} and dimension {proj.shape[1]} belong to none of "
+        f"{', '.join(entry.name for entry in known)}"
+    )
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor], config: LatentClipConfig) -> None:
+    want = expected_shapes(config)
+    missing = [key for key in want if key not in tensors]
+    unexpected = [key for key in tensors if key not in want]
+    if missing or unexpected:
+        parts = [
+            f"{what} {_some(keys)}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        ]
+        raise ModelError(f"{path}: the weights do not fit the model: {'; '.join(parts)}")
+    for key, shape in want.items():
+        got = tensors[key]
+        if tuple(got.shape) != shape or not got.dtype.is_floating_point:
+            raise ModelError(
+                f"{path}: `{key}` must be a floating-point tensor of shape {list(shape)}, "
+                f"got {got.dtype} {list(got.shape)}"
+            )
+
+
+# --- the converted file ----------------------------------------------------------------------
+
+
+def convert(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype = torch.float32,
+    config: LatentClipConfig | None = None,
+) -> Weights:
+    """Read an official checkpoint and write both towers to `target` (safetensors, atomically).
+
+    `logit_scale` stays float32 whatever `dtype` is. Raises ModelError for NaN or infinite weights.
+    """
+    name, weights = read_official(source, config)
+    tensors = {
+        key: value.to(torch.float32 if key == "logit_scale" else dtype).contiguous()
+        for key, value in weights.tensors.items()
+    }
+    broken = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise ModelError(f"{source}: NaN or infinite weights in {_some(broken)} (as {dtype})")
+    digest = weights_sha256(tensors)
+    done = Weights(tensors, weights.config, name, digest, weights.source_sha256)
+    write(target, done)
+    return done
+
+
+def write(target: Path, weights: Weights) -> None:
+    """Write a converted file; readers see the old one or all of the new one."""
+    from safetensors.torch import save_file
+
+    metadata = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "name": weights.name,
+        "sha256": weights.sha256,
+        "source_sha256": weights.source_sha256,
+        "config": json.dumps(weights.config.to_dict(), sort_keys=True),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        save_file(weights.tensors, temporary, metadata=metadata)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, from its header alone; ModelError if it has none."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 0 < size <= min(MAX_HEADER, path.stat().st_size):
+                raise ValueError(f"a header of {size} bytes")
+            header = json.loads(file.read(size))
+        metadata = header["__metadata__"]
+        if not isinstance(metadata, dict):
+            raise TypeError("metadata that is not a dict")
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"{path}: not a safetensors file with latentguard's metadata ({_first_line(error)})"
+        ) from error
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+def read_converted(path: Path) -> Weights:
+    """A converted file, keys and shapes checked, and its digest computed again and compared."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    metadata = read_metadata(path)
+    if metadata.get("kind") != KIND or metadata.get("schema_version") != SCHEMA_VERSION:
+        raise ModelError(
+            f"{path}: must be of kind {KIND!r} and schema_version {SCHEMA_VERSION!r}, got "
+            f"{metadata.get('kind')!r} and {metadata.get('schema_version')!r}"
+        )
+    try:
+        config = LatentClipConfig.from_dict(json.loads(metadata["config"]))
+        tensors = load_file(path)
+    except (KeyError, json.JSONDecodeError, SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: cannot be read: {_first_line(error)}") from error
+    _check(path, tensors, config)
+    digest = weights_sha256(tensors)
+    if digest != metadata.get("sha256"):
+        raise ModelError(
+            f"{path}: its weights are not those that were written (sha256 {digest}, metadata says "
+            f"{metadata.get('sha256')}): delete it and convert the checkpoint again"
+        )
+    source = metadata.get("source_sha256", "")
+    return Weights(tensors, config, metadata.get("name", KIND), digest, source)
+
+
+# --- digests ---------------------------------------------------------------------------------
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Digest over names, dtypes, shapes and values; the order in a file does not matter."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key}|{value.dtype}|{list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Digest of a file's bytes; `progress` gets the bytes read so far."""
+    digest = hashlib.sha256()
+    done = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            done += len(block)
+            if progress is not None:
+                progress(done)
+    return digest.hexdigest()
+
+
+def _some(keys: Iterable[str]) -> str:
+    """The first keys of a list, and how many there are."""
+    keys = sorted(keys)
+    shown = ", ".join(keys[:4])
+    return shown if len(keys) <= 4 else f"{shown} and {len(keys) - 4} more ({len(keys)} in all)"
+
+
+def _first_line(error: BaseException) -> str:
+    """The gist of a library's error: its first line, its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
