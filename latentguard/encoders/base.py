@@ -26,12 +26,15 @@ class Features:
     grid: (rows, columns) with rows * columns == N.
     tiles: how many views of each image were read. Above 1, `pooled` is [B * tiles, D], an image's
         views next to each other, and its scores are those of `strongest_view`.
+    extent: (height, width) in latent cells that `grid` spans, where that is not the latents' own
+        size (a side that is no multiple of the patch is continued beyond its edge).
     """
 
     pooled: Tensor
     tokens: Tensor
     grid: tuple[int, int]
     tiles: int = 1
+    extent: tuple[int, int] | None = None
 
 
 def strongest_view(
@@ -114,6 +117,18 @@ class Encoder(Protocol):
     @property
     def neutral_prompts(self) -> tuple[str, ...]:
         """Contrast prompts for concepts of policies that give none."""
+
+    @property
+    def always_neutral(self) -> bool:
+        """Whether the neutral prompts join every concept's contrast, not only an empty one."""
+
+    @property
+    def uses_templates(self) -> bool:
+        """Whether prompts are embedded inside the policy's templates, or bare."""
+
+    @property
+    def notes(self) -> str:
+        """The model's card in a few sentences: what it is, and its limits. Reports show it."""
 
     @property
     def min_coverage(self) -> float:

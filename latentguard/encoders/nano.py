@@ -34,9 +34,9 @@ LOGIT_SCALE = 10.0
 """From margins of Bhattacharyya coefficients to log odds: 0.22 more like the concept than like its
 contrast is a probability of 0.9. Fixed, not fitted, so that numbers compare across nano models."""
 
-NEUTRAL_PROMPTS = ("everyday scene",)
-"""Stands for the uniform distribution over the classes (see `encode_text`): the score of an image
-of which the classifier says nothing."""
+NEUTRAL_PROMPTS = ("anything else",)
+"""Names no class, so it is embedded as the uniform distribution over them (see `encode_text`):
+the baseline that an image of which the classifier says nothing reaches."""
 
 
 class NanoEncoder(nn.Module):
@@ -63,6 +63,7 @@ class NanoEncoder(nn.Module):
         self.class_names = tuple(class_names)
         self.needs_scaled = True
         self.uses_templates = False
+        self.always_neutral = True
         self.dim = CLASSES
         self.logit_scale = LOGIT_SCALE
         self.head = Head()
@@ -118,20 +119,17 @@ class NanoEncoder(nn.Module):
         return self.features(tensor.to(self.device)).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm class weightings [P, 1000]; a neutral prompt is the uniform one."""
+        """Unit-norm class weightings [P, 1000].
+
+        A text that no class is near to (coverage below `min_coverage`) is the uniform weighting.
+        """
         embedded = self.text.embed(texts)
-        for row, text in enumerate(texts):
-            if text in NEUTRAL_PROMPTS:
-                embedded[row] = CLASSES**-0.5
+        embedded[self.text.coverage(texts) < MIN_COVERAGE] = CLASSES**-0.5
         return embedded.to(self.device, self.dtype)
 
     def coverage(self, texts: Sequence[str]) -> Tensor:
-        """How near [P] the nearest class is to each text, 0 to 1; neutral prompts count as 1."""
-        found = self.text.coverage(texts)
-        for row, text in enumerate(texts):
-            if text in NEUTRAL_PROMPTS:
-                found[row] = 1.0
-        return found
+        """How near [P] the nearest class is to each text, 0 to 1."""
+        return self.text.coverage(texts)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         super().to(*args, **kwargs)

@@ -1,0 +1,89 @@
+"""Photos for training: finding them, and one random crop of each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from math import exp, log
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentguard.errors import LatentsError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SIZE = 256
+
+# How much a crop may differ from the photo: share of its area, aspect ratio, colour factors.
+CROP_AREA = (0.45, 1.0)
+CROP_ASPECT = (3 / 4, 4 / 3)
+COLOUR = {"Brightness": (0.7, 1.3), "Contrast": (0.7, 1.3), "Color": (0.4, 1.6)}
+COLOUR_SHARE = 0.6
+
+
+def find_images(folders: Sequence[str | Path]) -> list[Path]:
+    """All images under the folders, sorted. Raises LatentsError where there are none."""
+    found = []
+    for folder in map(Path, folders):
+        if not folder.exists():
+            raise LatentsError(f"no such image folder: {folder}")
+        files = [folder] if folder.is_file() else folder.rglob("*")
+        found += [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not found:
+        names = ", ".join(map(str, folders))
+        raise LatentsError(f"no images ({', '.join(SUFFIXES)}) under {names}")
+    return sorted(found)
+
+
+def random_crop(path: Path, seed: int) -> NDArray[np.uint8]:
+    """One crop of a photo, uint8 [256, 256, 3]: random area, aspect, flip and colour.
+
+    The same seed gives the same crop.
+    """
+    from PIL import Image, ImageEnhance
+
+    rng = random.Random(seed)
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(*CROP_AREA)
+        aspect = exp(rng.uniform(log(CROP_ASPECT[0]), log(CROP_ASPECT[1])))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if w <= width and h <= height:
+            break
+    else:
+        w = h = min(width, height)
+    x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+    image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() < COLOUR_SHARE:
+        for name, (low, high) in COLOUR.items():
+            enhance: Callable[[Any], Any] = getattr(ImageEnhance, name)
+            image = enhance(image).enhance(rng.uniform(low, high))
+    return np.asarray(image)
+
+
+def centre_crop(path: Path, size: int = SIZE) -> NDArray[np.uint8]:
+    """The largest centred square of a picture, uint8 [size, size, 3]; for evaluation."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    return np.asarray(_square(image, size))
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    from PIL import Image
+
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -1,0 +1,166 @@
+"""Scorer: a policy bound to an encoder; the one place where latents become scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from latentguard import ops
+from latentguard.concepts import ConceptBank
+from latentguard.encoders import Encoder, best_encoder, load_encoder, strongest_view
+from latentguard.errors import LatentsError, ModelError
+from latentguard.policy import Policy, load_policy
+from latentguard.spaces import Latents, LatentSpace
+from latentguard.verdict import Verdict, decide
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one batch scored.
+
+    probability, margin: [B, K] float32, a column for each concept of the policy.
+    best_prompt: [B, K] int64, an index into the bank's prompts.
+    noise_level: noise-to-signal ratio of the latents.
+    """
+
+    probability: Tensor
+    margin: Tensor
+    best_prompt: Tensor
+    noise_level: float
+
+
+class Scorer:
+    """Scores and verdicts of latents under one policy.
+
+    Args:
+        policy: a Policy, the name of a shipped one, or a path.
+        model: an Encoder, its name or path, or "auto": the best encoder of `space` that is on
+            this machine, else the bundled one.
+        device: where the encoder runs; None is CUDA where there is one, else the CPU.
+        space: the latent space; needed with "auto" unless the policy names it.
+
+    Raises:
+        PolicyError: the policy cannot be used.
+        ModelError: no such model, one that reads another space than the policy or `space` say, or
+            one that cannot see the policy's concepts.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | str | Path,
+        model: Encoder | str | Path = "auto",
+        device: torch.device | str | None = None,
+        space: LatentSpace | str | None = None,
+    ) -> None:
+        self.policy = load_policy(policy)
+        self._plain = self.policy.plain()
+        wanted = self.policy.space if space is None else LatentSpace.get(space).name
+        self.encoder = _encoder(model, device, wanted)
+        if wanted is not None and self.encoder.space != wanted:
+            raise ModelError(
+                f"model {self.encoder.name} reads {self.encoder.space} latents, not {wanted}"
+            )
+        if self.policy.space not in (None, self.encoder.space):
+            raise ModelError(
+                f"policy '{self.policy.name}' is written for {self.policy.space} latents, model "
+                f"{self.encoder.name} reads {self.encoder.space}"
+            )
+        self.bank = ConceptBank.build(self.policy, self.encoder)
+
+    def score(self, latents: Latents, noise_level: float = 0.0) -> Scores:
+        """Scores of a batch; differentiable in `latents.tensor`.
+
+        Raises LatentsError when the latents are of another space than the encoder's.
+        """
+        encoder = self.encoder
+        features = encoder.features(self._input(latents))
+        probability, margin, best = ops.concept_similarity(
+            features.pooled.contiguous(), *self._head(), *self._bank(), encoder.logit_scale
+        )
+        return Scores(*strongest_view(features.tiles, probability, margin, best), noise_level)
+
+    @torch.no_grad()
+    def verdicts(
+        self, latents: Latents, noise_level: float = 0.0, final: bool = True
+    ) -> list[Verdict]:
+        """One verdict for each image; what cannot be judged gets the policy's `on_error`.
+
+        `noise_level` is the noise-to-signal ratio (0 is clean); `final` says that nothing follows
+        these latents. Raises LatentsError when they are of another space than the encoder's.
+        """
+        return self.decide(self.score(latents, noise_level), final)
+
+    def decide(self, scores: Scores, final: bool = True) -> list[Verdict]:
+        """The verdicts that the policy gives scores."""
+        return decide(
+            scores.probability.cpu().numpy(),
+            scores.margin.cpu().numpy(),
+            scores.best_prompt.cpu().numpy(),
+            policy=self._plain,
+            prompts=self.bank.prompts,
+            covered=self.bank.covered,
+            noise_level=scores.noise_level,
+            final=final,
+            model=(self.encoder.name, self.encoder.sha256),
+            space=self.encoder.space,
+        )
+
+    @torch.no_grad()
+    def heatmaps(self, latents: Latents) -> NDArray[np.float32]:
+        """Margins over the encoder's grid, [B, K, h, w] float32: where each concept is.
+
+        Each cell is scored as if it were the image, so values compare with margins. Not available
+        (LatentsError) where an encoder reads the image in tiles.
+        """
+        encoder = self.encoder
+        features = encoder.features(self._input(latents))
+        if features.tiles != 1:
+            raise LatentsError("heat maps need an encoder that reads an image in one view")
+        margin = ops.concept_heatmap(
+            features.tokens.contiguous(), *self._head(), *self._bank(), encoder.logit_scale
+        )
+        found: NDArray[np.float32] = (
+            margin.reshape(*margin.shape[:2], *features.grid).float().cpu().numpy()
+        )
+        return found
+
+    def _input(self, latents: Latents) -> Tensor:
+        encoder = self.encoder
+        if latents.space.name != encoder.space:
+            raise LatentsError(
+                f"model {encoder.name} reads {encoder.space} latents, got {latents.space.name}"
+            )
+        spatial = latents.spatial()
+        converted = spatial.scaled_() if encoder.needs_scaled else spatial.raw()
+        return converted.tensor.to(encoder.device, encoder.dtype)
+
+    def _head(self) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:
+        head = self.encoder.head
+        return head.ln_weight, head.ln_bias, head.eps, head.projection
+
+    def _bank(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        bank = self.bank
+        return bank.embeddings, bank.segments, bank.contrast, bank.contrast_segments
+
+
+def _encoder(
+    model: Encoder | str | Path, device: torch.device | str | None, space: str | None
+) -> Encoder:
+    if isinstance(model, Encoder):
+        return model if device is None else model.to(device)
+    if model == "auto":
+        if space is None:
+            raise ModelError(
+                "model 'auto' needs to know the latent space: give space=..., or name the model"
+            )
+        model = best_encoder(space)
+    return load_encoder(model, device)
