@@ -1,0 +1,48 @@
+# Two commands for newcomers: `make demo` and `make test`. VENV=dir reuses an environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NPROC := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+export MAX_JOBS ?= $(NPROC)
+
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format schema clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(BIN)/python ## the environment, and this checkout in it
+	@PYTHON=$(BIN)/python scripts/install.sh
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+demo: install ## scan the bundled latents, print verdicts, write report.html
+	@$(BIN)/latentguard scan examples/latents.pt --policy family --report report.html --heatmap --fail-on never
+
+test: install ## all tests
+	$(BIN)/python -m pytest
+
+lint: install ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+format: install ## rewrite Python and C++ in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+schema: install ## rewrite the policies' JSON Schema
+	$(BIN)/latentguard policy schema > policies/policy.schema.json
+
+clean: ## build outputs and caches, not the environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache report.html
+	find latentguard -name '*.so' -delete
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
+
+-include kernels.mk

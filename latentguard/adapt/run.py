@@ -1,0 +1,175 @@
+"""From a folder of photos to a nano encoder: cache, train, write the model, its card and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from latentguard.adapt.autoencoders import Autoencoder, load_autoencoder
+from latentguard.adapt.cache import prepare
+from latentguard.adapt.images import find_images
+from latentguard.adapt.teacher import class_names, class_table, load_teacher
+from latentguard.adapt.train import AdapterRecipe, Recipe, RgbRecipe, Trainer
+from latentguard.encoders.nano import save_nano
+from latentguard.errors import ModelError
+from latentguard.policy import load_policy, shipped_policies
+from latentguard.spaces import LatentSpace
+
+RGB_SIZE = 192
+"""Pixels per side at which the rgb recipe reads a view: 64 cells are magnified threefold."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run wrote: the model, its training curve as JSON and as a picture."""
+
+    model: Path
+    history: Path
+    plot: Path
+    images: int
+
+
+def adapt(
+    images: Sequence[str | Path],
+    out: str | Path,
+    *,
+    name: str,
+    space: str | None = None,
+    autoencoder: str | Path | None = None,
+    cache: str | Path | None = None,
+    recipe: Recipe | None = None,
+    keep: Callable[[Path], bool] = lambda path: True,
+) -> Result:
+    """Make a nano encoder; an interrupted run goes on where it stopped.
+
+    Args:
+        images: folders of photos, labels not needed. At least 225 photos.
+        out: the model file to write (.safetensors); the checkpoint, history and plot lie beside it.
+        name: the model's name in verdicts.
+        space: the latent space; may be left out where the autoencoder's is certain.
+        autoencoder: an encoder file of madebyollin/taesd or a diffusers VAE folder. Without one
+            the model reads the space's published RGB view instead.
+        cache: folder for crops, latents and targets, 360 kB to 430 kB a photo; beside `out`
+            unless given.
+        keep: photos for which it is False are left out, to hold some out of training.
+
+    Raises:
+        ModelError: the teacher is not installed, or the space is not known or has no RGB view.
+        LatentsError: no images, or a cache folder of another run.
+    """
+    recipe = recipe or Recipe()
+    target = Path(out)
+    if target.suffix != ".safetensors":
+        raise ModelError(f"the model file must end in .safetensors, got {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    photos = [path for path in find_images(images) if keep(path)]
+    encoder = load_autoencoder(autoencoder, space) if autoencoder else None
+    found = _space(encoder, space)
+    teacher = load_teacher()
+    folder = Path(cache) if cache else target.with_suffix(".cache")
+    filled = prepare(folder, photos, encoder, teacher, space=found.name, seed=recipe.seed)
+    kind, config, work = "", {}, None
+    if encoder is not None:
+        kind, config = "adapter", {"channels": found.channels}
+        work = AdapterRecipe(filled, recipe, config)
+    else:
+        kind, config = "rgb", rgb_config(found)
+        work = RgbRecipe(filled, recipe, config)
+    trainer = Trainer(work, target.with_suffix(".checkpoint"))
+    net = trainer.run()
+    save_nano(
+        target,
+        net,  # type: ignore[arg-type]
+        kind=kind,
+        config=config,
+        name=name,
+        space=found.name,
+        card=card(name, found, encoder, filled.meta.done, recipe),
+        class_names=class_names(),
+        table=class_table(),
+        prompts=stored_prompts(),
+    )
+    history = target.with_suffix(".history.json")
+    history.write_text(json.dumps({"recipe": asdict(recipe), "history": trainer.history}, indent=1))
+    picture = target.with_suffix(".png")
+    plot_history(trainer.history, picture)
+    return Result(target, history, picture, filled.meta.done)
+
+
+def rgb_config(space: LatentSpace) -> dict[str, Any]:
+    """RgbViewNet's configuration for a space with a published RGB view."""
+    if space.rgb_factors is None or space.rgb_bias is None:
+        raise ModelError(f"space {space.name} has no published RGB view: give an autoencoder")
+    return {
+        "factors": [list(row) for row in space.rgb_factors],
+        "bias": list(space.rgb_bias),
+        "size": RGB_SIZE,
+    }
+
+
+def _space(encoder: Autoencoder | None, name: str | None) -> LatentSpace:
+    if encoder is not None:
+        return encoder.space
+    if name is None:
+        raise ModelError("say which latent space (space=..., --space), or give an autoencoder")
+    return LatentSpace.get(name)
+
+
+def stored_prompts() -> list[str]:
+    """Every prompt and contrast prompt of the shipped policies, and the neutral ones."""
+    from latentguard.encoders.nano import NEUTRAL_PROMPTS
+
+    prompts = list(NEUTRAL_PROMPTS)
+    for path in shipped_policies().values():
+        policy = load_policy(path)
+        for concept in policy.concepts:
+            prompts += [*concept.prompts, *policy.contrast_of(concept)]
+    return list(dict.fromkeys(prompts))
+
+
+def card(
+    name: str, space: LatentSpace, encoder: Autoencoder | None, photos: int, recipe: Recipe
+) -> str:
+    """The model's card in a few sentences, as reports show it."""
+    limits = (
+        "It sees what ImageNet's 1,000 classes span: objects and animals, not nudity, hate, gore "
+        "or acts; concepts outside are marked as not visible."
+    )
+    if encoder is None:
+        source = (
+            f"It reads only the linear RGB view of {space.name} latents (3 numbers a cell, about "
+            f"an eighth of the image's resolution) and was trained on {photos:,} photos "
+            "downsampled to that size, not on latents of the autoencoder."
+        )
+    else:
+        source = (
+            f"It was trained on {photos:,} photos encoded by {encoder.name}; latents of another "
+            f"autoencoder of the {space.name} space may differ."
+        )
+    return f"{name}: a student of EfficientNet-Lite2. {source} {limits}"
+
+
+def plot_history(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """The training and validation loss of each stage over the images seen, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    stages = list(dict.fromkeys(entry["stage"] for entry in history))
+    figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(5 * max(1, len(stages)), 3.5))
+    panels = [axes] if len(stages) <= 1 else list(axes)
+    for panel, stage in zip(panels, stages, strict=False):
+        rows = [entry for entry in history if entry["stage"] == stage]
+        passes = [row["passes"] for row in rows]
+        panel.plot(passes, [row["loss"] for row in rows], label="training", alpha=0.5)
+        panel.plot(passes, [row["validation"] for row in rows], label="validation (average)")
+        panel.set(title=f"stage: {stage}", xlabel="images seen", ylabel="loss", yscale="log")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
