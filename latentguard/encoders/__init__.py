@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from latentguard.encoders.base import Encoder, Features, Head, strongest_view
+from latentguard.encoders.hub import best_encoder, load_encoder
 
-__all__ = ["Encoder", "Features", "Head", "strongest_view"]
+__all__ = ["Encoder", "Features", "Head", "best_encoder", "load_encoder", "strongest_view"]

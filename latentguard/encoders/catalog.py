@@ -208,9 +208,15 @@ def locate(name: str) -> Path | None:
 
 def how_to_get(name: str) -> str:
     """What to do about a named model that is not on this machine, in one clause."""
+    size = CATALOG[name].size / 1e9
+    return f"fetch it with `latentguard models get {name}` ({size:.1f} GB), or {by_hand(name)}"
+
+
+def by_hand(name: str) -> str:
+    """How to do without the network, in one clause."""
     entry = CATALOG[name]
-    fallback = next(e.name for e in CATALOG.values() if e.bundled and e.space == entry.space)
+    bundled = next(e.name for e in CATALOG.values() if e.bundled and e.space == entry.space)
     return (
-        f"fetch it with `latentguard models get {name}` ({entry.size / 1e9:.1f} GB), or download "
-        f"{entry.url} elsewhere and put it at {by_hand_path(name)}, or use the bundled {fallback}"
+        f"download {entry.url} on another machine and put it at {by_hand_path(name)}, or use the "
+        f"bundled {bundled}"
     )

@@ -9,9 +9,9 @@ import json
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,16 @@ import torch
 from torch import Tensor
 
 from latentguard.encoders.catalog import CATALOG, LatentClipConfig
+from latentguard.encoders.header import first_line, read_metadata
 from latentguard.errors import ModelError
 
-KIND = "latent-clip"
+FORMAT = "latentguard-latent-clip"
 SCHEMA_VERSION = "1"
 
 # What an official checkpoint holds besides the two towers: the frozen SDXL VAE encoder, which made
 # the latents in training. Nothing else may be left over.
 SKIPPED = ("visual.vae_encoder.", "visual.vae_quant_conv.")
 IMAGE_PREFIX = "visual.latent_vit."
-
-# A safetensors header is JSON of this size at most (the format's own limit).
-MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -92,20 +90,21 @@ def _blocks(prefix: str, d: int, layers: int) -> dict[str, tuple[int, ...]]:
 # --- the official file -----------------------------------------------------------------------
 
 
-def read_official(path: Path, config: LatentClipConfig | None = None) -> tuple[str, Weights]:
-    """An official checkpoint: (name in the catalogue, weights in the dtype of the file).
+def read_official(
+    path: Path, config: LatentClipConfig | None = None, source_sha256: str | None = None
+) -> Weights:
+    """Both towers of an official checkpoint, mapped from the file, in its dtype; no digest yet.
 
-    The unpickler may build tensors, plain containers and numpy scalars, nothing else; the tensors
-    stay mapped from the file until they are used. The model is told by the shapes of the patch
-    embedding and the projection; `config` overrides that. Raises ModelError for anything that is
-    not exactly such a checkpoint.
+    The unpickler may build tensors, plain containers and numpy scalars, nothing else. The model is
+    told by the shapes of the patch embedding and the projection; `config` overrides its sizes.
+    Raises ModelError for anything that is not exactly such a checkpoint.
     """
     state = _state_dict(path)
     tensors = _rename(path, state)
     name, found = _identify(path, tensors)
     config = config or found
     _check(path, tensors, config)
-    return name, Weights(tensors, config, name, "", file_sha256(path))
+    return Weights(tensors, config, name, "", source_sha256 or file_sha256(path))
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
@@ -117,12 +116,12 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path}: refused, it holds more than tensors and plain data, and running what it "
-            f"asks for is not safe: {_first_line(error)}"
+            f"asks for is not safe: {first_line(error)}"
         ) from error
     except Exception as error:  # what a damaged file raises is up to zip, pickle and torch
         raise ModelError(
             f"{path}: not a PyTorch checkpoint that can be mapped (truncated, or written before "
-            f"PyTorch 1.6): {_first_line(error)}"
+            f"PyTorch 1.6): {first_line(error)}"
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -208,28 +207,22 @@ def _check(path: Path, tensors: Mapping[str, Tensor], config: LatentClipConfig) 
 # --- the converted file ----------------------------------------------------------------------
 
 
-def convert(
-    source: Path,
-    target: Path,
-    dtype: torch.dtype = torch.float32,
-    config: LatentClipConfig | None = None,
-) -> Weights:
-    """Read an official checkpoint and write both towers to `target` (safetensors, atomically).
+def convert(weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
+    """The weights in one dtype, with their digest; `logit_scale` is float32 whatever `dtype` is.
 
-    `logit_scale` stays float32 whatever `dtype` is. Raises ModelError for NaN or infinite weights.
+    Raises ModelError for NaN or infinite weights.
     """
-    name, weights = read_official(source, config)
     tensors = {
         key: value.to(torch.float32 if key == "logit_scale" else dtype).contiguous()
         for key, value in weights.tensors.items()
     }
     broken = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if broken:
-        raise ModelError(f"{source}: NaN or infinite weights in {_some(broken)} (as {dtype})")
-    digest = weights_sha256(tensors)
-    done = Weights(tensors, weights.config, name, digest, weights.source_sha256)
-    write(target, done)
-    return done
+        raise ModelError(
+            f"{weights.name}: the checkpoint has NaN or infinite weights in {_some(broken)} "
+            f"(as {dtype})"
+        )
+    return replace(weights, tensors=tensors, sha256=weights_sha256(tensors))
 
 
 def write(target: Path, weights: Weights) -> None:
@@ -237,8 +230,8 @@ def write(target: Path, weights: Weights) -> None:
     from safetensors.torch import save_file
 
     metadata = {
+        "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
-        "kind": KIND,
         "name": weights.name,
         "sha256": weights.sha256,
         "source_sha256": weights.source_sha256,
@@ -256,42 +249,22 @@ def write(target: Path, weights: Weights) -> None:
         raise
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, from its header alone; ModelError if it has none."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 0 < size <= min(MAX_HEADER, path.stat().st_size):
-                raise ValueError(f"a header of {size} bytes")
-            header = json.loads(file.read(size))
-        metadata = header["__metadata__"]
-        if not isinstance(metadata, dict):
-            raise TypeError("metadata that is not a dict")
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(
-            f"{path}: not a safetensors file with latentguard's metadata ({_first_line(error)})"
-        ) from error
-    return {str(key): str(value) for key, value in metadata.items()}
-
-
 def read_converted(path: Path) -> Weights:
     """A converted file, keys and shapes checked, and its digest computed again and compared."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     metadata = read_metadata(path)
-    if metadata.get("kind") != KIND or metadata.get("schema_version") != SCHEMA_VERSION:
+    if metadata.get("format") != FORMAT or metadata.get("schema_version") != SCHEMA_VERSION:
         raise ModelError(
-            f"{path}: must be of kind {KIND!r} and schema_version {SCHEMA_VERSION!r}, got "
-            f"{metadata.get('kind')!r} and {metadata.get('schema_version')!r}"
+            f"{path}: must be of format {FORMAT!r} and schema_version {SCHEMA_VERSION!r}, got "
+            f"{metadata.get('format')!r} and {metadata.get('schema_version')!r}"
         )
     try:
         config = LatentClipConfig.from_dict(json.loads(metadata["config"]))
         tensors = load_file(path)
     except (KeyError, json.JSONDecodeError, SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"{path}: cannot be read: {first_line(error)}") from error
     _check(path, tensors, config)
     digest = weights_sha256(tensors)
     if digest != metadata.get("sha256"):
@@ -300,7 +273,7 @@ def read_converted(path: Path) -> Weights:
             f"{metadata.get('sha256')}): delete it and convert the checkpoint again"
         )
     source = metadata.get("source_sha256", "")
-    return Weights(tensors, config, metadata.get("name", KIND), digest, source)
+    return Weights(tensors, config, metadata.get("name", path.stem), digest, source)
 
 
 # --- digests ---------------------------------------------------------------------------------
@@ -316,17 +289,10 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Digest of a file's bytes; `progress` gets the bytes read so far."""
-    digest = hashlib.sha256()
-    done = 0
+def file_sha256(path: Path) -> str:
+    """Digest of a file's bytes."""
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            done += len(block)
-            if progress is not None:
-                progress(done)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _some(keys: Iterable[str]) -> str:
@@ -334,9 +300,3 @@ def _some(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     shown = ", ".join(keys[:4])
     return shown if len(keys) <= 4 else f"{shown} and {len(keys) - 4} more ({len(keys)} in all)"
-
-
-def _first_line(error: BaseException) -> str:
-    """The gist of a library's error: its first line, its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -48,6 +48,12 @@ class LatentCLIP:
 
     min_coverage = 0.5
     neutral_prompts = NEUTRAL_PROMPTS
+    always_neutral = False
+    uses_templates = True
+    notes = (
+        "Latent-CLIP (arXiv 2503.08455) reads SDXL latents of 512 px; other sizes go through "
+        "interpolated positional embeddings, which its authors did not evaluate."
+    )
 
     def __init__(
         self, weights: checkpoint.Weights, resize: Resize = "interpolate", name: str | None = None
@@ -189,9 +195,7 @@ class LatentCLIP:
             self._level(sigma, adapt.tiles),
         )
         pooled, places = tokens[:, 0], tokens[:, 1:]
-        if adapt.tiles == 1:
-            return Features(pooled, places, adapt.grid)
-        return Features(pooled, adapt.stitch(places), adapt.grid, adapt.tiles)
+        return Features(pooled, adapt.stitch(places), adapt.grid, adapt.tiles, adapt.extent)
 
     def encode_latents(self, latents: Latents) -> Tensor:
         """Unit-norm float32 embeddings [B, dim], differentiable in the latents' tensor.
@@ -254,10 +258,13 @@ def _converted_once(path: Path, config: LatentClipConfig | None) -> checkpoint.W
     """An official checkpoint through the cache, where its digest names the converted file."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
-    kept = cache_dir() / "converted" / f"{checkpoint.file_sha256(path)}.safetensors"
+    digest = checkpoint.file_sha256(path)
+    kept = cache_dir() / "converted" / f"{digest}.safetensors"
     if kept.is_file():
         return checkpoint.read_converted(kept)
-    return checkpoint.convert(path, kept, config=config)
+    weights = checkpoint.convert(checkpoint.read_official(path, config, digest))
+    checkpoint.write(kept, weights)
+    return weights
 
 
 def _random_tensors(config: LatentClipConfig, seed: int) -> dict[str, Tensor]:

@@ -15,11 +15,13 @@ Resize = Literal["interpolate", "pool", "tile"]
 class Adapter(Protocol):
     """One way, made for one size of latents.
 
-    tiles: views of each image; grid: patches (rows, columns) that its tokens stand for.
+    tiles: views of each image; grid: patches (rows, columns) that its tokens stand for; extent:
+    latent cells (height, width) that this grid spans.
     """
 
     tiles: int
     grid: tuple[int, int]
+    extent: tuple[int, int]
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """[B, C, H, W] to [B * tiles, C, h, w], linear in the values."""
@@ -37,11 +39,11 @@ class Interpolate:
     tiles = 1
 
     def __init__(self, height: int, width: int, side: int, patch: int) -> None:
-        self.size = (_up(height, patch), _up(width, patch))
-        self.grid = (self.size[0] // patch, self.size[1] // patch)
+        self.extent = (_up(height, patch), _up(width, patch))
+        self.grid = (self.extent[0] // patch, self.extent[1] // patch)
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        return extend(tensor, *self.size)
+        return extend(tensor, *self.extent)
 
     def stitch(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -54,6 +56,7 @@ class Pool:
 
     def __init__(self, height: int, width: int, side: int, patch: int) -> None:
         self.side = side
+        self.extent = (height, width)
         self.grid = (side // patch, side // patch)
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -73,8 +76,8 @@ class Tile:
 
     def __init__(self, height: int, width: int, side: int, patch: int) -> None:
         self.side, self.patch = side, patch
-        self.size = (max(_up(height, patch), side), max(_up(width, patch), side))
-        self.grid = (self.size[0] // patch, self.size[1] // patch)
+        self.extent = (max(_up(height, patch), side), max(_up(width, patch), side))
+        self.grid = (self.extent[0] // patch, self.extent[1] // patch)
         self.rows, self.columns = (_starts(n, side // patch) for n in self.grid)
         self.whole = (height, width) != (side, side)
         self.tiles = len(self.rows) * len(self.columns) + self.whole
@@ -82,7 +85,7 @@ class Tile:
     def __call__(self, tensor: Tensor) -> Tensor:
         if not self.whole:
             return tensor
-        full, side, patch = extend(tensor, *self.size), self.side, self.patch
+        full, side, patch = extend(tensor, *self.extent), self.side, self.patch
         views = [F.adaptive_avg_pool2d(tensor, side)]
         for row in self.rows:
             for column in self.columns:

@@ -1,0 +1,170 @@
+"""Names and paths to encoders, and what is installed under a name.
+
+Only `fetch` asks the network, and only `latentguard models get` calls it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentguard.encoders.base import Encoder
+from latentguard.encoders.catalog import (
+    CATALOG,
+    HUB,
+    Entry,
+    by_hand,
+    cache_dir,
+    converted_path,
+    how_to_get,
+    locate,
+)
+from latentguard.encoders.header import first_line, read_metadata
+from latentguard.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_encoder(name_or_path: str | Path, device: torch.device | str | None = None) -> Encoder:
+    """An encoder by name (`latentguard models list`) or from a file.
+
+    A path is an official Latent-CLIP checkpoint (.pt, .pth, .ckpt) or a .safetensors file that
+    latentguard wrote, whose metadata says what it is. `device` None is CUDA where there is one,
+    else the CPU. Raises ModelError for an unknown name, a model that is not on this machine (it
+    says how to get it), and a file that cannot be loaded.
+    """
+    device = _device(device)
+    if isinstance(name_or_path, str) and name_or_path in CATALOG:
+        return _load_named(CATALOG[name_or_path], device)
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        raise ModelError(_unknown(str(name_or_path)))
+    return _load_file(path, device)
+
+
+def best_encoder(space: str) -> str:
+    """The name that `--model auto` stands for: the best encoder of a space on this machine.
+
+    Raises ModelError where there is none; it says which spaces have one, or how to get it.
+    """
+    of_space = [entry for entry in CATALOG.values() if entry.space == space]
+    for entry in of_space:
+        if locate(entry.name) is not None:
+            return entry.name
+    if of_space:
+        name = of_space[0].name
+        raise ModelError(f"no encoder of space {space} is on this machine: {how_to_get(name)}")
+    spaces = sorted({entry.space for entry in CATALOG.values()})
+    raise ModelError(
+        f"no encoder reads latents of space {space}: there are encoders of {', '.join(spaces)}"
+    )
+
+
+def _load_named(entry: Entry, device: str | torch.device) -> Encoder:
+    path = locate(entry.name)
+    if path is None:
+        if entry.bundled:
+            raise ModelError(
+                f"the bundled model {entry.name} is missing from this installation: reinstall "
+                "latentguard"
+            )
+        raise ModelError(f"{entry.name} is not on this machine: {how_to_get(entry.name)}")
+    if entry.kind == "nano":
+        from latentguard.encoders.nano import load_nano
+
+        return load_nano(entry.name, device)
+    from latentguard.encoders.latent_clip import LatentCLIP
+
+    if path != converted_path(entry.name):
+        path = install(entry.name, path)
+    encoder = LatentCLIP.load(path, device)
+    if encoder.config != entry.config:
+        raise ModelError(f"{path}: is not {entry.name}: its configuration is {encoder.config}")
+    return encoder
+
+
+def install(name: str, checkpoint_file: Path) -> Path:
+    """Convert an official checkpoint file and keep it in the cache as a named model.
+
+    Returns the converted file. Raises ModelError for a bundled model, for a file that cannot be
+    loaded, and for another model's checkpoint.
+    """
+    from latentguard.encoders import checkpoint
+
+    entry = CATALOG[name]
+    if entry.bundled:
+        raise ModelError(f"{name} is bundled: there is nothing to install")
+    weights = checkpoint.read_official(checkpoint_file)
+    if weights.name != name:
+        raise ModelError(f"{checkpoint_file}: is a checkpoint of {weights.name}, not of {name}")
+    target = converted_path(name)
+    checkpoint.write(target, checkpoint.convert(weights))
+    return target
+
+
+def fetch(name: str, keep: bool = False) -> Path:
+    """Download a model's official checkpoint (progress on stderr) and install it.
+
+    An interrupted download is continued by the next call. The download is deleted once it is
+    converted, unless `keep`. Returns the converted file; raises ModelError with what to do by hand
+    where the hub cannot be reached.
+    """
+    entry = CATALOG[name]
+    if entry.bundled:
+        raise ModelError(f"{name} is bundled: there is nothing to fetch")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ModelError(
+            f"{name}: fetching needs huggingface_hub: pip install 'latentguard[torch]', or "
+            f"{by_hand(name)}"
+        ) from error
+    folder = cache_dir() / "downloads" / name
+    try:
+        downloaded = hf_hub_download(str(entry.repo), str(entry.file), local_dir=folder)
+    except Exception as error:  # its HTTP library and with it the errors differ between versions
+        raise ModelError(
+            f"{name} could not be fetched from {HUB}/{entry.repo} ({first_line(error)}): "
+            f"{by_hand(name)}"
+        ) from error
+    target = install(name, Path(downloaded))
+    if not keep:
+        shutil.rmtree(folder)
+    return target
+
+
+def _load_file(path: Path, device: str | torch.device) -> Encoder:
+    from latentguard.encoders.latent_clip import LatentCLIP
+
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        return LatentCLIP.load(path, device)
+    written_as = read_metadata(path).get("format")
+    if written_as == "latentguard-latent-clip":
+        return LatentCLIP.load(path, device)
+    if written_as == "latentguard-nano":
+        from latentguard.encoders.nano import load_nano
+
+        return load_nano(path, device)
+    raise ModelError(
+        f"{path}: metadata `format` must be latentguard-latent-clip or latentguard-nano, "
+        f"got {written_as!r}"
+    )
+
+
+def _device(device: torch.device | str | None) -> torch.device | str:
+    if device is not None:
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.5)
+    guess = f" (did you mean {close[0]}?)" if close else ""
+    return (
+        f"no model or file is called {name!r}{guess}: choose from {', '.join(CATALOG)}, or a path"
+    )
