@@ -63,6 +63,13 @@ def best_encoder(space: str) -> str:
     )
 
 
+def find(name: str) -> Entry:
+    """The catalogue's entry of a name; ModelError lists the names and the closest."""
+    if name not in CATALOG:
+        raise ModelError(_unknown(name))
+    return CATALOG[name]
+
+
 def _load_named(entry: Entry, device: str | torch.device) -> Encoder:
     path = locate(entry.name)
     if path is None:
@@ -94,7 +101,7 @@ def install(name: str, checkpoint_file: Path) -> Path:
     """
     from latentguard.encoders import checkpoint
 
-    entry = CATALOG[name]
+    entry = find(name)
     if entry.bundled:
         raise ModelError(f"{name} is bundled: there is nothing to install")
     weights = checkpoint.read_official(checkpoint_file)
@@ -112,7 +119,7 @@ def fetch(name: str, keep: bool = False) -> Path:
     converted, unless `keep`. Returns the converted file; raises ModelError with what to do by hand
     where the hub cannot be reached.
     """
-    entry = CATALOG[name]
+    entry = find(name)
     if entry.bundled:
         raise ModelError(f"{name} is bundled: there is nothing to fetch")
     try:
@@ -126,9 +133,9 @@ def fetch(name: str, keep: bool = False) -> Path:
     try:
         downloaded = hf_hub_download(str(entry.repo), str(entry.file), local_dir=folder)
     except Exception as error:  # its HTTP library and with it the errors differ between versions
+        reason = first_line(error).split(". ")[0]
         raise ModelError(
-            f"{name} could not be fetched from {HUB}/{entry.repo} ({first_line(error)}): "
-            f"{by_hand(name)}"
+            f"{name} could not be fetched from {HUB}/{entry.repo} ({reason}): {by_hand(name)}"
         ) from error
     target = install(name, Path(downloaded))
     if not keep:
