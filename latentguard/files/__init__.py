@@ -1,0 +1,13 @@
+"""Latents files: reading them safely, one image at a time, and writing them with their convention.
+
+Reading order: bounds.py (what is refused for its size) -> claims.py (what a file says of itself)
+-> one reader per format (numpy_files.py, safetensors_files.py, torch_files.py, shards.py)
+-> reading.py (paths to records) -> writing.py. No reader unpickles anything.
+"""
+
+from __future__ import annotations
+
+from latentguard.files.reading import Record, load_latents, read_latents
+from latentguard.files.writing import save_latents
+
+__all__ = ["Record", "load_latents", "read_latents", "save_latents"]

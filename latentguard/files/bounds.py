@@ -1,0 +1,31 @@
+"""How large the parts of a latents file may be. Files are untrusted: sizes are checked, never
+believed, and nothing is allocated for a size that the file itself does not hold.
+"""
+
+from __future__ import annotations
+
+MIB = 2**20
+
+# One image: 1,024 x 1,024 cells are 8,192 x 8,192 pixels, beyond what any known pipeline makes;
+# in float32 with 32 channels that is 128 MiB, the most that is held at a time.
+MAX_IMAGE_CELLS = 1024 * 1024
+# The JSON header of a safetensors file: room for the ids of 100,000 images. The format allows 100
+# MB, which Python would turn into gigabytes of objects.
+MAX_SAFETENSORS_HEADER = 8 * MIB
+# A .npy header is a line of text; numpy's own limit for an untrusted one is 10,000 characters.
+MAX_NPY_HEADER = 10_000
+# The structure (not the numbers) of a .pt file: some 30,000 tensors in one list. It is interpreted
+# one opcode at a time, about 2 seconds for the whole of it.
+MAX_PICKLE = 4 * MIB
+# The table of contents of a zip archive (.pt, .npz), which is read as a whole.
+MAX_ZIP_DIRECTORY = 16 * MIB
+# A compressed .npz may grow to this; what is larger is better stored uncompressed.
+MAX_INFLATED = 4096 * MIB
+# Axes of an array: latents have four at most, and the product of a million sizes takes minutes.
+MAX_AXES = 8
+# Text that says something about latents: a shard's KEY.json, a tar extension header.
+MAX_METADATA = MIB
+# A .pt inside a shard is read as a whole; a shard holds an image or a few per member.
+MAX_SHARD_TORCH_MEMBER = 256 * MIB
+# An image's name; longer ones would swamp every report.
+MAX_ID = 1024

@@ -1,0 +1,241 @@
+"""What a latents file says of itself, and what follows from it.
+
+A file may declare `space`, `scaled`, `layout`, `height`, `width`, `ids` and, where its scaling is
+not the space's own, `scale` and `shift`. The same keys hold in a .pt dict, in safetensors metadata
+(as JSON text), in an .npz and in a shard's KEY.json. Other keys are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from latentguard.errors import LatentsError
+from latentguard.files.bounds import MAX_ID, MAX_IMAGE_CELLS
+from latentguard.spaces import SPACES, LatentSpace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAYOUTS = ("spatial", "packed")
+_CHANNELS = {space.channels for space in SPACES.values()}
+_PACKED = {space.packed_channels: space for space in SPACES.values() if space.packed_patch > 1}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What is known before a single number is read; None where nothing was said."""
+
+    space: str | None = None
+    scaled: bool | None = None
+    layout: str | None = None
+    height: int | None = None
+    width: int | None = None
+    ids: tuple[str, ...] | None = None
+    scale: float | tuple[float, ...] | None = None
+    shift: float | tuple[float, ...] | None = None
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], text: bool = False) -> Claims:
+        """Validate the known keys of a mapping; `text` where every value is a string.
+
+        Raises:
+            LatentsError: a known key with a value that is not what it must be.
+        """
+        found = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
+        if text:
+            found = {key: _from_text(key, value) for key, value in found.items()}
+        return cls(**{key: _PARSERS[key](key, value) for key, value in found.items()})
+
+    def merged(self, other: Claims, mine: str, theirs: str) -> Claims:
+        """Both; LatentsError where they contradict each other."""
+        known = {}
+        for field in fields(self):
+            here, there = getattr(self, field.name), getattr(other, field.name)
+            if here is not None and there is not None and here != there:
+                raise LatentsError(
+                    f"{mine} says {field.name} {_shown(here)}, {theirs} says {_shown(there)}"
+                )
+            known[field.name] = there if here is None else here
+        return Claims(**known)
+
+    def latent_space(self) -> LatentSpace | None:
+        """The declared space, with the declared scale and shift."""
+        if self.space is None:
+            return None
+        space = SPACES[self.space]
+        return replace(
+            space,
+            scale=space.scale if self.scale is None else self.scale,
+            shift=space.shift if self.shift is None else self.shift,
+        )
+
+
+KEYS = frozenset(field.name for field in fields(Claims))
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One file, or one member of a shard, opened as far as its header.
+
+    `images` yields each image's tensor, [C, H, W] or tokens [N, C], or the error that replaces it;
+    it can be called again. A LatentsError that it raises ends the file.
+    """
+
+    claims: Claims
+    images: Callable[[], Iterator[Tensor | LatentsError]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one array holds images: `count` of them of `shape`, one after the other."""
+
+    count: int
+    shape: tuple[int, ...]
+    layout: str
+
+
+def plan(shape: tuple[int, ...], claims: Claims) -> Plan:
+    """Read an array's shape as a batch of images, or as one.
+
+    Raises:
+        LatentsError: a rank, size or layout that is no batch of latents.
+    """
+    if math.prod(shape) == 0:
+        raise LatentsError(f"the latents are empty (shape {list(shape)})")
+    layout = _layout(shape, claims)
+    rank = 2 if layout == "packed" else 3
+    if len(shape) not in (rank, rank + 1):
+        expected = "[B, N, C] or [N, C]" if layout == "packed" else "[B, C, H, W] or [C, H, W]"
+        raise LatentsError(f"{layout} latents must be {expected}, got shape {list(shape)}")
+    count, image = (shape[0], shape[1:]) if len(shape) == rank + 1 else (1, shape)
+    cells = image[0] * 4 if layout == "packed" else image[1] * image[2]
+    channels = image[1] if layout == "packed" else image[0]
+    if cells > MAX_IMAGE_CELLS:
+        raise LatentsError(
+            f"an image of {cells} latent cells (shape {list(shape)}) is over the limit of "
+            f"{MAX_IMAGE_CELLS}"
+        )
+    if channels > max(_PACKED):
+        raise LatentsError(
+            f"latents of {channels} channels (shape {list(shape)}) are of no known space "
+            f"({', '.join(f'{s.name} {s.channels}' for s in SPACES.values())})"
+        )
+    return Plan(count, image, layout)
+
+
+def _layout(shape: tuple[int, ...], claims: Claims) -> str:
+    """The declared layout, else what the shape can only be."""
+    if claims.layout is not None:
+        return claims.layout
+    if len(shape) == 4:
+        return "spatial"
+    if len(shape) != 3:
+        raise LatentsError(
+            f"latents must be [B, C, H, W], [C, H, W] or packed [B, N, C], got shape {list(shape)}"
+        )
+    size = (claims.height, claims.width)
+    # [C, H, W] and packed [B, N, C] have the same rank: the declared size, else the channel count.
+    space = _PACKED.get(shape[2])
+    packed = (
+        space is not None
+        and claims.space in (None, space.name)
+        and claims.height is not None
+        and claims.width is not None
+        and shape[1] * 4 == claims.height * claims.width
+    )
+    channels = _CHANNELS if claims.space is None else {SPACES[claims.space].channels}
+    spatial = shape[0] in channels and size in ((None, None), shape[1:])
+    if packed is not spatial:
+        return "packed" if packed else "spatial"
+    raise LatentsError(
+        f"shape {list(shape)} could be one image [C, H, W] or packed tokens [B, N, C]: declare "
+        "layout (spatial or packed), and for packed ones height and width in latent cells"
+    )
+
+
+# -- values ----------------------------------------------------------------------------------
+
+
+def _from_text(key: str, value: str) -> Any:
+    """Metadata of a safetensors file: names as they are, everything else as JSON."""
+    if key in ("space", "layout"):
+        return value
+    try:
+        # Accepts True as Python writes it, too.
+        return json.loads(value.lower() if key == "scaled" else value)
+    except (ValueError, RecursionError) as error:
+        raise LatentsError(f"metadata {key} must be JSON, got {_shown(value)}") from error
+
+
+def _space(key: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in SPACES:
+        raise LatentsError(f"{key} must be one of {', '.join(SPACES)}, got {_shown(value)}")
+    return value
+
+
+def _scaled(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise LatentsError(f"{key} must be true or false, got {_shown(value)}")
+    return value
+
+
+def _layout_name(key: str, value: Any) -> str:
+    if value not in LAYOUTS:
+        raise LatentsError(f"{key} must be {' or '.join(LAYOUTS)}, got {_shown(value)}")
+    return str(value)
+
+
+def _cells(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_IMAGE_CELLS:
+        raise LatentsError(f"{key} must be a number of latent cells, got {_shown(value)}")
+    return value
+
+
+def _ids(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise LatentsError(f"{key} must be a list of names, got {_shown(value)}")
+    return tuple(image_id(item) for item in value)
+
+
+def image_id(value: Any) -> str:
+    """One image's name: a string, or a whole number as its digits."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise LatentsError(f"an id must be a string or a whole number, got {_shown(value)}")
+    name = str(value)
+    if len(name) > MAX_ID:
+        raise LatentsError(f"an id has {len(name)} characters, over the limit of {MAX_ID}")
+    return name
+
+
+def _factors(key: str, value: Any) -> float | tuple[float, ...]:
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    good = numbers and all(
+        isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers
+    )
+    if not good or len(numbers) > max(_PACKED) or not all(abs(n) < 1e30 for n in numbers):
+        raise LatentsError(f"{key} must be a finite number or one per channel, got {_shown(value)}")
+    if isinstance(value, (list, tuple)):
+        return tuple(float(number) for number in value)
+    return float(value)
+
+
+_PARSERS: dict[str, Callable[[str, Any], Any]] = {
+    "space": _space,
+    "scaled": _scaled,
+    "layout": _layout_name,
+    "height": _cells,
+    "width": _cells,
+    "ids": _ids,
+    "scale": _factors,
+    "shift": _factors,
+}
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message: short, and on one line."""
+    text = repr(value) if isinstance(value, (str, int, float, bool)) else type(value).__name__
+    return text if len(text) <= 60 else text[:57] + "..."

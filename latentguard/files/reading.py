@@ -1,0 +1,314 @@
+"""Paths to records: files, folders, globs and shards become one Record per image, lazily."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from latentguard.errors import LatentsError
+from latentguard.files.claims import Claims, Payload
+from latentguard.files.numpy_files import open_npy, open_npz
+from latentguard.files.safetensors_files import open_safetensors
+from latentguard.files.shards import Member, Sample, member_window, read_samples, sample_claims
+from latentguard.files.streams import open_regular, size_of
+from latentguard.files.torch_files import open_torch
+from latentguard.spaces import Latents, LatentSpace, Layout, recognise
+from latentguard.spaces.statistics import MAX_IMAGES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".pt", ".pth", ".safetensors", ".npy", ".npz", ".tar")
+# Found in a folder, these are reported rather than passed over: they may well hold latents.
+_REFUSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_OPENERS: dict[str, Callable[[BinaryIO, int, Claims], Payload]] = {
+    ".pt": open_torch,
+    ".pth": open_torch,
+    ".safetensors": open_safetensors,
+    ".npy": open_npy,
+    ".npz": open_npz,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a file, or why it cannot be read; exactly one of latents and error is set.
+
+    Attributes:
+        source: the file, for a shard's member followed by "::" and the member's name.
+        index: the image's number within the file (the whole shard), from 0.
+        id: the image's name where the file gives one; in a shard its key.
+        latents: a batch of one, spatial [1, C, H, W], finite, in the file's own dtype and scaling.
+        error: one sentence, without the source.
+    """
+
+    source: str
+    index: int
+    id: str | None
+    latents: Latents | None
+    error: str | None
+
+
+def read_latents(
+    paths: Iterable[str | Path] | str | Path,
+    space: str | LatentSpace | None = None,
+    scaled: bool | None = None,
+) -> Iterator[Record]:
+    """Read latents files one image at a time, in a stable order; at most one image is in memory
+    besides what a .pt inside a shard holds.
+
+    Args:
+        paths: files (.pt, .pth, .safetensors, .npy, .npz, .tar), folders (searched recursively,
+            sorted by name), and glob patterns.
+        space, scaled: what the files do not say themselves. A file that says otherwise is an
+            error, and one that says nothing is recognised by its statistics or is an error.
+
+    Yields:
+        Records. Whatever is wrong with a file or an image becomes a Record with an error, and
+        the rest is read.
+
+    Raises:
+        LatentsError: the space is unknown, or torch is not installed.
+    """
+    given = None if space is None else LatentSpace.get(space)
+    if scaled is not None and not isinstance(scaled, bool):
+        raise LatentsError(f"scaled must be True, False or None, got {scaled!r}")
+    if importlib.util.find_spec("torch") is None:
+        raise LatentsError("reading latents needs torch: pip install 'latentguard[torch]'")
+    return _records([paths] if isinstance(paths, (str, Path)) else paths, given, scaled)
+
+
+def load_latents(
+    path: str | Path, space: str | LatentSpace | None = None, scaled: bool | None = None
+) -> Latents:
+    """All images of one file as one batch, spatial, with its ids if every image has one.
+
+    Raises:
+        LatentsError: anything in the file cannot be read, or its images differ in size.
+    """
+    batches = []
+    for record in read_latents([path], space, scaled):
+        if record.latents is None:
+            where = record.source if record.index == 0 else f"{record.source}, image {record.index}"
+            raise LatentsError(f"{where}: {record.error}")
+        batches.append(record.latents)
+    sizes = {(latents.height, latents.width) for latents in batches}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise LatentsError(f"{path}: images of several sizes ({shown}): use read_latents")
+    return Latents.cat(batches)
+
+
+def _records(
+    paths: Iterable[str | Path], space: LatentSpace | None, scaled: bool | None
+) -> Iterator[Record]:
+    for path in paths:
+        for found in _expand(path):
+            if isinstance(found, Record):
+                yield found
+                continue
+            yield from _guarded(str(found), 0, _file(found, space, scaled))
+
+
+def _guarded(source: str, index: int, records: Iterator[Record]) -> Iterator[Record]:
+    """The records, and any exception as the last of them."""
+    try:
+        for record in records:
+            index = record.index + 1
+            yield record
+    except LatentsError as error:
+        yield Record(source, index, None, None, str(error))
+    except MemoryError:
+        yield Record(source, index, None, None, "needs more memory than there is")
+    except Exception as error:  # a guard reports what it did not foresee; the rest is still read
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0][:200]
+        yield Record(source, index, None, None, f"cannot be read ({reason})")
+
+
+# -- paths -----------------------------------------------------------------------------------
+
+
+def _expand(path: str | Path) -> Iterator[Path | Record]:
+    """The files that a path, a folder or a pattern means, in a stable order."""
+    text = os.fspath(path)
+
+    def failed(error: str) -> Record:
+        return Record(text, 0, None, None, error)
+
+    try:
+        if os.path.isdir(text):
+            matches = list(_walk(text))
+            if not matches:
+                yield failed(f"is a folder without latents files ({', '.join(SUFFIXES)})")
+        elif glob.has_magic(text) and not os.path.lexists(text):
+            matches = []
+            for match in sorted(glob.glob(text, recursive=True, include_hidden=True)):
+                matches += _walk(match) if os.path.isdir(match) else [Path(match)]
+            if not matches:
+                yield failed("matches no file")
+        elif os.path.lexists(text):
+            matches = [Path(text)]
+        else:
+            matches = []
+            yield failed("does not exist")
+    except (OSError, ValueError) as error:  # a NUL byte in the path is a ValueError
+        yield failed(f"cannot be opened: {error}")
+        return
+    yield from matches
+
+
+def _walk(folder: str) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES + _REFUSED):
+                yield Path(root, name)
+
+
+# -- one file --------------------------------------------------------------------------------
+
+
+def _file(path: Path, space: LatentSpace | None, scaled: bool | None) -> Iterator[Record]:
+    name = path.name.lower()
+    if name.endswith(_REFUSED):
+        raise LatentsError("is a compressed archive, whose size nothing bounds: unpack it to .tar")
+    if not name.endswith(SUFFIXES):
+        raise LatentsError(f"is of an unknown type: known are {', '.join(SUFFIXES)}")
+    with open_regular(path) as stream:
+        size = size_of(stream)
+        if size == 0:
+            raise LatentsError("is an empty file")
+        if name.endswith(".tar"):
+            yield from _shard(path, stream, size, space, scaled)
+            return
+        if name.endswith((".pt", ".pth")):
+            payload = open_torch(stream, size, Claims(), path)
+        else:
+            payload = _OPENERS[path.suffix.lower()](stream, size, Claims())
+        yield from _images(payload, str(path), 0, None, space, scaled)
+
+
+def _shard(
+    path: Path, stream: BinaryIO, size: int, space: LatentSpace | None, scaled: bool | None
+) -> Iterator[Record]:
+    index = 0
+    for sample in read_samples(stream, size):
+        if isinstance(sample, LatentsError):
+            yield Record(str(path), index, None, None, str(sample))
+            index += 1
+            continue
+        for member in sample.latents:
+            source = f"{path}::{member.name}"
+            records = _member(stream, sample, member, source, index, space, scaled)
+            for record in _guarded(source, index, records):
+                index = record.index + 1
+                yield record
+
+
+def _member(
+    stream: BinaryIO,
+    sample: Sample,
+    member: Member,
+    source: str,
+    index: int,
+    space: LatentSpace | None,
+    scaled: bool | None,
+) -> Iterator[Record]:
+    if member.size == 0:
+        raise LatentsError("is an empty member")
+    claims = sample_claims(stream, sample)
+    suffix = os.path.splitext(member.name.lower())[1]
+    payload = _OPENERS[suffix](member_window(stream, member), member.size, claims)
+    yield from _images(payload, source, index, sample.key, space, scaled)
+
+
+# -- images ----------------------------------------------------------------------------------
+
+
+def _images(
+    payload: Payload,
+    source: str,
+    first: int,
+    key: str | None,
+    space: LatentSpace | None,
+    scaled: bool | None,
+) -> Iterator[Record]:
+    """The records of one payload: its convention is settled first, then image after image."""
+    given = Claims(space=None if space is None else space.name, scaled=scaled)
+    claims = payload.claims.merged(given, "the file", "the option given")
+    known = claims.latent_space()
+    if space is not None and claims.scale is None and claims.shift is None:
+        known = space  # the caller's may have a scaling of its own, or flux2's statistics
+    settled = _settle(payload, claims, known)
+    count = 0
+    for number, image in enumerate(payload.images()):
+        count = number + 1
+        name = key if claims.ids is None else (claims.ids[number : number + 1] or (None,))[0]
+        yield _record(source, first + number, name, image, settled, claims)
+    if claims.ids is not None and len(claims.ids) != count:
+        raise LatentsError(f"has {len(claims.ids)} ids for {count} images")
+
+
+def _settle(
+    payload: Payload, claims: Claims, known: LatentSpace | None
+) -> tuple[LatentSpace, bool] | None:
+    """Space and scaling as declared or recognised; None where no image can be used anyway.
+
+    Raises:
+        LatentsError: the question that the file leaves open.
+    """
+    if known is not None and claims.scaled is not None:
+        return known, claims.scaled
+    tensors = (image for image in payload.images() if not isinstance(image, LatentsError))
+    usable = (image for image in tensors if _problem(image) is None)
+    sample = list(itertools.islice(usable, MAX_IMAGES))
+    if not sample:
+        return None
+    if any(image.ndim == 2 for image in sample):
+        raise LatentsError(
+            "packed latents are not recognised by their statistics: declare their space and "
+            "scaling in the file, or say --space and --scaled or --unscaled"
+        )
+    found = recognise(sample, known, claims.scaled)
+    if found.space is None or found.scaled is None:
+        raise LatentsError(found.question)
+    return known or LatentSpace.get(found.space), found.scaled
+
+
+def _record(
+    source: str,
+    index: int,
+    name: str | None,
+    image: Tensor | LatentsError,
+    settled: tuple[LatentSpace, bool] | None,
+    claims: Claims,
+) -> Record:
+    problem = _problem(image)
+    if problem is None and settled is None:
+        problem = "its space and scaling are not known"
+    if problem is not None or settled is None or isinstance(image, LatentsError):
+        return Record(source, index, name, None, problem)
+    space, scaled = settled
+    layout: Layout = "packed" if image.ndim == 2 else "spatial"
+    ids = None if name is None else [name]
+    try:
+        latents = Latents(image[None], space, scaled, layout, claims.height, claims.width, ids)
+        return Record(source, index, name, latents.spatial(), None)
+    except LatentsError as error:
+        return Record(source, index, name, None, str(error))
+
+
+def _problem(image: Tensor | LatentsError) -> str | None:
+    """Why an image cannot be used, whatever its space; None where it can."""
+    if isinstance(image, LatentsError):
+        return str(image)
+    return None if bool(image.isfinite().all()) else "the latents hold NaN or Inf"

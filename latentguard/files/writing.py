@@ -1,0 +1,87 @@
+"""Writing latents with everything that reading them needs to know."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentguard.errors import LatentsError
+from latentguard.files.claims import KEYS
+from latentguard.spaces import SPACES, Latents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_RESERVED = KEYS | {"latents"}
+
+
+def save_latents(path: str | Path, latents: Latents, **metadata: Any) -> None:
+    """Write latents as .pt (a dict) or .safetensors, with space, scaling, layout, size and ids.
+
+    The file appears complete or not at all. `read_latents` and `load_latents` give the same
+    latents back, to the bit.
+
+    Args:
+        path: ends in .pt, .pth or .safetensors; .npy holds numbers only and is refused.
+        metadata: further keys, values of JSON's kinds (a licence, say); readers ignore them.
+
+    Raises:
+        LatentsError: another suffix, a reserved key, or a value that JSON has no kind for.
+    """
+    target = Path(path)
+    suffix = target.suffix.lower()
+    if suffix not in (".pt", ".pth", ".safetensors"):
+        raise LatentsError(
+            f"{target}: latents are written as .pt or .safetensors, which say what they hold"
+        )
+    taken = sorted(_RESERVED & metadata.keys())
+    if taken:
+        raise LatentsError(f"{target}: metadata {', '.join(taken)} follows from the latents")
+    try:
+        extra = json.loads(json.dumps(metadata))
+    except (TypeError, ValueError) as error:
+        raise LatentsError(f"{target}: metadata must be JSON: {error}") from error
+    fields = {**_description(latents), **extra}
+    tensor = latents.tensor.detach().cpu().contiguous().clone()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        if suffix == ".safetensors":
+            _save_safetensors(partial, tensor, fields)
+        else:
+            _save_torch(partial, tensor, fields)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _description(latents: Latents) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "space": latents.space.name,
+        "scaled": latents.scaled,
+        "layout": latents.layout,
+        "height": latents.height,
+        "width": latents.width,
+    }
+    if latents.ids is not None:
+        fields["ids"] = list(latents.ids)
+    standard = SPACES[latents.space.name]
+    for key in ("scale", "shift"):
+        value = getattr(latents.space, key)
+        if value != getattr(standard, key):
+            fields[key] = list(value) if isinstance(value, tuple) else value
+    return fields
+
+
+def _save_torch(path: Path, tensor: Tensor, fields: dict[str, Any]) -> None:
+    import torch
+
+    torch.save({"latents": tensor, **fields}, path)
+
+
+def _save_safetensors(path: Path, tensor: Tensor, fields: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in fields.items()}
+    save_file({"latents": tensor}, path, metadata=text)
