@@ -1,4 +1,4 @@
-"""ConceptBank: a policy's prompts as one encoder embeds them, ready for `ops.concept_similarity`."""
+"""ConceptBank: a policy's prompts as an encoder embeds them, ready for ops.concept_similarity."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def embed_prompts(prompts: Sequence[str], policy: Policy, encoder: Encoder) -> T
 
 
 def _contrast(policy: Policy, encoder: Encoder) -> tuple[Tensor, list[tuple[int, int]]]:
-    """All distinct contrast sets one after the other, each prompt embedded once, and who uses which."""
+    """All distinct contrast sets one after the other, and which of them each concept uses."""
     # A policy without any contrast is judged against the model's own neutral prompts; a model
     # whose baseline is part of its score (`always_neutral`) adds them to every set.
     sets = []

@@ -1,4 +1,4 @@
-"""Autoencoders that turn training images into latents: TAE encoders by file, diffusers by folder."""
+"""What turns training images into latents: TAE encoders by file, diffusers VAEs by folder."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ class Meta:
 
     schema_version: int
     images: int
+    large_images: int
     done: int
+    large_done: int
     seed: int
     space: str
     scaled: bool
@@ -43,7 +45,8 @@ class Cache:
     """Crops, latents and targets of `images` photos, all float16 or uint8 memory maps.
 
     crops [N, 256, 256, 3] uint8; latents [N, C, 32, 32]; entries [N, 48, 32, 32] (block 4);
-    heads [N, 1280, 8, 8] (before pooling). Without an autoencoder there are no latents.
+    heads [N, 1280, 8, 8] (before pooling); large [M, C, 64, 64], latents of the first M crops at
+    512 px. Without an autoencoder there are no latents.
     """
 
     def __init__(self, folder: Path, meta: Meta) -> None:
@@ -53,9 +56,12 @@ class Cache:
         self.crops = self._array("crops", "u1", (n, SIZE, SIZE, 3))
         self.entries = self._array("entries", "f2", (n, ENTRY_CHANNELS, grid, grid))
         self.heads = self._array("heads", "f2", (n, HEAD_CHANNELS, grid // 4, grid // 4))
-        self.latents = (
-            self._array("latents", "f2", (n, meta.channels, grid, grid)) if meta.channels else None
-        )
+        self.latents: NDArray[Any] | None = None
+        self.large: NDArray[Any] | None = None
+        if meta.channels:
+            self.latents = self._array("latents", "f2", (n, meta.channels, grid, grid))
+            shape = (meta.large_images, meta.channels, 2 * grid, 2 * grid)
+            self.large = self._array("large", "f2", shape)
 
     def _array(self, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         path = self.folder / f"{name}.npy"
@@ -72,7 +78,7 @@ class Cache:
 
     def save(self) -> None:
         """Make what was computed so far survive an interruption."""
-        for array in (self.crops, self.entries, self.heads, self.latents):
+        for array in (self.crops, self.entries, self.heads, self.latents, self.large):
             if isinstance(array, np.memmap):
                 array.flush()
         temporary = self.folder / "cache.json.tmp"
@@ -92,6 +98,7 @@ def prepare(
     teacher: Teacher,
     *,
     space: str,
+    large_images: int = 0,
     seed: int = 0,
 ) -> Cache:
     """Crop, encode and label the photos into `folder`, going on where an earlier run stopped.
@@ -102,6 +109,8 @@ def prepare(
     wanted = Meta(
         SCHEMA_VERSION,
         len(images),
+        min(large_images, len(images)) if autoencoder else 0,
+        0,
         0,
         seed,
         space,
@@ -113,7 +122,7 @@ def prepare(
     if description.exists():
         found = Meta(**json.loads(description.read_text()))
         for key, value in asdict(wanted).items():
-            if key != "done" and getattr(found, key) != value:
+            if key not in ("done", "large_done") and getattr(found, key) != value:
                 raise LatentsError(
                     f"{description}: {key} is {getattr(found, key)!r}, this run wants {value!r}; "
                     "give another --cache folder"
@@ -138,4 +147,21 @@ def prepare(
             if rows.stop % SAVE_EVERY < BATCH or rows.stop == len(images):
                 cache.save()
             progress.advance(len(rows))
+    if autoencoder is not None and cache.large is not None:
+        _prepare_large(cache, [images[i] for i in order], autoencoder, seed)
     return cache
+
+
+def _prepare_large(cache: Cache, images: Sequence[Path], encoder: Autoencoder, seed: int) -> None:
+    """The first crops again, at twice the size."""
+    meta = cache.meta
+    with Progress("encoding photos at 512 px", meta.large_images, meta.large_done) as progress:
+        for row in range(meta.large_done, meta.large_images):
+            pixels = torch.from_numpy(random_crop(images[row], seed + row, 2 * SIZE).copy())
+            latents = encoder.encode(pixels.permute(2, 0, 1)[None].float() / 255)
+            assert cache.large is not None
+            cache.large[row] = latents.tensor[0].numpy()
+            meta.large_done = row + 1
+            if meta.large_done % (SAVE_EVERY // 4) == 0 or meta.large_done == meta.large_images:
+                cache.save()
+            progress.advance(1)

@@ -40,10 +40,10 @@ def find_images(folders: Sequence[str | Path]) -> list[Path]:
     return sorted(found)
 
 
-def random_crop(path: Path, seed: int) -> NDArray[np.uint8]:
-    """One crop of a photo, uint8 [256, 256, 3]: random area, aspect, flip and colour.
+def random_crop(path: Path, seed: int, size: int = SIZE) -> NDArray[np.uint8]:
+    """One crop of a photo, uint8 [size, size, 3]: random area, aspect, flip and colour.
 
-    The same seed gives the same crop.
+    The same seed gives the same crop, at any size.
     """
     from PIL import Image, ImageEnhance
 
@@ -60,7 +60,7 @@ def random_crop(path: Path, seed: int) -> NDArray[np.uint8]:
     else:
         w = h = min(width, height)
     x, y = rng.randint(0, width - w), rng.randint(0, height - h)
-    image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < COLOUR_SHARE:

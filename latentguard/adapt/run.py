@@ -46,7 +46,7 @@ def adapt(
     """Make a nano encoder; an interrupted run goes on where it stopped.
 
     Args:
-        images: folders of photos, labels not needed. At least 225 photos.
+        images: folders of photos, labels not needed; 37 at least, thousands for a useful model.
         out: the model file to write (.safetensors); the checkpoint, history and plot lie beside it.
         name: the model's name in verdicts.
         space: the latent space; may be left out where the autoencoder's is certain.
@@ -70,7 +70,15 @@ def adapt(
     found = _space(encoder, space)
     teacher = load_teacher()
     folder = Path(cache) if cache else target.with_suffix(".cache")
-    filled = prepare(folder, photos, encoder, teacher, space=found.name, seed=recipe.seed)
+    filled = prepare(
+        folder,
+        photos,
+        encoder,
+        teacher,
+        space=found.name,
+        large_images=recipe.large_images,
+        seed=recipe.seed,
+    )
     kind, config, work = "", {}, None
     if encoder is not None:
         kind, config = "adapter", {"channels": found.channels}

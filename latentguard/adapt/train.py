@@ -1,7 +1,8 @@
 """Training a nano student on a cache of photos: two recipes, one loop.
 
 adapter: first the adapter alone, by regressing the teacher's features at 1/8 resolution; then the
-    whole network gently, on those features, the teacher's head map and its class posterior.
+    whole network gently, on those features, the teacher's head map and its class posterior; last
+    the adapter's second entry, which reads latents of 512 px, by the same regression.
 rgb: the whole pixel network, on the RGB view of a latent instead of the image (its head map
     averaged, and its class posterior), for spaces whose autoencoder is not at hand.
 """
@@ -29,7 +30,7 @@ from latentguard.encoders.nano_net import NanoNet, RgbViewNet
 from latentguard.errors import ModelError
 
 VALIDATION = 192
-"""Photos of the cache that are never trained on, for the curve that tells over- from underfitting."""
+"""Photos of the cache, at most, that are never trained on: the curve that shows overfitting."""
 
 CHECKPOINT_SECONDS = 120.0
 VALIDATE_EVERY = 50
@@ -39,8 +40,10 @@ VALIDATE_EVERY = 50
 class Recipe:
     """How long and how fast to train. Passes are images seen; the defaults made nano-flux2."""
 
-    adapter_passes: int = 45_000
-    joint_passes: int = 24_000
+    adapter_passes: int = 22_400
+    joint_passes: int = 9_600
+    large_passes: int = 4_800
+    large_images: int = 400
     batch_size: int = 32
     adapter_lr: float = 2.5e-3
     joint_adapter_lr: float = 8e-4
@@ -60,6 +63,7 @@ class Stage:
     groups: list[dict[str, Any]]
     passes: int
     loss: Callable[[nn.Module, NDArray[np.intp], bool], Tensor]
+    rows: int
 
 
 class AdapterRecipe:
@@ -121,6 +125,15 @@ class AdapterRecipe:
         assert isinstance(net, NanoNet)
         return self._entry_error(net.adapter(self._latents(rows, training)), rows)
 
+    def large(self, net: nn.Module, rows: NDArray[np.intp], training: bool) -> Tensor:
+        """The same for the entry that reads 512 px, its target being what `full` reads at 256."""
+        assert isinstance(net, NanoNet)
+        x = self.cache.batch("large", rows).contiguous(memory_format=torch.channels_last)
+        # The shared blocks stay as they are, running statistics included.
+        net.adapter.full.eval()
+        net.adapter.blocks.eval()
+        return self._entry_error(net.adapter(x), rows)
+
     def joint(self, net: nn.Module, rows: NDArray[np.intp], training: bool) -> Tensor:
         """KL divergence from the teacher's posterior, plus both regressions."""
         assert isinstance(net, NanoNet)
@@ -148,7 +161,7 @@ class RgbRecipe:
     def stages(self) -> list[Stage]:
         trained = [p for n, p in self.net.named_parameters() if "depthwise.conv.weight" not in n]
         group = {"params": trained, "lr": self.recipe.trunk_lr}
-        return [Stage("joint", [group], self.recipe.joint_passes, self.joint)]
+        return [Stage("joint", [group], self.recipe.joint_passes, self.joint, self.cache.meta.done)]
 
     def joint(self, net: nn.Module, rows: NDArray[np.intp], training: bool) -> Tensor:
         """KL divergence from the teacher's posterior, plus the averaged head map's error."""
@@ -216,7 +229,9 @@ class Trainer:
 
     def _stage(self, number: int, stage: Stage, resume: dict[str, Any] | None) -> None:
         size = self.work.recipe.batch_size
-        steps = max(1, stage.passes // size)
+        steps = stage.passes // size
+        if steps == 0:
+            return
         optimizer = torch.optim.AdamW(stage.groups, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, [group["lr"] for group in stage.groups], total_steps=steps + 1, pct_start=0.1
@@ -227,7 +242,7 @@ class Trainer:
             optimizer.load_state_dict(resume["optimizer"])
             schedule.load_state_dict(resume["schedule"])
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        rows = _batches(self.work.cache.meta.done, size, self.work.recipe.seed + number, start)
+        rows = _batches(stage.rows, _held(stage.rows), size, self.work.recipe.seed + number, start)
         self.net.train()
         saved_at = time.monotonic()
         with Progress(f"training {stage.name}", steps * size, start * size) as progress:
@@ -262,7 +277,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, stage: Stage) -> float:
-        rows = np.arange(min(VALIDATION, self.work.cache.meta.done))
+        rows = np.arange(_held(stage.rows))
         parts = np.array_split(rows, max(1, len(rows) // 32))
         losses = [stage.loss(self.average, part, False).item() for part in parts]
         return float(np.mean(losses))
@@ -297,18 +312,24 @@ class Trainer:
         return state
 
 
-def _batches(count: int, size: int, seed: int, skip: int) -> Iterator[NDArray[np.intp]]:
-    """Batches of shuffled rows without end, the validation rows left out; `skip` are passed over."""
-    if count <= VALIDATION + size:
+def _held(rows: int) -> int:
+    """How many of the first rows are for validation only: at most an eighth."""
+    return min(VALIDATION, rows // 8)
+
+
+def _batches(count: int, held: int, size: int, seed: int, skip: int) -> Iterator[NDArray[np.intp]]:
+    """Batches of shuffled rows without end, all but the first `held`; `skip` are passed over."""
+    if count - held < size:
         raise ModelError(
-            f"{count} photos are too few to train on: at least {VALIDATION + size + 1} are needed"
+            f"{count} photos are too few to train on in batches of {size}: give at least "
+            f"{size * 8 // 7 + 1}"
         )
     rng = np.random.default_rng(seed)
     rest: NDArray[np.intp] = np.empty(0, np.intp)
     number = 0
     while True:
         while len(rest) < size:
-            rest = np.concatenate([rest, VALIDATION + rng.permutation(count - VALIDATION)])
+            rest = np.concatenate([rest, held + rng.permutation(count - held)])
         if number >= skip:
             yield rest[:size]
         rest = rest[size:]

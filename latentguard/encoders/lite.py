@@ -1,4 +1,4 @@
-"""EfficientNet-Lite2 (Tan and Le 2019, arXiv 1905.11946; Lite variant: no squeeze-excitation, ReLU6).
+"""EfficientNet-Lite2 (Tan and Le 2019, arXiv 1905.11946; no squeeze-excitation, ReLU6).
 
 Two uses: whole, as the pixel-space teacher (latentguard.adapt), and from block 5 on, as the trunk
 of the nano encoders, which enter it at 1/8 resolution with a latent instead of an image.
@@ -121,7 +121,7 @@ class LiteStem(nn.Module):
 
 
 class Lite2(nn.Module):
-    """The whole network. Input: RGB [B, 3, H, W] in [0, 1]; H and W multiples of 32, best at 256."""
+    """The whole network, for RGB [B, 3, H, W] in [0, 1]; H and W multiples of 32, best 256."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,8 +186,10 @@ def fuse(module: nn.Module) -> nn.Module:
     for child in module.modules():
         if isinstance(child, nn.Sequential) and hasattr(child, "bn") and hasattr(child, "conv"):
             conv, bn = child.conv, child.bn
-            assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
-            assert bn.running_mean is not None and bn.running_var is not None
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(bn, nn.BatchNorm2d)
+            assert bn.running_mean is not None
+            assert bn.running_var is not None
             gain = bn.weight / torch.sqrt(bn.running_var + bn.eps)
             conv.weight.mul_(gain.view(-1, 1, 1, 1))
             bias = bn.bias - bn.running_mean * gain
