@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument("latents")
     parser.add_argument("images", type=Path)
     parser.add_argument("--space")
-    parser.add_argument("--scaled", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--unscaled", dest="scaled", action="store_false")
+    parser.add_argument("--scaled", action="store_const", const=True)
+    parser.add_argument("--unscaled", dest="scaled", action="store_const", const=False)
     arguments = parser.parse_args()
 
     images = sorted(p for p in arguments.images.rglob("*") if p.suffix.lower() in SUFFIXES)
