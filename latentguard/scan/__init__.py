@@ -1,0 +1,22 @@
+"""Many latents files against a policy: `scan_files`, and the sinks of `latentguard scan`.
+
+Reading order: record.py (one image's result) -> engine.py (paths to records) -> summary.py ->
+the sinks: lines.py (JSON lines, CSV), table.py, report.py with page.py and card.py. text.py keeps
+untrusted text harmless in all of them.
+"""
+
+from latentguard.scan.engine import Scan, scan_files
+from latentguard.scan.record import ModelId, PolicyId, ScanRecord
+from latentguard.scan.report import Report
+from latentguard.scan.summary import ModelInfo, Summary
+
+__all__ = [
+    "ModelId",
+    "ModelInfo",
+    "PolicyId",
+    "Report",
+    "Scan",
+    "ScanRecord",
+    "Summary",
+    "scan_files",
+]

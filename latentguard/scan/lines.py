@@ -1,0 +1,107 @@
+"""JSON lines and CSV: one line per image, written as the scan goes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol, TextIO
+
+from latentguard.scan.record import ScanRecord, score_of, threshold_of
+from latentguard.scan.text import spreadsheet_cell
+
+
+class Sink(Protocol):
+    """Where records go; `close` writes what had to wait for the last of them."""
+
+    def add(self, record: ScanRecord) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object per line, in ASCII: ids keep every character, as an escape if need be."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def add(self, record: ScanRecord) -> None:
+        line = json.dumps(record.to_dict(), ensure_ascii=True, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+
+
+class Csv:
+    """One row per image; no cell of it is a formula, whatever the files call their records.
+
+    The columns are fixed by the policy: those of `COLUMNS`, then each concept's probability.
+    """
+
+    COLUMNS = (
+        "source",
+        "index",
+        "id",
+        "space",
+        "decision",
+        "error",
+        "reason",
+        "matched",
+        "concept",
+        "prompt",
+        "unit",
+        "score",
+        "threshold",
+        "not_checked",
+        "model",
+        "model_sha256",
+        "policy",
+        "policy_version",
+        "policy_sha256",
+    )
+
+    def __init__(self, file: TextIO, policy: Mapping[str, Any]) -> None:
+        self._file = file
+        self._concepts = [concept["id"] for concept in policy["concepts"]]
+        self._rows = csv.writer(file, quoting=csv.QUOTE_MINIMAL, lineterminator="\r\n")
+        self._rows.writerow([*self.COLUMNS, *[f"p:{name}" for name in self._concepts]])
+
+    def add(self, record: ScanRecord) -> None:
+        lead, verdict = record.leading, record.verdict
+        text = [
+            record.space or "",
+            verdict.decision,
+            verdict.error or "",
+            verdict.reason,
+            " ".join(c.id for c in record.ranked if c.matched),
+            lead.id if lead else "",
+            lead.prompt if lead else "",
+            ("probability" if lead.threshold["kind"] == "probability" else "margin")
+            if lead
+            else "",
+        ]
+        model = (record.model.name, record.model.sha256) if record.model else ("", "")
+        policy = record.policy
+        seen = {c.id: f"{c.probability:.6f}" for c in verdict.concepts if c.covered}
+        self._rows.writerow(
+            [
+                spreadsheet_cell(record.source),
+                record.index,
+                spreadsheet_cell(record.id or ""),
+                *[spreadsheet_cell(value) for value in text],
+                f"{score_of(lead):.6f}" if lead else "",
+                f"{threshold_of(lead):.6f}" if lead else "",
+                " ".join(c.id for c in verdict.concepts if not c.covered),
+                *[
+                    spreadsheet_cell(value)
+                    for value in (*model, policy.name, policy.version, policy.sha256)
+                ],
+                *[seen.get(name, "") for name in self._concepts],
+            ]
+        )
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()

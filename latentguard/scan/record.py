@@ -1,0 +1,123 @@
+"""One image's result, as every sink receives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from latentguard.verdict import ConceptScore, Verdict
+
+_ACTIONS = ("observe", "review", "steer", "block")
+_SEVERITIES = ("low", "medium", "high", "critical")
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """Which weights scored an image."""
+
+    name: str
+    sha256: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {"name": self.name, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class PolicyId:
+    """Which policy judged it, down to the bytes."""
+
+    name: str
+    version: str
+    sha256: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {"name": self.name, "version": self.version, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class ScanRecord:
+    """The verdict on one image of one source.
+
+    source: the file or shard it was read from, as given.
+    index: its place in that source, from 0; -1 where the source itself could not be read.
+    id: the name that the file gives it, or None. Untrusted text, kept as it is.
+    space: the latent space's name, or None where it is not known.
+    verdict: decision, reason and scores; `verdict.error` says what could not be read or judged.
+    model: None where no model has judged it.
+    size: rows and columns of the latent grid, or None.
+    preview: uint8 [rows, columns, 3], the linear RGB view, where `previews=True` asked for it.
+    heatmaps: concept id -> float32 [h, w] of margins, where `heatmaps=True` asked for them.
+    ranked: the verdict's concepts, the one that decided first (see `rank`).
+    """
+
+    source: str
+    index: int
+    id: str | None
+    space: str | None
+    verdict: Verdict
+    policy: PolicyId
+    model: ModelId | None = None
+    size: tuple[int, int] | None = None
+    preview: np.ndarray | None = field(default=None, repr=False, compare=False)
+    heatmaps: dict[str, np.ndarray] | None = field(default=None, repr=False, compare=False)
+    ranked: tuple[ConceptScore, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def outcome(self) -> str:
+        """What to count it as: `error` where it could not be read or judged, else the decision."""
+        return "error" if self.failed else self.verdict.decision
+
+    @property
+    def leading(self) -> ConceptScore | None:
+        """The concept that decided or, where none did, the closest to its threshold."""
+        return self.ranked[0] if self.ranked and self.ranked[0].covered else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the input could not be read or judged."""
+        return self.verdict.error is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of this image: the verdict's fields and where they come from."""
+        return {
+            "source": self.source,
+            "index": self.index,
+            "id": self.id,
+            "space": self.space,
+            **self.verdict.to_dict(),
+            "model": self.model.to_dict() if self.model else None,
+            "policy": self.policy.to_dict(),
+        }
+
+
+def score_of(concept: ConceptScore) -> float:
+    """A concept's score in the unit of its threshold: a probability, or a margin of cosines."""
+    return concept.probability if concept.threshold["kind"] == "probability" else concept.margin
+
+
+def threshold_of(concept: ConceptScore) -> float:
+    """A concept's threshold in the same unit as `score_of`; NaN where none could be resolved."""
+    key = "margin" if concept.threshold["kind"] == "fpr" else "value"
+    return float(concept.threshold.get(key, math.nan))
+
+
+def rank(concepts: Sequence[ConceptScore], severity: Mapping[str, str]) -> list[ConceptScore]:
+    """The concepts with the one that decided first, and what the model cannot see last.
+
+    Matched ones come in the order in which a verdict's reason names them: action, severity (by
+    concept id), probability. Then the others, the closest to its threshold first.
+    """
+
+    def weight(concept: ConceptScore) -> tuple[bool, bool, int, int, float]:
+        if concept.matched:
+            grave = _SEVERITIES.index(severity.get(concept.id, "medium"))
+            return False, False, -_ACTIONS.index(concept.action), -grave, -concept.probability
+        gap = threshold_of(concept) - score_of(concept)
+        return not concept.covered, True, 0, 0, gap if math.isfinite(gap) else math.inf
+
+    return sorted(concepts, key=weight)

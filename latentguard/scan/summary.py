@@ -1,0 +1,68 @@
+"""What a whole scan came to: counts, time, and which models judged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from latentguard.scan.record import ModelId, PolicyId, ScanRecord
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model that took part in a scan, and what it could not do.
+
+    space: the latent space that it reads.
+    notes: what its makers say about it, its limits first; may be empty.
+    uncovered: ids of the policy's concepts that it cannot see.
+    limits: concept id -> threshold as a margin, where it is known for this model.
+    """
+
+    id: ModelId
+    space: str
+    notes: str = ""
+    uncovered: tuple[str, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Summary:
+    """Counts of a scan, one `add` per image; `outcomes` has each image once."""
+
+    policy: PolicyId
+    outcomes: Counter[str] = field(default_factory=Counter)
+    models: Counter[ModelId] = field(default_factory=Counter)
+    decisions: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=perf_counter)
+    seconds: float = 0.0
+
+    def add(self, record: ScanRecord) -> None:
+        self.outcomes[record.outcome] += 1
+        self.decisions[record.verdict.decision] += 1
+        if record.model is not None:
+            self.models[record.model] += 1
+        self.seconds = perf_counter() - self.started
+
+    @property
+    def images(self) -> int:
+        return self.outcomes.total()
+
+    def counts(self) -> dict[str, int]:
+        """Allowed, review, (steer,) blocked and errors, in that order, each image once."""
+        names = {"allow": "allowed", "review": "review", "steer": "steer", "block": "blocked"}
+        counts = {names[o]: self.outcomes[o] for o in names if o != "steer" or self.outcomes[o]}
+        errors = self.outcomes["error"]
+        return {**counts, "error" if errors == 1 else "errors": errors}
+
+    def line(self) -> str:
+        """One line: how many images, what became of them, how fast, by which model and policy."""
+        counts = ", ".join(f"{n:,} {name}" for name, n in self.counts().items())
+        noun = "image" if self.images == 1 else "images"
+        rate = f"{self.images / self.seconds:,.1f} images/s" if self.seconds > 0 else "no time"
+        models = ", ".join(f"{m.name} ({m.sha256[:12]})" for m in self.models) or "no model"
+        return (
+            f"{self.images:,} {noun}: {counts} · {rate} · {models} · "
+            f"policy {self.policy.name} {self.policy.version} ({self.policy.sha256[:12]})"
+        )

@@ -1,0 +1,99 @@
+"""The table on a terminal: one row per image, at most a few hundred of them."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from latentguard.scan.record import ScanRecord, score_of, threshold_of
+from latentguard.scan.shortlist import Shortlist
+from latentguard.scan.text import visible
+
+STYLES = {
+    "block": "bold red",
+    "steer": "bold blue",
+    "review": "bold yellow",
+    "error": "bold magenta",
+    "allow": "green",
+}
+SIGNS = {"block": "✕", "steer": "↻", "review": "!", "error": "?", "allow": "✓"}
+
+WIDTH = 120
+"""Columns where the output is no terminal."""
+
+
+class Table:
+    """Keeps rows until the end, at most `limit`; those not allowed before the others."""
+
+    def __init__(self, file: TextIO, limit: int = 500) -> None:
+        width = None if file.isatty() else WIDTH
+        self._console = Console(file=file, highlight=False, emoji=False, width=width)
+        self._rows = Shortlist(limit)
+
+    def add(self, record: ScanRecord) -> None:
+        self._rows.add(record)
+
+    def close(self) -> None:
+        rows = self._rows.in_order()
+        if not rows:
+            return
+        sources = {record.source for _, record in rows}
+        one = sources.pop() if len(sources) == 1 else None
+        table = RichTable(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            title=Text(visible(one)) if one else None,
+            title_justify="left",
+            title_style="dim",
+        )
+        table.add_column("Image", max_width=40, overflow="fold")
+        table.add_column("Decision", no_wrap=True)
+        table.add_column("Concept", max_width=24, overflow="fold")
+        table.add_column("Score", no_wrap=True)
+        table.add_column("Why", overflow="fold")
+        for _, record in rows:
+            table.add_row(*_cells(record, with_source=one is None))
+        self._console.print(table)
+        if len(rows) < self._rows.seen:
+            self._console.print(
+                Text(
+                    f"{len(rows):,} of {self._rows.seen:,} images are shown, those not allowed "
+                    "before the others; --format json or csv has all of them.",
+                    style="dim",
+                )
+            )
+
+
+def _cells(record: ScanRecord, with_source: bool) -> tuple[Text, Text, Text, Text, Text]:
+    lead = record.leading
+    outcome = record.outcome
+    decision = Text(f"{SIGNS[outcome]} {record.verdict.decision}", style=STYLES[outcome])
+    if lead is None or record.failed:
+        why = Text(visible(record.verdict.error or record.verdict.reason, 300))
+        kind = Text("error" if record.failed else "")
+        return _image(record, with_source), decision, kind, Text(), why
+    others = sum(c.matched for c in record.ranked) - 1
+    concept = Text(lead.id + (f" +{others}" if others > 0 else ""))
+    score = Text(f"{score_of(lead):.3f} {'≥' if lead.matched else '<'} {threshold_of(lead):.3f}")
+    why = Text(f"{'matches' if lead.matched else 'closest:'} {visible(lead.prompt, 80)}")
+    unseen = sum(not c.covered for c in record.ranked)
+    if unseen:
+        why.append(f" ({unseen} not checked)", style="dim")
+    if not lead.matched:
+        for text in (concept, score, why):
+            text.stylize("dim")
+    return _image(record, with_source), decision, concept, score, why
+
+
+def _image(record: ScanRecord, with_source: bool) -> Text:
+    """The id, else the place in the file; the file too where there are several."""
+    place = f"[{record.index}]"
+    if not with_source:
+        return Text(visible(record.id, 60) if record.id else place)
+    text = Text(visible(record.id, 60) if record.id else "")
+    source = f"{visible(record.source, 80)}{place}"
+    return text.append(f" {source}" if record.id else source, style="dim" if record.id else "")
