@@ -66,7 +66,7 @@ class LatentCLIP:
         self.needs_scaled = weights.config.needs_scaled
         self.dim = weights.config.embed_dim
         self.resize = resize
-        self.logit_scale = math.exp(float(weights.tensors["logit_scale"]))
+        self.logit_scale = _logit_scale(weights)
         with torch.device("meta"):
             self.vit = LatentViT(weights.config)
         image, self._text_weights = (
@@ -252,6 +252,16 @@ class LatentCLIP:
     def coverage(self, texts: Sequence[str]) -> Tensor:
         """All ones [P]: its text tower reads any prompt."""
         return torch.ones(len(texts), device=self.device)
+
+
+def _logit_scale(weights: checkpoint.Weights) -> float:
+    """The factor from its logarithm; CLIP's training keeps it at 100 or less."""
+    logarithm = float(weights.tensors["logit_scale"])
+    if not 0 <= logarithm <= math.log(1000):
+        raise ModelError(
+            f"{weights.name}: `logit_scale` must be the logarithm of 1 to 1000, got {logarithm}"
+        )
+    return math.exp(logarithm)
 
 
 def _converted_once(path: Path, config: LatentClipConfig | None) -> checkpoint.Weights:
