@@ -1,0 +1,20 @@
+// The CUDA half of include/operators.h. A launcher enqueues its kernels on `stream` and returns;
+// it neither synchronises nor allocates, so it may be captured in a CUDA graph.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace latentguard::cuda {
+
+// Widest features and embeddings whose tile fits in shared memory.
+constexpr int64_t kLargestWidth = 1024;
+
+cudaError_t patch_embed(const PatchEmbed& args, cudaStream_t stream);
+cudaError_t patch_embed_backward(const PatchEmbed& args, cudaStream_t stream);
+cudaError_t concept_similarity(const Concepts& args, cudaStream_t stream);
+cudaError_t concept_similarity_backward(const Concepts& args, cudaStream_t stream);
+
+// Bytes that concept_similarity wants in args.workspace, or 0 where one launch does it all.
+int64_t concept_workspace_bytes(const Concepts& args);
+
+}  // namespace latentguard::cuda
