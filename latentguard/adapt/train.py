@@ -41,13 +41,13 @@ class Recipe:
     """How long and how fast to train. Passes are images seen; the defaults made nano-flux2."""
 
     adapter_passes: int = 22_400
-    joint_passes: int = 9_600
-    large_passes: int = 4_800
-    large_images: int = 400
+    joint_passes: int = 4_800
+    large_passes: int = 3_200
+    large_images: int = 180
     batch_size: int = 32
     adapter_lr: float = 2.5e-3
-    joint_adapter_lr: float = 8e-4
-    trunk_lr: float = 1.5e-4
+    joint_adapter_lr: float = 3e-4
+    trunk_lr: float = 2e-5
     noise: float = 0.15
     noise_share: float = 0.3
     view_noise: float = 0.05

