@@ -55,8 +55,7 @@ def best_encoder(space: str) -> str:
         if locate(entry.name) is not None:
             return entry.name
     if of_space:
-        name = of_space[0].name
-        raise ModelError(f"no encoder of space {space} is on this machine: {how_to_get(name)}")
+        raise ModelError(_missing(of_space[0]))
     spaces = sorted({entry.space for entry in CATALOG.values()})
     raise ModelError(
         f"no encoder reads latents of space {space}: there are encoders of {', '.join(spaces)}"
@@ -73,12 +72,7 @@ def find(name: str) -> Entry:
 def _load_named(entry: Entry, device: str | torch.device) -> Encoder:
     path = locate(entry.name)
     if path is None:
-        if entry.bundled:
-            raise ModelError(
-                f"the bundled model {entry.name} is missing from this installation: reinstall "
-                "latentguard"
-            )
-        raise ModelError(f"{entry.name} is not on this machine: {how_to_get(entry.name)}")
+        raise ModelError(_missing(entry))
     if entry.kind == "nano":
         from latentguard.encoders.nano import load_nano
 
@@ -91,6 +85,15 @@ def _load_named(entry: Entry, device: str | torch.device) -> Encoder:
     if encoder.config != entry.config:
         raise ModelError(f"{path}: is not {entry.name}: its configuration is {encoder.config}")
     return encoder
+
+
+def _missing(entry: Entry) -> str:
+    if entry.bundled:
+        return (
+            f"the bundled model {entry.name} is missing from this installation: reinstall "
+            "latentguard"
+        )
+    return f"{entry.name} is not on this machine: {how_to_get(entry.name)}"
 
 
 def install(name: str, checkpoint_file: Path) -> Path:

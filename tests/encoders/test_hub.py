@@ -1,0 +1,344 @@
+"""Names to encoders, what is on this machine, fetching, and `latentguard models`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from clip_reference import SMALL_B4, SMALL_B8, Reference
+from typer.testing import CliRunner
+
+from latentguard.cli import models
+from latentguard.encoders import best_encoder, hub, load_encoder
+from latentguard.encoders.catalog import (
+    CATALOG,
+    bundled_path,
+    by_hand_path,
+    cache_dir,
+    converted_path,
+)
+from latentguard.encoders.checkpoint import file_sha256
+from latentguard.encoders.latent_clip import LatentCLIP
+from latentguard.errors import ModelError
+
+Write = Callable[..., Path]
+BUNDLED = [name for name, entry in CATALOG.items() if entry.bundled]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalogue's Latent-CLIPs, shallow and narrow."""
+    for name, config in (("latent-clip-b8", SMALL_B8), ("latent-clip-b4-plus", SMALL_B4)):
+        monkeypatch.setitem(CATALOG, name, replace(CATALOG[name], config=config))
+
+
+@pytest.fixture
+def by_hand(small: None, reference_b8: Reference, official: Write) -> Path:
+    """The official file, put where the error message says."""
+    path = by_hand_path("latent-clip-b8")
+    path.parent.mkdir(parents=True)
+    return Path(shutil.move(official(reference_b8.checkpoint()), path))
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def test_unknown_names_list_the_alternatives_and_the_closest() -> None:
+    with pytest.raises(
+        ModelError, match=r"'latent-clip-b-8' \(did you mean latent-clip-b8\?\)"
+    ) as e:
+        load_encoder("latent-clip-b-8")
+    for name in CATALOG:
+        assert name in str(e.value)
+    with pytest.raises(ModelError, match=r"called '/no/such\.pt': choose from"):
+        load_encoder(Path("/no/such.pt"))
+
+
+def test_a_missing_model_says_how_to_get_it(own_cache: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_encoder("latent-clip-b4-plus")
+    text = str(caught.value)
+    assert text.startswith("latent-clip-b4-plus is not on this machine")
+    assert "`latentguard models get latent-clip-b4-plus` (2.3 GB)" in text
+    assert (
+        "https://huggingface.co/wendlerc/latent-clip-b-4-512-plus-34b-80k"
+        "/resolve/main/checkpoints/epoch_34.pt" in text
+    )
+    assert str(own_cache / "models" / "latent-clip-b4-plus.pt") in text
+    assert "the bundled nano-sdxl" in text
+
+
+def test_random_weights_have_no_name() -> None:
+    for name in ("random", "latent-clip-b8-random"):
+        with pytest.raises(ModelError, match="no model or file is called"):
+            load_encoder(name)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_models_load_by_name_and_by_path(name: str) -> None:
+    path = bundled_path(name)
+    if not path.is_file():
+        pytest.skip(f"needs {path}, which this checkout does not have")
+    encoder = load_encoder(name)
+    assert (encoder.name, encoder.space) == (name, CATALOG[name].space)
+    assert load_encoder(path).sha256 == encoder.sha256
+
+
+# --- from files ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_put_there_by_hand_is_used(by_hand: Path) -> None:
+    encoder = load_encoder("latent-clip-b8")
+    assert isinstance(encoder, LatentCLIP)
+    assert (encoder.name, encoder.config) == ("latent-clip-b8", SMALL_B8)
+    assert converted_path("latent-clip-b8").is_file()
+    by_hand.unlink()
+    assert load_encoder("latent-clip-b8").sha256 == encoder.sha256
+    # The file itself says what it is, wherever it lies.
+    assert load_encoder(str(converted_path("latent-clip-b8"))).sha256 == encoder.sha256
+
+
+def test_a_checkpoint_in_the_hub_cache_is_used(
+    small: None, reference_b8: Reference, official: Write, tmp_path: Path
+) -> None:
+    entry = CATALOG["latent-clip-b8"]
+    repo = tmp_path / "hf" / "hub" / f"models--{str(entry.repo).replace('/', '--')}"
+    revision = "0" * 40
+    target = repo / "snapshots" / revision / str(entry.file)
+    target.parent.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(revision)
+    shutil.move(official(reference_b8.checkpoint()), target)
+    assert load_encoder("latent-clip-b8").name == "latent-clip-b8"
+
+
+def test_a_checkpoint_by_path(small: None, reference_b4: Reference, official: Write) -> None:
+    encoder = load_encoder(official(reference_b4.checkpoint()))
+    assert (encoder.name, encoder.dim) == ("latent-clip-b4-plus", 640)
+    assert not converted_path("latent-clip-b4-plus").exists(), "a path must not install a name"
+
+
+def test_another_models_checkpoint_is_not_installed(
+    small: None, reference_b4: Reference, official: Write
+) -> None:
+    path = official(reference_b4.checkpoint())
+    with pytest.raises(ModelError, match="a checkpoint of latent-clip-b4-plus, not of latent-cl"):
+        hub.install("latent-clip-b8", path)
+    with pytest.raises(ModelError, match="nano-sdxl is bundled"):
+        hub.install("nano-sdxl", path)
+    assert not converted_path("latent-clip-b8").exists()
+
+
+def test_a_converted_file_under_the_wrong_name_is_refused(
+    small: None, reference_b4: Reference, official: Write
+) -> None:
+    path = hub.install("latent-clip-b4-plus", official(reference_b4.checkpoint()))
+    path.rename(converted_path("latent-clip-b8"))
+    with pytest.raises(ModelError, match="is not latent-clip-b8"):
+        load_encoder("latent-clip-b8")
+
+
+def test_foreign_safetensors_files_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"must be latentguard-latent-clip or .*, got 'pt'"):
+        load_encoder(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ModelError, match="not a safetensors file with latentguard's metadata"):
+        load_encoder(path)
+
+
+# --- --model auto ----------------------------------------------------------------------------
+
+
+def test_the_best_encoder_on_this_machine(by_hand: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    present = {"nano-sdxl", "nano-flux2"}
+    located = hub.locate
+    monkeypatch.setattr(hub, "locate", lambda name: located(name) or (name in present) or None)
+    assert best_encoder("flux2") == "nano-flux2"
+    assert best_encoder("sdxl") == "latent-clip-b8"
+    by_hand.unlink()
+    assert best_encoder("sdxl") == "nano-sdxl"
+    with pytest.raises(ModelError, match=r"no encoder reads latents of space sd3: .* flux2, sdxl"):
+        best_encoder("sd3")
+
+
+def test_no_encoder_of_a_space_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "locate", lambda name: None)
+    with pytest.raises(ModelError, match="latent-clip-b4-plus is not on this machine: fetch it"):
+        best_encoder("sdxl")
+    with pytest.raises(ModelError, match="bundled model nano-flux2 is missing from this install"):
+        best_encoder("flux2")
+
+
+# --- fetching --------------------------------------------------------------------------------
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """huggingface_hub reads its environment once, when it is imported."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+GET = """
+import sys
+from latentguard.cli import app, models
+from latentguard.errors import ModelError
+models.register(app)
+sys.argv = ["latentguard", "models", "get", "latent-clip-b8"]
+try:
+    app()
+except ModelError as error:
+    sys.exit(f"latentguard: {error}")
+"""
+
+
+def test_without_network_the_error_says_what_to_do(own_cache: Path) -> None:
+    done = in_a_process(GET, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    (text,) = [line for line in done.stderr.splitlines() if line.startswith("latentguard:")]
+    assert "latent-clip-b8 could not be fetched from https://huggingface.co/wendlerc/" in text
+    assert "download https://huggingface.co/wendlerc/latent-clip-b-8-512-34b-80k/resolve" in text
+    assert f"put it at {own_cache / 'models' / 'latent-clip-b8.pt'}" in text
+    assert text.endswith("or use the bundled nano-sdxl")
+
+
+@pytest.fixture
+def server(reference_b8: Reference, official: Write) -> Iterator[str]:
+    """A model hub of one file on this machine."""
+    data = official(reference_b8.checkpoint(), "served.pt").read_bytes()
+    path = f"/{CATALOG['latent-clip-b8'].repo}/resolve/main/{CATALOG['latent-clip-b8'].file}"
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200 if self.path == path else 404)
+            self.send_header("Content-Length", str(len(data) if self.path == path else 0))
+            self.send_header("ETag", '"etag-of-the-file"')
+            self.send_header("X-Repo-Commit", "1" * 40)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            if self.path == path:
+                self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_fetching_downloads_converts_and_tidies_up(small: None, server: str) -> None:
+    shrink = """
+from dataclasses import replace
+from latentguard.encoders.catalog import CATALOG, LatentClipConfig
+config = LatentClipConfig(**{config!r})
+CATALOG["latent-clip-b8"] = replace(CATALOG["latent-clip-b8"], config=config)
+"""
+    code = shrink.format(config=SMALL_B8.to_dict()) + GET
+    done = in_a_process(code, HF_ENDPOINT=server, HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    assert f"installed at {converted_path('latent-clip-b8')}" in done.stderr
+    assert not (cache_dir() / "downloads" / "latent-clip-b8").exists()
+    assert load_encoder("latent-clip-b8").dim == 512
+    again = in_a_process(code, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert "is here already" in again.stderr
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    app = typer.Typer()
+    models.register(app)
+
+    @app.callback()
+    def root() -> None:
+        """A second command, so that `models` keeps its name."""
+
+    return lambda *args: CliRunner().invoke(app, ["models", *args])
+
+
+def test_list_says_what_is_here(by_hand: Path, run: Callable[..., Any]) -> None:
+    rows = {row["name"]: row for row in json.loads(run("list", "--format", "json").stdout)}
+    assert list(rows) == list(CATALOG)
+    assert rows["latent-clip-b8"]["state"] == "yes, not converted yet"
+    assert rows["latent-clip-b8"]["path"] == str(by_hand)
+    assert rows["latent-clip-b4-plus"]["state"] == "no"
+    assert rows["latent-clip-b4-plus"]["path"] is None
+    encoder = load_encoder("latent-clip-b8")
+    rows = {row["name"]: row for row in json.loads(run("list", "--format", "json").stdout)}
+    assert rows["latent-clip-b8"]["state"] == "yes"
+    assert rows["latent-clip-b8"]["sha256"] == encoder.sha256
+    table = run("list").stdout
+    assert encoder.sha256[:12] in table
+    assert "2.3 GB" in table
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_list_and_the_encoder_state_the_same_digest(name: str, run: Callable[..., Any]) -> None:
+    if not bundled_path(name).is_file():
+        pytest.skip(f"needs {bundled_path(name)}, which this checkout does not have")
+    rows = {row["name"]: row for row in json.loads(run("list", "--format", "json").stdout)}
+    assert rows[name]["state"] == "bundled"
+    assert rows[name]["sha256"] == load_encoder(name).sha256
+
+
+def test_get_from_a_file_and_show(
+    small: None, reference_b8: Reference, official: Write, run: Callable[..., Any]
+) -> None:
+    path = official(reference_b8.checkpoint())
+    done = run("get", "latent-clip-b8", "--from", str(path))
+    assert done.exit_code == 0, done.output
+    shown = json.loads(run("show", "latent-clip-b8", "--format", "json").stdout)
+    assert shown["config"] == SMALL_B8.to_dict()
+    assert shown["source_sha256"] == file_sha256(path)
+    assert shown["path"] == str(converted_path("latent-clip-b8"))
+    assert shown["sha256"] in run("show", str(converted_path("latent-clip-b8"))).stdout
+
+
+def test_get_of_a_bundled_model_has_nothing_to_do(run: Callable[..., Any]) -> None:
+    done = run("get", "nano-flux2")
+    assert done.exit_code == 0
+    assert "nothing to fetch" in done.output
+
+
+def test_listing_imports_no_torch() -> None:
+    code = """
+import sys
+from latentguard.cli import app, models
+models.register(app)
+sys.argv = ["latentguard", "models", "list"]
+try:
+    app()
+except SystemExit as done:
+    assert not done.code, done.code
+heavy = [name for name in ("torch", "open_clip", "transformers") if name in sys.modules]
+assert not heavy, heavy
+"""
+    done = in_a_process(code)
+    assert done.returncode == 0, done.stderr
