@@ -68,9 +68,10 @@ def load_policy(name_or_path: str | Path | Policy, *, use_lock: bool = True) -> 
     if isinstance(name_or_path, Policy):
         return name_or_path
     path = _find(name_or_path)
+    data = read_bytes(path)
     lock = lock_path(path)
     return parse_policy(
-        read_bytes(path),
+        data,
         str(path),
         read_bytes(lock) if use_lock and lock.exists() else None,
         str(lock),

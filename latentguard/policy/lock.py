@@ -127,11 +127,12 @@ def write_lock(path: str | Path, lock: Lock) -> None:
     """
     path = Path(path)
     entries = sorted(lock.entries, key=lambda entry: entry.key)
-    body = yaml.safe_dump(
+    body = yaml.dump(
         {
             "schema_version": lock.schema_version,
             "entries": [entry.model_dump(mode="json", exclude_none=True) for entry in entries],
         },
+        Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper),
         sort_keys=False,
         allow_unicode=True,
         width=200,

@@ -1,0 +1,163 @@
+"""`latentguard policy`: list, show and check policies, print their JSON Schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+from latentguard.cli import EXIT_USAGE
+
+if TYPE_CHECKING:
+    from latentguard.policy import Concept, Policy
+
+policy_app = typer.Typer(
+    no_args_is_help=True, help="List, show and check policies; print their JSON Schema."
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(policy_app, name="policy")
+
+
+@policy_app.command("list")
+def list_() -> None:
+    """List the policies that ship: a table on a terminal, else tab-separated lines."""
+    from latentguard.policy import load_policy, shipped_policies
+
+    policies = [load_policy(path) for path in shipped_policies().values()]
+    if not sys.stdout.isatty():
+        for policy in policies:
+            line = (policy.name, policy.version, str(len(policy.concepts)), _summary(policy))
+            typer.echo("\t".join(line))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("policy", "version", "concepts", "what it is for")
+    for policy in policies:
+        table.add_row(
+            f"[bold]{escape(policy.name)}[/bold]",
+            escape(policy.version),
+            str(len(policy.concepts)),
+            escape(_summary(policy)),
+        )
+    Console().print(table)
+
+
+@policy_app.command()
+def show(
+    name: str = typer.Argument(help="The name of a policy that ships, or the path of a file."),
+    as_json: bool = typer.Option(False, "--json", help="Print all of it as one JSON object."),
+) -> None:
+    """Show what a policy looks for, at which thresholds, and what it does."""
+    from latentguard.policy import load_policy
+
+    policy = load_policy(name)
+    if as_json:
+        typer.echo(json.dumps(policy.plain(), indent=2))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    # Piped output has no width of its own; 80 columns would break every prompt.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(f"[bold]{escape(policy.name)}[/bold] {escape(policy.version)}")
+    if policy.description:
+        console.print(escape(policy.description))
+    console.print(f"sha256 {policy.sha256}", soft_wrap=True)
+    for line in _settings(policy):
+        console.print(escape(line))
+    table = Table("concept", "category", "action", "severity", "match from", "prompts")
+    for concept in policy.concepts:
+        table.add_row(
+            escape(concept.id),
+            escape(concept.category),
+            concept.action,
+            concept.severity,
+            _threshold(concept),
+            escape(", ".join(concept.prompts)),
+        )
+    console.print(table)
+
+
+@policy_app.command()
+def check(
+    files: list[str] = typer.Argument(help="Files of policies, or names of shipped ones."),
+) -> None:
+    """Check policies: every error of every file, with its line. Exit code 2 when there is any."""
+    from latentguard.errors import PolicyError
+    from latentguard.policy import load_policy
+
+    failed = False
+    for name in files:
+        try:
+            policy = load_policy(name)
+        except PolicyError as error:
+            failed = True
+            for sentence in error.errors:
+                typer.echo(sentence, err=True)
+            continue
+        typer.echo(f"{name}: ok, {len(policy.concepts)} concepts, sha256 {policy.sha256}")
+        for concept in policy.concepts:
+            if concept.threshold.kind == "fpr" and not _is_calibrated(policy, concept):
+                typer.echo(
+                    f"{name}: note: '{concept.id}' asks for a false-positive rate of "
+                    f"{concept.threshold.value:g}, for which no lock file beside it has a margin; "
+                    "until it is calibrated nothing can be judged",
+                    err=True,
+                )
+    if failed:
+        raise typer.Exit(EXIT_USAGE)
+
+
+@policy_app.command()
+def schema() -> None:
+    """Print the JSON Schema of policy files, for editors."""
+    from latentguard.policy import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _summary(policy: Policy) -> str:
+    """The first sentence of its description."""
+    text = " ".join(policy.description.split("\n\n")[0].split())
+    head, dot, _ = text.partition(". ")
+    return head + dot.strip()
+
+
+def _settings(policy: Policy) -> list[str]:
+    lines = []
+    if policy.model or policy.space:
+        written_for = [text for text in (policy.model, policy.space) if text]
+        lines.append(f"written for: {', '.join(written_for)}")
+    lines.append(f"templates: {' | '.join(policy.templates)}")
+    low, high = policy.schedule.noise
+    upper = "on" if high is None else f"to {high:g}"
+    every = policy.schedule.every
+    steps = "each step" if every == 1 else f"one step in {every}"
+    lines.append(
+        f"scored while denoising: {steps} at noise levels from {low:g} {upper}; "
+        "final latents always"
+    )
+    lines.append(
+        f"on_error: {policy.on_error}, on_block: {policy.on_block}, uncovered: {policy.uncovered}"
+    )
+    if policy.contrast:
+        lines.append(f"compared with {len(policy.contrast)} shared contrast prompts")
+    if policy.lock:
+        lines.append(f"lock file: {len(policy.lock.entries)} calibrated entries")
+    return lines
+
+
+def _threshold(concept: Concept) -> str:
+    return f"{concept.threshold.kind} {concept.threshold.value:g}"
+
+
+def _is_calibrated(policy: Policy, concept: Concept) -> bool:
+    entries = policy.lock.entries if policy.lock else ()
+    return any(entry.concept == concept.id for entry in entries)

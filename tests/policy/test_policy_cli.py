@@ -1,0 +1,111 @@
+"""`latentguard policy`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from latentguard.cli import policy as command
+from latentguard.policy import json_schema, load_policy, shipped_policies
+
+app = typer.Typer()
+command.register(app)
+app.command("other")(lambda: None)  # two commands, so that typer keeps `policy` as a name
+runner = CliRunner()
+
+BAD = """\
+schema_version: 1
+name: bad
+version: 2
+concepts:
+  - id: a
+    category: b
+    prompts: []
+    threshold: {probability: 2}
+    action: block
+"""
+
+
+def test_list() -> None:
+    result = runner.invoke(app, ["policy", "list"])
+    assert result.exit_code == 0
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [row[0] for row in rows] == sorted(shipped_policies())
+    assert all(len(row) == 4 and row[3].endswith(".") for row in rows)
+
+
+@pytest.mark.parametrize("name", ["default", "family", "i2p", "observe", "weapons"])
+def test_show(name: str) -> None:
+    result = runner.invoke(app, ["policy", "show", name])
+    assert result.exit_code == 0
+    policy = load_policy(name)
+    assert policy.sha256 in result.stdout
+    for concept in policy.concepts:
+        assert concept.id in result.stdout
+
+
+def test_show_json() -> None:
+    result = runner.invoke(app, ["policy", "show", "default", "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == load_policy("default").plain()
+
+
+def test_show_does_not_read_markup(tmp_path: Path) -> None:
+    path = tmp_path / "markup.yaml"
+    text = BAD.replace("[]", "['[bold red]gun[/]']").replace("{probability: 2}", "{margin: 0}")
+    path.write_text(text.replace("version: 2", "version: '[blink]'"))
+    result = runner.invoke(app, ["policy", "show", str(path)])
+    assert result.exit_code == 0
+    assert "[bold red]gun[/]" in result.stdout
+    assert "[blink]" in result.stdout
+
+
+def test_check_prints_every_error_of_every_file(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(BAD)
+    second.write_text("name: [\n")
+    result = runner.invoke(app, ["policy", "check", str(first), "default", str(second), "nope"])
+    assert result.exit_code == 2
+    assert result.stdout.startswith("default: ok, 7 concepts, sha256 ")
+    lines = result.stderr.splitlines()
+    assert [line.split(": ")[0] for line in lines[:3]] == [f"{first}:{n}" for n in (3, 7, 8)]
+    assert lines[3].startswith(f"{second}:2: this is not valid YAML")
+    assert lines[4].startswith("no policy is named 'nope'")
+
+
+def test_check_of_good_files() -> None:
+    result = runner.invoke(app, ["policy", "check", *map(str, shipped_policies().values())])
+    assert result.exit_code == 0
+    assert result.stderr == ""
+
+
+def test_check_notes_a_rate_without_calibration(tmp_path: Path) -> None:
+    path = tmp_path / "rate.yaml"
+    text = BAD.replace("[]", "[gun]").replace("{probability: 2}", "{fpr: 0.01}")
+    path.write_text(text.replace("version: 2", "version: '2'"))
+    result = runner.invoke(app, ["policy", "check", str(path)])
+    assert result.exit_code == 0
+    assert "note: 'a' asks for a false-positive rate of 0.01" in result.stderr
+
+
+def test_schema() -> None:
+    result = runner.invoke(app, ["policy", "schema"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == json_schema()
+    file = next(iter(shipped_policies().values())).parent / "policy.schema.json"
+    assert result.stdout == file.read_text()
+
+
+def test_the_command_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, latentguard.cli.policy;"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'latentguard.policy'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
