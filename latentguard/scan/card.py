@@ -90,7 +90,7 @@ def _where(record: ScanRecord, mixed_models: bool) -> Html:
     if record.space:
         parts.append(record.space)
     if record.size:
-        parts.append(f"{record.size[0]}×{record.size[1]} cells")
+        parts.append(f"{record.size[0]}×{record.size[1]}")
     if mixed_models and record.model:
         parts.append(record.model.name)
     return join([" · ".join(parts)])

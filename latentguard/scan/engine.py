@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentGuardError, LatentsError, ModelError, PolicyError
@@ -93,6 +94,7 @@ class Scan:
 
     models: grows while iterating, one for each latent space met.
     notes: sentences for people: which model was chosen, what is missing.
+    seconds: reading and scoring so far, without loading models and without the caller's own time.
     """
 
     paths: Iterable[str | Path] | str | Path
@@ -106,10 +108,12 @@ class Scan:
     heatmaps: bool = False
     models: list[ModelInfo] = field(init=False, default_factory=list)
     notes: list[str] = field(init=False, default_factory=list)
+    seconds: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        self._binding = 0.0
         self.rules = load_policy(self.policy)
         self.plain = self.rules.plain()
         self.policy_id = PolicyId(self.rules.name, self.rules.version, self.rules.sha256)
@@ -122,14 +126,22 @@ class Scan:
             self._fixed = self._bind(self.model, self.space)
 
     def __iter__(self) -> Iterator[ScanRecord]:
-        for chunk in _chunks(self._records, self.batch_size):
-            yield from self._judge(chunk)
+        chunks = _chunks(self._records, self.batch_size)
+        while True:
+            begun, bound = perf_counter(), self._binding
+            chunk = next(chunks, None)
+            if chunk is None:
+                return
+            records = self._judge(chunk)
+            self.seconds += perf_counter() - begun - (self._binding - bound)
+            yield from records
 
     # -- models ------------------------------------------------------------------------------
 
     def _bind(self, model: Encoder | str | Path, space: str | LatentSpace | None) -> _Bound:
         from latentguard.scorer import Scorer
 
+        begun = perf_counter()
         scorer = Scorer(self.rules, model, self.device, space)
         encoder = scorer.encoder
         identity = ModelId(encoder.name, encoder.sha256)
@@ -144,6 +156,7 @@ class Scan:
             self._limits(encoder, covered),
         )
         self.models.append(info)
+        self._binding += perf_counter() - begun
         return _Bound(scorer, info)
 
     def _limits(self, encoder: Encoder, covered: dict[str, bool]) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from time import perf_counter
 
 from latentguard.scan.record import ModelId, PolicyId, ScanRecord
 
@@ -29,13 +28,16 @@ class ModelInfo:
 
 @dataclass
 class Summary:
-    """Counts of a scan, one `add` per image; `outcomes` has each image once."""
+    """Counts of a scan, one `add` per image.
+
+    outcomes: allow, review, steer, block or error, each image once. decisions: those of the errors
+    too. seconds: set by whoever runs the scan (`Scan.seconds`).
+    """
 
     policy: PolicyId
     outcomes: Counter[str] = field(default_factory=Counter)
     models: Counter[ModelId] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
-    started: float = field(default_factory=perf_counter)
     seconds: float = 0.0
 
     def add(self, record: ScanRecord) -> None:
@@ -43,7 +45,6 @@ class Summary:
         self.decisions[record.verdict.decision] += 1
         if record.model is not None:
             self.models[record.model] += 1
-        self.seconds = perf_counter() - self.started
 
     @property
     def images(self) -> int:
@@ -60,9 +61,9 @@ class Summary:
         """One line: how many images, what became of them, how fast, by which model and policy."""
         counts = ", ".join(f"{n:,} {name}" for name, n in self.counts().items())
         noun = "image" if self.images == 1 else "images"
-        rate = f"{self.images / self.seconds:,.1f} images/s" if self.seconds > 0 else "no time"
+        rate = f"{self.images / self.seconds:,.1f} images/s · " if self.seconds > 0 else ""
         models = ", ".join(f"{m.name} ({m.sha256[:12]})" for m in self.models) or "no model"
         return (
-            f"{self.images:,} {noun}: {counts} · {rate} · {models} · "
+            f"{self.images:,} {noun}: {counts} · {rate}{models} · "
             f"policy {self.policy.name} {self.policy.version} ({self.policy.sha256[:12]})"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TextIO
 
 from rich import box
@@ -33,9 +34,13 @@ class Table:
         width = None if file.isatty() else WIDTH
         self._console = Console(file=file, highlight=False, emoji=False, width=width)
         self._rows = Shortlist(limit)
+        self._unseen: dict[str, list[str]] = {}
 
     def add(self, record: ScanRecord) -> None:
         self._rows.add(record)
+        unseen = [c.id for c in record.verdict.concepts if not c.covered]
+        if unseen and record.model:
+            self._unseen.setdefault(record.model.name, unseen)
 
     def close(self) -> None:
         rows = self._rows.in_order()
@@ -58,13 +63,17 @@ class Table:
         for _, record in rows:
             table.add_row(*_cells(record, with_source=one is None))
         self._console.print(table)
-        if len(rows) < self._rows.seen:
-            self._console.print(
-                Text(
-                    f"{len(rows):,} of {self._rows.seen:,} images are shown, those not allowed "
-                    "before the others; --format json or csv has all of them.",
-                    style="dim",
-                )
+        for line in self._remarks(len(rows)):
+            self._console.print(Text(line, style="dim"))
+
+    def _remarks(self, shown: int) -> Iterator[str]:
+        for model, names in sorted(self._unseen.items()):
+            noun = "concept was" if len(names) == 1 else "concepts were"
+            yield f"{len(names)} {noun} not checked, {model} cannot see: {', '.join(names)}"
+        if shown < self._rows.seen:
+            yield (
+                f"{shown:,} of {self._rows.seen:,} images are shown, those not allowed before the "
+                "others; --format json or csv has all of them"
             )
 
 
@@ -80,9 +89,6 @@ def _cells(record: ScanRecord, with_source: bool) -> tuple[Text, Text, Text, Tex
     concept = Text(lead.id + (f" +{others}" if others > 0 else ""))
     score = Text(f"{score_of(lead):.3f} {'≥' if lead.matched else '<'} {threshold_of(lead):.3f}")
     why = Text(f"{'matches' if lead.matched else 'closest:'} {visible(lead.prompt, 80)}")
-    unseen = sum(not c.covered for c in record.ranked)
-    if unseen:
-        why.append(f" ({unseen} not checked)", style="dim")
     if not lead.matched:
         for text in (concept, score, why):
             text.stylize("dim")

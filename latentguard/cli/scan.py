@@ -1,0 +1,276 @@
+"""`latentguard scan`: moderate latents files, one verdict per image."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from latentguard.scan import Report, Scan, Summary
+    from latentguard.scan.lines import Sink
+
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+_LATENTS = (".pt", ".pth", ".safetensors", ".npy", ".npz", ".tar")
+
+
+class Format(StrEnum):
+    """How verdicts are written."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class FailOn(StrEnum):
+    """The mildest decision that makes the exit code 1."""
+
+    block = "block"
+    review = "review"
+    never = "never"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("scan", no_args_is_help=True)(scan)
+
+
+def scan(
+    paths: list[str] = typer.Argument(
+        metavar="PATH",
+        help="Latents: .pt, .pth, .safetensors, .npy, .npz, WebDataset .tar, folders, globs.",
+        show_default=False,
+    ),
+    policy: str = typer.Option("default", help="A shipped policy's name, or a YAML file."),
+    model: str = typer.Option(
+        "auto", help="A model's name or file; auto: the best on this machine for each space."
+    ),
+    space: str | None = typer.Option(
+        None, help="Latent space of files that do not say: sdxl, sd1, sd3, flux1, flux2."
+    ),
+    scaled: bool | None = typer.Option(
+        None,
+        "--scaled/--unscaled",
+        help="Scaling of files that do not say: as the model denoises, or as the VAE encodes.",
+        show_default=False,
+    ),
+    output_format: Format = typer.Option(
+        Format.table, "--format", help="Table, one JSON object per line, or CSV."
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="Write that to a file instead of standard output."
+    ),
+    report: Path | None = typer.Option(
+        None, metavar="FILE.html", help="Write a self-contained HTML report as well."
+    ),
+    heatmap: bool = typer.Option(
+        False, "--heatmap", help="Show in the report where in each image a concept is."
+    ),
+    report_limit: int = typer.Option(
+        1000, min=1, help="Images shown in the report; all are counted."
+    ),
+    batch_size: int = typer.Option(16, min=1, max=4096, help="Images scored together."),
+    device: str | None = typer.Option(
+        None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
+    ),
+    fail_on: FailOn = typer.Option(
+        FailOn.block, help="Exit with 1 when any decision is at or above this."
+    ),
+    quiet: bool = typer.Option(
+        False, "--quiet", "-q", help="No progress bar, notes or summary; errors still show."
+    ),
+) -> None:
+    """Moderate latents files against a policy; nothing is decoded.
+
+    Exit codes: 0 nothing at or above --fail-on; 1 something is; 2 wrong usage, policy or model;
+    3 some input could not be read or judged (its record says why). 3 wins over 1.
+    """
+    _check_targets(paths, output, report, heatmap)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without ≥ gets an escape, not a crash
+            stream.reconfigure(errors="backslashreplace")
+    from latentguard.scan import Report, Scan, Summary
+
+    run = Scan(
+        paths,
+        policy,
+        model,
+        space=space,
+        scaled=scaled,
+        batch_size=batch_size,
+        device=device,
+        previews=report is not None,
+        heatmaps=heatmap,
+    )
+    summary = Summary(run.policy_id)
+    page = Report(run.plain, report_limit) if report else None
+    try:
+        _run(run, summary, page, output_format, output, quiet)
+        if page is not None and report is not None and summary.images:
+            page.write(report, run.models, summary)
+    except KeyboardInterrupt:
+        typer.echo(f"latentguard: interrupted after {summary.images} images", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader has gone. What Python would still flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_BROKEN_PIPE) from None
+    except OSError as error:
+        raise _usage(f"cannot write {error.filename or 'the output'}: {error.strerror}") from error
+    if not summary.images:
+        raise _usage("nothing was scanned: the paths hold no images")
+    if not quiet:
+        _conclude(summary, report, to_stdout=output_format is Format.table and output is None)
+    raise typer.Exit(_exit_code(summary, fail_on))
+
+
+def _run(
+    run: Scan,
+    summary: Summary,
+    page: Report | None,
+    output_format: Format,
+    output: Path | None,
+    quiet: bool,
+) -> None:
+    """Every record to the sinks, with a progress bar where it disturbs nothing."""
+    with ExitStack() as stack:
+        file: TextIO = sys.stdout
+        if output is not None:
+            file = stack.enter_context(output.open("w", encoding="utf-8", newline=""))
+        sink = _sink(output_format, file, run)
+        rows_on_screen = output_format is not Format.table and file.isatty()
+        visible = sys.stderr.isatty() and not rows_on_screen and not quiet
+        with _progress(visible) as step:
+            told = 0
+            for record in run:
+                sink.add(record)
+                summary.add(record)
+                summary.seconds = run.seconds
+                if page is not None:
+                    page.add(record)
+                step(summary, () if quiet else run.notes[told:])
+                told = len(run.notes)
+        sink.close()
+
+
+def _sink(output_format: Format, file: TextIO, run: Scan) -> Sink:
+    from latentguard.scan.lines import Csv, JsonLines
+
+    if output_format is Format.json:
+        return JsonLines(file)
+    if output_format is Format.csv:
+        return Csv(file, run.plain)
+    from latentguard.scan.table import Table
+
+    return Table(file)
+
+
+class _Step:
+    """Called once per image with the counts and the notes that are new."""
+
+    def __call__(self, summary: Summary, notes: list[str] | tuple[str, ...]) -> None:
+        for note in notes:
+            self.say(note)
+
+    def say(self, note: str) -> None:
+        from latentguard.scan.text import visible
+
+        typer.echo(f"latentguard: {visible(note, 1000)}", err=True)
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[_Step]:
+    """A bar on standard error; how many images there are is known at the end only."""
+    if not shown:
+        yield _Step()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.completed:,} images"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[rate]:.1f}/s"),
+        TextColumn("[red]{task.fields[blocked]:,} blocked[/red]"),
+        TextColumn("[yellow]{task.fields[review]:,} review[/yellow]"),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("scan", total=None, rate=0.0, blocked=0, review=0)
+
+        class OnBar(_Step):
+            def __call__(self, summary: Summary, notes: list[str] | tuple[str, ...]) -> None:
+                super().__call__(summary, notes)
+                bar.update(
+                    task,
+                    completed=summary.images,
+                    rate=summary.images / max(summary.seconds, 1e-9),
+                    blocked=summary.decisions["block"],
+                    review=summary.decisions["review"],
+                )
+
+            def say(self, note: str) -> None:
+                from latentguard.scan.text import visible
+
+                bar.console.print(Text(f"latentguard: {visible(note, 1000)}"))
+
+        yield OnBar()
+
+
+def _conclude(summary: Summary, report: Path | None, to_stdout: bool) -> None:
+    from latentguard.scan.text import visible
+
+    typer.echo(visible(summary.line(), 2000), err=not to_stdout)
+    if report is not None:
+        typer.echo(f"report: {visible(report.resolve(), 2000)}", err=not to_stdout)
+
+
+def _exit_code(summary: Summary, fail_on: FailOn) -> int:
+    from latentguard.cli import EXIT_MATCH, EXIT_UNREADABLE
+    from latentguard.verdict import DECISIONS
+
+    if summary.outcomes["error"]:
+        return EXIT_UNREADABLE
+    if fail_on is FailOn.never:
+        return 0
+    level = DECISIONS.index(fail_on.value)
+    return EXIT_MATCH if any(summary.decisions[d] for d in DECISIONS[level:]) else 0
+
+
+def _check_targets(
+    paths: list[str], output: Path | None, report: Path | None, heatmap: bool
+) -> None:
+    """Find what cannot be written before an hour of scanning, and never write over latents."""
+    if heatmap and report is None:
+        raise typer.BadParameter("heat maps are shown in the report: give --report FILE.html too")
+    if report is not None and report.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"--report must be a file that ends in .html, got {report}")
+    for option, target in (("--report", report), ("--output", output)):
+        if target is None:
+            continue
+        if target.suffix.lower() in _LATENTS or str(target) in paths:
+            raise typer.BadParameter(f"{option} would write over latents: {target}")
+        if target.is_dir():
+            raise typer.BadParameter(f"{option} must be a file, {target} is a folder")
+        if not target.parent.is_dir():
+            raise typer.BadParameter(f"{option}: there is no folder {target.parent}")
+        if not os.access(target if target.exists() else target.parent, os.W_OK):
+            raise typer.BadParameter(f"{option}: {target} cannot be written")
+
+
+def _usage(message: str) -> typer.Exit:
+    from latentguard.cli import EXIT_USAGE
+
+    typer.echo(f"latentguard: {message}", err=True)
+    return typer.Exit(EXIT_USAGE)
