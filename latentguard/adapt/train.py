@@ -83,7 +83,7 @@ class AdapterRecipe:
         self.net.adapter.std.copy_(_per_channel(latents.std((0, 2, 3))))
         self.entry_mean = _per_channel(entries.mean((0, 2, 3)))
         self.entry_std = _per_channel(entries.std((0, 2, 3)))
-        self.head_std = cache.batch("heads", sample[:128]).std((0, 2, 3)).view(-1, 1, 1) + 1e-3
+        self.head_std = _per_channel(_scale(cache.batch("heads", sample[:128]).std((0, 2, 3))))
 
     def stages(self) -> list[Stage]:
         adapter = list(self.net.adapter.parameters())
@@ -154,7 +154,7 @@ class RgbRecipe:
         )
         fuse(self.net)
         sample = cache.batch("heads", np.arange(min(128, cache.meta.done)))
-        self.pooled_std = sample.mean((2, 3)).std(0) + 1e-3
+        self.pooled_std = _scale(sample.mean((2, 3)).std(0))
 
     def stages(self) -> list[Stage]:
         trained = [p for n, p in self.net.named_parameters() if "depthwise.conv.weight" not in n]
@@ -174,6 +174,11 @@ class RgbRecipe:
         wanted = self.cache.batch("heads", rows)
         error = (head.mean((2, 3)) - wanted.mean((2, 3))) / self.pooled_std
         return _divergence(net, head, wanted) + error.square().mean()
+
+
+def _scale(std: Tensor) -> Tensor:
+    """Deviations to divide errors by: a channel that is rarely active must not dominate."""
+    return std.clamp_min(0.3 * float(std.mean()))
 
 
 def _per_channel(values: Tensor) -> Tensor:
@@ -312,7 +317,7 @@ class Trainer:
 
 def _held(rows: int) -> int:
     """How many of the first rows are for validation only: at most an eighth."""
-    return min(VALIDATION, rows // 8)
+    return min(VALIDATION, max(1, rows // 8))
 
 
 def _batches(count: int, held: int, size: int, seed: int, skip: int) -> Iterator[NDArray[np.intp]]:
