@@ -41,7 +41,7 @@ __device__ void finish_row(const PatchEmbed& args, Shared<float> row, const T* f
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) patch_embed_kernel(PatchEmbed args) {
-  const PatchMemory<T> memory(args, false);
+  const PatchMemory<T> memory(args);
   const Place place = place_of(args, blockIdx.x);
   project_patches<T>(args, place, memory);
   const Shared<float> rows(0);
@@ -67,7 +67,7 @@ cudaError_t patch_embed(const PatchEmbed& args, cudaStream_t stream) {
   const int64_t tiles = (args.tokens_per_image() + kRows - 1) / kRows;
   return for_type(args.type, [&](auto zero) {
     using T = decltype(zero);
-    const int bytes = PatchMemory<T>(args, false).total;
+    const int bytes = PatchMemory<T>(args).total;
     return launch(patch_embed_kernel<T>, args.batch * tiles, kThreads, bytes, stream, args);
   });
 }

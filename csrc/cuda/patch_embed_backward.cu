@@ -7,7 +7,7 @@
 namespace latentguard::cuda {
 namespace {
 
-// One warp: replaces a row by the gradient before the layer norm, as T into `inner`.
+// One warp: replaces a row by the gradient before the layer norm, as T at the same place.
 template <typename T>
 __device__ void row_gradient(const PatchEmbed& args, Shared<float> row, const T* position,
                              const T* grad, Shared<T> inner, int lane) {
@@ -32,14 +32,22 @@ __device__ void row_gradient(const PatchEmbed& args, Shared<float> row, const T*
   }
   mean_g = warp_sum(mean_g) / static_cast<float>(dim);
   mean_gn = warp_sum(mean_gn) / static_cast<float>(dim);
-  for (int i = lane * N; i < dim; i += kWarp * N) {
-    const Vec g = *reinterpret_cast<const Vec*>(grad + i);
-    const Vec w = *reinterpret_cast<const Vec*>(weight + i);
-    for (int j = 0; j < N; ++j) {
-      const float inside = to_float(g.value[j]) * to_float(w.value[j]);
-      const float normal = (row.get(i + j) - m.mean) * m.rstd;
-      inner.set(i + j, from_float<T>(m.rstd * (inside - mean_g - normal * mean_gn)));
+  for (int start = 0; start < dim; start += kWarp * N) {
+    const int i = start + lane * N;
+    Vec result;
+    if (i < dim) {
+      const Vec g = *reinterpret_cast<const Vec*>(grad + i);
+      const Vec w = *reinterpret_cast<const Vec*>(weight + i);
+      for (int j = 0; j < N; ++j) {
+        const float inside = to_float(g.value[j]) * to_float(w.value[j]);
+        const float normal = (row.get(i + j) - m.mean) * m.rstd;
+        result.value[j] = from_float<T>(m.rstd * (inside - mean_g - normal * mean_gn));
+      }
     }
+    // A half type's row grows over floats that were read: never ahead of this step's reads.
+    __syncwarp();
+    if (i < dim) inner.set_vector(i, result);
+    __syncwarp();
   }
 }
 
@@ -66,11 +74,11 @@ __device__ void scatter(const PatchEmbed& args, const Place& place, Shared<float
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) patch_embed_backward_kernel(PatchEmbed args) {
-  const PatchMemory<T> memory(args, true);
+  const PatchMemory<T> memory(args);
   const Place place = place_of(args, blockIdx.x);
   project_patches<T>(args, place, memory);
   const Shared<float> rows(0);
-  const Shared<T> inner(memory.inner);
+  const Shared<T> inner(0);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int dim = static_cast<int>(args.dim), size = static_cast<int>(args.patch_size());
@@ -111,7 +119,7 @@ cudaError_t patch_embed_backward(const PatchEmbed& args, cudaStream_t stream) {
   const int64_t tiles = (args.tokens_per_image() + kRows - 1) / kRows;
   return for_type(args.type, [&](auto zero) {
     using T = decltype(zero);
-    const int bytes = PatchMemory<T>(args, true).total;
+    const int bytes = PatchMemory<T>(args).total;
     return launch(patch_embed_backward_kernel<T>, args.batch * tiles, kThreads, bytes, stream, args);
   });
 }

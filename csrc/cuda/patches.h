@@ -11,26 +11,19 @@ template <typename T>
 constexpr int kPatchDepth = 1024 / static_cast<int>(sizeof(T));
 
 // Shared memory of a block, by byte offset: rows [16, dim] float, patches [16, kPatchDepth] T,
-// one staging area per warp, and for the backward a copy of the rows as T.
+// one staging area per warp. The backward turns each row into T at its own place.
 template <typename T>
 struct PatchMemory {
-  int row_stride, patch_stride, patches, areas, inner, inner_stride, total;
-  __host__ __device__ PatchMemory(const PatchEmbed& args, bool backward) {
-    const int dim = static_cast<int>(args.dim);
+  int row_stride, inner_stride, patch_stride, patches, areas, total;
+  __host__ __device__ explicit PatchMemory(const PatchEmbed& args) {
     const int64_t size = args.patch_size();
     const int depth = size < kPatchDepth<T> ? static_cast<int>(size) : kPatchDepth<T>;
-    row_stride = tile_stride<float>(dim);
+    row_stride = tile_stride<float>(static_cast<int>(args.dim));
+    inner_stride = row_stride * static_cast<int>(sizeof(float) / sizeof(T));
     patch_stride = tile_stride<T>(depth);
     patches = kRows * row_stride * 4;
     areas = patches + round_up(kRows * patch_stride * static_cast<int>(sizeof(T)), 128);
-    inner = areas + kWarps * kStageBytes;
-    inner_stride = tile_stride<T>(dim);
-    total = inner;
-    if constexpr (std::is_same_v<T, float>) {
-      inner = 0;  // float rows serve as they are
-    } else if (backward) {
-      total += kRows * inner_stride * static_cast<int>(sizeof(T));
-    }
+    total = areas + kWarps * kStageBytes;
   }
 };
 
