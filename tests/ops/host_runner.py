@@ -24,7 +24,7 @@ SOURCES = (
     "testing/toys.cpp",
     "testing/runner.cpp",
 )
-    "-std=c++20",
+FLAGS = (
     "-std=c++20",
     "-O1",
     "-g1",
