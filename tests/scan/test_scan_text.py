@@ -1,0 +1,67 @@
+"""Untrusted text: nothing unseen is shown, nothing is evaluated by a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scan_helpers import HOSTILE
+
+from latentguard.scan.markup import Html, el
+from latentguard.scan.text import spreadsheet_cell, visible
+
+ANY_TEXT = st.text(st.characters(categories=None), max_size=300) | st.sampled_from(HOSTILE)
+FORMULA = tuple("=+-@＝＋－＠")
+
+
+@given(ANY_TEXT)
+def test_visible_is_one_line_of_seen_characters(text: str) -> None:
+    shown = visible(text)
+    assert len(shown) <= 200
+    assert all(unicodedata.category(c)[0] not in "C" for c in shown)
+    assert shown.splitlines() in ([], [shown])
+    shown.encode("utf-8")
+
+
+@given(st.text(alphabet="abc 123äß漢é-_.", max_size=200))
+def test_visible_leaves_plain_text_alone(text: str) -> None:
+    assert visible(text) == text
+
+
+def test_visible_keeps_both_ends_of_what_is_too_long() -> None:
+    shown = visible("/data/" + "x" * 500 + "/beer.pt", limit=40)
+    assert len(shown) == 40
+    assert shown.startswith("/data/")
+    assert shown.endswith("/beer.pt")
+
+
+@given(ANY_TEXT)
+def test_no_cell_begins_a_formula_whatever_the_delimiter(text: str) -> None:
+    file = io.StringIO(newline="")
+    csv.writer(file).writerow([spreadsheet_cell(text), "next"])
+    for delimiter in ",;|\t":
+        for row in csv.reader(io.StringIO(file.getvalue(), newline=""), delimiter=delimiter):
+            assert not [cell for cell in row if cell.lstrip().startswith(FORMULA)]
+
+
+@pytest.mark.parametrize("text", ["beer.pt", "a-b", "3 + 4", "x=y", "it's"])
+def test_harmless_cells_stay_as_they_are(text: str) -> None:
+    assert spreadsheet_cell(text) == text
+
+
+@given(ANY_TEXT, ANY_TEXT)
+def test_elements_escape_children_and_attributes(child: str, attribute: str) -> None:
+    made = el("p", child, title=attribute)
+    inner = made.removeprefix('<p title="').removesuffix("</p>")
+    value, _, content = inner.partition('">')
+    assert not set('<>"') & set(value)
+    assert not set("<>") & set(content)
+
+
+def test_only_markup_passes_unescaped() -> None:
+    assert el("p", Html("<b>x</b>"), "<b>") == "<p><b>x</b>&lt;b&gt;</p>"
+    assert el("input", hidden=True, checked=False, value="a&b") == '<input hidden value="a&amp;b">'
