@@ -1,0 +1,97 @@
+"""Every way from a picture to a posterior that the accuracy benchmarks compare.
+
+teacher: the pixel network on the picture itself, the ceiling. nano-flux2: the bundled model on
+latents of the given autoencoder. nano-sdxl: the bundled model on the RGB view that a latent of that
+size has, i.e. the picture downsampled by 8, with noise of the size that it was trained with.
+All share one text side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from latentguard.adapt.autoencoders import load_autoencoder
+from latentguard.adapt.progress import Progress
+from latentguard.adapt.teacher import load_teacher
+from latentguard.encoders.nano import NanoEncoder, load_nano
+
+VIEW_NOISE = 0.05
+
+
+def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
+    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def encode(pictures: NDArray[np.uint8], autoencoder: Path, cache: Path) -> Tensor:
+    """Latents float16 [B, C, h, w] of pictures, kept in `cache` (a .npy file)."""
+    if cache.exists():
+        found = np.load(cache, allow_pickle=False)
+        if len(found) == len(pictures):
+            return torch.from_numpy(found)
+    encoder = load_autoencoder(autoencoder)
+    parts = []
+    with Progress(f"encoding {cache.stem}", len(pictures)) as progress:
+        for one in pictures:
+            parts.append(encoder.encode(to_tensor(one[None])).tensor.half())
+            progress.advance(1)
+    latents = torch.cat(parts)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    np.save(cache, latents.numpy())
+    return latents
+
+
+def in_batches(read: Callable[[Tensor], Tensor], inputs: Tensor, title: str) -> Tensor:
+    """`read` over batches of 8, root posteriors [B, 1000]."""
+    parts = []
+    with torch.inference_mode(), Progress(title, len(inputs)) as progress:
+        for batch in inputs.split(8):
+            parts.append(read(batch.float()))
+            progress.advance(len(batch))
+    return torch.cat(parts)
+
+
+def teacher(pictures: NDArray[np.uint8]) -> Tensor:
+    """The pixel teacher's root posteriors of 256 px pictures."""
+    net = load_teacher()
+    return in_batches(
+        lambda x: torch.exp(0.5 * net.logits(x).log_softmax(1)), to_tensor(pictures), "teacher"
+    )
+
+
+def flux2(latents: Tensor) -> Tensor:
+    """nano-flux2's root posteriors of latents."""
+    encoder = load_nano("nano-flux2")
+    return in_batches(lambda x: encoder.features(x).pooled, latents, "nano-flux2")
+
+
+def sdxl(pictures: NDArray[np.uint8], cells: int) -> Tensor:
+    """nano-sdxl's root posteriors of the view that a latent of `cells` cells a side has."""
+    encoder = load_nano("nano-sdxl")
+    generator = torch.Generator().manual_seed(0)
+
+    def read(images: Tensor) -> Tensor:
+        view = F.interpolate(images, size=(cells, cells), mode="bilinear", antialias=True)
+        view = view + VIEW_NOISE * torch.randn(view.shape, generator=generator)
+        return encoder.features(latents_with_view(encoder, view)).pooled
+
+    return in_batches(read, to_tensor(pictures), f"nano-sdxl {cells * 8} px")
+
+
+def latents_with_view(encoder: NanoEncoder, view: Tensor) -> Tensor:
+    """The smallest latents [B, 4, h, w] whose linear RGB view is `view` [B, 3, h, w].
+
+    Not latents of the SDXL VAE: one of four directions of a cell is invisible in the view, and is 0
+    here. Only what the model reads of a latent is right about them.
+    """
+    factors, bias = encoder.net.factors, encoder.net.bias
+    rgb = view * 2 - 1 - bias.view(1, 3, 1, 1)
+    inverse = torch.linalg.pinv(factors)
+    return torch.einsum("brhw,rc->bchw", rgb, inverse)
