@@ -3,7 +3,7 @@
     python benchmarks/zeroshot.py PHOTOS --names names.txt --labels labels.txt \
         --autoencoder taef2_encoder.pth --cache DIR
 
-PHOTOS holds pictures in the order of the labels (one class index a line, names.txt one name a line).
+PHOTOS holds pictures in the order of the labels (a class index a line; names.txt a name a line).
 """
 
 from __future__ import annotations
