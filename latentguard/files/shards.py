@@ -50,6 +50,9 @@ def read_samples(stream: BinaryIO, size: int) -> Iterator[Sample | LatentsError]
     found = False
     for member in _members(stream, size):
         if isinstance(member, LatentsError):
+            if current is not None and current.latents:
+                yield current
+            current, found = None, True
             yield member
             continue
         suffix = next((s for s in LATENT_SUFFIXES if member.name.lower().endswith(s)), None)

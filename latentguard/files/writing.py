@@ -81,7 +81,7 @@ def _save_torch(path: Path, tensor: Tensor, fields: dict[str, Any]) -> None:
 
 
 def _save_safetensors(path: Path, tensor: Tensor, fields: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in fields.items()}
-    save_file({"latents": tensor}, path, metadata=text)
+    path.write_bytes(save({"latents": tensor}, metadata=text))
