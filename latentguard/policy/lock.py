@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import field_validator
 
 from latentguard.errors import PolicyError
@@ -126,19 +126,14 @@ def write_lock(path: str | Path, lock: Lock) -> None:
     Raises PolicyError where it would exceed the 1 MiB that is read again, or cannot be written.
     """
     path = Path(path)
-    entries = sorted(lock.entries, key=lambda entry: entry.key)
-    body = yaml.dump(
-        {
-            "schema_version": lock.schema_version,
-            "entries": [entry.model_dump(mode="json", exclude_none=True) for entry in entries],
-        },
-        Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper),
-        sort_keys=False,
-        allow_unicode=True,
-        width=200,
-    )
-    data = f"# Calibrated thresholds, written by latentguard; part of the policy's digest.\n{body}"
-    encoded = data.encode()
+    lines = [
+        "# Calibrated thresholds, written by latentguard; part of the policy's digest.",
+        f"schema_version: {lock.schema_version}",
+        "entries:" if lock.entries else "entries: []",
+    ]
+    for entry in sorted(lock.entries, key=lambda entry: entry.key):
+        lines += _entry_lines(entry)
+    encoded = "\n".join([*lines, ""]).encode()
     parse_lock(encoded, str(path))  # what cannot be read again must not replace what can
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -152,3 +147,15 @@ def write_lock(path: str | Path, lock: Lock) -> None:
             raise
     except OSError as error:
         raise PolicyError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _entry_lines(entry: LockEntry) -> list[str]:
+    """One entry in YAML. Values are written as JSON, so that a digest of digits stays text."""
+    lines = []
+    for key, value in entry.model_dump(mode="json", exclude_none=True).items():
+        if key == "margins":
+            lines.append("margins:")
+            lines += [f"  - {{fpr: {m['fpr']!r}, margin: {m['margin']!r}}}" for m in value]
+        else:
+            lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
+    return [f"  - {lines[0]}", *(f"    {line}" for line in lines[1:])]

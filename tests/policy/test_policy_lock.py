@@ -78,6 +78,24 @@ def test_round_trip(path: Path) -> None:
     ]
 
 
+def test_digests_of_digits_stay_text(path: Path) -> None:
+    policy = load_policy(path)
+    odd = entry(policy).model_copy(
+        update={
+            "model": "1e5",
+            "model_sha256": "1" * 64,
+            "prompts_sha256": "1e" + "0" * 62,
+            "calibrated_on": 'a "quoted": [thing] # \\ \u00e9',
+            "margins": (CalibratedMargin(fpr=1e-7, margin=-1e-7),),
+        }
+    )
+    lock = Lock(schema_version=1, entries=(odd,))
+    write_lock(lock_path(path), lock)
+    assert load_lock(lock_path(path)) == lock
+    write_lock(lock_path(path), Lock(schema_version=1))
+    assert load_lock(lock_path(path)).entries == ()
+
+
 def test_the_lock_is_part_of_the_digest(path: Path) -> None:
     policy = load_policy(path)
     assert policy.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
