@@ -1,4 +1,4 @@
-"""The errors that reach users: one clear sentence each, what is wrong, where, what would be right."""
+"""The errors that reach users: one clear sentence each; what is wrong, where, what is right."""
 
 from __future__ import annotations
 
