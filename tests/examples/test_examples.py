@@ -1,4 +1,4 @@
-"""The bundled latents: what they are, what they show, and what the shipped policies make of them."""
+"""The bundled latents: what they are, what they show, what the shipped policies make of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ WEAPONS = {"firearms": "handguns", "blades": "blades"}
 def recipe():
     sys.path.insert(0, str(EXAMPLES))
     try:
-        spec = importlib.util.spec_from_file_location("make_examples", EXAMPLES / "make_examples.py")
+        spec = importlib.util.spec_from_file_location(
+            "make_examples", EXAMPLES / "make_examples.py"
+        )
         module = importlib.util.module_from_spec(spec)
         sys.modules["make_examples"] = module
         spec.loader.exec_module(module)
@@ -45,7 +47,9 @@ def test_the_file_says_what_it_is(recipe):
 
 
 def test_readme_names_every_picture_and_what_it_shows(recipe):
-    rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([^|]+) \|$", (EXAMPLES / "README.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `([\w-]+)` \|.*\| ([^|]+) \|$", (EXAMPLES / "README.md").read_text(), re.M
+    )
     stated = dict(rows)
     assert list(stated) == [*recipe.PHOTOS, *recipe.DRAWN]
     for name, drawn in recipe.DRAWN.items():

@@ -1,0 +1,226 @@
+"""`latentguard evaluate`: measure a model or a policy on latents whose content is known."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+evaluate_app = typer.Typer(
+    no_args_is_help=True, help="Measure a model or a policy on latents whose content is known."
+)
+
+
+class Format(StrEnum):
+    """How a measurement is printed."""
+
+    table = "table"
+    json = "json"
+
+
+Model = Annotated[
+    str, typer.Option(help="Encoder: a name from `latentguard models list`, a path, or auto.")
+]
+Space = Annotated[str | None, typer.Option(help="Latent space, where the files do not say.")]
+Scaled = Annotated[
+    bool | None,
+    typer.Option(
+        "--scaled/--unscaled", help="The latents' convention, where the files do not say."
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images that are encoded together.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a plot: a .png, .svg or .pdf file.")]
+Print = Annotated[Format, typer.Option("--format", "-f", help="table, or one line of JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(evaluate_app, name="evaluate")
+
+
+@evaluate_app.command("zeroshot", no_args_is_help=True)
+def zeroshot_(
+    latents: Annotated[list[Path], typer.Argument(help="Latents: files, folders, shards.")],
+    names: Annotated[Path, typer.Option(help="Class names, one a line.")],
+    labels: Annotated[
+        Path,
+        typer.Option(help="Each image's class, in the latents' order: a line of --names, from 0."),
+    ],
+    model: Model = "auto",
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text around a class name, {} for the name; may be repeated. Models whose text "
+            "side names things (nano) take the bare name."
+        ),
+    ] = None,
+    space: Space = None,
+    scaled: Scaled = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    plot: Plot = None,
+    output: Print = Format.table,
+) -> None:
+    """How often the most similar class name is the right one.
+
+    Example: latentguard evaluate zeroshot photos.pt --names names.txt --labels labels.txt
+    """
+    from latentguard.errors import ModelError
+    from latentguard.evaluate import zeroshot as run
+    from latentguard.evaluate.plots import check_plot_path, plot_zeroshot
+    from latentguard.evaluate.zeroshot import TEMPLATES, read_labels, read_names
+
+    if plot:
+        check_plot_path(plot)
+    classes = read_names(names)
+    with _Bar("encoding") as advance:
+        try:
+            result = run(
+                latents,
+                classes,
+                read_labels(labels, len(classes)),
+                model,
+                templates=tuple(template) if template else TEMPLATES,
+                space=space,
+                scaled=scaled,
+                batch_size=batch_size,
+                device=device,
+                progress=advance,
+            )
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+    if plot:
+        plot_zeroshot(plot, result)
+    if output is Format.json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    rows = [("top-1", str(result.top(1))), ("top-5", str(result.top(5)))]
+    rows += [("images", str(result.n)), ("classes", str(result.classes))]
+    _table(f"{result.model} ({result.sha256[:12]})", rows)
+
+
+class _ManyPaths(TyperCommand):
+    """`--positives A B` as well as `--positives A --positives B`: this command has no arguments."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        option = None
+        for arg in args:
+            if arg.startswith("-"):
+                option = arg if arg in ("--positives", "--negatives") else None
+            elif option is not None and spread[-1] != option:
+                spread.append(option)
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+@evaluate_app.command("detect", no_args_is_help=True, cls=_ManyPaths)
+def detect_(
+    positives: Annotated[
+        list[Path], typer.Option(metavar="PATH...", help="Latents that show the concept.")
+    ],
+    negatives: Annotated[
+        list[Path], typer.Option(metavar="PATH...", help="Latents that do not show it.")
+    ],
+    policy: Annotated[str, typer.Option(help="A shipped policy's name, or a path.")],
+    concept: Annotated[str, typer.Option(help="The id of one of its concepts.")],
+    model: Model = "auto",
+    space: Space = None,
+    scaled: Scaled = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    resamples: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Of the bootstrap; 0 leaves intervals out.")
+    ] = 1000,
+    plot: Plot = None,
+    output: Print = Format.table,
+) -> None:
+    """How well a concept's scores tell images that show it from images that do not.
+
+    Example: latentguard evaluate detect --positives guns/ --negatives others/ --policy weapons
+    --concept handguns --plot handguns.png
+    """
+    from latentguard.evaluate import detect as run
+    from latentguard.evaluate.plots import check_plot_path, plot_detection
+
+    if plot:
+        check_plot_path(plot)
+    with _Bar("scoring") as advance:
+        result = run(
+            positives,
+            negatives,
+            policy,
+            concept,
+            model,
+            space=space,
+            scaled=scaled,
+            batch_size=batch_size,
+            device=device,
+            resamples=resamples,
+            progress=advance,
+        )
+    if plot:
+        plot_detection(plot, [result], f"{result.policy['name']}: {result.concept}")
+    if output is Format.json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    found = result.separation
+    rows = [
+        ("AUROC", str(found.auroc)),
+        ("average precision", str(found.average_precision)),
+        ("false-positive rate at 95 % recall", str(found.fpr_at_recall)),
+    ]
+    if result.operating is not None:
+        rows += [
+            (f"recall at the policy's threshold ({result.operating.margin:.2f})",
+             str(result.operating.recall)),
+            ("false-positive rate there", str(result.operating.fpr)),
+        ]  # fmt: skip
+    rows += [("positives", str(found.positives)), ("negatives", str(found.negatives))]
+    title = f"{result.policy['name']}: {result.concept}, by {result.model['name']}"
+    _table(f"{title} ({result.model['sha256'][:12]})", rows)
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), caption="[low, high]: 95 % interval", show_header=False)
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    Console().print(table)
+
+
+class _Bar:
+    """A progress bar, on a terminal only; call it with what is done and, if known, of how many."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        self._bar.update(self._task, completed=done, total=total)

@@ -1,0 +1,126 @@
+"""Pictures of what was measured, as PNG, SVG or PDF files (by matplotlib, no window)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentguard.errors import ModelError
+
+if TYPE_CHECKING:
+    from latentguard.evaluate.detect import Detection
+    from latentguard.evaluate.zeroshot import ZeroShot
+
+# Colour-blind safe (Okabe and Ito 2008), in the order that lines take them.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def plot_detection(path: Path, detections: Sequence[Detection], title: str) -> None:
+    """ROC curves, precision-recall curves and a score histogram.
+
+    Several detections (two models, say) share the curves; the histogram is of the first.
+    """
+    figure, (roc, precision, scores) = _axes(3, title)
+    for detection, colour in zip(detections, _colours(len(detections)), strict=True):
+        found, name = detection.separation, detection.model["name"]
+        counts = found.counts
+        roc.step(
+            np.r_[0, counts.fpr],
+            np.r_[0, counts.recall],
+            where="post",
+            color=colour,
+            label=f"{name}: AUROC {found.auroc}",
+        )
+        precision.step(
+            np.r_[0, counts.recall],
+            np.r_[counts.precision[0], counts.precision],
+            where="pre",
+            color=colour,
+            label=f"{name}: AP {found.average_precision}",
+        )
+    roc.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
+    roc.axhline(0.95, color="0.6", linewidth=1, linestyle=":", zorder=0)
+    roc.set(xlabel="false-positive rate", ylabel="recall", xlim=(0, 1), ylim=(0, 1.01))
+    precision.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
+    roc.legend(loc="lower right", fontsize=8)
+    precision.legend(loc="lower left", fontsize=8)
+    first = detections[0]
+    bins = np.histogram_bin_edges(np.r_[first.positives, first.negatives], 40)
+    for values, label, colour in (
+        (first.negatives, f"{len(first.negatives)} negatives", "0.6"),
+        (first.positives, f"{len(first.positives)} positives", COLOURS[1]),
+    ):
+        weights = np.full(len(values), 1 / len(values))
+        scores.hist(values, bins, weights=weights, alpha=0.7, color=colour, label=label)
+    if first.operating is not None:
+        label = f"threshold {first.operating.margin:.2f}"
+        scores.axvline(first.operating.margin, color="black", linewidth=1, label=label)
+    scores.set(xlabel=f"margin ({first.model['name']})", ylabel="share of images")
+    scores.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_zeroshot(path: Path, result: ZeroShot) -> None:
+    """Accuracy among the first k classes, and cosines with the right and the best wrong class."""
+    title = f"{result.model}: {result.n} images, {result.classes} classes"
+    figure, (top, cosines) = _axes(2, title)
+    ks = np.unique(np.geomspace(1, result.classes, 60).round().astype(int))
+    top.plot(ks, [result.top(int(k)).value for k in ks], color=COLOURS[0])
+    for k in (1, 5):
+        if k <= result.classes:
+            estimate = result.top(k)
+            top.errorbar(
+                [k],
+                [estimate.value],
+                [[estimate.value - estimate.low], [estimate.high - estimate.value]],
+                fmt="o",
+                color=COLOURS[1],
+                label=f"top-{k}: {estimate}",
+            )
+    top.set(xscale="log", xlabel="first k classes", ylabel="accuracy", ylim=(0, 1.01))
+    top.legend(loc="lower right", fontsize=8)
+    bins = np.histogram_bin_edges(np.r_[result.similarities, result.best_wrong], 40)
+    cosines.hist(result.best_wrong, bins, alpha=0.7, color="0.6", label="best wrong class")
+    cosines.hist(result.similarities, bins, alpha=0.7, color=COLOURS[1], label="right class")
+    cosines.set(xlabel="cosine", ylabel="images")
+    cosines.legend(fontsize=8)
+    _save(figure, path)
+
+
+def check_plot_path(path: Path) -> None:
+    """ModelError, before the measuring starts, where a plot could not be written afterwards."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ModelError(f"--plot: the file must end in .png, .svg or .pdf, got {path.name}")
+    if not path.absolute().parent.is_dir():
+        raise ModelError(f"--plot: there is no folder {path.absolute().parent}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            "--plot needs matplotlib: install it with `pip install 'latentguard[eval]'`"
+        ) from error
+
+
+def _axes(number: int, title: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * number, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(1, number)
+    for axis in axes:
+        axis.grid(color="0.93")
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _colours(number: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(number)]
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix == ".png" else None)
