@@ -68,7 +68,7 @@ def policy_text(
             f"  - id: {name.replace(' ', '-')}",
             "    category: made",
             f"    prompts: [{name}]",
-            "    contrast: [goldfish]",
+            "    contrast: [dog]",
             f"    threshold: {{margin: {margin}}}",
             f"    action: {action}",
         ]
