@@ -213,8 +213,9 @@ __global__ void __launch_bounds__(kThreads) concept_project_kernel(Concepts args
     operands.set(r * memory.operand_stride + i, from_float<T>(x));
   });
   __syncthreads();
-  // Warps split the depth of each column tile; the parts meet in shared memory.
-  const Shared<float> parts(0);
+  // Warps split the depth of each column tile; the parts meet in their staging areas.
+  const Shared<float> parts(memory.areas);
+  constexpr int kPart = kStageBytes / static_cast<int>(sizeof(float));
   constexpr int kStride = 16 + kPad<float>;
   const int part = at.warp / kColumnTiles, tile = at.warp % kColumnTiles;
   const int share = round_up((dim + kDepthParts - 1) / kDepthParts, 16);
@@ -224,14 +225,14 @@ __global__ void __launch_bounds__(kThreads) concept_project_kernel(Concepts args
   warp_product<Rows>(sum, operands.at(from < dim ? from : 0), memory.operand_stride,
                      static_cast<const T*>(args.projection), width, from, width, begin + tile * 16,
                      depth, Shared<T>(memory.areas + at.warp * kStageBytes), at.lane);
-  sum.store(parts, at.warp * kRows * kStride, kStride);
+  sum.store(parts, at.warp * kPart, kStride);
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumnTiles * 16; i += kThreads) {
     const int r = i / (kColumnTiles * 16), c = i % (kColumnTiles * 16);
     if (r >= count || begin + c >= width) continue;
     float total = 0;
     for (int p = 0; p < kDepthParts; ++p) {
-      total += parts.get((p * kColumnTiles + c / 16) * kRows * kStride + r * kStride + c % 16);
+      total += parts.get((p * kColumnTiles + c / 16) * kPart + r * kStride + c % 16);
     }
     out[(first + r) * width + begin + c] = total;
   }
