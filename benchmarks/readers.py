@@ -20,7 +20,7 @@ from torch import Tensor
 from latentguard.adapt.autoencoders import load_autoencoder
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.teacher import load_teacher
-from latentguard.encoders.nano import NanoEncoder, load_nano
+from latentguard.encoders.nano import NanoEncoder, embed_logits, load_nano
 
 VIEW_NOISE = 0.05
 
@@ -49,7 +49,7 @@ def encode(pictures: NDArray[np.uint8], autoencoder: Path, cache: Path) -> Tenso
 
 
 def in_batches(read: Callable[[Tensor], Tensor], inputs: Tensor, title: str) -> Tensor:
-    """`read` over batches of 8, root posteriors [B, 1000]."""
+    """`read` over batches of 8, embeddings [B, 1008]."""
     parts = []
     with torch.inference_mode(), Progress(title, len(inputs)) as progress:
         for batch in inputs.split(8):
@@ -59,21 +59,19 @@ def in_batches(read: Callable[[Tensor], Tensor], inputs: Tensor, title: str) -> 
 
 
 def teacher(pictures: NDArray[np.uint8]) -> Tensor:
-    """The pixel teacher's root posteriors of 256 px pictures."""
+    """The pixel teacher's embeddings of 256 px pictures."""
     net = load_teacher()
-    return in_batches(
-        lambda x: torch.exp(0.5 * net.logits(x).log_softmax(1)), to_tensor(pictures), "teacher"
-    )
+    return in_batches(lambda x: embed_logits(net.logits(x)), to_tensor(pictures), "teacher")
 
 
 def flux2(latents: Tensor) -> Tensor:
-    """nano-flux2's root posteriors of latents."""
+    """nano-flux2's embeddings of latents."""
     encoder = load_nano("nano-flux2")
     return in_batches(lambda x: encoder.features(x).pooled, latents, "nano-flux2")
 
 
 def sdxl(pictures: NDArray[np.uint8], cells: int) -> Tensor:
-    """nano-sdxl's root posteriors of the view that a latent of `cells` cells a side has."""
+    """nano-sdxl's embeddings of the view that a latent of `cells` cells a side has."""
     encoder = load_nano("nano-sdxl")
     generator = torch.Generator().manual_seed(0)
 

@@ -30,11 +30,17 @@ class ClassText:
     table: [2, 1000, 384], MiniLM embeddings of each class's name, and of "name: definition".
     stored: prompts whose similarities were computed when the model was made, so that they need no
         sentence encoder: prompt -> [1000] similarities.
+    names: the classes' names. A text that is one of them has similarity 1 with that class.
     """
 
-    def __init__(self, table: Tensor, stored: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, table: Tensor, stored: Mapping[str, Tensor], names: Sequence[str] = ()
+    ) -> None:
         self._table = table.float()
         self._stored = dict(stored)
+        self._classes: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            self._classes.setdefault(normalise(name), []).append(index)
 
     @property
     def stored_prompts(self) -> tuple[str, ...]:
@@ -51,13 +57,16 @@ class ClassText:
         if fresh:
             from latentguard.encoders.minilm import minilm
 
-            found = similarities(minilm().encode(fresh), self._table)
-            known = {**self._stored, **dict(zip(fresh, found, strict=True))}
+            rows = similarities(minilm().encode(fresh), self._table)
+            known = {**self._stored, **dict(zip(fresh, rows, strict=True))}
         else:
             known = self._stored
         if not keys:
             return torch.empty(0, self._table.shape[1])
-        return torch.stack([known[key].float() for key in keys])
+        found = torch.stack([known[key].float() for key in keys])
+        for row, key in enumerate(keys):
+            found[row, self._classes.get(key, [])] = 1.0
+        return found
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm embeddings [P, 1000]: square roots of the class weights."""

@@ -216,7 +216,7 @@ def test_rgb_recipe_end_to_end(photos: Path, tmp_path: Path) -> None:
     assert encoder.space == "sdxl"
     assert "RGB view" in encoder.notes
     latents = Latents(torch.randn(1, 4, 64, 64), "sdxl", scaled=True)
-    assert encoder.encode_latents(latents).shape == (1, 1000)
+    assert encoder.encode_latents(latents).shape == (1, 1008)
 
 
 def test_a_space_without_autoencoder_must_be_named(photos: Path, tmp_path: Path) -> None:

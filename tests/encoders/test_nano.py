@@ -15,7 +15,7 @@ from latentguard.encoders import Encoder, load_encoder
 from latentguard.encoders.class_text import ClassText, normalise, weights
 from latentguard.encoders.lite import ConvBN, Lite2, fuse
 from latentguard.encoders.minilm import is_installed
-from latentguard.encoders.nano import BUNDLED, WEIGHTS, NanoEncoder, load_nano
+from latentguard.encoders.nano import BASELINE, BUNDLED, WEIGHTS, NanoEncoder, load_nano
 from latentguard.encoders.nano_net import NanoNet
 from latentguard.errors import LatentsError, ModelError
 from latentguard.policy import load_policy, shipped_policies
@@ -39,7 +39,7 @@ def latents_of(encoder: NanoEncoder, batch: int, height: int = 32, width: int = 
 
 def test_follows_the_protocol(encoder: NanoEncoder) -> None:
     assert isinstance(encoder, Encoder)
-    assert encoder.dim == 1000
+    assert encoder.dim == 1008
     assert len(encoder.sha256) == 64
     assert "ImageNet" in encoder.notes
 
@@ -52,8 +52,8 @@ def test_is_small_enough_to_ship(encoder: NanoEncoder) -> None:
 def test_any_size(encoder: NanoEncoder, height: int, width: int) -> None:
     features = encoder.features(latents_of(encoder, 2, height, width).tensor)
     rows, columns = features.grid
-    assert features.pooled.shape == (2, 1000)
-    assert features.tokens.shape == (2, rows * columns, 1000)
+    assert features.pooled.shape == (2, 1008)
+    assert features.tokens.shape == (2, rows * columns, 1008)
     assert torch.allclose(features.pooled.norm(dim=1), torch.ones(2), atol=1e-5)
     assert (height > width) == (rows > columns) or height == width or abs(height - width) < 16
 
@@ -61,7 +61,9 @@ def test_any_size(encoder: NanoEncoder, height: int, width: int) -> None:
 def test_pooled_is_the_root_of_the_posterior(encoder: NanoEncoder) -> None:
     latents = latents_of(encoder, 1).tensor
     posterior = encoder.net(latents).softmax(1)
-    assert torch.allclose(encoder.features(latents).pooled.square(), posterior, atol=1e-5)
+    pooled = encoder.features(latents).pooled
+    assert torch.allclose(pooled[:, :1000].square() / (1 - BASELINE**2), posterior, atol=1e-5)
+    assert (pooled[:, 1001:] == 0).all()
 
 
 def test_x0_estimate_from_predicted_noise(encoder: NanoEncoder) -> None:
@@ -117,17 +119,15 @@ def test_a_class_name_is_its_class(encoder: NanoEncoder) -> None:
     embedded = encoder.encode_text(names)
     top = embedded.argmax(1)
     same = sum(names[int(found)] == name for found, name in zip(top, names, strict=True))
-    # Names that mean something else to a sentence encoder, or are near doubles (sunglass and
-    # sunglasses, missile and projectile), may go astray; measured: 992 of 1,000 stay.
-    assert same >= 985
+    assert same == 1000
 
 
 @needs_minilm
 def test_stored_prompts_equal_fresh_ones(encoder: NanoEncoder) -> None:
     stored = encoder.encode_text(["revolver"])
-    fresh = ClassText(encoder.text._table, {}).embed(["revolver"])
+    fresh = ClassText(encoder.text._table, {}, encoder.class_names).embed(["revolver"])
     # Stored similarities are float16.
-    assert torch.allclose(stored, fresh, atol=5e-3)
+    assert torch.allclose(stored[:, :1000], fresh, atol=5e-3)
 
 
 def test_prompts_of_ones_own_need_the_extra(
@@ -141,10 +141,10 @@ def test_prompts_of_ones_own_need_the_extra(
         encoder.encode_text(["a purple teapot on the moon"])
 
 
-def test_uncovered_text_is_the_uniform_weighting(encoder: NanoEncoder) -> None:
-    assert torch.allclose(
-        encoder.encode_text(["cigarette"]), torch.full((1, 1000), 1000**-0.5), atol=1e-6
-    )
+def test_uncovered_text_is_the_same_baseline_for_every_image(encoder: NanoEncoder) -> None:
+    embedded = encoder.encode_latents(latents_of(encoder, 3))
+    cosine = embedded @ encoder.encode_text(["cigarette"]).T
+    assert torch.allclose(cosine, torch.full((3, 1), BASELINE), atol=1e-6)
 
 
 @given(st.text(max_size=40))
