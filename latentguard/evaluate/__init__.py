@@ -1,8 +1,8 @@
 """Measuring encoders and policies on latents whose content is known.
 
 Reading order: metrics.py (numbers from scores) -> reading.py (latents, every one of them) ->
-zeroshot.py and detect.py (the two measurements) -> teacher.py (the pixel-space ceiling) ->
-plots.py.
+zeroshot.py and detect.py (the two measurements) -> plots.py. The pixel-space ceiling beside them is
+measured in benchmarks/.
 """
 
 from __future__ import annotations
