@@ -11,8 +11,9 @@ namespace latentguard {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-#define LG_CHECK(condition, operation, argument, must, ...)                                     \
-  TORCH_CHECK(condition, "`", operation, "`: `", argument, "` must be ", must, ", got ", __VA_ARGS__)
+#define LG_CHECK(condition, operation, argument, must, ...)                              \
+  TORCH_CHECK(condition, "`", operation, "`: `", argument, "` must be ", must, ", got ", \
+              __VA_ARGS__)
 
 // Checks the arguments of one call against its first tensor, whose dtype and device all share.
 class Checker {

@@ -41,12 +41,12 @@ class Contiguous {
 
 // Calls the kernel of the tensor's device; the CUDA one on the current stream of that device.
 #ifdef LATENTGUARD_CUDA
-#define LG_RUN(tensor, function, args)                                             \
-  if ((tensor).is_cuda()) {                                                        \
-    const c10::cuda::CUDAGuard guard((tensor).device());                           \
+#define LG_RUN(tensor, function, args)                                                \
+  if ((tensor).is_cuda()) {                                                           \
+    const c10::cuda::CUDAGuard guard((tensor).device());                              \
     C10_CUDA_CHECK(cuda::function(args, c10::cuda::getCurrentCUDAStream().stream())); \
-  } else {                                                                         \
-    cpu::function(args);                                                           \
+  } else {                                                                            \
+    cpu::function(args);                                                              \
   }
 #else
 #define LG_RUN(tensor, function, args) cpu::function(args);
@@ -86,8 +86,7 @@ PatchEmbed patch_embed_args(const Checker& check, Contiguous& pointer, const Ten
                 "of a width that is a multiple of 64 up to 1536", std::to_string(args.dim));
   LG_CHECK(args.height % p == 0 && args.width % p == 0, check.operation(), "latents",
            "a multiple of the patch (" + std::to_string(p) + ") high and wide", latents.sizes());
-  check.like("positional_embedding", positional_embedding,
-             {1 + args.tokens_per_image(), args.dim});
+  check.like("positional_embedding", positional_embedding, {1 + args.tokens_per_image(), args.dim});
   check.like("ln_weight", ln_weight, {args.dim});
   args.scale_phases = phases(check, "scale", scale, args.channels);
   args.shift_phases = phases(check, "shift", shift, args.channels);
@@ -125,16 +124,15 @@ Tensor patch_embed(const Tensor& latents, const Tensor& weight, const Tensor& cl
   check.like("ln_bias", ln_bias, {args.dim});
   args.class_embedding = pointer(class_embedding);
   args.ln_bias = pointer(ln_bias);
-  Tensor tokens =
-      at::empty({args.batch, 1 + args.tokens_per_image(), args.dim}, latents.options());
+  Tensor tokens = at::empty({args.batch, 1 + args.tokens_per_image(), args.dim}, latents.options());
   args.tokens = tokens.mutable_data_ptr();
   if (tokens.numel() > 0) LG_RUN(latents, patch_embed, args);
   return tokens;
 }
 
 Tensor patch_embed_backward(const Tensor& grad, const Tensor& latents, const Tensor& weight,
-                            const Tensor& positional_embedding, const Tensor& ln_weight,
-                            double eps, const MaybeTensor& scale, const MaybeTensor& shift,
+                            const Tensor& positional_embedding, const Tensor& ln_weight, double eps,
+                            const MaybeTensor& scale, const MaybeTensor& shift,
                             const MaybeTensor& noise, const MaybeTensor& alpha,
                             const MaybeTensor& sigma) {
   const Checker check("patch_embed_backward", "latents", latents);
@@ -234,12 +232,13 @@ Four concept_similarity(const Tensor& features, const MaybeTensor& ln_weight,
   return out;
 }
 
-Tensor concept_similarity_backward(
-    const MaybeTensor& grad_probability, const MaybeTensor& grad_margin, const Tensor& features,
-    const MaybeTensor& ln_weight, const MaybeTensor& ln_bias, double eps,
-    const MaybeTensor& projection, const Tensor& concepts, const Tensor& contrast,
-    const Tensor& probability, const Tensor& best_prompt, const Tensor& best_contrast,
-    double logit_scale) {
+Tensor concept_similarity_backward(const MaybeTensor& grad_probability,
+                                   const MaybeTensor& grad_margin, const Tensor& features,
+                                   const MaybeTensor& ln_weight, const MaybeTensor& ln_bias,
+                                   double eps, const MaybeTensor& projection,
+                                   const Tensor& concepts, const Tensor& contrast,
+                                   const Tensor& probability, const Tensor& best_prompt,
+                                   const Tensor& best_contrast, double logit_scale) {
   const Checker check("concept_similarity_backward", "features", features);
   check.shape("features", features, {-1, -1});
   Contiguous pointer;
@@ -249,8 +248,8 @@ Tensor concept_similarity_backward(
   check.shape("probability", probability, {args.rows, -1});
   args.concepts = probability.size(1);
   args.logit_scale = static_cast<float>(logit_scale);
-  for (const auto& [name, grad] : {std::pair("grad_probability", &grad_probability),
-                                   std::pair("grad_margin", &grad_margin)}) {
+  for (const auto& [name, grad] :
+       {std::pair("grad_probability", &grad_probability), std::pair("grad_margin", &grad_margin)}) {
     if (!*grad) continue;
     check.typed(name, **grad, at::kFloat);
     check.shape(name, **grad, {args.rows, args.concepts});
@@ -278,8 +277,8 @@ Tensor concept_heatmap(const Tensor& tokens, const MaybeTensor& ln_weight,
   const Checker check("concept_heatmap", "tokens", tokens);
   check.shape("tokens", tokens, {-1, -1, -1});
   Contiguous pointer;
-  Concepts args = concept_args(check, pointer, tokens, ln_weight, ln_bias, eps, projection,
-                               concepts, contrast);
+  Concepts args =
+      concept_args(check, pointer, tokens, ln_weight, ln_bias, eps, projection, concepts, contrast);
   take_segments(check, pointer, args, segments, contrast_segments);
   Tensor margin = at::empty({tokens.size(0), args.concepts, args.positions},
                             tokens.options().dtype(at::kFloat));
@@ -298,8 +297,8 @@ Tensor concept_heatmap_backward(const Tensor& grad, const Tensor& tokens,
   const Checker check("concept_heatmap_backward", "tokens", tokens);
   check.shape("tokens", tokens, {-1, -1, -1});
   Contiguous pointer;
-  Concepts args = concept_args(check, pointer, tokens, ln_weight, ln_bias, eps, projection,
-                               concepts, contrast);
+  Concepts args =
+      concept_args(check, pointer, tokens, ln_weight, ln_bias, eps, projection, concepts, contrast);
   take_segments(check, pointer, args, segments, contrast_segments);
   const auto shape = {tokens.size(0), args.concepts, args.positions};
   check.typed("grad", grad, at::kFloat);
@@ -329,8 +328,8 @@ Tensor concept_heatmap_backward(const Tensor& grad, const Tensor& tokens,
 
 #define LG_HEAD "Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? projection"
 #define LG_BANK "Tensor concepts, Tensor segments, Tensor contrast, Tensor contrast_segments"
-#define LG_CLEAN                                                                        \
-  "Tensor? scale=None, Tensor? shift=None, Tensor? noise=None, Tensor? alpha=None, "    \
+#define LG_CLEAN                                                                     \
+  "Tensor? scale=None, Tensor? shift=None, Tensor? noise=None, Tensor? alpha=None, " \
   "Tensor? sigma=None"
 
 TORCH_LIBRARY(latentguard, m) {
@@ -344,21 +343,21 @@ TORCH_LIBRARY(latentguard, m) {
   m.def("concept_similarity(Tensor features, " LG_HEAD ", " LG_BANK
         ", float logit_scale) -> (Tensor probability, Tensor margin, Tensor best_prompt, "
         "Tensor best_contrast)");
-  m.def("concept_similarity_backward(Tensor? grad_probability, Tensor? grad_margin, "
-        "Tensor features, " LG_HEAD
-        ", Tensor concepts, Tensor contrast, Tensor probability, Tensor best_prompt, "
-        "Tensor best_contrast, float logit_scale) -> Tensor");
+  m.def(
+      "concept_similarity_backward(Tensor? grad_probability, Tensor? grad_margin, "
+      "Tensor features, " LG_HEAD
+      ", Tensor concepts, Tensor contrast, Tensor probability, Tensor best_prompt, "
+      "Tensor best_contrast, float logit_scale) -> Tensor");
   m.def("concept_heatmap(Tensor tokens, " LG_HEAD ", " LG_BANK ") -> Tensor");
-  m.def("concept_heatmap_backward(Tensor grad, Tensor tokens, " LG_HEAD ", " LG_BANK
-        ") -> Tensor");
+  m.def("concept_heatmap_backward(Tensor grad, Tensor tokens, " LG_HEAD ", " LG_BANK ") -> Tensor");
 }
 
-#define LG_IMPLEMENT(m)                                               \
-  m.impl("patch_embed", &patch_embed);                                \
-  m.impl("patch_embed_backward", &patch_embed_backward);              \
-  m.impl("concept_similarity", &concept_similarity);                  \
+#define LG_IMPLEMENT(m)                                                \
+  m.impl("patch_embed", &patch_embed);                                 \
+  m.impl("patch_embed_backward", &patch_embed_backward);               \
+  m.impl("concept_similarity", &concept_similarity);                   \
   m.impl("concept_similarity_backward", &concept_similarity_backward); \
-  m.impl("concept_heatmap", &concept_heatmap);                        \
+  m.impl("concept_heatmap", &concept_heatmap);                         \
   m.impl("concept_heatmap_backward", &concept_heatmap_backward)
 
 TORCH_LIBRARY_IMPL(latentguard, CPU, m) { LG_IMPLEMENT(m); }

@@ -130,7 +130,8 @@ void match(const Concepts& args, const Head& head, int64_t begin, int64_t count,
       const float margin = known ? prompt.value * inverse[r] - against.value * inverse[r]
                                  : std::numeric_limits<float>::quiet_NaN();
       args.margin[at] = margin;
-      if (args.probability) args.probability[at] = 1.f / (1.f + std::exp(-args.logit_scale * margin));
+      if (args.probability)
+        args.probability[at] = 1.f / (1.f + std::exp(-args.logit_scale * margin));
       if (args.best[0]) args.best[0][at] = prompt.index;
       if (args.best[1]) args.best[1][at] = against.index;
     }

@@ -141,7 +141,8 @@ inline void layer_norm_backward(const float* grad, float* row, const float* weig
 inline void product(const float* a, const float* b, float* out, int64_t m, int64_t n, int64_t k,
                     bool transposed) {
   if (m == 0 || n == 0) return;
-  const auto view = [](const float* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  const auto view = [](const float* data, int64_t rows, int64_t columns, int64_t row,
+                       int64_t column) {
     // mm_out reads its operands only; from_blob has no const form.
     return at::from_blob(const_cast<float*>(data), {rows, columns}, {row, column}, at::kFloat);
   };

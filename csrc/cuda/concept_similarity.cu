@@ -83,7 +83,8 @@ __device__ void row_maxima(const Concepts& args, int which, int base, Shared<flo
       const int from = __shfl_sync(kAllLanes, begin, source);
       const int to = __shfl_sync(kAllLanes, end, source);
       Key best = 0;
-      for (int i = from + lane; i < to; i += kWarp) best = max(best, key_of(cosines.get(i), base + i));
+      for (int i = from + lane; i < to; i += kWarp)
+        best = max(best, key_of(cosines.get(i), base + i));
       for (int step = kWarp / 2; step > 0; step /= 2) {
         best = max(best, __shfl_xor_sync(kAllLanes, best, step));
       }
@@ -107,10 +108,9 @@ __device__ void match_chunks(const Concepts& args, int64_t from, int64_t to, int
     if (column < args.bank_rows(which)) {
       TileC<T> sum;
       sum.clear();
-      warp_product<Columns>(sum, operands, memory.operand_stride,
-                            static_cast<const T*>(args.bank[which]), args.width, 0,
-                            args.bank_rows(which), column, static_cast<int>(args.width), area,
-                            at.lane);
+      warp_product<Columns>(
+          sum, operands, memory.operand_stride, static_cast<const T*>(args.bank[which]), args.width,
+          0, args.bank_rows(which), column, static_cast<int>(args.width), area, at.lane);
       sum.store(cosines, at.warp * 16, memory.cosine_stride);
     }
     __syncthreads();
@@ -131,7 +131,8 @@ __device__ void write_results(const Concepts& args, int64_t first, int count, Ge
     if (r >= count) continue;
     const Key prompt = get(r, 0, k), against = get(r, 1, k);
     const bool known = prompt != 0 && against != 0;
-    const float margin = known ? key_value(prompt) - key_value(against) : __uint_as_float(0x7fc00000u);
+    const float margin =
+        known ? key_value(prompt) - key_value(against) : __uint_as_float(0x7fc00000u);
     const int64_t at = args.result_index(first + r, k);
     args.margin[at] = margin;
     if (args.probability) args.probability[at] = 1.f / (1.f + expf(-args.logit_scale * margin));
@@ -146,7 +147,7 @@ __device__ int rows_in_tile(const Concepts& args, int64_t first) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) concept_kernel(Concepts args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) concept_kernel(Concepts args) {
   const ConceptMemory<T> memory(args);
   const Lane at;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(kThreads) concept_kernel(Concepts args) {
 // First of two launches: rows [16, 32 columns] of the projection into the workspace, and the keys
 // and counters of the second one set to zero.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) concept_project_kernel(Concepts args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) concept_project_kernel(Concepts args) {
   const ConceptMemory<T> memory(args);
   const Workspace space(args, true, memory.keys_fit);
   const Lane at;
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(kThreads) concept_project_kernel(Concepts args
 
 // Second of two launches: one chunk of prompts for one tile of rows.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) concept_match_kernel(Concepts args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) concept_match_kernel(Concepts args) {
   const ConceptMemory<T> memory(args);
   const Workspace space(args, true, memory.keys_fit);
   const Lane at;
@@ -259,8 +260,9 @@ __global__ void __launch_bounds__(kThreads) concept_match_kernel(Concepts args) 
   __syncthreads();
   unit_rows<T>(args, memory, at);
   const auto slot = [&](int r, int which, int k) { return (r * 2 + which) * concepts + k; };
-  match_chunks<T>(args, chunk, min(chunk + 1, all_chunks(args)), count, memory, at,
-                  [&](int r, int which, int k, Key key) { atomicMax(keys + slot(r, which, k), key); });
+  match_chunks<T>(
+      args, chunk, min(chunk + 1, all_chunks(args)), count, memory, at,
+      [&](int r, int which, int k, Key key) { atomicMax(keys + slot(r, which, k), key); });
   // The last block of the tile to get here sees every maximum and writes the results.
   const Shared<unsigned> arrived(memory.cosines);
   __threadfence();

@@ -34,8 +34,8 @@ __device__ void unit_gradient(const Concepts& args, int64_t row, Shared<float> p
       const Share share = share_of(args, row, k);
       for (int which = 0; which < 2; ++which) {
         if (share.index[which] < 0) continue;
-        const float x = to_float(
-            static_cast<const T*>(args.bank[which])[share.index[which] * args.width + i]);
+        const float x =
+            to_float(static_cast<const T*>(args.bank[which])[share.index[which] * args.width + i]);
         sum += which == 0 ? share.value * x : -share.value * x;
       }
     }
@@ -77,7 +77,7 @@ __device__ void write_row(const Concepts& args, int64_t row, Shared<float> grad,
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) concept_backward_kernel(Concepts args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) concept_backward_kernel(Concepts args) {
   const ConceptMemory<T> memory(args);
   const Lane at;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;

@@ -46,7 +46,8 @@ __device__ inline Vector<T, kVector<T>> read_row(const T* row, int i, int size) 
   if (size % kVector<T> == 0) {
     if (i < size) return *reinterpret_cast<const Vector<T, kVector<T>>*>(row + i);
   }
-  for (int j = 0; j < kVector<T>; ++j) out.value[j] = i + j < size ? row[i + j] : from_float<T>(0.f);
+  for (int j = 0; j < kVector<T>; ++j)
+    out.value[j] = i + j < size ? row[i + j] : from_float<T>(0.f);
   return out;
 }
 
@@ -116,9 +117,8 @@ __device__ inline void project_rows(const Concepts& args, int64_t first, int cou
   const Shared<float> rows(0);
   const Shared<T> operands(memory.operands);
   if (args.projection == nullptr) {
-    normalised_features<T>(args, first, count, at, [&](int r, int i, float x) {
-      rows.set(r * memory.row_stride + i, x);
-    });
+    normalised_features<T>(args, first, count, at,
+                           [&](int r, int i, float x) { rows.set(r * memory.row_stride + i, x); });
     __syncthreads();
     return;
   }
@@ -130,9 +130,9 @@ __device__ inline void project_rows(const Concepts& args, int64_t first, int cou
   for (int column = at.warp * 16; column < args.width; column += kWarps * 16) {
     TileC<T> sum;
     sum.clear();
-    warp_product<Rows>(sum, operands, memory.operand_stride,
-                       static_cast<const T*>(args.projection), args.width, 0, args.width, column,
-                       static_cast<int>(args.dim), area, at.lane);
+    warp_product<Rows>(sum, operands, memory.operand_stride, static_cast<const T*>(args.projection),
+                       args.width, 0, args.width, column, static_cast<int>(args.dim), area,
+                       at.lane);
     sum.store(rows, column, memory.row_stride);
   }
   __syncthreads();

@@ -67,8 +67,8 @@ cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, int shared
                    cudaStream_t stream, const Args& args) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args);
@@ -86,6 +86,9 @@ namespace latentguard::cuda {
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
+// Blocks that shared memory leaves room for on a multiprocessor; told to the compiler, which would
+// else spill to fit more.
+constexpr int kBlocks = 2;
 constexpr unsigned kAllLanes = 0xffffffffu;
 // Rows of a block's tile: the height of a tensor-core tile.
 constexpr int kRows = 16;

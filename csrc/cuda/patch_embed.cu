@@ -40,7 +40,7 @@ __device__ void finish_row(const PatchEmbed& args, Shared<float> row, const T* f
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) patch_embed_kernel(PatchEmbed args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) patch_embed_kernel(PatchEmbed args) {
   const PatchMemory<T> memory(args);
   const Place place = place_of(args, blockIdx.x);
   project_patches<T>(args, place, memory);

@@ -73,7 +73,7 @@ __device__ void scatter(const PatchEmbed& args, const Place& place, Shared<float
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) patch_embed_backward_kernel(PatchEmbed args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) patch_embed_backward_kernel(PatchEmbed args) {
   const PatchMemory<T> memory(args);
   const Place place = place_of(args, blockIdx.x);
   project_patches<T>(args, place, memory);
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kThreads) patch_embed_backward_kernel(PatchEmb
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int dim = static_cast<int>(args.dim), size = static_cast<int>(args.patch_size());
-  const auto* grad = static_cast<const T*>(args.grad) +
-                     place.image * (1 + args.tokens_per_image()) * args.dim;
+  const auto* grad =
+      static_cast<const T*>(args.grad) + place.image * (1 + args.tokens_per_image()) * args.dim;
   const auto* positions = static_cast<const T*>(args.positional_embedding);
   for (int r = warp; r < kRows; r += kWarps) {
     const Shared<T> target = inner.at(r * memory.inner_stride);
@@ -120,7 +120,8 @@ cudaError_t patch_embed_backward(const PatchEmbed& args, cudaStream_t stream) {
   return for_type(args.type, [&](auto zero) {
     using T = decltype(zero);
     const int bytes = PatchMemory<T>(args).total;
-    return launch(patch_embed_backward_kernel<T>, args.batch * tiles, kThreads, bytes, stream, args);
+    return launch(patch_embed_backward_kernel<T>, args.batch * tiles, kThreads, bytes, stream,
+                  args);
   });
 }
 

@@ -37,8 +37,7 @@ struct Tile<float> {
 
 template <typename T>
 struct TileA {
-  wmma::fragment<wmma::matrix_a, 16, 16, Tile<T>::kStep, typename Tile<T>::Element,
-                 wmma::row_major>
+  wmma::fragment<wmma::matrix_a, 16, 16, Tile<T>::kStep, typename Tile<T>::Element, wmma::row_major>
       part[Tile<T>::kParts];
 };
 template <typename T, typename Order>
@@ -117,8 +116,8 @@ __host__ __device__ constexpr int tile_stride(int columns) {
 // `height` by `width`, zero beyond the matrix. 16-byte accesses where the rows allow them.
 template <typename T>
 __device__ inline void stage(Shared<T> to, int to_stride, const T* from, int64_t stride,
-                             int64_t row, int64_t column, int64_t rows, int64_t columns,
-                             int height, int width, int lane) {
+                             int64_t row, int64_t column, int64_t rows, int64_t columns, int height,
+                             int width, int lane) {
   constexpr int kLength = kVector<T>;
   using Vec = Vector<T, kLength>;
   const int per_row = width / kLength;
@@ -154,8 +153,8 @@ __device__ inline void warp_product(TileC<T>& c, Shared<T> a, int a_stride, cons
       stage(area, kStride, b, b_stride, first, b_from + start, columns,
             static_cast<int64_t>(b_from) + depth, 16, kDepth<T>, lane);
     } else {
-      stage(area, kStride, b, b_stride, b_from + start, first,
-            static_cast<int64_t>(b_from) + depth, columns, kDepth<T>, 16, lane);
+      stage(area, kStride, b, b_stride, b_from + start, first, static_cast<int64_t>(b_from) + depth,
+            columns, kDepth<T>, 16, lane);
     }
     __syncwarp();
     const int steps = min(kDepth<T>, round_up(depth - start, 16)) / Tile<T>::kStep;

@@ -55,21 +55,21 @@ struct Concepts {
   Type type;
   int64_t rows, positions, dim, width, prompts, contrasts, concepts;
   float eps, logit_scale;
-  const void* features;                          // T [rows, dim]
-  const void* ln_weight;                         // T [dim] or null
-  const void* ln_bias;                           // T [dim] or null
-  const void* projection;                        // T [dim, width] or null (width is dim)
-  const void* bank[2];                           // T [prompts, width], T [contrasts, width]
-  const int32_t* segments[2];                    // [concepts, 2] begin and end in each bank
-  float* probability;                            // [images, concepts, positions] or null
-  float* margin;                                 // [images, concepts, positions]
-  int64_t* best[2];                              // [images, concepts, positions] each, or null
-  void* workspace;                               // CUDA only, see concept_workspace_bytes
-  const float* grad_probability;                 // like margin, or null; backward only
-  const float* grad_margin;                      // like margin, or null; backward only
-  const float* saved_probability;                // like margin, with grad_probability
-  const int64_t* saved_best[2];                  // like margin; backward only
-  void* grad_features;                           // T [rows, dim]; backward only
+  const void* features;            // T [rows, dim]
+  const void* ln_weight;           // T [dim] or null
+  const void* ln_bias;             // T [dim] or null
+  const void* projection;          // T [dim, width] or null (width is dim)
+  const void* bank[2];             // T [prompts, width], T [contrasts, width]
+  const int32_t* segments[2];      // [concepts, 2] begin and end in each bank
+  float* probability;              // [images, concepts, positions] or null
+  float* margin;                   // [images, concepts, positions]
+  int64_t* best[2];                // [images, concepts, positions] each, or null
+  void* workspace;                 // CUDA only, see concept_workspace_bytes
+  const float* grad_probability;   // like margin, or null; backward only
+  const float* grad_margin;        // like margin, or null; backward only
+  const float* saved_probability;  // like margin, with grad_probability
+  const int64_t* saved_best[2];    // like margin; backward only
+  void* grad_features;             // T [rows, dim]; backward only
 
   LG_HOST_DEVICE int64_t bank_rows(int which) const { return which == 0 ? prompts : contrasts; }
   LG_HOST_DEVICE int64_t result_index(int64_t row, int64_t concept_index) const {

@@ -12,7 +12,7 @@
 #define __device__
 #define __host__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 // Each call tells where in the source it stands.
 #define LG_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -56,7 +56,8 @@ struct __half {
   uint16_t bits;
 };
 inline float __half2float(__half h) {
-  const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31, part = h.bits & 1023u;
+  const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31,
+                 part = h.bits & 1023u;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | part << 13);
   if (exponent == 0) {
     const float magnitude = std::ldexp(static_cast<float>(part), -24);
@@ -109,7 +110,8 @@ T __shfl_xor_sync(unsigned mask, T value, int step, LG_HERE) {
 inline unsigned __ballot_sync(unsigned, bool predicate, LG_HERE) {
   const unsigned char* slots = latentguard::host::warp_exchange(&predicate, 1, file, line);
   unsigned out = 0;
-  for (int i = 0; i < 32; ++i) out |= static_cast<unsigned>(slots[i * latentguard::host::kSlot]) << i;
+  for (int i = 0; i < 32; ++i)
+    out |= static_cast<unsigned>(slots[i * latentguard::host::kSlot]) << i;
   return out;
 }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }

@@ -135,7 +135,8 @@ bool release(int from, int to, State state) {
     if (!(block->fibers[i].place == block->fibers[from].place)) {
       failure_text = "divergent barrier: thread " + std::to_string(from) + " waits at " +
                      block->fibers[from].place.text() + ", thread " + std::to_string(i) + " at " +
-                     block->fibers[i].place.text() + " (block " + std::to_string(block->index) + ")";
+                     block->fibers[i].place.text() + " (block " + std::to_string(block->index) +
+                     ")";
       return false;
     }
   }
