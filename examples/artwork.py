@@ -71,7 +71,14 @@ class Artwork:
 def _fetch(package: str, version: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     packed = subprocess.run(
-        ["npm", "pack", "--silent", "--pack-destination", str(target.parent), f"{package}@{version}"],
+        [
+            "npm",
+            "pack",
+            "--silent",
+            "--pack-destination",
+            str(target.parent),
+            f"{package}@{version}",
+        ],
         check=True,
         capture_output=True,
         text=True,
@@ -106,7 +113,9 @@ def paste(
     return result
 
 
-def square(picture: Image.Image, box: tuple[float, float, float, float] | None = None) -> Image.Image:
+def square(
+    picture: Image.Image, box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
     """RGB, 256 x 256: the centre square, or a box (left, top, right, bottom) in 0..1."""
     picture = picture.convert("RGB")
     width, height = picture.size
@@ -183,9 +192,9 @@ def lathe(body: str, height: int) -> Image.Image:
     for start, end, rgb in parts:
         colour[(y >= start) & (y < end)] = rgb
     light = 0.35 + 0.65 * np.clip(-0.5 * u + 0.8 * facing - 0.15 * slope, 0, 1)
-    shine = 0.75 * np.exp(-(((u + 0.55) / 0.07) ** 2)) + 0.35 * np.exp(-(((u - 0.72) / 0.05) ** 2))
-    shine = shine * ((y > 0.06) & (y < 0.97))[:, None] * (1 - 0.6 * np.exp(-((slope) ** 2) * 0))
-    rgb = colour * light[..., None] + 255 * 0.6 * shine[..., None]
+    shine = 45.9 * np.exp(-(((u + 0.55) / 0.07) ** 2)) + 21.42 * np.exp(-(((u - 0.72) / 0.05) ** 2))
+    shine = shine * ((y > 0.06) & (y < 0.97))[:, None]
+    rgb = colour * light[..., None] + shine[..., None]
     rgba = np.dstack([np.clip(rgb, 0, 255), 255 * inside]).astype(np.uint8)
     picture = Image.fromarray(rgba, "RGBA").resize(
         (wide // scale, height), Image.Resampling.LANCZOS
