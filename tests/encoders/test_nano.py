@@ -118,8 +118,8 @@ def test_a_class_name_is_its_class(encoder: NanoEncoder) -> None:
     names = encoder.class_names
     embedded = encoder.encode_text(names)
     top = embedded.argmax(1)
-    same = sum(names[int(found)] == name for found, name in zip(top, names, strict=True))
-    assert same == 1000
+    # Two classes may share a name: crane, and Cardigan the dog.
+    assert [normalise(names[int(found)]) for found in top] == [normalise(name) for name in names]
 
 
 @needs_minilm
