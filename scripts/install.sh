@@ -10,7 +10,8 @@ sources=$({ cat setup.py; find csrc -type f | LC_ALL=C sort | xargs -r cat; env 
 prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
 stamp="$prefix/.latentguard-installed"
 wanted="$requirements $sources $PWD"
-read -r had_requirements _ < "$stamp" 2>/dev/null || had_requirements=none
+had_requirements=none
+[ ! -f "$stamp" ] || read -r had_requirements _ < "$stamp"
 
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
