@@ -22,8 +22,39 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _operators(console: Console) -> bool:
+    """Print the operators' build, choice and self-test; whether every operator is right."""
+    from latentguard.ops import inspect
+
+    facts = inspect.build()
+    if "reason" in facts:
+        console.print(
+            f"operators: the PyTorch reference is used, {facts['reason']}", soft_wrap=True
+        )
+    else:
+        console.print("operators: compiled")
+        for key, value in facts.items():
+            console.print(f"  {key.replace('_', ' ')}: {value or 'none'}", soft_wrap=True)
+    table = Table("device", "dtype", "uses", *inspect.OPERATORS, title="self-test: error")
+    fine = True
+    for device in inspect.devices():
+        for dtype, tolerance in inspect.TOLERANCE.items():
+            errors = inspect.self_test(device, dtype)
+            marks = []
+            for name in inspect.OPERATORS:
+                right = errors[name] <= tolerance  # NaN is not
+                fine = fine and right
+                marks.append(f"{errors[name]:.1e} {'ok' if right else 'WRONG'}")
+            name = str(dtype).removeprefix("torch.")
+            table.add_row(device, name, inspect.choice(device, dtype), *marks)
+    console.print(table)
+    if "cuda" not in inspect.devices():
+        console.print("CUDA: not checked, torch sees no GPU here")
+    return fine
+
+
 def doctor() -> None:
-    """Say what is installed and which kernels the operators use here."""
+    """Say what is installed, which kernels the operators use here, and check them."""
     console = Console()
     table = Table("package", "version", title=f"latentguard {__version__}")
     table.add_row("python", platform.python_version())
@@ -33,12 +64,9 @@ def doctor() -> None:
     if importlib.util.find_spec("torch") is None:
         console.print("operators: not available, torch is not installed")
         return
-    from latentguard.ops import library
-
-    if library.extension is None:
-        console.print(f"operators: the PyTorch reference is used, {library.missing}")
-    else:
-        console.print("operators: compiled kernels are used")
+    if not _operators(console):
+        console.print("operators: WRONG results, see the table; do not rely on this installation")
+        raise typer.Exit(1)
 
 
 def register(app: typer.Typer) -> None:
