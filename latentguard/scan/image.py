@@ -16,11 +16,11 @@ LEVELS = 65
 # is: lightness rises all the way, so the order survives every kind of colour vision and grey print.
 _RAMP = np.array(
     [
-        (6, 12, 40, 0.80),
+        (6, 12, 40, 0.76),
         (10, 24, 66, 0.55),
         (40, 60, 100, 0.12),
-        (255, 176, 0, 0.42),
-        (255, 214, 10, 0.72),
+        (255, 176, 0, 0.30),
+        (255, 214, 10, 0.50),
     ]
 )
 

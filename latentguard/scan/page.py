@@ -201,7 +201,7 @@ def _limits(report: Report, models: Sequence[ModelInfo]) -> Html | None:
                 el(
                     "p",
                     el("strong", f"Cannot see {len(model.uncovered)} of {total} concepts. "),
-                    "They were not checked: no image here is allowed in respect of them.",
+                    "They were not checked: that an image is allowed says nothing about them.",
                 )
             )
             parts.append(el("ul", *names, class_="chips"))
@@ -209,7 +209,7 @@ def _limits(report: Report, models: Sequence[ModelInfo]) -> Html | None:
             parts += [el("p", line, class_="notes") for line in _paragraphs(model.notes)]
     if not parts:
         return None
-    hatched = "limits unseen" if any(m.uncovered for m in models) else "limits"
+    hatched = "limits hatched" if any(m.uncovered for m in models) else "limits"
     return el("section", el("h2", "What this scan cannot see"), *parts, class_=hatched)
 
 

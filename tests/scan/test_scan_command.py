@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -268,12 +269,8 @@ def test_space_and_scaling_answer_what_a_file_leaves_open(
 
 def _process(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     code = "from latentguard.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **streams)
 
 
 def test_a_reader_that_goes_away_is_not_a_match(tmp_path: Path, calm: Path) -> None:
@@ -298,6 +295,31 @@ def test_an_interrupted_scan_is_not_a_match(tmp_path: Path, calm: Path) -> None:
     assert process.returncode == 130
     assert b"interrupted after" in errors
     assert b"Traceback" not in errors
+
+
+def test_the_progress_bar_is_for_terminals(tmp_path: Path, calm: Path) -> None:
+    """On a terminal's standard error only, and standard output holds nothing but records."""
+    file = write_latents(tmp_path / "a.pt", 4)
+    ours, theirs = pty.openpty()
+    process = _process("scan", file, "--policy", calm, "--format", "json", stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 4096)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not data:
+            break
+        shown += data
+    os.close(ours)
+    assert process.stdout is not None
+    lines = process.stdout.read().splitlines()
+    assert process.wait(timeout=120) == 0
+    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
+    assert b"/s" in shown
+    assert b"\x1b[" in shown
+    assert b"4 images: 4 allowed" in shown
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
