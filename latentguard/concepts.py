@@ -51,7 +51,8 @@ class ConceptBank:
         covered = tuple(bool(seen[begin:end].any()) for begin, end in segments)
         _check_covered(policy, encoder, coverage, segments, covered)
         embeddings = embed_prompts(prompts, policy, encoder)
-        embeddings = embeddings * seen.to(embeddings)[:, None]
+        # The operators take a bank of the features' dtype; encoders give float32.
+        embeddings = (embeddings * seen.to(embeddings)[:, None]).to(encoder.dtype)
         contrast, ranges = _contrast(policy, encoder)
         return cls(
             prompts,
@@ -93,7 +94,7 @@ def _contrast(policy: Policy, encoder: Encoder) -> tuple[Tensor, list[tuple[int,
     row = {text: index for index, text in enumerate(texts)}
     order = [row[text] for one in distinct for text in one]
     ranges = dict(zip(distinct, _ranges([len(one) for one in distinct]), strict=True))
-    return embedded[order], [ranges[one] for one in sets]
+    return embedded[order].to(encoder.dtype), [ranges[one] for one in sets]
 
 
 def _ranges(lengths: Sequence[int]) -> list[tuple[int, int]]:

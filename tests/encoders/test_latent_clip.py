@@ -22,6 +22,7 @@ from latentguard.encoders.catalog import CATALOG, LatentClipConfig
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.encoders.resize import Tile
 from latentguard.errors import LatentsError, ModelError
+from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
 
 Write = Callable[..., Path]
@@ -303,6 +304,28 @@ def test_noise_is_taken_off(resize: Any, size: tuple[int, int]) -> None:
     want = encoder.features(clean)
     torch.testing.assert_close(got.pooled, want.pooled, atol=1e-9, rtol=0)
     torch.testing.assert_close(got.tokens, want.tokens, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_scored(dtype: torch.dtype) -> None:
+    encoder = LatentCLIP.random(SMALL_B8)
+    latents = Latents(raw_latents(3, 64, 64), "sdxl", scaled=False)
+    want = Scorer("weapons", encoder).score(latents)
+    got = Scorer("weapons", encoder.to(dtype=dtype)).score(latents)
+    # Cosines of vectors rounded to 11 or 8 bits: worst seen 1e-4 and 1.2e-3.
+    torch.testing.assert_close(got.margin.float(), want.margin, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("resize", ["interpolate", "pool", "tile"])
+def test_every_way_of_resizing_gives_one_verdict_an_image(resize: Any) -> None:
+    scorer = Scorer("weapons", LatentCLIP.random(SMALL_B8, resize=resize))
+    latents = Latents(raw_latents(3, 128, 96), "sdxl", scaled=False)
+    scores = scorer.score(latents)
+    verdicts = scorer.verdicts(latents)
+    assert scores.margin.shape == (3, len(scorer.policy.concepts))
+    assert [verdict.error for verdict in verdicts] == [None] * 3
+    alone = scorer.score(latents[1])
+    torch.testing.assert_close(alone.margin[0], scores.margin[1], atol=CLOSE, rtol=0)
 
 
 # --- random weights --------------------------------------------------------------------------
