@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,10 +48,23 @@ def _nvcc() -> str | None:
     return str(candidates[-1]) if candidates else None
 
 
-def _toolkit_headers(torch: Any) -> list[str]:
-    """Folders of torch's nvidia packages: headers that a toolkit may lack (cuSPARSE, cuBLAS)."""
+def _toolkit(nvcc: str) -> Path:
+    """The toolkit's folder: what nvcc itself says, as the one on PATH may be a script."""
+    asked = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    )
+    found = re.search(r"TOP=(.+)", asked.stderr)
+    return Path(found[1].strip() if found else Path(nvcc).parent.parent).resolve()
+
+
+def _headers(torch: Any, toolkit: Path) -> list[str]:
+    """The toolkit's headers, then those of torch's nvidia packages, which a toolkit may lack.
+
+    In this order: the packages have cuda_runtime.h too, but not all that it includes.
+    """
     site = Path(torch.__file__).resolve().parents[1]
-    return [str(path) for path in sorted((site / "nvidia").glob("*/include"))]
+    folders = [toolkit / "include", *sorted((site / "nvidia").glob("*/include"))]
+    return [str(path) for path in folders if path.is_dir()]
 
 
 def _runtime_library(torch: Any) -> list[str]:
@@ -124,7 +138,8 @@ def _extension() -> tuple[dict[str, Any], dict[str, Any]]:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
         # torch looks for the toolkit when cpp_extension is imported; tell it what was found.
-        cpp_extension.CUDA_HOME = str(Path(nvcc).parent.parent)
+        toolkit = _toolkit(nvcc)
+        cpp_extension.CUDA_HOME = str(toolkit)
         facts |= {"cuda": _cuda_version(nvcc), "architectures": architectures}
         arguments["cxx"] += [
             "-DLATENTGUARD_CUDA",
@@ -133,7 +148,7 @@ def _extension() -> tuple[dict[str, Any], dict[str, Any]]:
         ]
         arguments["nvcc"] = ["-O3", "-std=c++20", "--threads=1", "-DLATENTGUARD_CUDA"]
         sources = sources + CUDA
-        includes += _toolkit_headers(torch)
+        includes += _headers(torch, toolkit)
         library_dirs += _runtime_library(torch)
     kind = cpp_extension.CppExtension if nvcc is None else cpp_extension.CUDAExtension
     extension = kind(

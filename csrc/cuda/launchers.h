@@ -2,7 +2,14 @@
 // it neither synchronises nor allocates, so it may be captured in a CUDA graph.
 #pragma once
 
+#if defined(LATENTGUARD_CUDA) && !defined(__CUDACC__)
+// ops.cpp of a build with CUDA: a C++ compiler, but the real runtime's types.
+#include <cuda_runtime_api.h>
+
+#include "include/operators.h"
+#else
 #include "cuda/device.h"
+#endif
 
 namespace latentguard::cuda {
 
