@@ -23,11 +23,15 @@ Type type_of(const Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16 ? Type::bfloat16 : Type::float32;
 }
 
-// Keeps contiguous copies alive while their pointers are in use.
+// Keeps contiguous copies alive while their pointers are in use. Kernels read 16 bytes at a time: a
+// view that starts elsewhere is copied too.
 class Contiguous {
  public:
   const void* operator()(const Tensor& tensor) {
     held_.push_back(tensor.contiguous());
+    if (reinterpret_cast<uintptr_t>(held_.back().const_data_ptr()) % 16 != 0) {
+      held_.back() = held_.back().clone();
+    }
     return held_.back().const_data_ptr();
   }
   template <typename T = void>

@@ -2,7 +2,7 @@
 // cores, unit length, then the prompts in chunks of 128, whose cosines stay in shared memory while
 // each concept's maximum is taken.
 //
-// Many rows: one launch does it all. Few rows (kSplitRows) would leave most of the GPU idle, so
+// Many rows: one launch does it all. Few rows (split_rows) would leave most of the GPU idle, so
 // two launches share a workspace: the first spreads the projection over its columns, the second
 // the prompts over blocks, which meet in atomic maxima; the last block of a tile writes the result.
 //
@@ -14,8 +14,6 @@
 namespace latentguard::cuda {
 namespace {
 
-// Below this many rows two launches are used: 64 tiles do not fill 108 multiprocessors.
-constexpr int64_t kSplitRows = 1024;
 // Columns of the projection per block of the first launch, and warps that share one of them.
 constexpr int kColumnTiles = 2;
 constexpr int kDepthParts = kWarps / kColumnTiles;
@@ -45,7 +43,7 @@ struct Workspace {
   }
 };
 
-bool splits(const Concepts& args) { return args.rows <= kSplitRows; }
+bool splits(const Concepts& args) { return args.rows <= args.split_rows; }
 
 int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
 
@@ -193,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_project_kernel(Conc
   const int count = rows_in_tile(args, first);
   const int dim = static_cast<int>(args.dim), width = static_cast<int>(args.width);
   const int begin = group * kColumnTiles * 16;
-  auto* out = reinterpret_cast<float*>(workspace_of(args));
+  T* out = reinterpret_cast<T*>(workspace_of(args));
   if (group == 0) {
     auto* keys = reinterpret_cast<Key*>(workspace_of(args) + space.keys);
     auto* counters = reinterpret_cast<unsigned*>(workspace_of(args) + space.counters);
@@ -204,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_project_kernel(Conc
   if (args.projection == nullptr) {
     normalised_features<T>(args, first, count, at, [&](int r, int i, float x) {
       if (r < count && i >= begin && i < begin + kColumnTiles * 16 && i < width) {
-        out[(first + r) * width + i] = x;
+        out[(first + r) * width + i] = from_float<T>(x);
       }
     });
     return;
@@ -235,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_project_kernel(Conc
     for (int p = 0; p < kDepthParts; ++p) {
       total += parts.get((p * kColumnTiles + c / 16) * kPart + r * kStride + c % 16);
     }
-    out[(first + r) * width + begin + c] = total;
+    out[(first + r) * width + begin + c] = from_float<T>(total);
   }
 }
 
@@ -249,12 +247,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_match_kernel(Concep
   const int64_t first = blockIdx.x / chunks * kRows, chunk = blockIdx.x % chunks;
   const int count = rows_in_tile(args, first);
   const int concepts = static_cast<int>(args.concepts), width = static_cast<int>(args.width);
-  const auto* projected = reinterpret_cast<const float*>(workspace_of(args)) + first * width;
+  const T* projected = reinterpret_cast<const T*>(workspace_of(args)) + first * width;
   auto* keys = reinterpret_cast<Key*>(workspace_of(args) + space.keys) + first * 2 * concepts;
   const Shared<float> rows(0);
   for (int r = at.warp; r < kRows; r += kWarps) {
     for (int i = at.lane; i < width; i += kWarp) {
-      rows.set(r * memory.row_stride + i, r < count ? projected[r * width + i] : 0.f);
+      rows.set(r * memory.row_stride + i, r < count ? to_float(projected[r * width + i]) : 0.f);
     }
   }
   __syncthreads();

@@ -53,6 +53,9 @@ struct PatchEmbed {
 // position r % positions of image r / positions; results are [images, concepts, positions].
 struct Concepts {
   Type type;
+  // CUDA only: up to this many rows, two launches share the work: a few tiles of 16 rows would
+  // leave the GPU idle. More rows would write more workspace than the launch saves.
+  int64_t split_rows = 64;
   int64_t rows, positions, dim, width, prompts, contrasts, concepts;
   float eps, logit_scale;
   const void* features;            // T [rows, dim]

@@ -89,6 +89,7 @@ Concepts concepts_of(const std::vector<double>& n, const std::vector<Array>& a) 
   args.concepts = static_cast<int64_t>(n.at(7));
   args.eps = static_cast<float>(n.at(8));
   args.logit_scale = static_cast<float>(n.at(9));
+  if (n.at(10) >= 0) args.split_rows = static_cast<int64_t>(n.at(10));
   args.features = a.at(0).data();
   args.ln_weight = a.at(1).data();
   args.ln_bias = a.at(2).data();

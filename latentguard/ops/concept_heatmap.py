@@ -39,7 +39,8 @@ def concept_heatmap(
     """
     head = (ln_weight, ln_bias, eps, projection)
     bank = (concepts, segments, contrast, contrast_segments)
-    if library.use_kernels(tokens, ln_weight, ln_bias, projection, concepts, contrast):
+    weights = (ln_weight, ln_bias, projection, concepts, contrast)
+    if library.use_kernels(tokens, *weights) and library.fits(tokens, concepts):
         margin: Tensor = torch.ops.latentguard.concept_heatmap(tokens, *head, *bank)
         return margin
     return _reference(tokens, *head, *bank)

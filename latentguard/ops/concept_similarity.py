@@ -54,7 +54,8 @@ def concept_similarity(
     """
     head = (ln_weight, ln_bias, eps, projection)
     bank = (concepts, segments, contrast, contrast_segments)
-    if library.use_kernels(features, ln_weight, ln_bias, projection, concepts, contrast):
+    weights = (ln_weight, ln_bias, projection, concepts, contrast)
+    if library.use_kernels(features, *weights) and library.fits(features, concepts):
         out = torch.ops.latentguard.concept_similarity(features, *head, *bank, logit_scale)
     else:
         out = _reference(features, *head, *bank, logit_scale)

@@ -46,8 +46,8 @@ def self_test(device: str, dtype: torch.dtype) -> dict[str, float]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g).to(dtype)
 
-    patch = [normal(2, 4, 8, 8), normal(64, 4, 4, 4) / 8, normal(64), normal(5, 64)]
-    patch += [normal(64), normal(64)]
+    patch: list[Any] = [normal(2, 4, 8, 8), normal(64, 4, 4, 4) / 8, normal(64), normal(5, 64)]
+    patch += [normal(64), normal(64), 1e-5]
     head = [normal(64), normal(64), 1e-5, normal(64, 64) / 8]
     unit = torch.nn.functional.normalize(normal(9, 64).float(), dim=-1).to(dtype)
     ranges = torch.tensor([[0, 3], [3, 9]], dtype=torch.int32)
@@ -72,12 +72,12 @@ def self_test(device: str, dtype: torch.dtype) -> dict[str, float]:
         similar = [features, *head, *bank, 10.0]
         heat = [tokens, *head, *bank]
         found = {
-            "patch_embed": patch_embed(*to(patch, device), 1e-5),
+            "patch_embed": patch_embed(*to(patch, device)),
             "concept_similarity": concept_similarity(*to(similar, device))[1],
             "concept_heatmap": concept_heatmap(*to(heat, device)),
         }
         right = {
-            "patch_embed": reference.patch_embed(*to(patch, exact), 1e-5),
+            "patch_embed": reference.patch_embed(*to(patch, exact)),
             "concept_similarity": reference.concept_similarity(*to(similar, exact))[1],
             "concept_heatmap": reference.concept_heatmap(*to(heat, exact)),
         }

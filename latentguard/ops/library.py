@@ -43,6 +43,8 @@ SCHEMAS = {
     "concept_heatmap_backward": f"(Tensor grad, Tensor tokens, {HEAD}, {BANK}) -> Tensor",
 }
 
+# As kLargestWidth in csrc/cuda/launchers.h.
+LARGEST_WIDTH = 1024
 # Computed by the compiled kernels; every other dtype takes the reference.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -108,3 +110,9 @@ def use_kernels(tensor: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     if tensor.dtype not in DTYPES or tensor.device.type not in ("cpu", "cuda"):
         return False
     return not (torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights))
+
+
+def fits(features: torch.Tensor, bank: torch.Tensor) -> bool:
+    """Whether rows this wide fit the CUDA kernels' shared memory; the CPU takes any width."""
+    widest = max(features.shape[-1], bank.shape[-1])
+    return features.device.type != "cuda" or widest <= LARGEST_WIDTH

@@ -218,6 +218,9 @@ class HostCuda(Reference):
 
     name = "CUDA kernels on the host layer"
 
+    # Rows up to which two launches share the work; None is the launcher's own choice.
+    split_rows: int | None = None
+
     def __init__(self, runner: Path) -> None:
         self.runner = runner
 
@@ -251,6 +254,7 @@ class HostCuda(Reference):
         concepts = a["segments"].shape[0]
         numbers = [host_runner.TYPES[x.dtype], rows, positions, x.shape[-1], a["concepts"].shape[1]]
         numbers += [a["concepts"].shape[0], a["contrast"].shape[0], concepts, a["eps"], scale]
+        numbers.append(-1 if self.split_rows is None else self.split_rows)
         keys = "features ln_weight ln_bias projection concepts contrast segments contrast_segments"
         arrays = [a[k] for k in keys.split()] + extra
         return host_runner.run(self.runner, operation, numbers, arrays)

@@ -145,6 +145,15 @@ def test_empty_batch(name: str) -> None:
         assert tensor.shape[0] == 0
 
 
+def test_any_strides_and_offsets() -> None:
+    args = arguments("patch_embed")
+    want = ops.patch_embed(*args)
+    args[0] = args[0].to(memory_format=torch.channels_last)
+    args[1] = torch.cat((torch.zeros(1), args[1].flatten()))[1:].view(args[1].shape)
+    args[3] = args[3].t().contiguous().t()
+    torch.testing.assert_close(ops.patch_embed(*args), want)
+
+
 MISTAKES = [
     ("patch_embed", 0, lambda t: t[0], "`latents` must be of shape [*, *, *, *]"),
     ("patch_embed", 0, lambda t: t[..., :-1], "`latents` must be a multiple of the patch (4)"),
