@@ -89,9 +89,9 @@ def _contrast(policy: Policy, encoder: Encoder) -> tuple[Tensor, list[tuple[int,
             texts = tuple(dict.fromkeys(texts + encoder.neutral_prompts))
         sets.append(texts)
     distinct = list(dict.fromkeys(sets))
-    texts = list(dict.fromkeys(text for one in distinct for text in one))
-    embedded = embed_prompts(texts, policy, encoder)
-    row = {text: index for index, text in enumerate(texts)}
+    unique = list(dict.fromkeys(text for one in distinct for text in one))
+    embedded = embed_prompts(unique, policy, encoder)
+    row = {text: index for index, text in enumerate(unique)}
     order = [row[text] for one in distinct for text in one]
     ranges = dict(zip(distinct, _ranges([len(one) for one in distinct]), strict=True))
     return embedded[order].to(encoder.dtype), [ranges[one] for one in sets]

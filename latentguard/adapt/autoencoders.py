@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ def load_autoencoder(path: str | Path, space: str | None = None) -> Autoencoder:
     if name is None:
         fits = ", ".join(s.name for s in SPACES.values() if s.channels == channels)
         raise ModelError(f"{source}: {channels} channels fit {fits or 'no space'}; say which space")
-    net.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return Autoencoder(net, source.name, LatentSpace.get(name), scaled=True)
 
 
@@ -121,7 +122,8 @@ def _diffusers(folder: Path, space: str | None) -> Autoencoder:
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(str(folder), local_files_only=True).eval()
+        load: Any = AutoencoderKL.from_pretrained
+        vae = load(str(folder), local_files_only=True).eval()
         found = LatentSpace.get(space) if space else LatentSpace.from_vae_config(vae.config)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a readable diffusers autoencoder ({error})") from error

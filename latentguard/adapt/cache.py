@@ -74,7 +74,7 @@ class Cache:
                 )
             mapped: NDArray[Any] = array
             return mapped
-        return np.lib.format.open_memmap(path, "w+", dtype, shape)  # type: ignore[no-untyped-call]
+        return np.lib.format.open_memmap(path, "w+", dtype, shape)
 
     def save(self) -> None:
         """Make what was computed so far survive an interruption."""

@@ -79,7 +79,7 @@ def adapt(
         large_images=recipe.large_images,
         seed=recipe.seed,
     )
-    kind, config, work = "", {}, None
+    work: AdapterRecipe | RgbRecipe
     if encoder is not None:
         kind, config = "adapter", {"channels": found.channels}
         work = AdapterRecipe(filled, recipe, config)

@@ -20,8 +20,9 @@ class Teacher(nn.Module):
 
     def __init__(self, net: Lite2) -> None:
         super().__init__()
-        self.net = fuse(net.eval()).requires_grad_(False)
-        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = net
+        fuse(net.eval()).requires_grad_(False)
+        net.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def targets(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,7 @@ class Teacher(nn.Module):
 
         images: RGB [B, 3, H, W] float32 in [0, 1], H and W multiples of 32.
         """
-        net: Lite2 = self.net  # type: ignore[assignment]
+        net = self.net
         entry = net.stem(net.normalise(images.contiguous(memory_format=torch.channels_last)))
         return entry, net.trunk.feature_map(entry)
 
@@ -71,7 +72,7 @@ def class_names() -> tuple[str, ...]:
 @lru_cache(maxsize=1)
 def class_definitions() -> tuple[str, ...]:
     """WordNet's definition of each class, from timm's metadata (a dependency of open_clip)."""
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
     found = (info.index_to_description(i, detailed=True) for i in range(len(class_names())))

@@ -212,7 +212,7 @@ class Trainer:
     def __init__(self, work: AdapterRecipe | RgbRecipe, checkpoint: Path) -> None:
         self.work = work
         self.checkpoint = checkpoint
-        self.net: nn.Module = work.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net: nn.Module = work.net.to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.net).eval()
         self.history: list[dict[str, Any]] = []
 

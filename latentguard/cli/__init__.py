@@ -43,7 +43,12 @@ def _root(
 
 
 def _register() -> None:
-    from latentguard.cli import adapt, doctor, evaluate, models, policy, scan
+    import latentguard.cli.adapt as adapt
+    import latentguard.cli.doctor as doctor
+    import latentguard.cli.evaluate as evaluate
+    import latentguard.cli.models as models
+    import latentguard.cli.policy as policy
+    import latentguard.cli.scan as scan
 
     for module in (scan, policy, models, evaluate, adapt, doctor):
         module.register(app)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,7 +62,11 @@ def adapt(
     from latentguard.adapt.run import adapt as run
     from latentguard.adapt.train import Recipe
 
-    given = {"adapter_passes": adapter_passes, "joint_passes": joint_passes, "seed": seed}
+    given: dict[str, Any] = {
+        "adapter_passes": adapter_passes,
+        "joint_passes": joint_passes,
+        "seed": seed,
+    }
     recipe = replace(Recipe(), **{key: value for key, value in given.items() if value is not None})
     result = run(
         images,

@@ -52,7 +52,8 @@ class MiniLM:
         tokenizer.enable_truncation(MAX_TOKENS)
         tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
         self._tokenizer: Any = tokenizer
-        self._model: Any = BertModel(config, add_pooling_layer=False)
+        model: Any = BertModel
+        self._model = model(config, add_pooling_layer=False)
         state = {k: v for k, v in state.items() if not k.startswith("pooler.")}
         state.pop("embeddings.position_ids", None)
         self._model.load_state_dict(state)

@@ -204,7 +204,7 @@ def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) ->
     fuse(net)
     net.load_state_dict({k[4:]: v.float() for k, v in tensors.items() if k.startswith("net.")})
     net.eval().requires_grad_(False)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.to(memory_format=torch.channels_last)
     prompts = json.loads(metadata["prompts"])
     stored = dict(zip(prompts, tensors["text.prompts"], strict=True))
     names = json.loads(metadata["class_names"])
