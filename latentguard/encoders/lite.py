@@ -57,7 +57,7 @@ class ConvBN(nn.Sequential):
         )
         modules["bn"] = nn.BatchNorm2d(outputs, eps=BATCH_NORM_EPS, momentum=0.01)
         if act:
-            modules["act"] = nn.ReLU6()
+            modules["act"] = nn.ReLU6(inplace=True)
         super().__init__(modules)
 
 

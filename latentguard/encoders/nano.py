@@ -114,10 +114,11 @@ class NanoEncoder(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         cells = self.net.feature_map(x)
         grid = (cells.shape[2], cells.shape[3])
-        classifier = self.net.trunk.classifier
-        pooled = embed_logits(classifier(cells.mean((2, 3))))
-        tokens = embed_logits(classifier(cells.flatten(2).transpose(1, 2)))
-        return Features(pooled=pooled, tokens=tokens, grid=grid)
+        places = cells.flatten(2).transpose(1, 2)
+        # The image and its cells in one product: at batch 1 reading the classifier is the cost.
+        rows = torch.cat([places.mean(1, keepdim=True), places], 1)
+        embedded = embed_logits(self.net.trunk.classifier(rows))
+        return Features(pooled=embedded[:, 0], tokens=embedded[:, 1:], grid=grid)
 
     def encode_latents(self, latents: Latents) -> Tensor:
         """Unit-norm embeddings [B, 1008]; entry c goes with the root of class c's probability."""
