@@ -125,9 +125,7 @@ class Scorer:
         features = encoder.features(self._input(latents))
         if features.tiles != 1:
             raise LatentsError("heat maps need an encoder that reads an image in one view")
-        margin = ops.concept_heatmap(
-            features.tokens.contiguous(), *self._head(), *self._bank()
-        )
+        margin = ops.concept_heatmap(features.tokens.contiguous(), *self._head(), *self._bank())
         found: NDArray[np.float32] = (
             margin.reshape(*margin.shape[:2], *features.grid).float().cpu().numpy()
         )
