@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops_cases import DTYPES, GRADIENT, MARGIN, RELATIVE, Match, Patch, Reference, move, relative
+from ops_cases import DTYPES, MARGIN, RELATIVE, Match, Patch, Reference, move, relative
 
 EXACT = Reference()
 
@@ -80,7 +80,7 @@ def test_concept_similarity_backward(backend: Reference, case: Match, dtype: tor
     out32 = (out[0].float(), out[1].float(), out[2], out[3])
     got = backend.similarity_backward(grads, arguments, scale, out32)
     assert got.dtype == dtype
-    assert relative(got, want) <= GRADIENT[dtype]
+    assert relative(got, want) <= RELATIVE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +97,7 @@ def test_concept_heatmap(backend: Reference, case: Match, dtype: torch.dtype) ->
     # gradient differs in kind: only float is compared as a whole.
     if dtype == torch.float32:
         right = EXACT.heatmap_backward(grad.double(), exact)
-        assert relative(gradient, right) <= GRADIENT[dtype]
+        assert relative(gradient, right) <= RELATIVE[dtype]
     assert bool(torch.isfinite(gradient).all())
 
 
