@@ -189,7 +189,6 @@ def test_long_policy_stays_bounded_in_memory() -> None:
     assert scorer.bank.embeddings.shape == (5000, 4)
 
 
-
 def test_scorer_refuses_another_space() -> None:
     with pytest.raises(ModelError, match="reads sdxl latents, not flux2"):
         Scorer(policy(), WordEncoder(), space="flux2")
