@@ -1,4 +1,4 @@
-"""The nano encoders: the Encoder contract, the text side, and hostile model files."""
+"""The nano encoders: the Encoder protocol, the text side, and hostile model files."""
 
 from __future__ import annotations
 
