@@ -38,7 +38,8 @@ VALIDATE_EVERY = 50
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train. Passes are images seen; the defaults made nano-flux2."""
+    """How long and how fast to train. Passes are images seen; docs/nano.md tells how the
+    bundled weights were made, which differs a little from these defaults."""
 
     adapter_passes: int = 22_400
     joint_passes: int = 4_800
