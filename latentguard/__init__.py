@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentguard.encoders import load_encoder
+    from latentguard.guard import LatentGuard, optimize_noise
     from latentguard.policy import Policy, load_policy
     from latentguard.scan import scan_files
     from latentguard.scorer import Scorer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "LatentGuard": "latentguard.guard",
     "Latents": "latentguard.spaces",
     "LatentSpace": "latentguard.spaces",
     "Policy": "latentguard.policy",
@@ -27,10 +29,12 @@ _HOME = {
     "Verdict": "latentguard.verdict",
     "load_encoder": "latentguard.encoders",
     "load_policy": "latentguard.policy",
+    "optimize_noise": "latentguard.guard",
     "scan_files": "latentguard.scan",
 }
 
 __all__ = [
+    "LatentGuard",
     "LatentSpace",
     "Latents",
     "Policy",
@@ -39,6 +43,7 @@ __all__ = [
     "__version__",
     "load_encoder",
     "load_policy",
+    "optimize_noise",
     "scan_files",
 ]
 

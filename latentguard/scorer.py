@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from latentguard import ops
 from latentguard.concepts import ConceptBank
-from latentguard.encoders import Encoder, best_encoder, load_encoder, strongest_view
+from latentguard.encoders import Encoder, Features, best_encoder, load_encoder, strongest_view
 from latentguard.errors import LatentsError, ModelError
 from latentguard.policy import Policy, load_policy
 from latentguard.spaces import Latents, LatentSpace
@@ -75,6 +76,12 @@ class Scorer:
                 f"{self.encoder.name} reads {self.encoder.space}"
             )
         self.bank = ConceptBank.build(self.policy, self.encoder)
+        self._features: Callable[[Tensor], Features] = self.encoder.features
+
+    def compile(self, mode: str = "default") -> None:
+        """Compile the encoder with torch.compile: `mode` as there ("reduce-overhead" records CUDA
+        graphs). The first batch of each shape takes the time to compile."""
+        self._features = torch.compile(self.encoder.features, mode=mode)
 
     def score(self, latents: Latents, noise_level: float = 0.0) -> Scores:
         """Scores of a batch; differentiable in `latents.tensor`.
@@ -82,7 +89,7 @@ class Scorer:
         Raises LatentsError when the latents are of another space than the encoder's.
         """
         encoder = self.encoder
-        features = encoder.features(self._input(latents))
+        features = self._features(self._input(latents))
         probability, margin, best = ops.concept_similarity(
             features.pooled.contiguous(), *self._head(), *self._bank(), encoder.logit_scale
         )

@@ -100,6 +100,12 @@ def _every(value: Any) -> int:
     return value
 
 
+def _iterations(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100:
+        raise ValueError("must be a whole number from 1 to 100")
+    return value
+
+
 def _window(value: Any) -> tuple[float, float | None]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError("must be a list of two noise levels, [low, high]")
@@ -186,6 +192,11 @@ Every = Annotated[
     int,
     BeforeValidator(_every),
     WithJsonSchema({"type": "integer", "minimum": 1, "maximum": 1000}),
+]
+Iterations = Annotated[
+    int,
+    BeforeValidator(_iterations),
+    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": 100}),
 ]
 NoiseWindow = Annotated[
     tuple[float, float | None],

@@ -14,6 +14,7 @@ from latentguard.policy.fields import (
     Every,
     Filled,
     Frozen,
+    Iterations,
     Label,
     Margin,
     NoiseWindow,
@@ -81,6 +82,9 @@ class Steer(Frozen):
 
     strength: Strength = 1.0
     """How strongly latents are moved away from the concept; 1 is the guard's own measure."""
+    iterations: Iterations = 5
+    """Gradient steps that a denoising step may take at most; fewer once the score is below the
+    threshold."""
 
 
 class Concept(Frozen):

@@ -195,7 +195,7 @@ def test_a_policy_made_in_python_has_a_digest_of_its_content() -> None:
 def test_plain_is_complete() -> None:
     plain = parse_policy(MINIMAL.replace("block", "steer")).plain()
     assert plain["concepts"][0]["threshold"] == {"kind": "probability", "value": 0.5}
-    assert plain["concepts"][0]["steer"] == {"strength": 1.0}
+    assert plain["concepts"][0]["steer"] == {"strength": 1.0, "iterations": 5}
     assert plain["concepts"][0]["noise_window"] == [0.0, None]
     assert plain["lock"] is None
     assert plain["schema_version"] == 1

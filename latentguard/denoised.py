@@ -1,0 +1,251 @@
+"""Clean estimates and noise levels from diffusers' schedulers.
+
+A noisy latent is not an image, the model's prediction of its clean part (x0) is one. Latents are
+x = alpha * x0 + sigma * noise, in the units that the pipeline carries: alpha is 1 where variance
+explodes (Euler and its kin), sqrt(alphas_cumprod) where it is preserved (DDIM, DPM-Solver), and
+1 - sigma in flow matching. All that is read here are attributes of the scheduler; an unknown
+class is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentguard.errors import LatentsError
+
+# By what a scheduler's own step works with, looked up by class name along the MRO.
+_EXPLODING = ("EulerDiscrete", "EulerAncestralDiscrete", "EDMEuler", "LMSDiscrete", "HeunDiscrete")
+_MIDPOINT = ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
+_CONVERTING = (
+    *("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver"),
+    "EDMDPMSolverMultistep",
+)
+_TIMESTEPS = ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LCM", "TCD")
+_FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM")
+_KNOWN = (*_EXPLODING, *_MIDPOINT, *_CONVERTING, *_TIMESTEPS, *_FLOW)
+
+# The second thing that these return is the x0 prediction; TCD's is its noised sample.
+_RETURNS_X0 = (
+    *("EulerDiscrete", "EulerAncestralDiscrete", "EDMEuler", "LMSDiscrete", "HeunDiscrete"),
+    *("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"),
+    *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "LCM"),
+)
+
+
+@dataclass(frozen=True)
+class Level:
+    """How noisy latents are: x = alpha * x0 + sigma * noise."""
+
+    alpha: float
+    sigma: float
+
+    @property
+    def noise_level(self) -> float:
+        """The noise-to-signal ratio sigma / alpha: 0 is clean, inf is pure noise."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
+
+
+CLEAN = Level(1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """One call of `scheduler.step`.
+
+    model_output, sample: [B, ...] as given (sample is x_t). result: what step returned, a tuple or
+    an output object. level: `level_before(scheduler, timestep)`, taken before the call.
+    """
+
+    scheduler: Any
+    model_output: Tensor
+    timestep: Any
+    sample: Tensor
+    result: Any
+    level: Level
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What a step says of the clean latents.
+
+    x0: [B, ...] the prediction, in the shape and dtype of the sample.
+    source: the level of the sample that it was predicted from: thresholds go by it.
+    latents: the level of the latents after the step.
+    how: "scheduler" where it is the scheduler's own, otherwise the algebra that gave it: "epsilon",
+        "v_prediction", "sample", "flow_prediction".
+    """
+
+    x0: Tensor
+    source: Level
+    latents: Level
+    how: str
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises LatentsError for a scheduler whose noise levels are not known here."""
+    _kind(scheduler)
+
+
+def level_before(scheduler: Any, timestep: Any) -> Level:
+    """The level of the sample that `step(..., timestep, sample)` is about to be given.
+
+    Raises LatentsError for a scheduler that is not known.
+    """
+    kind = _kind(scheduler)
+    if kind in _TIMESTEPS:
+        return _preserving(float(scheduler.alphas_cumprod[int(timestep)]))
+    index = scheduler.step_index
+    if index is None:
+        begin = scheduler.begin_index
+        index = scheduler.index_for_timestep(timestep) if begin is None else begin
+    return _at(scheduler, kind, int(index))
+
+
+def denoised(call: StepCall) -> Denoised:
+    """The clean estimate that a step was made with, and the levels before and after it.
+
+    Raises LatentsError for a scheduler or prediction type that is not known, and where the level is
+    pure noise and the prediction epsilon, which then says nothing of x0.
+    """
+    kind = _kind(call.scheduler)
+    after = _after(call, kind)
+    if kind in _RETURNS_X0:
+        own = getattr(call.result, "denoised", None) if kind == "LCM" else None
+        if own is None:
+            own = getattr(call.result, "pred_original_sample", None)
+        if own is None and isinstance(call.result, tuple) and len(call.result) > 1:
+            own = call.result[1]
+        if isinstance(own, Tensor):
+            return Denoised(own.to(call.sample.dtype), call.level, after, "scheduler")
+    prediction = "flow_prediction"
+    if kind not in _FLOW:
+        prediction = str(call.scheduler.config.prediction_type)
+    x0 = _algebra(call, kind, prediction)
+    return Denoised(x0.to(call.sample.dtype), call.level, after, prediction)
+
+
+def is_last(call: StepCall) -> bool:
+    """Whether the scheduler has no further step."""
+    scheduler, kind = call.scheduler, _kind(call.scheduler)
+    if kind in _TIMESTEPS:
+        return _position(scheduler, call.timestep) >= len(scheduler.timesteps)
+    return int(scheduler.step_index) >= len(scheduler.timesteps)
+
+
+def from_consecutive(before: Tensor, after: Tensor, source: Level, latents: Level) -> Tensor:
+    """x0 from the latents before and after a deterministic first-order step, nothing else known.
+
+    Both are made of the same x0 and noise at two levels, two equations for two unknowns:
+    x0 = (sigma' x - sigma x') / (alpha sigma' - alpha' sigma). Exact for DDIM, Euler and flow
+    matching's Euler. Raises LatentsError where the levels are the same.
+    """
+    determinant = source.alpha * latents.sigma - latents.alpha * source.sigma
+    if abs(determinant) < 1e-12:
+        raise LatentsError("two latents of the same noise level do not tell x0")
+    x0 = (latents.sigma * before.float() - source.sigma * after.float()) / determinant
+    return x0.to(before.dtype)
+
+
+# -- levels ------------------------------------------------------------------------------------
+
+
+def _kind(scheduler: Any) -> str:
+    for cls in type(scheduler).__mro__:
+        name = cls.__name__.removesuffix("Scheduler")
+        if name in _KNOWN:
+            return name
+    raise LatentsError(
+        f"the noise levels of {type(scheduler).__name__} are not known: use one of "
+        + ", ".join(_KNOWN)
+    )
+
+
+def _preserving(alpha_cumprod: float) -> Level:
+    return Level(math.sqrt(alpha_cumprod), math.sqrt(max(0.0, 1 - alpha_cumprod)))
+
+
+def _at(scheduler: Any, kind: str, index: int) -> Level:
+    """The level of the sample at a step index, in the state that the scheduler is in."""
+    sigmas = scheduler.sigmas
+    index = min(index, len(sigmas) - 1)
+    sigma = float(sigmas[index])
+    if kind in _FLOW:
+        return Level(1 - sigma, sigma)
+    if kind in _CONVERTING:
+        alpha, scaled = scheduler._sigma_to_alpha_sigma_t(torch.tensor(sigma, dtype=torch.float64))
+        return Level(float(alpha), float(scaled))
+    if kind in _MIDPOINT and not scheduler.state_in_first_order:
+        if kind == "DPMSolverSDE":
+            sigma = float(scheduler.mid_point_sigma)
+        else:
+            back = 1 if kind == "KDPM2AncestralDiscrete" else 0
+            sigma = float(scheduler.sigmas_interpol[index - back])
+    return Level(1.0, sigma)
+
+
+def _after(call: StepCall, kind: str) -> Level:
+    """The level of the latents that the step returned."""
+    scheduler = call.scheduler
+    if kind not in _TIMESTEPS:
+        return _at(scheduler, kind, int(scheduler.step_index))
+    position = _position(scheduler, call.timestep)
+    if position < len(scheduler.timesteps):
+        return _preserving(float(scheduler.alphas_cumprod[int(scheduler.timesteps[position])]))
+    if kind in ("LCM", "DDPM", "DDPMParallel"):
+        return CLEAN
+    return _preserving(float(scheduler.final_alpha_cumprod))
+
+
+def _position(scheduler: Any, timestep: Any) -> int:
+    """How many of the scheduler's timesteps are done, the one of this call included."""
+    counter = getattr(scheduler, "counter", None)
+    if counter is not None:  # PNDM repeats some
+        begun_late = len(scheduler.timesteps) - _remaining(scheduler, timestep)
+        return max(int(counter), begun_late)
+    index = getattr(scheduler, "step_index", None)
+    if index is not None:
+        return int(index)
+    found = (scheduler.timesteps == int(timestep)).nonzero()
+    if len(found) == 0:
+        raise LatentsError(
+            f"timestep {int(timestep)} is none of the {type(scheduler).__name__}'s timesteps"
+        )
+    return int(found[-1]) + 1
+
+
+def _remaining(scheduler: Any, timestep: Any) -> int:
+    """Timesteps below this one: img2img begins within the schedule, where the counter does not."""
+    return int((scheduler.timesteps < int(timestep)).sum())
+
+
+# -- x0 ----------------------------------------------------------------------------------------
+
+
+def _algebra(call: StepCall, kind: str, prediction: str) -> Tensor:
+    x, output = call.sample.float(), call.model_output.float()
+    if output.shape[1] == 2 * x.shape[1]:
+        output = output[:, : x.shape[1]]  # the second half is a learned variance
+    alpha, sigma = call.level.alpha, call.level.sigma
+    if kind == "EDMDPMSolverMultistep":
+        preconditioned: Tensor = call.scheduler.precondition_outputs(x, output, torch.tensor(sigma))
+        return preconditioned
+    if prediction == "sample":
+        return output
+    if prediction == "flow_prediction":
+        return x - sigma * output
+    if prediction == "epsilon":
+        if alpha <= 0:
+            raise LatentsError("a prediction of the noise tells nothing of x0 at pure noise")
+        return (x - sigma * output) / alpha
+    if prediction == "v_prediction":
+        # v = a noise - s x0 for unit-variance latents a x0 + s noise.
+        size = math.hypot(alpha, sigma)
+        return (alpha / size) * (x / size) - (sigma / size) * output
+    raise LatentsError(
+        f"{type(call.scheduler).__name__}: prediction_type {prediction!r} is not known"
+    )

@@ -1,0 +1,51 @@
+"""The guard in the denoising loop: sessions for any loop, LatentGuard for diffusers pipelines."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentguard.guard.adapter import LatentGuard
+    from latentguard.guard.audit import AuditLog
+    from latentguard.guard.noise import optimize_noise
+    from latentguard.guard.output import GenerationBlocked
+    from latentguard.guard.record import Steering, StepRecord
+    from latentguard.guard.sessions import Limits, Session, StepResult, session
+
+# Sessions work where diffusers is not installed.
+_HOME = {
+    "AuditLog": "audit",
+    "GenerationBlocked": "output",
+    "LatentGuard": "adapter",
+    "Limits": "sessions",
+    "Session": "sessions",
+    "StepRecord": "record",
+    "StepResult": "sessions",
+    "Steering": "record",
+    "optimize_noise": "noise",
+    "session": "sessions",
+}
+
+__all__ = [
+    "AuditLog",
+    "GenerationBlocked",
+    "LatentGuard",
+    "Limits",
+    "Session",
+    "Steering",
+    "StepRecord",
+    "StepResult",
+    "optimize_noise",
+    "session",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'latentguard.guard' has no attribute {name!r}")
+    return getattr(import_module(f"latentguard.guard.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

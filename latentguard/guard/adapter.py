@@ -1,0 +1,235 @@
+"""LatentGuard: the guard as a diffusers callback, a thin adapter over sessions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.callbacks import PipelineCallback
+
+from latentguard.denoised import check_scheduler
+from latentguard.encoders import Encoder
+from latentguard.errors import LatentsError, PolicyError
+from latentguard.guard import output as outputs
+from latentguard.guard.audit import AuditLog
+from latentguard.guard.layout import space_of
+from latentguard.guard.metrics import Metrics
+from latentguard.guard.output import GenerationBlocked
+from latentguard.guard.patches import install
+from latentguard.guard.record import StepRecord
+from latentguard.guard.sessions import Limits, Session
+from latentguard.policy import Policy, load_policy
+from latentguard.scorer import Scorer
+from latentguard.spaces import LatentSpace
+from latentguard.verdict import Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("latentguard.guard")
+
+install()
+
+
+class LatentGuard(PipelineCallback):
+    """Scores a pipeline's latents while it denoises, and steers or blocks as the policy says.
+
+        pipe.callback_on_step_end = LatentGuard(policy)
+
+    `pipe(..., callback_on_step_end=guard)` and `MultiPipelineCallbacks` work too; your own callback
+    runs first, and the guard sees the latents last. `None` detaches. One guard serves any number of
+    pipelines and threads: each call has a session of its own.
+
+    Args:
+        policy: a Policy, the name of a shipped one, or a path.
+        model: an Encoder, its name or path, or "auto" for the best one of the pipeline's space.
+        space: the latent space, where the pipeline's VAE does not tell it.
+        device: where the encoder runs; None is the device of the latents.
+        on_block: for `on_block: callback`: called with (index, verdict, blank image) for each
+            blocked image, returns what takes its place.
+        limits: timeout, scoring budget and steps of a call.
+        audit: a path or AuditLog: one JSON line for each image and scored step.
+        compile: a mode of torch.compile for the encoder ("default", "reduce-overhead" for CUDA
+            graphs, ...), None for eager.
+
+    After a call, `verdicts` has the verdict on each image and `history` every scored step.
+
+    Raises:
+        PolicyError, ModelError: policy or model cannot be used, here or when it is attached.
+        LatentsError: when it is attached: the pipeline's latent space is not known, or it has no
+            step callback.
+    """
+
+    tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers reads it as a class attribute)
+
+    def __init__(
+        self,
+        policy: Policy | str | Path = "default",
+        model: Encoder | str | Path = "auto",
+        *,
+        space: LatentSpace | str | None = None,
+        device: torch.device | str | None = None,
+        on_block: Callable[[int, Verdict, Any], Any] | None = None,
+        limits: Limits | None = None,
+        audit: AuditLog | str | Path | None = None,
+        compile: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy = load_policy(policy)
+        if (self.policy.on_block == "callback") != (on_block is not None):
+            raise PolicyError(
+                f"policy '{self.policy.name}' says on_block: {self.policy.on_block}, and "
+                f"LatentGuard was given {'no' if on_block is None else 'an'} on_block function: "
+                "the two go together"
+            )
+        self._model = model
+        self._space = None if space is None else LatentSpace.get(space)
+        self._device = device
+        self._on_block = on_block
+        self._limits = limits
+        self._audit = audit if audit is None or isinstance(audit, AuditLog) else AuditLog(audit)
+        self._metrics = Metrics()
+        self._compile = compile
+        self._scorers: dict[tuple[str, str], Scorer] = {}
+        self._lock = threading.Lock()
+        self._mine = threading.local()
+        self._last: Session | None = None
+
+    def __deepcopy__(self, memo: Any) -> LatentGuard:
+        """A copied pipeline is guarded by the same guard."""
+        return self
+
+    # -- sessions ----------------------------------------------------------------------------
+
+    def session(
+        self, request_id: str | None = None, *, space: LatentSpace | str | None = None
+    ) -> Session:
+        """A session under this guard's policy, for a loop of your own.
+
+        `space` is needed with model "auto" unless the guard or its policy names it.
+        """
+        given = space if space is not None else self._space or self.policy.space
+        return self._make(None if given is None else LatentSpace.get(given).name, request_id)
+
+    def _make(
+        self, space: str | None, request_id: str | None, device: torch.device | None = None
+    ) -> Session:
+        scorer = self._scorer(space, device)
+        return Session(scorer, request_id, limits=self._limits, on_record=self._recorded)
+
+    def _scorer(self, space: str | None, device: torch.device | None) -> Scorer:
+        """One scorer for each space and device, made when it is first needed."""
+        where = self._device if self._device is not None else device
+        key = (space or "", str(where))
+        with self._lock:
+            if key not in self._scorers:
+                scorer = Scorer(self.policy, self._model, where, space)
+                if self._compile is not None:
+                    scorer.compile(self._compile)
+                self._scorers[key] = scorer
+            return self._scorers[key]
+
+    def _recorded(self, session: Session, record: StepRecord) -> None:
+        self._metrics.record(session, record)
+        if self._audit is not None:
+            self._audit.write(session, record)
+
+    # -- what a guarded call asks ------------------------------------------------------------
+
+    def space_of(self, pipe: Any) -> LatentSpace:
+        """The latent space of a pipeline. Raises LatentsError where it is not known."""
+        return space_of(pipe, self._space)
+
+    def prepare(self, pipe: Any) -> None:
+        """Find out whether this guard can serve a pipeline, and load what it takes."""
+        check_scheduler(pipe.scheduler)
+        self._scorer(self.space_of(pipe).name, pipe._execution_device)
+
+    def session_for(self, pipe: Any, device: torch.device) -> Session:
+        """The session of one call."""
+        return self._make(self.space_of(pipe).name, None, device)
+
+    def keep(self, session: Session) -> None:
+        """Make a session the one that `verdicts` and `history` tell of."""
+        self._mine.session = session
+        self._last = session
+
+    def withhold(self, session: Session, images: Any, output: Any) -> Any:
+        """`images` with blanks, or what `on_block` gives, where the session blocked.
+
+        Raises GenerationBlocked where the policy says `on_block: raise`, and for a form of images
+        that cannot be blanked.
+        """
+        if not session.blocked:
+            return images
+        try:
+            blanked = outputs.replaced(images, session.blocked, lambda i: outputs.blank(images[i]))
+        except (TypeError, IndexError, AttributeError) as error:
+            raise GenerationBlocked(session.verdicts) from error
+        if self.policy.on_block == "raise":
+            raise GenerationBlocked(session.verdicts, outputs.with_images(output, blanked))
+        if self._on_block is None:
+            return blanked
+        answer, verdicts = self._on_block, session.verdicts
+        return outputs.replaced(
+            blanked, session.blocked, lambda i: answer(i, verdicts[i], blanked[i])
+        )
+
+    def callback_fn(
+        self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Where diffusers would call a callback; a guarded call never gets here."""
+        raise LatentsError(
+            f"LatentGuard was called outside of a guarded call of {type(pipeline).__name__}: only "
+            "classes derived from diffusers.DiffusionPipeline can be guarded this way; in a loop "
+            "of your own use guard.session(...)"
+        )
+
+    # -- what came of it ---------------------------------------------------------------------
+
+    @property
+    def last(self) -> Session | None:
+        """The session of the last call in this thread, or where it had none, of the last at all."""
+        session: Session | None = getattr(self._mine, "session", None)
+        return session or self._last
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The verdict on each image of the last call."""
+        return [] if self.last is None else self.last.verdicts
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """Each scored step of the last call."""
+        return [] if self.last is None else self.last.history
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The last call as JSON (policy and model by digest, verdicts, every scored step).
+
+        Written to `path` too where one is given. Raises LatentsError before the first call.
+        """
+        if self.last is None:
+            raise LatentsError("this guard has not seen a call yet")
+        text = json.dumps(self.last.to_dict(), indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Scores against thresholds over the noise level of the last call, one line an image.
+
+        Saved to `path` too where one is given. Raises LatentsError before the first call.
+        """
+        from latentguard.guard.plot import plot
+
+        if self.last is None:
+            raise LatentsError("this guard has not seen a call yet")
+        figure = plot(self.last)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure

@@ -1,0 +1,89 @@
+"""What a diffusers pipeline's `latents` are: their space, their scaling, their layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from latentguard.errors import LatentsError
+from latentguard.spaces import BatchNorm, Latents, LatentSpace
+
+# An AutoencoderTiny does not say whose latents it decodes; the pipeline's class does. The first
+# pattern that matches the name of the class, or of one that it is derived from, counts.
+_BY_CLASS = (
+    (r"^StableDiffusionXL", "sdxl"),
+    (r"^StableDiffusion3", "sd3"),
+    (r"^Flux2", "flux2"),
+    (r"^Flux", "flux1"),
+    (r"^(StableDiffusion|LatentConsistencyModel)", "sd1"),
+)
+
+
+def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
+    """The latent space of a pipeline: `given`, or what its VAE says, with the VAE's own numbers.
+
+    Raises LatentsError, naming the pipeline, where it cannot be known.
+    """
+    vae = getattr(pipe, "vae", None)
+    if given is not None:
+        return _complete(LatentSpace.get(given), vae)
+    name = type(pipe).__name__
+    config = getattr(vae, "config", None)
+    if config is None:
+        raise LatentsError(f"{name} has no VAE that tells its latent space: give space=...")
+    if type(vae).__name__ == "AutoencoderTiny" or "latent_magnitude" in config:
+        return _by_class(pipe)
+    try:
+        return _complete(LatentSpace.from_vae_config(config), vae)
+    except LatentsError as error:
+        raise LatentsError(f"{name}: {error}") from error
+
+
+def _complete(space: LatentSpace, vae: Any) -> LatentSpace:
+    """FLUX.2's statistics are buffers of its VAE."""
+    if space.name != "flux2" or space.scale is not None or not hasattr(vae, "bn"):
+        return space
+    return space.with_batch_norm(*BatchNorm.from_vae(vae))
+
+
+def _by_class(pipe: Any) -> LatentSpace:
+    for cls in type(pipe).__mro__:
+        for pattern, name in _BY_CLASS:
+            if re.match(pattern, cls.__name__):
+                return LatentSpace.get(name)
+    raise LatentsError(
+        f"{type(pipe).__name__} decodes with an AutoencoderTiny, which does not say which latents "
+        "these are: give space=..."
+    )
+
+
+def read(tensor: Tensor, space: LatentSpace, size: tuple[int, int] | None) -> Latents:
+    """A pipeline's `latents` with their convention: scaled, spatial or packed.
+
+    size: height and width in latent cells, which packed latents do not carry.
+    Raises LatentsError for any other shape.
+    """
+    if tensor.ndim == 4:
+        return Latents(tensor, space, scaled=True)
+    if tensor.ndim != 3:
+        raise LatentsError(
+            f"latents of space {space} must have 3 or 4 dimensions, got {list(tensor.shape)}"
+        )
+    if size is None:
+        raise LatentsError("packed latents do not carry their size, and the pipeline gave none")
+    return Latents(tensor, space, True, "packed", *size)
+
+
+def packed_size(arguments: Mapping[str, Any], pipe: Any) -> tuple[int, int] | None:
+    """Height and width in latent cells from the arguments of `prepare_latents`, in pixels there.
+
+    Pipelines that pack round both sides down to whole 2x2 patches.
+    """
+    height, width = arguments.get("height"), arguments.get("width")
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    return 2 * (height // (2 * factor)), 2 * (width // (2 * factor))

@@ -1,0 +1,293 @@
+"""Steering models of one or a few steps: the initial noise is optimised against a latent reward.
+
+The procedure and its constants are ReNO's (Eyring et al., arXiv 2406.04312), with rewards that read
+latents, as Latent-CLIP's paper does (arXiv 2503.08455): gradient ascent on the noise through the
+whole pipeline, with the noise kept at its expected norm, and the best iterate returned.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentguard.encoders import Encoder
+from latentguard.errors import LatentsError
+from latentguard.guard.layout import packed_size, read, space_of
+from latentguard.guard.output import images_of
+from latentguard.policy import Policy
+from latentguard.scorer import Scorer
+from latentguard.spaces import Latents, LatentSpace
+from latentguard.verdict import Verdict, resolve_threshold
+
+Reward = Callable[[Latents], Tensor]
+"""From clean latents [B, ...] to one number an image [B], differentiable; larger is better."""
+
+REGULARISATION = 0.01
+CLIP = 0.1
+LEARNING_RATE = 5.0
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class OptimizedNoise:
+    """What `optimize_noise` found.
+
+    noise: as the pipeline's argument `latents` takes it; with the same seed it gives `latents`.
+    latents: the clean latents that it leads to, and `verdicts` on them.
+    reward: [B], of the best iterate; rewards: [iterations + 1, B], of all, that of the noise it
+        began with first. seed: of the pipeline's generator in each iteration.
+    """
+
+    noise: Tensor
+    latents: Latents
+    verdicts: list[Verdict]
+    reward: Tensor
+    rewards: Tensor
+    seed: int
+
+
+class Safety:
+    """The policy as a reward: minus what the concepts' margins have above their thresholds.
+
+    Times the encoder's logit scale; 0 where nothing matches. Concepts that only observe or ask for
+    review are left out. slack: by how much margins have to stay below.
+    """
+
+    def __init__(self, scorer: Scorer, slack: float = 0.02) -> None:
+        self._scorer = scorer
+        encoder, plain = scorer.encoder, scorer.policy.plain()
+        model = (encoder.name, encoder.sha256)
+        acting = [c for c in plain["concepts"] if c["action"] in ("block", "steer")]
+        self._columns = [plain["concepts"].index(concept) for concept in acting]
+        limits = [
+            resolve_threshold(
+                concept, plain, model, encoder.space, 0.0, logit_scale=encoder.logit_scale
+            )
+            for concept in acting
+        ]
+        self._limits = torch.tensor(limits, device=encoder.device) - slack
+
+    def __call__(self, latents: Latents) -> Tensor:
+        margin = self._scorer.score(latents).margin[:, self._columns]
+        excess = torch.relu(margin - self._limits).sum(1)
+        return -self._scorer.encoder.logit_scale * excess
+
+
+class Agreement:
+    """Agreement with a text as a reward: logit scale times the cosine of image and text."""
+
+    def __init__(self, encoder: Encoder, text: str, weight: float = 1.0) -> None:
+        self._encoder = encoder
+        self._text = encoder.encode_text([text])[0]
+        self._weight = weight
+
+    def __call__(self, latents: Latents) -> Tensor:
+        embedded = self._encoder.encode_latents(latents)
+        return self._weight * self._encoder.logit_scale * (embedded @ self._text)
+
+
+def optimize_noise(
+    pipe: Any,
+    prompt: str | list[str] | None,
+    policy: Policy | str | Path = "default",
+    reward: Reward | None = None,
+    *,
+    model: Encoder | str | Path = "auto",
+    agreement: float = 0.0,
+    iterations: int = 50,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+    noise: Tensor | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    space: LatentSpace | str | None = None,
+    **call: Any,
+) -> OptimizedNoise:
+    """Search for an initial noise whose image the policy allows, and that a reward likes.
+
+    Meant for models of one to four steps (SDXL-Turbo: num_inference_steps=1, guidance_scale=0.0):
+    each iteration runs the pipeline once, with gradients.
+
+    Args:
+        pipe: a pipeline that takes `latents` and gives `output_type="latent"`.
+        prompt: as the pipeline takes it; None with prompt embeddings in `call`.
+        policy: concepts that block or steer give a negative reward while they match.
+        reward: one of your own, added to the policy's.
+        agreement: weight of the prompt's own agreement with the image (a positive reward; one
+            prompt, given as text).
+        iterations: at most; fewer once nothing matches and there is no positive reward.
+        learning_rate: of SGD with Nesterov momentum 0.9; each image's gradient is clipped to an L2
+            norm of 0.1 before.
+        seed: of the generator given to the pipeline in each iteration, and of the first noise.
+        noise: to begin with, in the form that the pipeline's `latents` has.
+        height, width: of the image in pixels; the pipeline's own size by default.
+        call: further arguments of the pipeline.
+
+    Raises:
+        LatentsError: the pipeline's space is not known, or it cannot be run with gradients.
+        ModelError, PolicyError: as `Scorer` does.
+    """
+    found = space_of(pipe, space)
+    scorer = Scorer(policy, model, pipe._execution_device, found.name)
+    rewards: list[Reward] = [Safety(scorer)]
+    if reward is not None:
+        rewards.append(reward)
+    if agreement:
+        if not isinstance(prompt, str):
+            raise LatentsError("agreement needs one prompt, given as text")
+        rewards.append(Agreement(scorer.encoder, prompt, agreement))
+    size = _size(pipe, height, width)
+    if noise is None:
+        noise = _noise(pipe, found, size, prompt, seed)
+    arguments = {**call, "prompt": prompt, "height": size[0], "width": size[1]}
+    generate = _Generate(pipe, found, arguments, seed)
+    with _frozen(pipe), torch.inference_mode(False), torch.enable_grad():
+        return _ascend(generate, scorer, rewards, noise, iterations, learning_rate, seed)
+
+
+def _ascend(
+    generate: _Generate,
+    scorer: Scorer,
+    rewards: list[Reward],
+    noise: Tensor,
+    iterations: int,
+    learning_rate: float,
+    seed: int,
+) -> OptimizedNoise:
+    current = noise.detach().clone().float().requires_grad_(True)
+    optimizer = torch.optim.SGD([current], learning_rate, MOMENTUM, nesterov=True)
+    best = torch.full((len(current),), -torch.inf, device=current.device)
+    best_noise = current.detach().clone()
+    history = []
+    with generate.pipe.progress_bar(total=iterations) as bar, generate.quiet():
+        for iteration in range(iterations + 1):
+            latents = generate(current.to(noise.dtype))
+            value = torch.stack([reward(latents).float() for reward in rewards]).sum(0)
+            history.append(value.detach())
+            # A reward that is not a number is never the best.
+            better = value.detach() > best
+            best = torch.where(better, value.detach(), best)
+            best_noise[better] = current.detach()[better]
+            satisfied = len(rewards) == 1 and bool((best >= 0).all())
+            if iteration == iterations or satisfied:
+                break
+            optimizer.zero_grad()
+            loss = -(value - REGULARISATION * _norm_penalty(current)).sum()
+            (gradient,) = torch.autograd.grad(loss, current)
+            if not torch.isfinite(gradient).all():
+                raise LatentsError(
+                    f"{type(generate.pipe).__name__} gives no finite gradient from latents to noise"
+                )
+            current.grad = _clipped(gradient)
+            optimizer.step()
+            bar.update()
+        with torch.no_grad():
+            final = generate(best_noise.to(noise.dtype))
+    return OptimizedNoise(
+        best_noise.to(noise.dtype), final, scorer.verdicts(final), best, torch.stack(history), seed
+    )
+
+
+class _Generate:
+    """The pipeline from noise to clean latents, with gradients."""
+
+    def __init__(
+        self, pipe: Any, space: LatentSpace, arguments: Mapping[str, Any], seed: int
+    ) -> None:
+        self.pipe = pipe
+        self._space = space
+        self._arguments = dict(arguments)
+        self._seed = seed
+        # diffusers decorates __call__ with no_grad, and the guard wraps it: what is inside both.
+        self._call = inspect.unwrap(type(pipe).__call__)
+
+    def __call__(self, noise: Tensor) -> Latents:
+        generator = torch.Generator(noise.device).manual_seed(self._seed)
+        arguments = {**self._arguments, "latents": noise, "generator": generator}
+        known = inspect.signature(self._call).parameters
+        arguments = {
+            name: value
+            for name, value in arguments.items()
+            if name in known or name not in ("height", "width")
+        }
+        output = self._call(self.pipe, output_type="latent", return_dict=False, **arguments)
+        tensor = images_of(output)
+        if not isinstance(tensor, Tensor) or (torch.is_grad_enabled() and not tensor.requires_grad):
+            raise LatentsError(
+                f"{type(self.pipe).__name__} gives no latents with a gradient back to its noise"
+            )
+        return read(tensor, self._space, packed_size(self._arguments, self.pipe))
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Without the progress bars of the single runs."""
+        before = getattr(self.pipe, "_progress_bar_config", {})
+        self.pipe.set_progress_bar_config(**{**before, "disable": True})
+        try:
+            yield
+        finally:
+            self.pipe.set_progress_bar_config(**before)
+
+
+@contextmanager
+def _frozen(pipe: Any) -> Iterator[None]:
+    """The gradient is with respect to the noise alone."""
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    if height is not None and width is not None:
+        return height, width
+    cells = getattr(pipe, "default_sample_size", None)
+    if not isinstance(cells, int):
+        raise LatentsError(f"{type(pipe).__name__} has no size of its own: give height and width")
+    side = cells * int(pipe.vae_scale_factor)
+    return height or side, width or side
+
+
+def _noise(pipe: Any, space: LatentSpace, size: tuple[int, int], prompt: Any, seed: int) -> Tensor:
+    """Noise in the form that the pipeline's `latents` takes."""
+    device = pipe._execution_device
+    count = len(prompt) if isinstance(prompt, list) else 1
+    height, width = (side // space.factor for side in size)
+    if space.packed_patch > 1:
+        height, width = height - height % 2, width - width % 2
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (count, space.channels, height, width)
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+    if space.packed_patch > 1:
+        noise = space.pack(noise)
+        if space.name == "flux2":
+            noise = noise.transpose(1, 2).reshape(count, -1, height // 2, width // 2)
+    return noise.to(denoiser.dtype)
+
+
+def _norm_penalty(noise: Tensor) -> Tensor:
+    """Minus the log density of the norm r of d standard normal numbers, up to a constant, [B]."""
+    r = noise.flatten(1).norm(dim=1)
+    dimensions = noise[0].numel()
+    penalty: Tensor = 0.5 * r.square() - (dimensions - 1) * r.log()
+    return penalty
+
+
+def _clipped(gradient: Tensor) -> Tensor:
+    """Each image's gradient with an L2 norm of at most `CLIP`."""
+    norm = gradient.flatten(1).norm(dim=1).reshape(-1, *[1] * (gradient.ndim - 1))
+    clipped: Tensor = gradient * (CLIP / norm.clamp_min(CLIP))
+    return clipped

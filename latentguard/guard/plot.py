@@ -1,0 +1,101 @@
+"""A picture of a session: how each concept's score moved towards its threshold while denoising."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from latentguard.errors import LatentsError, ModelError
+from latentguard.guard.sessions import Session
+from latentguard.verdict import ConceptScore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHOWN = 6
+
+
+def plot(session: Session) -> Figure:
+    """Probability over noise level, one panel a concept that came close, one line an image.
+
+    The noise level runs from left (pure noise) to right (clean); the dashed line is the threshold,
+    as a probability; a cross marks where an image was blocked, a triangle where it was steered.
+    Raises LatentsError where no step was scored, ModelError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ModelError("plots need matplotlib: pip install 'latentguard[eval]'") from error
+    history = session.history
+    concepts = _closest(session)
+    if not concepts:
+        raise LatentsError("no step of this session has scores that could be plotted")
+    figure = Figure(figsize=(7, 0.6 + 2.1 * len(concepts)), layout="constrained")
+    panels = figure.subplots(len(concepts), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, concept in zip(panels, concepts, strict=True):
+        for image in range(len(history[0].verdicts)):
+            _line(panel, session, concept, image)
+        panel.set_ylim(-0.03, 1.03)
+        panel.set_ylabel("probability")
+        panel.set_title(concept, loc="left", fontsize=10)
+        panel.grid(alpha=0.25)
+    scale = panels[-1]
+    scale.set_xscale("symlog", linthresh=0.05)
+    scale.set_xlim(left=None, right=0)
+    scale.invert_xaxis() if scale.get_xlim()[0] < scale.get_xlim()[1] else None
+    scale.set_xlabel("noise level (noise-to-signal ratio)")
+    panels[0].legend(fontsize=8, ncols=4, frameon=False)
+    identity = session.identity
+    figure.suptitle(f"{identity['policy']} / {identity['model']}", fontsize=11)
+    return figure
+
+
+def _line(panel: object, session: Session, concept: str, image: int) -> None:
+    axes: object = panel
+    xs, ys, limits, marks = [], [], [], []
+    for record in session.history:
+        verdict = record.verdicts[image]
+        score = None if verdict is None else _score(verdict.concepts, concept)
+        if score is None or record.noise_level == float("inf"):
+            continue
+        xs.append(record.noise_level)
+        ys.append(score.probability)
+        limits.append(_limit(score, session))
+        marks.append(record.actions[image])
+    if not xs:
+        return
+    color = f"C{image % 10}"
+    axes.plot(xs, ys, color=color, marker=".", label=f"image {image}")  # type: ignore[attr-defined]
+    axes.plot(xs, limits, color="0.4", linestyle="--", linewidth=1)  # type: ignore[attr-defined]
+    for action, marker in (("blocked", "x"), ("steered", "v")):
+        at = [i for i, mark in enumerate(marks) if mark == action]
+        axes.plot(  # type: ignore[attr-defined]
+            [xs[i] for i in at], [ys[i] for i in at], marker, color=color, markersize=9
+        )
+
+
+def _score(concepts: tuple[ConceptScore, ...], name: str) -> ConceptScore | None:
+    return next((score for score in concepts if score.id == name and score.covered), None)
+
+
+def _limit(score: ConceptScore, session: Session) -> float:
+    """The threshold as a probability."""
+    import math
+
+    value = float(score.threshold["value"])
+    if score.threshold["kind"] == "probability":
+        return value
+    margin = float(score.threshold.get("margin", value))
+    return 1 / (1 + math.exp(-session.scorer.encoder.logit_scale * margin))
+
+
+def _closest(session: Session) -> list[str]:
+    """The concepts that came closest to their thresholds, at most six, in the policy's order."""
+    best: dict[str, float] = {}
+    for record in session.history:
+        for verdict in record.verdicts:
+            for score in () if verdict is None else verdict.concepts:
+                if score.covered:
+                    gap = score.probability - _limit(score, session)
+                    best[score.id] = max(gap, best.get(score.id, -1.0))
+    chosen = sorted(best, key=lambda name: best[name], reverse=True)[:_SHOWN]
+    return [concept.id for concept in session.scorer.policy.concepts if concept.id in chosen]

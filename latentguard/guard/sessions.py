@@ -1,0 +1,402 @@
+"""Sessions: the guard's logic for one request, whatever loop denoises it.
+
+A session is fed the latents of each step and gives back latents and verdicts. It holds all state of
+its request, so that sessions in different threads share nothing but the encoder's weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentguard.encoders import Encoder
+from latentguard.errors import LatentsError
+from latentguard.guard.record import Action, Steering, StepRecord, session_data
+from latentguard.guard.steering import Steerer
+from latentguard.policy import Policy
+from latentguard.scorer import Scorer, Scores
+from latentguard.spaces import Latents
+from latentguard.verdict import Verdict, failed
+
+logger = logging.getLogger("latentguard.guard")
+
+MAX_STEPS = 10_000
+"""Steps that a session takes before it calls its loop broken."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a session says of one step.
+
+    latents: as the loop goes on with them: steered where images were steered, zero where they are
+        blocked, otherwise the very tensor that was given.
+    verdicts: one for each image; that which blocked it, for an image that is blocked. Empty where
+        the schedule left this step out, and where verdicts were put off (see `Session`).
+    stop: every image is blocked, so nothing further needs to be computed.
+    """
+
+    latents: Latents
+    verdicts: tuple[Verdict, ...]
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a session may take.
+
+    timeout: seconds from its first step; a later step fails (`on_error` decides).
+    budget: seconds that scoring may take before the end; once spent, only the final latents are
+        still scored. None is no limit.
+    steps: steps that it takes before it fails.
+    """
+
+    timeout: float | None = None
+    budget: float | None = None
+    steps: int = MAX_STEPS
+
+
+@dataclass
+class _State:
+    """All that changes during a request."""
+
+    count: int = 0
+    step: int = 0
+    began: float | None = None
+    spent: float = 0.0
+    blocked: dict[int, Verdict] = field(default_factory=dict)
+    latest: list[Verdict | None] = field(default_factory=list)
+    history: list[StepRecord] = field(default_factory=list)
+    waiting: list[tuple[int, float, str, Scores, float]] = field(default_factory=list)
+    finished: bool = False
+
+
+class Session:
+    """One request's way through the guard.
+
+    Args:
+        scorer: policy and encoder.
+        request_id: a name for records and logs; a random one otherwise.
+        limits: timeouts and bounds.
+        on_record: called with each StepRecord as it is made (audit logs, metrics).
+
+    Where the policy can neither block nor steer before the end (its concepts only observe or ask
+    for review), scores of earlier steps stay on their device and become verdicts at the final step,
+    so that no step waits for the device. Reading `history` or `verdicts` makes them at once.
+
+    A session is not for several threads at a time; make one for each request.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        request_id: str | None = None,
+        *,
+        limits: Limits | None = None,
+        on_record: Callable[[Session, StepRecord], None] | None = None,
+    ) -> None:
+        self.scorer = scorer
+        self.request_id = request_id or uuid.uuid4().hex
+        self.limits = limits or Limits()
+        self._on_record = on_record
+        self._plain = scorer.policy.plain()
+        self._defers = not any(c.action in ("block", "steer") for c in scorer.policy.concepts)
+        self._steerer = Steerer(scorer)
+        self._state = _State()
+
+    # -- the loop's side ---------------------------------------------------------------------
+
+    def step(
+        self,
+        latents: Latents,
+        x0: Latents | None = None,
+        *,
+        noise_level: float,
+        x0_noise_level: float | None = None,
+        alpha: float = 1.0,
+        final: bool = False,
+        how: str | None = None,
+    ) -> StepResult:
+        """Judge one step and act on it.
+
+        Args:
+            latents: [B, ...], as the loop carries them after this step.
+            x0: the model's prediction of the clean latents, judged in their place where given; in
+                the convention of `latents`.
+            noise_level: noise-to-signal ratio of `latents`; 0 is clean, inf is pure noise.
+            x0_noise_level: that of the latents from which `x0` was predicted; `noise_level` where
+                it is not given. Thresholds and windows go by it.
+            alpha: the factor of the clean latents in `latents` (1 where variance explodes,
+                sqrt(alphas_cumprod) where it is preserved, 1 - sigma in flow matching); what a
+                change of x0 is multiplied with.
+            final: nothing follows. `latents` themselves are judged, x0 is not, every concept is
+                judged, and a match of `steer` blocks.
+            how: where x0 came from, for the record.
+
+        Never raises for what happens while judging: an exception gets the decision that the
+        policy's `on_error` names, on every image that is not blocked yet.
+        """
+        began = time.perf_counter()
+        state = self._state
+        if state.began is None:
+            state.began, state.count = began, len(latents)
+            state.latest = [None] * len(latents)
+        level = noise_level if final or x0 is None or x0_noise_level is None else x0_noise_level
+        judged, how = (latents, "latents") if final or x0 is None else (x0, how or "x0")
+        index, state.step = state.step, state.step + 1
+        verdicts: list[Verdict | None] = []
+        steering: list[Steering | None] = [None] * state.count
+        try:
+            self._check(latents, judged, began)
+            if not final and not self._due(index, level):
+                return self._result(self.blanked(latents), ())
+            if self._defers and not final:
+                scores = self._scores(judged, level)
+                state.waiting.append((index, level, how, scores, time.perf_counter() - began))
+                state.spent += time.perf_counter() - began
+                return self._result(latents, ())
+            if final:
+                self._resolve()
+            verdicts = self._judge(judged, level, final)
+            if not final:
+                latents, steering = self._steer(latents, judged, verdicts, level, alpha)
+        # Fail closed: whatever went wrong, these images have not been judged.
+        except Exception as error:
+            logger.exception("request %s: step %d could not be judged", self.request_id, index)
+            verdicts = self._failed(error, level)
+        self._settle(index, level, how, final, verdicts, steering, began)
+        return self._result(self.blanked(latents), self._current())
+
+    def fail(self, error: str, noise_level: float = 0.0, *, final: bool = False) -> bool:
+        """Record that something outside of `step` went wrong; whether every image is blocked now.
+
+        Each image that is not blocked yet gets the decision of the policy's `on_error`.
+        """
+        began = time.perf_counter()
+        index, self._state.step = self._state.step, self._state.step + 1
+        verdicts = self._failed(LatentsError(error), noise_level)
+        none: list[Steering | None] = [None] * len(verdicts)
+        self._settle(index, noise_level, "latents", final, verdicts, none, began)
+        return self.stopped
+
+    def blanked(self, latents: Latents) -> Latents:
+        """The latents with zeros in place of the blocked images."""
+        blocked = self.blocked
+        if not blocked:
+            return latents
+        tensor = latents.tensor.clone()
+        tensor[torch.tensor(blocked, device=tensor.device)] = 0
+        return _with(latents, tensor)
+
+    def reset(self, request_id: str | None = None) -> None:
+        """Forget everything: the session can serve another request."""
+        self.request_id = request_id or uuid.uuid4().hex
+        self._state = _State()
+
+    # -- what came of it ---------------------------------------------------------------------
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The verdict on each image as it stands: that which blocked it, or its latest.
+
+        An image that was never judged is not safe: its verdict says so, by the policy's `on_error`.
+        """
+        self._resolve()
+        missing = failed("the final latents were never scored", self._plain)
+        return [verdict or missing for verdict in self._state.latest]
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """One record for each step that was scored."""
+        self._resolve()
+        return list(self._state.history)
+
+    @property
+    def blocked(self) -> tuple[int, ...]:
+        """Indices of the images that are blocked."""
+        return tuple(sorted(self._state.blocked))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether every image is blocked."""
+        return self._state.count > 0 and len(self._state.blocked) == self._state.count
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to be judged: the final latents were, or all is blocked."""
+        return self._state.finished or self.stopped
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What records quote: request, policy and model, the latter two by name and digest."""
+        policy, encoder = self.scorer.policy, self.scorer.encoder
+        return {
+            "request_id": self.request_id,
+            "policy": policy.name,
+            "policy_version": policy.version,
+            "policy_sha256": policy.sha256,
+            "model": encoder.name,
+            "model_sha256": encoder.sha256,
+            "space": encoder.space,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole session as JSON-able data."""
+        return session_data(self.identity, self.verdicts, self.history)
+
+    # -- judging -----------------------------------------------------------------------------
+
+    def _check(self, latents: Latents, judged: Latents, now: float) -> None:
+        state, limits = self._state, self.limits
+        if len(latents) != state.count or len(judged) != state.count:
+            raise LatentsError(
+                f"this session began with {state.count} images, step {state.step - 1} has "
+                f"{len(latents)} latents and {len(judged)} estimates: use a session a request"
+            )
+        if state.step > limits.steps:
+            raise LatentsError(f"more than {limits.steps} steps in one session")
+        assert state.began is not None
+        if limits.timeout is not None and now - state.began > limits.timeout:
+            raise LatentsError(f"the session's timeout of {limits.timeout:g} s has passed")
+
+    def _due(self, index: int, level: float) -> bool:
+        budget = self.limits.budget
+        if budget is not None and self._state.spent >= budget:
+            return False
+        return not self.stopped and self.scorer.policy.schedule.due(index, level)
+
+    @torch.inference_mode()
+    def _scores(self, judged: Latents, level: float) -> Scores:
+        return self.scorer.score(judged, level)
+
+    def _judge(self, judged: Latents, level: float, final: bool) -> list[Verdict | None]:
+        """Verdicts on the images that are not blocked yet; None for the others."""
+        active = [i for i in range(len(judged)) if i not in self._state.blocked]
+        verdicts: list[Verdict | None] = [None] * len(judged)
+        if active:
+            some = judged if len(active) == len(judged) else _pick(judged, active)
+            found = self.scorer.decide(self._scores(some, level), final)
+            for i, verdict in zip(active, found, strict=True):
+                verdicts[i] = verdict
+        return verdicts
+
+    def _failed(self, error: Exception, level: float) -> list[Verdict | None]:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        verdict = failed(f"{kind}{error}", self._plain, level)
+        blocked = self._state.blocked
+        return [None if i in blocked else verdict for i in range(self._state.count)]
+
+    def _resolve(self) -> None:
+        """Make the verdicts that were put off."""
+        waiting, self._state.waiting = self._state.waiting, []
+        for index, level, how, scores, seconds in waiting:
+            verdicts: list[Verdict | None] = list(self.scorer.decide(scores, final=False))
+            none: list[Steering | None] = [None] * len(verdicts)
+            began = time.perf_counter() - seconds
+            self._settle(index, level, how, False, verdicts, none, began)
+
+    # -- acting ------------------------------------------------------------------------------
+
+    def _steer(
+        self,
+        latents: Latents,
+        judged: Latents,
+        verdicts: Sequence[Verdict | None],
+        level: float,
+        alpha: float,
+    ) -> tuple[Latents, list[Steering | None]]:
+        """Steer the flagged images, and only those; the others keep their bytes."""
+        records: list[Steering | None] = [None] * len(latents)
+        flagged = [i for i, v in enumerate(verdicts) if v is not None and v.decision == "steer"]
+        if not flagged:
+            return latents, records
+        names = [
+            {score.id for score in verdict.matched if score.action == "steer"}
+            for verdict in (verdicts[i] for i in flagged)
+            if verdict is not None
+        ]
+        moved, steered = self._steerer(
+            _pick(latents, flagged), _pick(judged, flagged), names, level, alpha
+        )
+        tensor = latents.tensor.clone()
+        tensor[torch.tensor(flagged, device=tensor.device)] = moved.to(tensor)
+        for i, record in zip(flagged, steered, strict=True):
+            records[i] = record
+        return _with(latents, tensor), records
+
+    def _settle(
+        self,
+        index: int,
+        level: float,
+        how: str,
+        final: bool,
+        verdicts: Sequence[Verdict | None],
+        steering: Sequence[Steering | None],
+        began: float,
+    ) -> None:
+        """Book the verdicts, and record the step."""
+        state = self._state
+        actions: list[Action] = []
+        for i, verdict in enumerate(verdicts):
+            if verdict is None:
+                actions.append("already blocked")
+                continue
+            state.latest[i] = verdict
+            if verdict.decision == "block":
+                state.blocked[i] = verdict
+                logger.info("request %s: image %d: %s", self.request_id, i, verdict.reason)
+                actions.append("blocked")
+            else:
+                actions.append("none" if steering[i] is None else "steered")
+        state.finished = state.finished or final
+        seconds = time.perf_counter() - began
+        state.spent += seconds
+        record = StepRecord(
+            index, level, how, final, tuple(verdicts), tuple(actions), tuple(steering), seconds
+        )
+        state.history.append(record)
+        if self._on_record is not None:
+            self._on_record(self, record)
+
+    def _current(self) -> tuple[Verdict, ...]:
+        missing = failed("not scored yet", self._plain)
+        return tuple(verdict or missing for verdict in self._state.latest)
+
+    def _result(self, latents: Latents, verdicts: tuple[Verdict, ...]) -> StepResult:
+        return StepResult(latents, verdicts, self.stopped)
+
+
+def session(
+    policy: Policy | str | Path,
+    encoder: Encoder | Scorer | str | Path = "auto",
+    request_id: str | None = None,
+    *,
+    space: str | None = None,
+    device: torch.device | str | None = None,
+    limits: Limits | None = None,
+) -> Session:
+    """A session of its own, for loops that are not a diffusers pipeline's.
+
+    encoder: an Encoder, its name or path, "auto" (with `space`), or a Scorer of this policy, which
+        is what a server makes once and gives to each request.
+    """
+    if isinstance(encoder, Scorer):
+        return Session(encoder, request_id, limits=limits)
+    return Session(Scorer(policy, encoder, device, space), request_id, limits=limits)
+
+
+def _pick(latents: Latents, rows: Sequence[int]) -> Latents:
+    return _with(latents, latents.tensor[torch.tensor(rows, device=latents.tensor.device)])
+
+
+def _with(latents: Latents, tensor: Tensor) -> Latents:
+    return Latents(
+        tensor, latents.space, latents.scaled, latents.layout, latents.height, latents.width
+    )
