@@ -193,11 +193,20 @@ def _after(call: StepCall, kind: str) -> Level:
     scheduler = call.scheduler
     if kind not in _TIMESTEPS:
         return _at(scheduler, kind, int(scheduler.step_index))
+    if kind in ("DDIM", "DDIMParallel"):
+        # By a fixed stride, which may end above 0 or miss the next timestep by one.
+        stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        before = int(call.timestep) - stride
+        if before >= 0:
+            return _preserving(float(scheduler.alphas_cumprod[before]))
+        return _preserving(float(scheduler.final_alpha_cumprod))
     position = _position(scheduler, call.timestep)
     if position < len(scheduler.timesteps):
         return _preserving(float(scheduler.alphas_cumprod[int(scheduler.timesteps[position])]))
     if kind in ("LCM", "DDPM", "DDPMParallel"):
         return CLEAN
+    if kind == "TCD":
+        return _preserving(float(scheduler.alphas_cumprod[0]))
     return _preserving(float(scheduler.final_alpha_cumprod))
 
 
@@ -205,8 +214,8 @@ def _position(scheduler: Any, timestep: Any) -> int:
     """How many of the scheduler's timesteps are done, the one of this call included."""
     counter = getattr(scheduler, "counter", None)
     if counter is not None:  # PNDM repeats some
-        begun_late = len(scheduler.timesteps) - _remaining(scheduler, timestep)
-        return max(int(counter), begun_late)
+        # img2img begins within the schedule, and the counter does not know.
+        return max(int(counter), int((scheduler.timesteps > int(timestep)).sum()) + 1)
     index = getattr(scheduler, "step_index", None)
     if index is not None:
         return int(index)
@@ -216,11 +225,6 @@ def _position(scheduler: Any, timestep: Any) -> int:
             f"timestep {int(timestep)} is none of the {type(scheduler).__name__}'s timesteps"
         )
     return int(found[-1]) + 1
-
-
-def _remaining(scheduler: Any, timestep: Any) -> int:
-    """Timesteps below this one: img2img begins within the schedule, where the counter does not."""
-    return int((scheduler.timesteps < int(timestep)).sum())
 
 
 # -- x0 ----------------------------------------------------------------------------------------
