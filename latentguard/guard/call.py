@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("latentguard.guard")
 
 _CALLBACK, _INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
+_completed: ContextVar[int] = ContextVar("latentguard_completed", default=0)
 # What is decoded may have gone through half precision and the VAE's scaling since it was judged.
 _SAME = 0.02
 
@@ -55,7 +57,7 @@ def _parts(callback: Any) -> Iterator[Any]:
 def check_pipeline(pipe: Any) -> None:
     """Raises LatentsError where a pipeline's class has no step callback that sees the latents."""
     name = type(pipe).__name__
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = _parameters(type(pipe))
     missing = [key for key in (_CALLBACK, _INPUTS) if key not in parameters]
     if missing or "latents" not in getattr(pipe, "_callback_tensor_inputs", ()):
         raise LatentsError(
@@ -63,6 +65,20 @@ def check_pipeline(pipe: Any) -> None:
             "cannot be guarded while it denoises: use output_type='latent' and Scorer, or "
             "latentguard.guard.session in a loop of your own"
         )
+
+
+def _parameters(cls: type) -> Mapping[str, inspect.Parameter]:
+    """Those of `__call__`; of the parent's where a subclass only hands on what it is given."""
+    for base in cls.__mro__:
+        if "__call__" in vars(base):
+            found = inspect.signature(vars(base)["__call__"]).parameters
+            if _CALLBACK in found or not _hands_on(found):
+                return found
+    return {}
+
+
+def _hands_on(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
@@ -83,8 +99,9 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     ):
         return original(pipe, *args, **kwargs)
     signature = inspect.signature(original)
-    if _CALLBACK in kwargs and _CALLBACK not in signature.parameters:
+    if _CALLBACK not in signature.parameters:
         check_pipeline(pipe)
+        return _handed_on(original, pipe, args, kwargs)
     bound = signature.bind(pipe, *args, **kwargs)
     callbacks = [*_parts(attached), *_parts(bound.arguments.get(_CALLBACK))]
     guards = list(dict.fromkeys(part for part in callbacks if isinstance(part, LatentGuard)))
@@ -94,6 +111,18 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
         check_pipeline(pipe)
     others = [part for part in callbacks if not isinstance(part, LatentGuard)]
     return Call(pipe, signature, bound.arguments, guards, others).run(original)
+
+
+def _handed_on(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+    """A subclass's `__call__` that hands its arguments on: the call inside is the guarded one."""
+    before = _completed.get()
+    output = original(pipe, *args, **kwargs)
+    if _completed.get() == before:
+        raise LatentsError(
+            f"{type(pipe).__name__} returned without calling its parent class, so nothing was "
+            "judged and its output is withheld"
+        )
+    return output
 
 
 class Call:
@@ -147,7 +176,9 @@ class Call:
             current.reset(token)
             for guard, session in zip(self._guards, self._sessions, strict=False):
                 guard.keep(session)
-        return self._finish(output)
+        output = self._finish(output)
+        _completed.set(_completed.get() + 1)
+        return output
 
     def _ordered(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         # BoundArguments takes them in the signature's order.
