@@ -152,19 +152,15 @@ Tensor patch_embed_backward(const Tensor& grad, const Tensor& latents, const Ten
 }
 
 Concepts concept_args(const Checker& check, Contiguous& pointer, const Tensor& features,
-                      const MaybeTensor& ln_weight, const MaybeTensor& ln_bias, double eps,
-                      const MaybeTensor& projection, const Tensor& concepts,
-                      const Tensor& contrast) {
+                      const MaybeTensor& ln_weight, double eps, const MaybeTensor& projection,
+                      const Tensor& concepts, const Tensor& contrast) {
   Concepts args{};
   args.type = type_of(features);
   args.dim = features.size(-1);
   args.width = args.dim;
   args.positions = features.dim() == 3 ? features.size(1) : 1;
   args.rows = features.size(0) * args.positions;
-  check.require(ln_weight.has_value() == ln_bias.has_value(), "ln_bias",
-                "given together with `ln_weight`", "one without the other");
   if (ln_weight) check.like("ln_weight", *ln_weight, {args.dim});
-  if (ln_bias) check.like("ln_bias", *ln_bias, {args.dim});
   if (projection) {
     check.like("projection", *projection, {args.dim, -1});
     args.width = projection->size(1);
@@ -176,15 +172,23 @@ Concepts concept_args(const Checker& check, Contiguous& pointer, const Tensor& f
   args.eps = static_cast<float>(eps);
   args.features = pointer(features);
   args.ln_weight = pointer(ln_weight);
-  args.ln_bias = pointer(ln_bias);
   args.projection = pointer(projection);
   args.bank[0] = pointer(concepts);
   args.bank[1] = pointer(contrast);
   return args;
 }
 
-void take_segments(const Checker& check, Contiguous& pointer, Concepts& args,
-                   const Tensor& segments, const Tensor& contrast_segments) {
+Concepts concept_forward_args(const Checker& check, Contiguous& pointer, const Tensor& features,
+                              const MaybeTensor& ln_weight, const MaybeTensor& ln_bias, double eps,
+                              const MaybeTensor& projection, const Tensor& concepts,
+                              const Tensor& segments, const Tensor& contrast,
+                              const Tensor& contrast_segments) {
+  check.require(ln_weight.has_value() == ln_bias.has_value(), "ln_bias",
+                "given together with `ln_weight`", "one without the other");
+  Concepts args =
+      concept_args(check, pointer, features, ln_weight, eps, projection, concepts, contrast);
+  if (ln_bias) check.like("ln_bias", *ln_bias, {args.dim});
+  args.ln_bias = pointer(ln_bias);
   check.typed("segments", segments, at::kInt);
   check.shape("segments", segments, {-1, 2});
   args.concepts = segments.size(0);
@@ -192,6 +196,7 @@ void take_segments(const Checker& check, Contiguous& pointer, Concepts& args,
   check.shape("contrast_segments", contrast_segments, {args.concepts, 2});
   args.segments[0] = static_cast<const int32_t*>(pointer(segments));
   args.segments[1] = static_cast<const int32_t*>(pointer(contrast_segments));
+  return args;
 }
 
 // Memory between the two launches of a call with few rows; stream-ordered, so free to drop here.
@@ -207,124 +212,145 @@ Tensor workspace_for(const Tensor& features, Concepts& args) {
   return {};
 }
 
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+// What the backward reads besides the inputs: the rows before their norm. Empty where not asked.
+Tensor projected_for(const Tensor& features, Concepts& args, bool save) {
+  if (!save) return at::empty({0}, features.options());
+  auto shape = features.sizes().vec();
+  shape.back() = args.width;
+  Tensor out = at::empty(shape, features.options());
+  args.projected = out.mutable_data_ptr();
+  return out;
+}
 
-Four concept_similarity(const Tensor& features, const MaybeTensor& ln_weight,
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Five concept_similarity(const Tensor& features, const MaybeTensor& ln_weight,
                         const MaybeTensor& ln_bias, double eps, const MaybeTensor& projection,
                         const Tensor& concepts, const Tensor& segments, const Tensor& contrast,
-                        const Tensor& contrast_segments, double logit_scale) {
+                        const Tensor& contrast_segments, double logit_scale, bool save) {
   const Checker check("concept_similarity", "features", features);
   check.shape("features", features, {-1, -1});
   Contiguous pointer;
-  Concepts args = concept_args(check, pointer, features, ln_weight, ln_bias, eps, projection,
-                               concepts, contrast);
-  take_segments(check, pointer, args, segments, contrast_segments);
+  Concepts args = concept_forward_args(check, pointer, features, ln_weight, ln_bias, eps,
+                                       projection, concepts, segments, contrast, contrast_segments);
   args.logit_scale = static_cast<float>(logit_scale);
   const auto floats = features.options().dtype(at::kFloat);
   const auto integers = features.options().dtype(at::kLong);
-  Four out(at::empty({args.rows, args.concepts}, floats),
+  Five out(at::empty({args.rows, args.concepts}, floats),
            at::empty({args.rows, args.concepts}, floats),
            at::empty({args.rows, args.concepts}, integers),
-           at::empty({args.rows, args.concepts}, integers));
+           at::empty({args.rows, args.concepts}, integers), projected_for(features, args, save));
   args.probability = std::get<0>(out).mutable_data_ptr<float>();
   args.margin = std::get<1>(out).mutable_data_ptr<float>();
   args.best[0] = std::get<2>(out).mutable_data_ptr<int64_t>();
   args.best[1] = std::get<3>(out).mutable_data_ptr<int64_t>();
-  if (std::get<0>(out).numel() == 0) return out;
+  if (args.rows == 0 || (args.concepts == 0 && !save)) return out;
   const Tensor workspace = workspace_for(features, args);
   LG_RUN(features, concept_similarity, args);
   return out;
 }
 
+// The arguments of a backward. It takes the layer norm's weight but not its bias, which no gradient
+// depends on.
+Concepts concept_backward_args(const Checker& check, Contiguous& pointer, const Tensor& features,
+                               const MaybeTensor& ln_weight, double eps,
+                               const MaybeTensor& projection, const Tensor& concepts,
+                               const Tensor& contrast, const Tensor& best_prompt,
+                               const Tensor& best_contrast, const Tensor& projected) {
+  Concepts args =
+      concept_args(check, pointer, features, ln_weight, eps, projection, concepts, contrast);
+  check.shape("best_prompt", best_prompt,
+              features.dim() == 3 ? at::IntArrayRef{features.size(0), -1, args.positions}
+                                  : at::IntArrayRef{args.rows, -1});
+  args.concepts = best_prompt.size(1);
+  for (const auto& [name, best] :
+       {std::pair("best_prompt", &best_prompt), std::pair("best_contrast", &best_contrast)}) {
+    check.typed(name, *best, at::kLong);
+    check.shape(name, *best, best_prompt.sizes());
+  }
+  auto rows = features.sizes().vec();
+  rows.back() = args.width;
+  check.like("projected", projected, rows);
+  args.saved_best[0] = static_cast<const int64_t*>(pointer(best_prompt));
+  args.saved_best[1] = static_cast<const int64_t*>(pointer(best_contrast));
+  args.saved_projected = pointer(projected);
+  return args;
+}
+
 Tensor concept_similarity_backward(const MaybeTensor& grad_probability,
                                    const MaybeTensor& grad_margin, const Tensor& features,
-                                   const MaybeTensor& ln_weight, const MaybeTensor& ln_bias,
-                                   double eps, const MaybeTensor& projection,
-                                   const Tensor& concepts, const Tensor& contrast,
-                                   const Tensor& probability, const Tensor& best_prompt,
-                                   const Tensor& best_contrast, double logit_scale) {
+                                   const MaybeTensor& ln_weight, double eps,
+                                   const MaybeTensor& projection, const Tensor& concepts,
+                                   const Tensor& contrast, const Tensor& probability,
+                                   const Tensor& best_prompt, const Tensor& best_contrast,
+                                   const Tensor& projected, double logit_scale) {
   const Checker check("concept_similarity_backward", "features", features);
   check.shape("features", features, {-1, -1});
   Contiguous pointer;
-  Concepts args = concept_args(check, pointer, features, ln_weight, ln_bias, eps, projection,
-                               concepts, contrast);
-  check.typed("probability", probability, at::kFloat);
-  check.shape("probability", probability, {args.rows, -1});
-  args.concepts = probability.size(1);
+  Concepts args = concept_backward_args(check, pointer, features, ln_weight, eps, projection,
+                                        concepts, contrast, best_prompt, best_contrast, projected);
   args.logit_scale = static_cast<float>(logit_scale);
+  check.typed("probability", probability, at::kFloat);
+  check.shape("probability", probability, {args.rows, args.concepts});
   for (const auto& [name, grad] :
        {std::pair("grad_probability", &grad_probability), std::pair("grad_margin", &grad_margin)}) {
     if (!*grad) continue;
     check.typed(name, **grad, at::kFloat);
     check.shape(name, **grad, {args.rows, args.concepts});
   }
-  for (const auto& [name, best] :
-       {std::pair("best_prompt", &best_prompt), std::pair("best_contrast", &best_contrast)}) {
-    check.typed(name, *best, at::kLong);
-    check.shape(name, *best, {args.rows, args.concepts});
-  }
   args.grad_probability = pointer.operator()<float>(grad_probability);
   args.grad_margin = pointer.operator()<float>(grad_margin);
   args.saved_probability = static_cast<const float*>(pointer(probability));
-  args.saved_best[0] = static_cast<const int64_t*>(pointer(best_prompt));
-  args.saved_best[1] = static_cast<const int64_t*>(pointer(best_contrast));
   Tensor out = at::empty(features.sizes(), features.options());
   args.grad_features = out.mutable_data_ptr();
   if (out.numel() > 0) LG_RUN(features, concept_similarity_backward, args);
   return out;
 }
 
-Tensor concept_heatmap(const Tensor& tokens, const MaybeTensor& ln_weight,
-                       const MaybeTensor& ln_bias, double eps, const MaybeTensor& projection,
-                       const Tensor& concepts, const Tensor& segments, const Tensor& contrast,
-                       const Tensor& contrast_segments) {
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Four concept_heatmap(const Tensor& tokens, const MaybeTensor& ln_weight, const MaybeTensor& ln_bias,
+                     double eps, const MaybeTensor& projection, const Tensor& concepts,
+                     const Tensor& segments, const Tensor& contrast,
+                     const Tensor& contrast_segments, bool save) {
   const Checker check("concept_heatmap", "tokens", tokens);
   check.shape("tokens", tokens, {-1, -1, -1});
   Contiguous pointer;
-  Concepts args =
-      concept_args(check, pointer, tokens, ln_weight, ln_bias, eps, projection, concepts, contrast);
-  take_segments(check, pointer, args, segments, contrast_segments);
-  Tensor margin = at::empty({tokens.size(0), args.concepts, args.positions},
-                            tokens.options().dtype(at::kFloat));
-  args.margin = margin.mutable_data_ptr<float>();
-  if (margin.numel() == 0) return margin;
+  Concepts args = concept_forward_args(check, pointer, tokens, ln_weight, ln_bias, eps, projection,
+                                       concepts, segments, contrast, contrast_segments);
+  const int64_t shape[] = {tokens.size(0), args.concepts, args.positions};
+  const int64_t nothing[] = {0};
+  const auto saved = save ? at::IntArrayRef(shape) : at::IntArrayRef(nothing);
+  const auto integers = tokens.options().dtype(at::kLong);
+  Four out(at::empty(shape, tokens.options().dtype(at::kFloat)), at::empty(saved, integers),
+           at::empty(saved, integers), projected_for(tokens, args, save));
+  args.margin = std::get<0>(out).mutable_data_ptr<float>();
+  if (save) {
+    args.best[0] = std::get<1>(out).mutable_data_ptr<int64_t>();
+    args.best[1] = std::get<2>(out).mutable_data_ptr<int64_t>();
+  }
+  if (args.rows == 0 || (args.concepts == 0 && !save)) return out;
   const Tensor workspace = workspace_for(tokens, args);
   LG_RUN(tokens, concept_similarity, args);
-  return margin;
+  return out;
 }
 
 Tensor concept_heatmap_backward(const Tensor& grad, const Tensor& tokens,
-                                const MaybeTensor& ln_weight, const MaybeTensor& ln_bias,
-                                double eps, const MaybeTensor& projection, const Tensor& concepts,
-                                const Tensor& segments, const Tensor& contrast,
-                                const Tensor& contrast_segments) {
+                                const MaybeTensor& ln_weight, double eps,
+                                const MaybeTensor& projection, const Tensor& concepts,
+                                const Tensor& contrast, const Tensor& best_prompt,
+                                const Tensor& best_contrast, const Tensor& projected) {
   const Checker check("concept_heatmap_backward", "tokens", tokens);
   check.shape("tokens", tokens, {-1, -1, -1});
   Contiguous pointer;
-  Concepts args =
-      concept_args(check, pointer, tokens, ln_weight, ln_bias, eps, projection, concepts, contrast);
-  take_segments(check, pointer, args, segments, contrast_segments);
-  const auto shape = {tokens.size(0), args.concepts, args.positions};
+  Concepts args = concept_backward_args(check, pointer, tokens, ln_weight, eps, projection,
+                                        concepts, contrast, best_prompt, best_contrast, projected);
   check.typed("grad", grad, at::kFloat);
-  check.shape("grad", grad, shape);
+  check.shape("grad", grad, best_prompt.sizes());
+  args.grad_margin = static_cast<const float*>(pointer(grad));
   Tensor out = at::empty(tokens.sizes(), tokens.options());
   args.grad_features = out.mutable_data_ptr();
-  if (out.numel() == 0) return out;
-  // The forward keeps no indices (a map would double in size): find the best prompts again.
-  const Tensor margin = at::empty(shape, tokens.options().dtype(at::kFloat));
-  const Tensor best[2] = {at::empty(shape, tokens.options().dtype(at::kLong)),
-                          at::empty(shape, tokens.options().dtype(at::kLong))};
-  args.margin = margin.mutable_data_ptr<float>();
-  for (int which = 0; which < 2; ++which) {
-    args.best[which] = best[which].mutable_data_ptr<int64_t>();
-    args.saved_best[which] = args.best[which];
-  }
-  if (margin.numel() > 0) {
-    const Tensor workspace = workspace_for(tokens, args);
-    LG_RUN(tokens, concept_similarity, args);
-  }
-  args.grad_margin = static_cast<const float*>(pointer(grad));
-  LG_RUN(tokens, concept_similarity_backward, args);
+  if (out.numel() > 0) LG_RUN(tokens, concept_similarity_backward, args);
   return out;
 }
 
@@ -332,6 +358,8 @@ Tensor concept_heatmap_backward(const Tensor& grad, const Tensor& tokens,
 
 #define LG_HEAD "Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? projection"
 #define LG_BANK "Tensor concepts, Tensor segments, Tensor contrast, Tensor contrast_segments"
+#define LG_BACK "Tensor? ln_weight, float eps, Tensor? projection, Tensor concepts, Tensor contrast"
+#define LG_SAVED "Tensor best_prompt, Tensor best_contrast, Tensor projected"
 #define LG_CLEAN                                                                     \
   "Tensor? scale=None, Tensor? shift=None, Tensor? noise=None, Tensor? alpha=None, " \
   "Tensor? sigma=None"
@@ -345,15 +373,16 @@ TORCH_LIBRARY(latentguard, m) {
       "patch_embed_backward(Tensor grad, Tensor latents, Tensor weight, "
       "Tensor positional_embedding, Tensor ln_weight, float eps, " LG_CLEAN ") -> Tensor");
   m.def("concept_similarity(Tensor features, " LG_HEAD ", " LG_BANK
-        ", float logit_scale) -> (Tensor probability, Tensor margin, Tensor best_prompt, "
-        "Tensor best_contrast)");
+        ", float logit_scale, bool save=False) -> (Tensor probability, Tensor margin, "
+        "Tensor best_prompt, Tensor best_contrast, Tensor projected)");
   m.def(
       "concept_similarity_backward(Tensor? grad_probability, Tensor? grad_margin, "
-      "Tensor features, " LG_HEAD
-      ", Tensor concepts, Tensor contrast, Tensor probability, Tensor best_prompt, "
-      "Tensor best_contrast, float logit_scale) -> Tensor");
-  m.def("concept_heatmap(Tensor tokens, " LG_HEAD ", " LG_BANK ") -> Tensor");
-  m.def("concept_heatmap_backward(Tensor grad, Tensor tokens, " LG_HEAD ", " LG_BANK ") -> Tensor");
+      "Tensor features, " LG_BACK ", Tensor probability, " LG_SAVED
+      ", float logit_scale) -> Tensor");
+  m.def("concept_heatmap(Tensor tokens, " LG_HEAD ", " LG_BANK
+        ", bool save=False) -> (Tensor margin, " LG_SAVED ")");
+  m.def("concept_heatmap_backward(Tensor grad, Tensor tokens, " LG_BACK ", " LG_SAVED
+        ") -> Tensor");
 }
 
 #define LG_IMPLEMENT(m)                                                \

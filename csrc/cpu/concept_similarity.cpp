@@ -91,7 +91,16 @@ bool valid(const int32_t* segment, int64_t size) {
 template <typename T>
 void match(const Concepts& args, const Head& head, int64_t begin, int64_t count, float* cosine,
            float* rows, float* unit, float* inverse, Best* best) {
+  // float rows that are kept for the backward are computed where they are kept.
+  if constexpr (std::is_same_v<T, float>) {
+    if (args.projected) unit = static_cast<float*>(args.projected) + begin * args.width;
+  }
   project<T>(args, head, begin, count, rows, unit, inverse);
+  if constexpr (!std::is_same_v<T, float>) {
+    if (args.projected) {
+      from_float(unit, static_cast<T*>(args.projected) + begin * args.width, count * args.width);
+    }
+  }
   std::fill(best, best + count * args.concepts * 2,
             Best{-std::numeric_limits<float>::infinity(), -1});
   for (int which = 0; which < 2; ++which) {
@@ -170,65 +179,117 @@ void forward(const Concepts& args) {
   });
 }
 
+// A prompt's row of the bank and what it weighs in the gradient.
+struct Term {
+  const void* prompt;
+  float weight;
+};
+
+// The prompts that reached row r's maxima; neighbouring concepts that share one share the term.
+template <typename T>
+void gather_terms(const Concepts& args, int64_t r, std::vector<Term>& terms) {
+  terms.clear();
+  for (int which = 0; which < 2; ++which) {
+    int64_t last = -1;
+    for (int64_t k = 0; k < args.concepts; ++k) {
+      const int64_t at = args.result_index(r, k);
+      const int64_t index = args.saved_best[which][at];
+      if (index < 0) continue;
+      float share = args.grad_margin ? args.grad_margin[at] : 0.f;
+      if (args.grad_probability) {
+        const float p = args.saved_probability[at];
+        share += args.grad_probability[at] * args.logit_scale * p * (1 - p);
+      }
+      if (which == 1) share = -share;
+      if (index == last) {
+        terms.back().weight += share;
+      } else {
+        terms.push_back({static_cast<const T*>(args.bank[which]) + index * args.width, share});
+        last = index;
+      }
+    }
+  }
+}
+
+// total [width] = the weighted sum of the terms, in pieces that stay in registers.
+template <typename T>
+void add_terms(const std::vector<Term>& terms, int64_t width, float* total) {
+  constexpr int64_t kPiece = 8 * Vec::size();
+  int64_t from = 0;
+  for (; from + kPiece <= width; from += kPiece) {
+    Vec sums[8];
+    for (Vec& sum : sums) sum = Vec(0.f);
+    float held[kPiece];
+    for (const Term& term : terms) {
+      const auto* prompt = static_cast<const T*>(term.prompt) + from;
+      const float* values = held;
+      if constexpr (std::is_same_v<T, float>) {
+        values = prompt;
+      } else {
+        to_float(prompt, held, kPiece);
+      }
+      const Vec weight(term.weight);
+      for (int j = 0; j < 8; ++j) {
+        sums[j] = at::vec::fmadd(weight, Vec::loadu(values + j * Vec::size()), sums[j]);
+      }
+    }
+    for (int j = 0; j < 8; ++j) sums[j].store(total + from + j * Vec::size());
+  }
+  for (int64_t i = from; i < width; ++i) {
+    float sum = 0;
+    for (const Term& term : terms) {
+      sum += term.weight * static_cast<float>(static_cast<const T*>(term.prompt)[i]);
+    }
+    total[i] = sum;
+  }
+}
+
+// In place: the gradient of a unit vector becomes that of the row before its norm.
+void norm_backward(float* grad, const float* row, int64_t width) {
+  const float norm = std::sqrt(dot(row, row, width));
+  const float inverse = 1.f / (norm < kNormFloor ? kNormFloor : norm);
+  const Vec along(dot(row, grad, width) * inverse * inverse), factor(inverse);
+  for_lanes(width, [&](int64_t i, int64_t n) {
+    const Vec g = Vec::loadu(grad + i, n) - along * Vec::loadu(row + i, n);
+    (g * factor).store(grad + i, n);
+  });
+}
+
 template <typename T>
 void backward(const Concepts& args) {
-  Head head;
-  load_head<T>(args, head);
-  const int64_t width = args.width;
+  Buffer held[2];
+  const float* ln_weight = as_float<T>(args.ln_weight, args.dim, held[0]);
+  const float* projection = as_float<T>(args.projection, args.dim * args.width, held[1]);
+  const int64_t width = args.width, dim = args.dim;
   over_tiles(args.rows, [&](int64_t first, int64_t last) {
     const int64_t tile = std::min(kTile, last - first);
-    const Buffer unit = buffer(tile * width), inverse = buffer(tile);
-    const Buffer rows = buffer(tile * args.dim), grads = buffer(tile * args.dim);
-    const Buffer sum_row = buffer(width), prompt = buffer(width);
+    const Buffer outer = buffer(tile * width), inner = buffer(projection ? tile * dim : 0);
+    const Buffer row = buffer(std::max(width, dim));
+    std::vector<Term> terms;
     for (int64_t begin = first; begin < last; begin += tile) {
       const int64_t count = std::min(tile, last - begin);
-      project<T>(args, head, begin, count, rows.get(), unit.get(), inverse.get());
       for (int64_t r = 0; r < count; ++r) {
-        float* total = sum_row.get();
-        std::fill(total, total + width, 0.f);
-        for (int64_t k = 0; k < args.concepts; ++k) {
-          const int64_t at = args.result_index(begin + r, k);
-          float share = args.grad_margin ? args.grad_margin[at] : 0.f;
-          if (args.grad_probability) {
-            const float p = args.saved_probability[at];
-            share += args.grad_probability[at] * args.logit_scale * p * (1 - p);
-          }
-          for (int which = 0; which < 2; ++which) {
-            const int64_t index = args.saved_best[which][at];
-            if (index < 0) continue;
-            const auto* row = static_cast<const T*>(args.bank[which]) + index * width;
-            to_float(row, prompt.get(), width);
-            const Vec factor(which == 0 ? share : -share);
-            for_lanes(width, [&](int64_t i, int64_t n) {
-              at::vec::fmadd(factor, Vec::loadu(prompt.get() + i, n), Vec::loadu(total + i, n))
-                  .store(total + i, n);
-            });
-          }
-        }
-        float* v = unit.get() + r * width;
-        const float scale = inverse[r];
-        const Vec along(dot(v, total, width) * scale * scale), factor(scale);
-        for_lanes(width, [&](int64_t i, int64_t n) {
-          const Vec g = Vec::loadu(total + i, n) - along * Vec::loadu(v + i, n);
-          (g * factor).store(v + i, n);
-        });
+        gather_terms<T>(args, begin + r, terms);
+        float* grad = outer.get() + r * width;
+        add_terms<T>(terms, width, grad);
+        to_float(static_cast<const T*>(args.saved_projected) + (begin + r) * width, row.get(),
+                 width);
+        norm_backward(grad, row.get(), width);
       }
-      float* inner = unit.get();
-      if (head.projection) {
-        product(unit.get(), head.projection, grads.get(), count, args.dim, width, true);
-        inner = grads.get();
+      float* grads = outer.get();
+      if (projection) {
+        grads = inner.get();
+        product(outer.get(), projection, grads, count, dim, width, true);
       }
-      auto* out = static_cast<T*>(args.grad_features) + begin * args.dim;
-      const auto* features = static_cast<const T*>(args.features) + begin * args.dim;
       for (int64_t r = 0; r < count; ++r) {
-        float* row = inner + r * args.dim;
-        if (head.ln_weight) {
-          float* input = rows.get() + r * args.dim;
-          to_float(features + r * args.dim, input, args.dim);
-          layer_norm_backward(row, input, head.ln_weight, args.dim, args.eps);
-          row = input;
+        const int64_t at = (begin + r) * dim;
+        float* grad = grads + r * dim;
+        if (ln_weight) {
+          to_float(static_cast<const T*>(args.features) + at, row.get(), dim);
+          layer_norm_backward(grad, row.get(), ln_weight, dim, args.eps);
+          grad = row.get();
         }
-        from_float(row, out + r * args.dim, args.dim);
+        from_float(grad, static_cast<T*>(args.grad_features) + at, dim);
       }
     }
   });

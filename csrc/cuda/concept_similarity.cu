@@ -34,7 +34,7 @@ __device__ float key_value(Key key) {
 struct Workspace {
   int64_t keys, counters, bytes;
   __host__ __device__ Workspace(const Concepts& args, bool split, bool keys_fit) {
-    keys = split ? (args.rows * args.width * 4 + 15) / 16 * 16 : 0;
+    keys = split && !args.projected ? (args.rows * args.width * 4 + 15) / 16 * 16 : 0;
     counters = keys;
     if (split || !keys_fit) {
       counters += args.rows * 2 * args.concepts * static_cast<int64_t>(sizeof(Key));
@@ -53,6 +53,25 @@ __host__ __device__ int64_t all_chunks(const Concepts& args) {
 
 __device__ unsigned char* workspace_of(const Concepts& args) {
   return static_cast<unsigned char*>(args.workspace);
+}
+
+// Where the first of two launches leaves the projected rows: in the output that keeps them for the
+// backward, else in the workspace.
+template <typename T>
+__device__ T* projected_rows(const Concepts& args) {
+  return static_cast<T*>(args.projected ? args.projected : args.workspace);
+}
+
+// The projected rows of the tile to memory, for the backward.
+template <typename T>
+__device__ void save_rows(const Concepts& args, int64_t first, int count,
+                          const ConceptMemory<T>& memory) {
+  const Shared<float> rows(0);
+  const int width = static_cast<int>(args.width);
+  T* out = static_cast<T*>(args.projected) + first * width;
+  for (int i = static_cast<int>(threadIdx.x); i < count * width; i += kThreads) {
+    out[i] = from_float<T>(rows.get(i / width * memory.row_stride + i % width));
+  }
 }
 
 __device__ bool valid(int begin, int end, int64_t size) {
@@ -162,6 +181,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_kernel(Concepts arg
     }
   }
   project_rows<T>(args, first, count, memory, at);
+  if (args.projected) save_rows<T>(args, first, count, memory);
   unit_rows<T>(args, memory, at);
   match_chunks<T>(args, 0, all_chunks(args), count, memory, at,
                   [&](int r, int which, int k, Key key) {
@@ -191,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_project_kernel(Conc
   const int count = rows_in_tile(args, first);
   const int dim = static_cast<int>(args.dim), width = static_cast<int>(args.width);
   const int begin = group * kColumnTiles * 16;
-  T* out = reinterpret_cast<T*>(workspace_of(args));
+  T* out = projected_rows<T>(args);
   if (group == 0) {
     auto* keys = reinterpret_cast<Key*>(workspace_of(args) + space.keys);
     auto* counters = reinterpret_cast<unsigned*>(workspace_of(args) + space.counters);
@@ -247,15 +267,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_match_kernel(Concep
   const int64_t first = blockIdx.x / chunks * kRows, chunk = blockIdx.x % chunks;
   const int count = rows_in_tile(args, first);
   const int concepts = static_cast<int>(args.concepts), width = static_cast<int>(args.width);
-  const T* projected = reinterpret_cast<const T*>(workspace_of(args)) + first * width;
+  const T* projected = projected_rows<T>(args) + first * width;
   auto* keys = reinterpret_cast<Key*>(workspace_of(args) + space.keys) + first * 2 * concepts;
-  const Shared<float> rows(0);
-  for (int r = at.warp; r < kRows; r += kWarps) {
-    for (int i = at.lane; i < width; i += kWarp) {
-      rows.set(r * memory.row_stride + i, r < count ? to_float(projected[r * width + i]) : 0.f);
-    }
-  }
-  __syncthreads();
+  load_rows(projected, count, memory, at, width);
   unit_rows<T>(args, memory, at);
   const auto slot = [&](int r, int which, int k) { return (r * 2 + which) * concepts + k; };
   match_chunks<T>(

@@ -1,6 +1,6 @@
 // Gradient of concept_similarity and concept_heatmap with respect to the features, in one launch:
-// a block takes 16 rows, projects them again, adds up the prompts that reached each maximum, and
-// takes the sum back through norm, projection and layer norm.
+// a block takes 16 rows as the forward projected them, adds up the prompts that reached each
+// maximum, and takes the sum back through norm, projection and layer norm.
 #include "cuda/concepts.h"
 #include "cuda/launchers.h"
 
@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_backward_kernel(Con
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
   const int64_t left = args.rows - first;
   const int count = left < kRows ? static_cast<int>(left) : kRows;
-  project_rows<T>(args, first, count, memory, at);
   const Shared<float> rows(0);
   const Shared<T> operands(memory.operands);
   const int width = static_cast<int>(args.width);
+  load_rows(static_cast<const T*>(args.saved_projected) + first * width, count, memory, at, width);
   const bool project = args.projection != nullptr;
   for (int r = at.warp; r < kRows; r += kWarps) {
     const Shared<T> target = operands.at(r * memory.operand_stride);

@@ -51,6 +51,24 @@ __device__ inline Vector<T, kVector<T>> read_row(const T* row, int i, int size) 
   return out;
 }
 
+// rows [16, width] = `from` [count, width] as float, zero beyond the count. Ends past a barrier.
+template <typename T>
+__device__ inline void load_rows(const T* from, int count, const ConceptMemory<T>& memory,
+                                 const Lane& at, int width) {
+  constexpr int N = kVector<T>;
+  const Shared<float> rows(0);
+  for (int r = at.warp; r < kRows; r += kWarps) {
+    for (int i = at.lane * N; i < width; i += kWarp * N) {
+      Vector<T, N> piece;
+      if (r < count) piece = read_row(from + static_cast<int64_t>(r) * width, i, width);
+      for (int j = 0; j < N && i + j < width; ++j) {
+        rows.set(r * memory.row_stride + i + j, r < count ? to_float(piece.value[j]) : 0.f);
+      }
+    }
+  }
+  __syncthreads();
+}
+
 struct RowMoments {
   float mean, rstd;
 };

@@ -67,11 +67,13 @@ struct Concepts {
   float* probability;              // [images, concepts, positions] or null
   float* margin;                   // [images, concepts, positions]
   int64_t* best[2];                // [images, concepts, positions] each, or null
+  void* projected;                 // T [rows, width], rows before their norm, or null
   void* workspace;                 // CUDA only, see concept_workspace_bytes
   const float* grad_probability;   // like margin, or null; backward only
   const float* grad_margin;        // like margin, or null; backward only
   const float* saved_probability;  // like margin, with grad_probability
   const int64_t* saved_best[2];    // like margin; backward only
+  const void* saved_projected;     // T [rows, width]; backward only
   void* grad_features;             // T [rows, dim]; backward only
 
   LG_HOST_DEVICE int64_t bank_rows(int which) const { return which == 0 ? prompts : contrasts; }

@@ -106,6 +106,8 @@ Concepts concepts_of(const std::vector<double>& n, const std::vector<Array>& a) 
   args.grad_probability = reinterpret_cast<const float*>(a.at(12).data());
   args.grad_margin = reinterpret_cast<const float*>(a.at(13).data());
   args.grad_features = a.at(14).data();
+  args.projected = a.at(15).data();
+  args.saved_projected = args.projected;
   return args;
 }
 

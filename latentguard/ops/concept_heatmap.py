@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentguard.ops import checks, library, reference
-from latentguard.ops.concept_similarity import refuse_weights
+from latentguard.ops.concept_similarity import fake_projected, refuse_weights
 
 NAME = "concept_heatmap"
 
@@ -41,9 +41,10 @@ def concept_heatmap(
     bank = (concepts, segments, contrast, contrast_segments)
     weights = (ln_weight, ln_bias, projection, concepts, contrast)
     if library.use_kernels(tokens, *weights) and library.fits(tokens, concepts):
-        margin: Tensor = torch.ops.latentguard.concept_heatmap(tokens, *head, *bank)
+        save = torch.is_grad_enabled() and tokens.requires_grad
+        margin: Tensor = torch.ops.latentguard.concept_heatmap(tokens, *head, *bank, save)[0]
         return margin
-    return _reference(tokens, *head, *bank)
+    return _reference(tokens, *head, *bank)[0]
 
 
 def _reference(
@@ -56,13 +57,15 @@ def _reference(
     segments: Tensor,
     contrast: Tensor,
     contrast_segments: Tensor,
-) -> Tensor:
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.shape(NAME, "tokens", tokens, None, None, None)
     banks = {"concepts": concepts, "contrast": contrast}
     ranges = {"segments": segments, "contrast_segments": contrast_segments}
     checks.concepts(NAME, "tokens", tokens, ln_weight, ln_bias, projection, banks, ranges)
     head = (ln_weight, ln_bias, eps, projection)
-    return reference.concept_heatmap(tokens, *head, concepts, segments, contrast, contrast_segments)
+    bank = (concepts, segments, contrast, contrast_segments)
+    return reference.concept_heatmap(tokens, *head, *bank, save)
 
 
 def _fake(
@@ -73,29 +76,44 @@ def _fake(
     projection: Tensor | None,
     concepts: Tensor,
     segments: Tensor,
-    *rest: Any,
-) -> Tensor:
+    contrast: Tensor,
+    contrast_segments: Tensor,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     real = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    return tokens.new_empty((tokens.shape[0], segments.shape[0], tokens.shape[1]), dtype=real)
+    shape = (tokens.shape[0], segments.shape[0], tokens.shape[1])
+    best = [tokens.new_empty(shape if save else 0, dtype=torch.int64) for _ in range(2)]
+    margin = tokens.new_empty(shape, dtype=real)
+    return margin, best[0], best[1], fake_projected(tokens, concepts, save)
 
 
 def _backward_fake(grad: Tensor, tokens: Tensor, *rest: Any) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tokens, ln_weight, ln_bias, eps, projection, *bank = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tokens, ln_weight, ln_bias, eps, projection, *bank, save = inputs
     refuse_weights(NAME, ctx.needs_input_grad)
-    ctx.eps = eps
-    ctx.save_for_backward(tokens, ln_weight, ln_bias, projection, *bank)
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.eps, ctx.save = eps, save
+    ctx.save_for_backward(tokens, ln_weight, ln_bias, projection, *bank, *saved)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tokens, ln_weight, ln_bias, projection, *bank = ctx.saved_tensors
-    inner = torch.ops.latentguard.concept_heatmap_backward(
-        grad.contiguous(), tokens, ln_weight, ln_bias, ctx.eps, projection, *bank
+def _backward(ctx: Any, grad: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+    tokens, ln_weight, ln_bias, projection, *bank = ctx.saved_tensors[:8]
+    saved = ctx.saved_tensors[8:]
+    if grad is None:
+        return (None,) * 10
+    namespace = torch.ops.latentguard
+    if not ctx.save:  # a direct call that kept nothing: the forward is computed again
+        head = (ln_weight, ln_bias, ctx.eps, projection)
+        _, *saved = namespace.concept_heatmap(tokens, *head, *bank, True)
+    concepts, _, contrast, _ = bank
+    inner = namespace.concept_heatmap_backward(
+        grad.contiguous(), tokens, ln_weight, ctx.eps, projection, concepts, contrast, *saved
     )
-    return (inner, *(None,) * 8)
+    return (inner, *(None,) * 9)
 
 
 library.register(NAME, _reference, _fake, _backward, _setup)

@@ -56,10 +56,11 @@ def concept_similarity(
     bank = (concepts, segments, contrast, contrast_segments)
     weights = (ln_weight, ln_bias, projection, concepts, contrast)
     if library.use_kernels(features, *weights) and library.fits(features, concepts):
-        out = torch.ops.latentguard.concept_similarity(features, *head, *bank, logit_scale)
+        save = torch.is_grad_enabled() and features.requires_grad
+        out = torch.ops.latentguard.concept_similarity(features, *head, *bank, logit_scale, save)
     else:
         out = _reference(features, *head, *bank, logit_scale)
-    probability, margin, prompt, _ = out
+    probability, margin, prompt, *_ = out
     return probability, margin, prompt
 
 
@@ -74,14 +75,15 @@ def _reference(
     contrast: Tensor,
     contrast_segments: Tensor,
     logit_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.shape(NAME, "features", features, None, None)
     banks = {"concepts": concepts, "contrast": contrast}
     ranges = {"segments": segments, "contrast_segments": contrast_segments}
     checks.concepts(NAME, "features", features, ln_weight, ln_bias, projection, banks, ranges)
     head = (ln_weight, ln_bias, eps, projection)
     bank = (concepts, segments, contrast, contrast_segments)
-    return reference.concept_similarity(features, *head, *bank, logit_scale)
+    return reference.concept_similarity(features, *head, *bank, logit_scale, save)
 
 
 def _fake(
@@ -92,13 +94,21 @@ def _fake(
     projection: Tensor | None,
     concepts: Tensor,
     segments: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    contrast: Tensor,
+    contrast_segments: Tensor,
+    logit_scale: float,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = (features.shape[0], segments.shape[0])
     real = torch.float64 if features.dtype == torch.float64 else torch.float32
     floats = [features.new_empty(shape, dtype=real) for _ in range(2)]
     indices = [features.new_empty(shape, dtype=torch.int64) for _ in range(2)]
-    return floats[0], floats[1], indices[0], indices[1]
+    return floats[0], floats[1], indices[0], indices[1], fake_projected(features, concepts, save)
+
+
+def fake_projected(features: Tensor, concepts: Tensor, save: bool) -> Tensor:
+    """Shape of the saved rows: [..., E], or [0] where nothing is saved."""
+    return features.new_empty((*features.shape[:-1], concepts.shape[1]) if save else 0)
 
 
 def _backward_fake(
@@ -117,30 +127,35 @@ def refuse_weights(name: str, needs: tuple[bool, ...]) -> None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, ln_weight, ln_bias, eps, projection, concepts, _, contrast, _, scale = inputs
+    features, ln_weight, ln_bias, eps, projection, *bank, scale, save = inputs
     refuse_weights(NAME, ctx.needs_input_grad)
-    probability, _, prompt, against = output
-    ctx.mark_non_differentiable(prompt, against)
-    ctx.eps, ctx.logit_scale = eps, scale
-    head = (ln_weight, ln_bias, projection)
-    ctx.save_for_backward(features, *head, concepts, contrast, probability, prompt, against)
+    probability, _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.eps, ctx.logit_scale, ctx.save = eps, scale, save
+    ctx.save_for_backward(features, ln_weight, ln_bias, projection, *bank, probability, *saved)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    features, ln_weight, ln_bias, projection, *rest = ctx.saved_tensors
-    probability, margin = (None if g is None else g.contiguous() for g in grads[:2])
-    inner = torch.ops.latentguard.concept_similarity_backward(
-        probability,
-        margin,
+    features, ln_weight, ln_bias, projection, *bank, probability = ctx.saved_tensors[:9]
+    saved = ctx.saved_tensors[9:]
+    namespace = torch.ops.latentguard
+    if not ctx.save:  # a direct call that kept nothing: the forward is computed again
+        head = (ln_weight, ln_bias, ctx.eps, projection)
+        _, _, *saved = namespace.concept_similarity(features, *head, *bank, ctx.logit_scale, True)
+    concepts, _, contrast, _ = bank
+    inner = namespace.concept_similarity_backward(
+        *(None if g is None else g.contiguous() for g in grads[:2]),
         features,
         ln_weight,
-        ln_bias,
         ctx.eps,
         projection,
-        *rest,
+        concepts,
+        contrast,
+        probability,
+        *saved,
         ctx.logit_scale,
     )
-    return (inner, *(None,) * 9)
+    return (inner, *(None,) * 10)
 
 
 library.register(NAME, _reference, _fake, _backward, _setup)

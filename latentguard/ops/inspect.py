@@ -79,6 +79,6 @@ def self_test(device: str, dtype: torch.dtype) -> dict[str, float]:
         right = {
             "patch_embed": reference.patch_embed(*to(patch, exact)),
             "concept_similarity": reference.concept_similarity(*to(similar, exact))[1],
-            "concept_heatmap": reference.concept_heatmap(*to(heat, exact)),
+            "concept_heatmap": reference.concept_heatmap(*to(heat, exact))[0],
         }
     return {name: error(found[name], right[name], name != "patch_embed") for name in OPERATORS}

@@ -15,6 +15,8 @@ import torch
 
 HEAD = "Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? projection"
 BANK = "Tensor concepts, Tensor segments, Tensor contrast, Tensor contrast_segments"
+BACK = "Tensor? ln_weight, float eps, Tensor? projection, Tensor concepts, Tensor contrast"
+SAVED = "Tensor best_prompt, Tensor best_contrast, Tensor projected"
 CLEAN = (
     "Tensor? scale=None, Tensor? shift=None, Tensor? noise=None, Tensor? alpha=None, "
     "Tensor? sigma=None"
@@ -31,16 +33,17 @@ SCHEMAS = {
         f"Tensor ln_weight, float eps, {CLEAN}) -> Tensor"
     ),
     "concept_similarity": (
-        f"(Tensor features, {HEAD}, {BANK}, float logit_scale) -> "
-        "(Tensor probability, Tensor margin, Tensor best_prompt, Tensor best_contrast)"
+        f"(Tensor features, {HEAD}, {BANK}, float logit_scale, bool save=False) -> "
+        f"(Tensor probability, Tensor margin, {SAVED})"
     ),
     "concept_similarity_backward": (
-        f"(Tensor? grad_probability, Tensor? grad_margin, Tensor features, {HEAD}, "
-        "Tensor concepts, Tensor contrast, Tensor probability, Tensor best_prompt, "
-        "Tensor best_contrast, float logit_scale) -> Tensor"
+        f"(Tensor? grad_probability, Tensor? grad_margin, Tensor features, {BACK}, "
+        f"Tensor probability, {SAVED}, float logit_scale) -> Tensor"
     ),
-    "concept_heatmap": f"(Tensor tokens, {HEAD}, {BANK}) -> Tensor",
-    "concept_heatmap_backward": f"(Tensor grad, Tensor tokens, {HEAD}, {BANK}) -> Tensor",
+    "concept_heatmap": (
+        f"(Tensor tokens, {HEAD}, {BANK}, bool save=False) -> (Tensor margin, {SAVED})"
+    ),
+    "concept_heatmap_backward": f"(Tensor grad, Tensor tokens, {BACK}, {SAVED}) -> Tensor",
 }
 
 # As kLargestWidth in csrc/cuda/launchers.h.

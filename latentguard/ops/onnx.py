@@ -36,6 +36,10 @@ def _down(op: Any, value: Any, like: Any) -> Any:
     return value if int(like.dtype) == _FLOAT else op.CastLike(value, like)
 
 
+def _kind(value: Any) -> int:
+    return int(value.dtype)
+
+
 def _layer_norm(op: Any, x: Any, weight: Any, bias: Any, eps: float) -> Any:
     # The operator has three outputs; mean and deviation are not used.
     out = op.LayerNormalization(x, _up(op, weight), _up(op, bias), axis=-1, epsilon=eps)
@@ -112,6 +116,11 @@ def _best(op: Any, cosine: Any, segments: Any) -> tuple[Any, Any]:
     return value, op.Where(wrong, op.Constant(value_int=-1), index)
 
 
+def _nothing(op: Any, dtype: int) -> Any:
+    """An empty tensor, as the operators give where nothing is saved for a backward."""
+    return op.Cast(op.ConstantOfShape(_ints(op, 0)), to=dtype)
+
+
 def _scores(
     features: Any,
     ln_weight: Any,
@@ -122,7 +131,8 @@ def _scores(
     segments: Any,
     contrast: Any,
     contrast_segments: Any,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any]:
+    """Margin, best prompt and best contrast prompt [..., K], projected rows [..., E]."""
     op = _operators()
     x = _up(op, features)
     if ln_weight is not None:
@@ -130,24 +140,35 @@ def _scores(
     if projection is not None:
         x = op.MatMul(x, _up(op, projection))
     norm = op.ReduceL2(x, _ints(op, -1), keepdims=1)
-    x = op.Div(x, op.Max(norm, op.Constant(value_float=NORM_FLOOR)))
+    unit = op.Div(x, op.Max(norm, op.Constant(value_float=NORM_FLOOR)))
     banks = [op.Transpose(_up(op, bank), perm=[1, 0]) for bank in (concepts, contrast)]
-    value, prompt = _best(op, op.MatMul(x, banks[0]), segments)
-    against, contrast_prompt = _best(op, op.MatMul(x, banks[1]), contrast_segments)
-    return op.Sub(value, against), prompt, contrast_prompt
+    value, prompt = _best(op, op.MatMul(unit, banks[0]), segments)
+    against, contrast_prompt = _best(op, op.MatMul(unit, banks[1]), contrast_segments)
+    return op.Sub(value, against), prompt, contrast_prompt, x
 
 
-def _concept_similarity(*arguments: Any) -> tuple[Any, Any, Any, Any]:
+def _concept_similarity(
+    features: Any, *arguments: Any, save: bool = False
+) -> tuple[Any, Any, Any, Any, Any]:
     op = _operators()
-    *rest, logit_scale = arguments
-    margin, prompt, against = _scores(*rest)
+    *rest, logit_scale = arguments[:9]
+    save = bool(arguments[9]) if len(arguments) > 9 else save
+    margin, prompt, against, projected = _scores(features, *rest)
     scale = op.Constant(value_float=float(logit_scale))
-    return op.Sigmoid(op.Mul(margin, scale)), margin, prompt, against
+    rows = _down(op, op.Identity(projected), features) if save else _nothing(op, _kind(features))
+    return op.Sigmoid(op.Mul(margin, scale)), margin, prompt, against, rows
 
 
-def _concept_heatmap(*arguments: Any) -> Any:
-    margin, _, _ = _scores(*arguments)
-    return _operators().Transpose(margin, perm=[0, 2, 1])
+def _concept_heatmap(tokens: Any, *arguments: Any, save: bool = False) -> tuple[Any, Any, Any, Any]:
+    op = _operators()
+    save = bool(arguments[8]) if len(arguments) > 8 else save
+    margin, prompt, against, projected = _scores(tokens, *arguments[:8])
+    margin = op.Transpose(margin, perm=[0, 2, 1])
+    if not save:
+        nothing = (_nothing(op, dtype) for dtype in (_INT64, _INT64, _kind(tokens)))
+        return margin, *nothing
+    best = (op.Transpose(index, perm=[0, 2, 1]) for index in (prompt, against))
+    return margin, *best, _down(op, op.Identity(projected), tokens)
 
 
 def translations() -> dict[Any, Callable[..., Any]]:

@@ -172,15 +172,21 @@ def concept_similarity(
     contrast: Tensor,
     contrast_segments: Tensor,
     logit_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Probability, margin, best prompt and best contrast prompt of [..., D] rows: [..., K] each."""
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Probability, margin, best prompt and best contrast prompt of [..., D] rows: [..., K] each.
+
+    The last output is what the backward needs besides: the projected rows [..., E] before their
+    norm, in the dtype of `features`; empty unless `save`.
+    """
     dtype = _compute_dtype(features)
     x = _project(features, ln_weight, ln_bias, eps, projection)
     unit = F.normalize(x, dim=-1, eps=NORM_FLOOR)
     value, prompt = _best(unit @ concepts.to(dtype).t(), segments)
     against, contrast_prompt = _best(unit @ contrast.to(dtype).t(), contrast_segments)
     margin = value - against
-    return torch.sigmoid(logit_scale * margin), margin, prompt, contrast_prompt
+    projected = x.to(features.dtype, copy=True) if save else features.new_empty(0)
+    return torch.sigmoid(logit_scale * margin), margin, prompt, contrast_prompt, projected
 
 
 def concept_similarity_backward(
@@ -188,7 +194,6 @@ def concept_similarity_backward(
     grad_margin: Tensor | None,
     features: Tensor,
     ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
     eps: float,
     projection: Tensor | None,
     concepts: Tensor,
@@ -196,6 +201,7 @@ def concept_similarity_backward(
     probability: Tensor,
     best_prompt: Tensor,
     best_contrast: Tensor,
+    projected: Tensor,
     logit_scale: float,
 ) -> Tensor:
     """Gradient with respect to [..., D] `features`, from that of probability and margin.
@@ -208,7 +214,7 @@ def concept_similarity_backward(
         g = g + grad_margin
     if grad_probability is not None:
         g = g + grad_probability * logit_scale * probability * (1 - probability)
-    x = _project(features, ln_weight, ln_bias, eps, projection)
+    x = projected.to(dtype)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
     unit = x / norm
     inner = torch.zeros_like(unit)
@@ -238,30 +244,39 @@ def concept_heatmap(
     segments: Tensor,
     contrast: Tensor,
     contrast_segments: Tensor,
-) -> Tensor:
-    """Margin of every patch token, [B, K, N]; see `latentguard.ops.concept_heatmap`."""
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Margin [B, K, N] of every patch token; see `latentguard.ops.concept_heatmap`.
+
+    The other outputs are what the backward needs: best prompt and best contrast prompt [B, K, N]
+    and the projected rows [B, N, E]; empty unless `save`.
+    """
     bank = (concepts, segments, contrast, contrast_segments)
-    _, margin, _, _ = concept_similarity(tokens, ln_weight, ln_bias, eps, projection, *bank, 1.0)
-    return margin.transpose(1, 2).contiguous()
+    found = concept_similarity(tokens, ln_weight, ln_bias, eps, projection, *bank, 1.0, save)
+    _, margin, prompt, against, projected = found
+    margin = margin.transpose(1, 2).contiguous()
+    if not save:
+        nothing = tokens.new_empty(0, dtype=torch.int64)
+        return margin, nothing, nothing.clone(), projected
+    best, best_contrast = (index.transpose(1, 2).contiguous() for index in (prompt, against))
+    return margin, best, best_contrast, projected
 
 
 def concept_heatmap_backward(
     grad: Tensor,
     tokens: Tensor,
     ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
     eps: float,
     projection: Tensor | None,
     concepts: Tensor,
-    segments: Tensor,
     contrast: Tensor,
-    contrast_segments: Tensor,
+    best_prompt: Tensor,
+    best_contrast: Tensor,
+    projected: Tensor,
 ) -> Tensor:
-    """Gradient with respect to `tokens`; the best prompts are found again, not stored."""
-    head = (ln_weight, ln_bias, eps, projection)
-    bank = (concepts, segments, contrast, contrast_segments)
-    _, _, prompt, against = concept_similarity(tokens, *head, *bank, 1.0)
-    margin = grad.transpose(1, 2)
+    """Gradient with respect to `tokens`, from that of the margin and what the forward saved."""
+    margin, prompt, against = (t.transpose(1, 2) for t in (grad, best_prompt, best_contrast))
+    head = (ln_weight, eps, projection, concepts, contrast)
     return concept_similarity_backward(
-        None, margin, tokens, *head, concepts, contrast, margin, prompt, against, 1.0
+        None, margin, tokens, *head, margin, prompt, against, projected, 1.0
     )

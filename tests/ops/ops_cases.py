@@ -136,6 +136,11 @@ def poison(shape: object, dtype: torch.dtype) -> Tensor:
     return out.fill_(float("nan")) if dtype.is_floating_point else out.fill_(-777)
 
 
+def _backward_arguments(a: dict) -> list:  # type: ignore[type-arg]
+    keys = "features ln_weight eps projection concepts contrast"
+    return [a[key] for key in keys.split()]
+
+
 # Back ends. Each takes the arguments on the CPU and gives results on the CPU.
 
 
@@ -152,22 +157,24 @@ class Reference:
         return reference.patch_embed_backward(grad, **rest)
 
     def similarity(self, arguments: dict, scale: float) -> tuple[Tensor, ...]:  # type: ignore[type-arg]
-        return reference.concept_similarity(*arguments.values(), scale)
+        return reference.concept_similarity(*arguments.values(), scale, True)
 
     def similarity_backward(
         self, grads: tuple, arguments: dict, scale: float, out: tuple
     ) -> Tensor:  # type: ignore[type-arg]
-        probability, _, prompt, against = out
-        a = list(arguments.values())
         return reference.concept_similarity_backward(
-            *grads, *a[:6], a[7], probability, prompt, against, scale
+            *grads, *_backward_arguments(arguments), out[0], *out[2:], scale
         )
 
-    def heatmap(self, arguments: dict) -> Tensor:  # type: ignore[type-arg]
-        return reference.concept_heatmap(*arguments.values())
+    def heatmap(self, arguments: dict) -> tuple[Tensor, ...]:  # type: ignore[type-arg]
+        return reference.concept_heatmap(*arguments.values(), True)
 
-    def heatmap_backward(self, grad: Tensor, arguments: dict) -> Tensor:  # type: ignore[type-arg]
-        return reference.concept_heatmap_backward(grad, *arguments.values())
+    def heatmap_without_saving(self, arguments: dict) -> Tensor:  # type: ignore[type-arg]
+        return reference.concept_heatmap(*arguments.values())[0]
+
+    def heatmap_backward(self, grad: Tensor, arguments: dict, out: tuple) -> Tensor:  # type: ignore[type-arg]
+        head = _backward_arguments(arguments)
+        return reference.concept_heatmap_backward(grad, *head, *out[1:])
 
 
 class Operators(Reference):
@@ -190,28 +197,22 @@ class Operators(Reference):
         return self._call("patch_embed_backward", grad, *rest.values())
 
     def similarity(self, arguments, scale):  # type: ignore[no-untyped-def]
-        return self._call("concept_similarity", *arguments.values(), scale)
+        return self._call("concept_similarity", *arguments.values(), scale, True)
 
     def similarity_backward(self, grads, arguments, scale, out):  # type: ignore[no-untyped-def]
-        probability, _, prompt, against = out
-        a = list(arguments.values())
-        bank = (a[5], a[7])
-        return self._call(
-            "concept_similarity_backward",
-            *grads,
-            *a[:5],
-            *bank,
-            probability,
-            prompt,
-            against,
-            scale,
-        )
+        head = _backward_arguments(arguments)
+        saved = (out[0], *out[2:])
+        return self._call("concept_similarity_backward", *grads, *head, *saved, scale)
 
     def heatmap(self, arguments):  # type: ignore[no-untyped-def]
-        return self._call("concept_heatmap", *arguments.values())
+        return self._call("concept_heatmap", *arguments.values(), True)
 
-    def heatmap_backward(self, grad, arguments):  # type: ignore[no-untyped-def]
-        return self._call("concept_heatmap_backward", grad, *arguments.values())
+    def heatmap_without_saving(self, arguments):  # type: ignore[no-untyped-def]
+        return self._call("concept_heatmap", *arguments.values(), False)[0]
+
+    def heatmap_backward(self, grad, arguments, out):  # type: ignore[no-untyped-def]
+        head = _backward_arguments(arguments)
+        return self._call("concept_heatmap_backward", grad, *head, *out[1:])
 
 
 class HostCuda(Reference):
@@ -261,28 +262,34 @@ class HostCuda(Reference):
         return host_runner.run(self.runner, operation, numbers, arrays)
 
     def similarity(self, arguments, scale):  # type: ignore[no-untyped-def]
-        shape = (arguments["features"].shape[0], arguments["segments"].shape[0])
+        x = arguments["features"]
+        shape = (x.shape[0], arguments["segments"].shape[0])
         outs = [poison(shape, d) for d in (torch.float32, torch.float32, torch.int64, torch.int64)]
-        done = self._concepts(2, arguments, scale, shape, [*outs, None, None, None])
-        return tuple(done[8:12])
+        rows = poison((x.shape[0], arguments["concepts"].shape[1]), x.dtype)
+        done = self._concepts(2, arguments, scale, shape, [*outs, None, None, None, rows])
+        return (*done[8:12], done[15])
 
     def similarity_backward(self, grads, arguments, scale, out):  # type: ignore[no-untyped-def]
         x = arguments["features"]
-        extra = [out[0], None, out[2], out[3], *grads, poison(x.shape, x.dtype)]
+        extra = [out[0], None, out[2], out[3], *grads, poison(x.shape, x.dtype), out[4]]
         return self._concepts(3, arguments, scale, None, extra)[14]
 
     def heatmap(self, arguments):  # type: ignore[no-untyped-def]
         x, concepts = arguments["features"], arguments["segments"].shape[0]
-        out = poison((x.shape[0], concepts, x.shape[1]), torch.float32)
-        extra = [None, out, None, None, None, None, None]
-        return self._concepts(2, arguments, 1.0, None, extra)[9]
-
-    def heatmap_backward(self, grad, arguments):  # type: ignore[no-untyped-def]
-        x, concepts = arguments["features"], arguments["segments"].shape[0]
         shape = (x.shape[0], concepts, x.shape[1])
         outs = [poison(shape, torch.float32)] + [poison(shape, torch.int64) for _ in range(2)]
-        found = self._concepts(2, arguments, 1.0, None, [None, *outs, None, None, None])
-        extra = [None, None, found[10], found[11], None, grad, poison(x.shape, x.dtype)]
+        rows = poison((*x.shape[:-1], arguments["concepts"].shape[1]), x.dtype)
+        done = self._concepts(2, arguments, 1.0, None, [None, *outs, None, None, None, rows])
+        return (*done[9:12], done[15])
+
+    def heatmap_without_saving(self, arguments):  # type: ignore[no-untyped-def]
+        x, concepts = arguments["features"], arguments["segments"].shape[0]
+        out = poison((x.shape[0], concepts, x.shape[1]), torch.float32)
+        return self._concepts(2, arguments, 1.0, None, [None, out, *(None,) * 6])[9]
+
+    def heatmap_backward(self, grad, arguments, out):  # type: ignore[no-untyped-def]
+        x = arguments["features"]
+        extra = [None, None, out[1], out[2], None, grad, poison(x.shape, x.dtype), out[3]]
         return self._concepts(3, arguments, 1.0, None, extra)[14]
 
 

@@ -57,7 +57,22 @@ def test_schema_is_the_same_in_both_halves(name: str) -> None:
 def test_opcheck(name: str) -> None:
     args = arguments(name)
     args[0].requires_grad_()
-    torch.library.opcheck(getattr(torch.ops.latentguard, name).default, tuple(args))
+    for extra in ((), (True,)) if name.startswith("concept") else ((),):
+        torch.library.opcheck(getattr(torch.ops.latentguard, name).default, (*args, *extra))
+
+
+@pytest.mark.parametrize("name", ["concept_similarity", "concept_heatmap"])
+def test_backward_without_saved_rows(name: str) -> None:
+    """A direct call that saved nothing computes its forward again, and gets the same gradient."""
+    gradients = []
+    for save in (False, True):
+        args = arguments(name)
+        args[0].requires_grad_()
+        out = getattr(torch.ops.latentguard, name)(*args, save)
+        assert (out[-1].numel() > 0) == save
+        margin = out[1 if name == "concept_similarity" else 0]
+        gradients.append(torch.autograd.grad(margin.square().sum(), args[0])[0])
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -95,7 +110,8 @@ def test_written_out_backward_is_autograds(name: str) -> None:
     args = arguments(name, torch.float64)
     x = args[0].requires_grad_()
     out = getattr(reference, name)(*args)
-    out = out[:2] if isinstance(out, tuple) else (out,)
+    margins = {"concept_similarity": 2, "concept_heatmap": 1}
+    out = out[: margins[name]] if isinstance(out, tuple) else (out,)
     grads = tuple(torch.randn_like(o) for o in out)
     (want,) = torch.autograd.grad(out, x, grads)
     exact, named = Reference(), Patch() if name == "patch_embed" else Match(positions=6)
@@ -103,7 +119,8 @@ def test_written_out_backward_is_autograds(name: str) -> None:
         if name == "patch_embed":
             got = exact.patch_embed_backward(grads[0], named.arguments(torch.float64))
         elif name == "concept_heatmap":
-            got = exact.heatmap_backward(grads[0], named.arguments(torch.float64))
+            a = named.arguments(torch.float64)
+            got = exact.heatmap_backward(grads[0], a, exact.heatmap(a))
         else:
             a = Match().arguments(torch.float64)
             got = exact.similarity_backward(grads, a, SCALE, exact.similarity(a, SCALE))
