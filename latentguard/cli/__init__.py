@@ -44,13 +44,14 @@ def _root(
 
 def _register() -> None:
     import latentguard.cli.adapt as adapt
+    import latentguard.cli.calibrate as calibrate
     import latentguard.cli.doctor as doctor
     import latentguard.cli.evaluate as evaluate
     import latentguard.cli.models as models
     import latentguard.cli.policy as policy
     import latentguard.cli.scan as scan
 
-    for module in (scan, policy, models, evaluate, adapt, doctor):
+    for module in (scan, policy, models, evaluate, calibrate, adapt, doctor):
         module.register(app)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from latentguard.errors import ModelError
 
 if TYPE_CHECKING:
+    from latentguard.evaluate.calibrate import Row
     from latentguard.evaluate.detect import Detection
     from latentguard.evaluate.zeroshot import ZeroShot
 
@@ -90,6 +91,36 @@ def plot_zeroshot(path: Path, result: ZeroShot) -> None:
     _save(figure, path)
 
 
+def plot_thresholds(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Calibrated thresholds over the noise level: a line for each concept, a panel for each rate.
+
+    At a single noise level: a point for each concept.
+    """
+    rates = sorted({row.fpr for row in rows})
+    figure, axes = _axes(len(rates), title)
+    concepts = list(dict.fromkeys(row.concept for row in rows))
+    for axis, rate in zip(axes, rates, strict=True):
+        for name, colour in zip(concepts, _colours(len(concepts)), strict=True):
+            found = sorted(
+                (row.noise_level, row.margin)
+                for row in rows
+                if (row.concept, row.fpr) == (name, rate)
+            )
+            style = "-" if concepts.index(name) < len(COLOURS) else "--"
+            x, y = zip(*found, strict=True)
+            axis.plot(x, y, style, marker="o", markersize=3, color=colour, label=name)
+        axis.axhline(0, color="0.6", linewidth=1, linestyle=":", zorder=0)
+        smallest = min((row.noise_level for row in rows if row.noise_level > 0), default=1.0)
+        axis.set_xscale("symlog", linthresh=smallest)
+        axis.set(
+            xlabel="noise-to-signal ratio",
+            ylabel="threshold (margin)",
+            title=f"false-positive rate {rate:g}",
+        )
+        axis.legend(fontsize=7)
+    _save(figure, path)
+
+
 def check_plot_path(path: Path) -> None:
     """ModelError, before the measuring starts, where a plot could not be written afterwards."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -111,7 +142,7 @@ def _axes(number: int, title: str) -> tuple[Any, Any]:
     figure = Figure(figsize=(4.6 * number, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(1, number)
+    axes = np.atleast_1d(figure.subplots(1, number))
     for axis in axes:
         axis.grid(color="0.93")
         axis.set_axisbelow(True)

@@ -1,0 +1,187 @@
+"""`latentguard calibrate`: thresholds at chosen false-positive rates, into a policy's lock file."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from latentguard.evaluate.calibrate import Margins, Row
+    from latentguard.policy import Policy
+
+
+class Estimate(StrEnum):
+    """What is scored of noised latents."""
+
+    none = "none"
+    wiener = "wiener"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("calibrate", no_args_is_help=True)(calibrate)
+
+
+def calibrate(
+    policy: Annotated[str, typer.Option(help="The policy's file; its lock is written beside it.")],
+    latents: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Latents of harmless images: files, folders, shards."),
+    ] = None,
+    trajectories: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Records of harmless generations instead: a guard's audit log, or its to_json()."
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Encoder: a name from `latentguard models list`, a path, or auto.")
+    ] = "auto",
+    fpr: Annotated[
+        list[float] | None,
+        typer.Option(help="False-positive rate; may be repeated. Default: those of the policy."),
+    ] = None,
+    noise_levels: Annotated[
+        str, typer.Option(help="Noise-to-signal ratios, with commas; 0 is the image as it is.")
+    ] = "0",
+    estimate: Annotated[
+        Estimate,
+        typer.Option(help="Above noise level 0, score x_t itself or the Wiener estimate of x0."),
+    ] = Estimate.none,
+    space: Annotated[
+        str | None, typer.Option(help="Latent space, where the files do not say.")
+    ] = None,
+    scaled: Annotated[
+        bool | None,
+        typer.Option(
+            "--scaled/--unscaled", help="The latents' convention, where the files do not say."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded together.")] = 16,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot the thresholds: a .png, .svg or .pdf file.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the thresholds and write nothing.")
+    ] = False,
+) -> None:
+    """Find the margin that a harmless image reaches with a chosen probability at most.
+
+    Example: latentguard calibrate harmless/ --policy shop.yaml --fpr 0.01 --noise-levels 0,0.5,1,2
+    """
+    from latentguard.errors import ModelError, PolicyError
+    from latentguard.evaluate.calibrate import entries, merge, rows
+    from latentguard.evaluate.plots import check_plot_path, plot_thresholds
+    from latentguard.policy import load_lock, load_policy, lock_path, shipped_policies, write_lock
+
+    if bool(latents) == bool(trajectories):
+        raise ModelError("calibrate needs latents files or --trajectories, one of the two")
+    if policy in shipped_policies() and not dry_run:
+        raise PolicyError(
+            f"policy '{policy}' ships with latentguard, and a lock belongs beside a file of yours: "
+            f"copy {shipped_policies()[policy]} and give the copy's path"
+        )
+    if plot:
+        check_plot_path(plot)
+    # A lock that went stale is what this command repairs.
+    chosen = load_policy(policy, use_lock=False)
+    rates = fpr or sorted({c.threshold.value for c in chosen.concepts if c.threshold.kind == "fpr"})
+    if not rates:
+        raise ModelError("give --fpr: no threshold of the policy is a false-positive rate")
+    if not all(0 < rate < 1 for rate in rates):
+        raise ModelError(f"--fpr must be above 0 and below 1, got {min(rates):g}")
+    if trajectories:
+        margins = _from_records(trajectories, chosen, model, device)
+    else:
+        margins = _from_latents(
+            latents or [], chosen, model, noise_levels, estimate.value,
+            space, scaled, batch_size, device, seed,
+        )  # fmt: skip
+    new = entries(chosen, margins, rates)
+    table = rows(new, margins)
+    _print(chosen, margins, table)
+    if plot:
+        plot_thresholds(plot, table, f"{chosen.name}: {margins.model[0]}, {margins.source}")
+    if dry_run:
+        return
+    path = lock_path(policy)
+    write_lock(path, merge(load_lock(path) if path.exists() else None, chosen, new))
+    load_policy(policy)
+    typer.echo(f"wrote {path}")
+
+
+def _from_records(paths: list[Path], policy: Policy, model: str, device: str | None) -> Margins:
+    from latentguard.evaluate.trajectories import read_trajectories
+
+    if model == "auto":
+        return read_trajectories(paths, policy)
+    from latentguard.encoders import load_encoder
+
+    encoder = load_encoder(model, device)
+    return read_trajectories(paths, policy, (encoder.name, encoder.sha256), encoder.space)
+
+
+def _from_latents(
+    paths: list[Path],
+    policy: Policy,
+    model: str,
+    noise_levels: str,
+    estimate: str,
+    space: str | None,
+    scaled: bool | None,
+    batch_size: int,
+    device: str | None,
+    seed: int,
+) -> Margins:
+    from latentguard.cli.evaluate import _Bar
+    from latentguard.errors import ModelError
+    from latentguard.evaluate.calibrate import measure
+
+    try:
+        levels = [float(text) for text in noise_levels.split(",")]
+    except ValueError as error:
+        raise ModelError(
+            f"--noise-levels must be numbers with commas between, got {noise_levels!r}"
+        ) from error
+    with _Bar("scoring") as advance:
+        return measure(
+            paths,
+            policy,
+            model,
+            noise_levels=levels,
+            estimate=estimate,
+            space=space,
+            scaled=scaled,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            progress=advance,
+        )
+
+
+def _print(policy: Policy, margins: Margins, table: list[Row]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    rates = sorted({row.fpr for row in table})
+    name, digest = margins.model
+    shown = Table(
+        title=escape(f"{policy.name}: {name} ({digest[:12]}) on {margins.space}, {margins.source}"),
+        caption="thresholds as margins; a margin at or above is a match",
+    )
+    shown.add_column("concept")
+    for title in ("noise level", "images", *(f"fpr {rate:g}" for rate in rates)):
+        shown.add_column(title, justify="right")
+    cells: dict[tuple[str, float, int], list[str]] = {}
+    for row in table:
+        key = (row.concept, row.noise_level, row.images)
+        cells.setdefault(key, []).append(f"{row.margin:.4f}")
+    for (concept, level, images), values in cells.items():
+        shown.add_row(escape(concept), f"{level:g}", f"{images:,}", *values)
+    Console().print(shown)
