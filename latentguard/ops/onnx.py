@@ -171,11 +171,42 @@ def _concept_heatmap(tokens: Any, *arguments: Any, save: bool = False) -> tuple[
     return margin, *best, _down(op, op.Identity(projected), tokens)
 
 
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Plain attention [..., N, D] with the key transposed once.
+
+    torch.onnx's own translation goes through two reshapes of a shape computed at run time, which
+    no engine fuses.
+    """
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+        raise NotImplementedError("the ONNX translation of attention has no mask and no dropout")
+    op = _operators()
+    axes = list(range(len(key.shape)))
+    factor = scale if scale is not None else int(query.shape[-1]) ** -0.5
+    turned = op.Transpose(key, perm=[*axes[:-2], axes[-1], axes[-2]])
+    # The query is scaled before the product, which could overflow in half precision; CastLike
+    # keeps that precision.
+    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
+    return op.MatMul(op.Softmax(op.MatMul(scaled, turned), axis=-1), value)
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
-    """custom_translation_table for torch.onnx.export(dynamo=True): operator -> ONNX graph."""
+    """custom_translation_table for torch.onnx.export(dynamo=True): operator -> ONNX graph.
+
+    The package's own operators, and attention, whose own translation engines run slower.
+    """
     namespace = torch.ops.latentguard
     return {
         namespace.patch_embed.default: _patch_embed,
         namespace.concept_similarity.default: _concept_similarity,
         namespace.concept_heatmap.default: _concept_heatmap,
+        torch.ops.aten.scaled_dot_product_attention.default: _attention,
     }
