@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from latentguard import ops
+from latentguard.cascade import FirstStage
 from latentguard.concepts import ConceptBank
 from latentguard.encoders import Encoder, Features, best_encoder, load_encoder, strongest_view
 from latentguard.errors import LatentsError, ModelError
@@ -44,8 +45,8 @@ class Scorer:
 
     Args:
         policy: a Policy, the name of a shipped one, or a path.
-        model: an Encoder, its name or path, or "auto": the best encoder of `space` that is on
-            this machine, else the bundled one.
+        model: an Encoder, its name or path, or "auto": the policy's own `model`, else the best
+            encoder of `space` that is on this machine, else the bundled one.
         device: where the encoder runs; None is CUDA where there is one, else the CPU.
         space: the latent space; needed with "auto" unless the policy names it.
 
@@ -63,7 +64,10 @@ class Scorer:
         space: LatentSpace | str | None = None,
     ) -> None:
         self.policy = load_policy(policy)
-        self._plain = self.policy.plain()
+        self.plain = self.policy.plain()
+        """The policy as `latentguard.verdict` takes it."""
+        if model == "auto" and self.policy.model is not None:
+            model = self.policy.model
         wanted = self.policy.space if space is None else LatentSpace.get(space).name
         self.encoder = _encoder(model, device, wanted)
         if wanted is not None and self.encoder.space != wanted:
@@ -76,6 +80,9 @@ class Scorer:
                 f"{self.encoder.name} reads {self.encoder.space}"
             )
         self.bank = ConceptBank.build(self.policy, self.encoder)
+        self._first: FirstStage | None = None
+        if self.policy.cascade is not None:
+            self._first = FirstStage(self.policy, self.encoder.space, self.encoder.device)
         self._features: Callable[[Tensor], Features] = self.encoder.features
 
     def compile(self, mode: str = "default") -> None:
@@ -101,10 +108,19 @@ class Scorer:
     ) -> list[Verdict]:
         """One verdict for each image; what cannot be judged gets the policy's `on_error`.
 
+        With a `cascade` in the policy its first model judges, and this one what that is unsure of.
         `noise_level` is the noise-to-signal ratio (0 is clean); `final` says that nothing follows
         these latents. Raises LatentsError when they are of another space than the encoder's.
         """
-        return self.decide(self.score(latents, noise_level), final)
+        if self._first is None:
+            return self.decide(self.score(latents, noise_level), final)
+        verdicts, unsure = self._first.verdicts(latents, noise_level, final)
+        if unsure:
+            rest = latents.pick(unsure)
+            again = self.decide(self.score(rest, noise_level), final)
+            for index, verdict in zip(unsure, again, strict=True):
+                verdicts[index] = verdict
+        return verdicts
 
     def decide(self, scores: Scores, final: bool = True) -> list[Verdict]:
         """The verdicts that the policy gives scores."""
@@ -112,7 +128,7 @@ class Scorer:
             scores.probability.cpu().numpy(),
             scores.margin.cpu().numpy(),
             scores.best_prompt.cpu().numpy(),
-            policy=self._plain,
+            policy=self.plain,
             prompts=self.bank.prompts,
             covered=self.bank.covered,
             noise_level=scores.noise_level,

@@ -106,8 +106,9 @@ class Session:
         self.request_id = request_id or uuid.uuid4().hex
         self.limits = limits or Limits()
         self._on_record = on_record
-        self._plain = scorer.policy.plain()
-        self._defers = not any(c.action in ("block", "steer") for c in scorer.policy.concepts)
+        self._plain = scorer.plain
+        acts = any(c.action in ("block", "steer") for c in scorer.policy.concepts)
+        self._defers = not acts and scorer.policy.cascade is None
         self._steerer = Steerer(scorer)
         self._state = _State()
 
@@ -281,8 +282,9 @@ class Session:
         active = [i for i in range(len(judged)) if i not in self._state.blocked]
         verdicts: list[Verdict | None] = [None] * len(judged)
         if active:
-            some = judged if len(active) == len(judged) else _pick(judged, active)
-            found = self.scorer.decide(self._scores(some, level), final)
+            some = judged if len(active) == len(judged) else judged.pick(active)
+            with torch.inference_mode():
+                found = self.scorer.verdicts(some, level, final)
             for i, verdict in zip(active, found, strict=True):
                 verdicts[i] = verdict
         return verdicts
@@ -323,7 +325,7 @@ class Session:
             if verdict is not None
         ]
         moved, steered = self._steerer(
-            _pick(latents, flagged), _pick(judged, flagged), names, level, alpha
+            latents.pick(flagged), judged.pick(flagged), names, level, alpha
         )
         tensor = latents.tensor.clone()
         tensor[torch.tensor(flagged, device=tensor.device)] = moved.to(tensor)
@@ -390,10 +392,6 @@ def session(
     if isinstance(encoder, Scorer):
         return Session(encoder, request_id, limits=limits)
     return Session(Scorer(policy, encoder, device, space), request_id, limits=limits)
-
-
-def _pick(latents: Latents, rows: Sequence[int]) -> Latents:
-    return _with(latents, latents.tensor[torch.tensor(rows, device=latents.tensor.device)])
 
 
 def _with(latents: Latents, tensor: Tensor) -> Latents:

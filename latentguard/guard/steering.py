@@ -20,8 +20,12 @@ from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
 from latentguard.verdict import resolve_threshold
 
-STEP = 0.2
-"""Root mean square of one step at strength 1, in units of what the noise leaves open."""
+STEP = 1.0
+"""Root mean square of one step at strength 1, in units of what the noise leaves open.
+
+Measured on generations of known outcome (benchmarks/guard.py): a fifth of it moves the score but
+not the image, four times as much leaves the images on which the model was trained.
+"""
 SLACK = 0.02
 """How far below its threshold a margin has to come, so that rounding does not flag it again."""
 
@@ -34,7 +38,7 @@ class Steerer:
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-        self._plain = scorer.policy.plain()
+        self._plain = scorer.plain
 
     def __call__(
         self,

@@ -173,6 +173,11 @@ Margin = Annotated[
     AfterValidator(_between(-2, 2)),
     WithJsonSchema({"type": "number", "minimum": -2, "maximum": 2}),
 ]
+Band = Annotated[
+    Number,
+    AfterValidator(_between(0, 2)),
+    WithJsonSchema({"type": "number", "minimum": 0, "maximum": 2}),
+]
 Rate = Annotated[
     Number,
     AfterValidator(_inside(0, 1)),

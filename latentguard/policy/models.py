@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, PrivateAttr, field_validator, model_validator
 
 from latentguard.policy.fields import (
+    Band,
     Description,
     Every,
     Filled,
@@ -133,6 +134,15 @@ class Schedule(Frozen):
         return step % self.every == 0 and _in_window(self.noise, noise_level)
 
 
+class Cascade(Frozen):
+    """A cheap model that judges first; the other one judges what the first is not sure of."""
+
+    first: Label
+    """The first model, a name or a path; it has to see every concept."""
+    unsure: Band = 0.1
+    """It is not sure of an image where a concept's margin is this close to its threshold."""
+
+
 class Policy(Frozen):
     """A moderation policy, complete and frozen; read one with `load_policy`."""
 
@@ -155,6 +165,8 @@ class Policy(Frozen):
     Where a concept has neither, the model's neutral prompts are used."""
     concepts: Filled[tuple[Concept, ...]]
     """What to look for."""
+    cascade: Cascade | None = None
+    """A cheap model that judges first, where the other one need not see every image."""
     schedule: Schedule = Schedule()
     """When latents are scored during denoising."""
     on_error: Literal["block", "review", "allow"] = "block"

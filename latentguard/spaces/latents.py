@@ -151,6 +151,15 @@ class Latents:
             index = slice(start, start + 1)
         return self._like(self.tensor[index], None if self.ids is None else self.ids[index])
 
+    def pick(self, rows: Sequence[int]) -> Latents:
+        """The images at these indices, in their order."""
+        from torch import tensor
+
+        index = tensor(rows, device=self.tensor.device)
+        return self._like(
+            self.tensor[index], None if self.ids is None else [self.ids[row] for row in rows]
+        )
+
     def __iter__(self) -> Iterator[Latents]:
         return (self[index] for index in range(len(self)))
 

@@ -1,0 +1,77 @@
+"""Cascades: the second model judges just what the first is not sure of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from guard_helpers import ALWAYS, LinearEncoder, policy
+
+from latentguard import Latents, Scorer, load_encoder
+from latentguard.errors import ModelError, PolicyError
+from latentguard.files import load_latents
+from latentguard.policy import Policy
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "latents.pt"
+
+
+@pytest.fixture(scope="module")
+def latents() -> Latents:
+    return load_latents(EXAMPLES).to(dtype=__import__("torch").float32)
+
+
+def cascade(unsure: float, first: str = "nano-flux2") -> Policy:
+    return policy(0.5, extra=f"cascade: {{first: {first}, unsure: {unsure}}}")
+
+
+@pytest.mark.parametrize("share", ["none", "some", "all"])
+def test_the_second_model_sees_what_the_first_is_unsure_of(latents: Latents, share: str) -> None:
+    first = Scorer(policy(0.5), load_encoder("nano-flux2", "cpu"))
+    second = LinearEncoder("flux2", 32)
+    alone = Scorer(policy(0.5), LinearEncoder("flux2", 32)).verdicts(latents)
+    margins = [verdict.concepts[0].margin for verdict in first.verdicts(latents)]
+    middle = sorted(abs(margin) for margin in margins)[len(margins) // 2]
+    unsure = {"none": 0.0, "some": round(middle, 4) + 1e-3, "all": 2.0}[share]
+    verdicts = Scorer(cascade(unsure), second).verdicts(latents)
+    assert second.calls == (1 if any(abs(margin) <= unsure for margin in margins) else 0)
+    for verdict, margin, other in zip(verdicts, margins, alone, strict=True):
+        if abs(margin) <= unsure:
+            assert verdict.concepts[0].margin == pytest.approx(other.concepts[0].margin, abs=1e-5)
+            assert "cascade" not in verdict.reason
+        else:
+            assert verdict.concepts[0].margin == pytest.approx(margin, abs=1e-5)
+            assert verdict.reason.endswith("(by nano-flux2, the first model of the cascade)")
+    if share == "some":
+        assert 0 < sum(abs(margin) <= unsure for margin in margins) < len(latents)
+
+
+def test_what_the_first_cannot_judge_goes_to_the_second(latents: Latents) -> None:
+    broken = Latents(latents.tensor.clone(), latents.space, True)
+    broken.tensor[0] = float("nan")
+    verdicts = Scorer(cascade(0.0), LinearEncoder("flux2", 32)).verdicts(broken)
+    assert verdicts[0].decision == "block"
+    assert "not finite" in (verdicts[0].error or "")
+
+
+def test_a_first_model_of_another_space_is_refused() -> None:
+    with pytest.raises(ModelError, match="reads sdxl latents, the second model flux2"):
+        Scorer(cascade(0.1, "nano-sdxl"), LinearEncoder("flux2", 32))
+
+
+def test_a_first_model_that_cannot_see_everything_is_refused() -> None:
+    text = policy(ALWAYS, extra="cascade: {first: nano-flux2}\nuncovered: warn").model_copy(
+        update={
+            "concepts": tuple(
+                concept.model_copy(update={"id": name, "prompts": (prompt,)})
+                for concept in policy().concepts
+                for name, prompt in (("guns", "revolver"), ("hate", "a hateful gesture at a rally"))
+            )
+        }
+    )
+    with pytest.raises(ModelError, match="cannot see hate"):
+        Scorer(text, LinearEncoder("flux2", 32))
+
+
+def test_unsure_is_a_margin() -> None:
+    with pytest.raises(PolicyError, match=r"cascade.unsure must be between 0 and 2, got -1"):
+        cascade(-1)
