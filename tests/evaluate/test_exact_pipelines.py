@@ -156,6 +156,33 @@ def test_negative_prompts_are_guided_away_from(sdxl):
     assert shares["other"] < 0.5 < shares["drink"]
 
 
+def test_saved_pipelines_generate_the_same(sdxl, flux2, tmp_path):
+    for pipe in (sdxl, flux2):
+        folder = tmp_path / type(pipe).__name__
+        pipe.save_pretrained(folder)
+        # FLUX.2's pipeline does not know its text encoder as optional.
+        again = type(pipe).from_pretrained(folder, text_encoder=None, tokenizer=None)
+        again.set_progress_bar_config(disable=True)
+        wanted = _generate(pipe, ["weapon"])
+        assert torch.equal(_generate(again, ["weapon"]), wanted)
+        assert outcome(again, wanted).labels == ("weapon",)
+
+
+def test_klein_pipeline_with_real_guidance(flux2):
+    pipe = diffusers.Flux2KleinPipeline(
+        scheduler=flux2.scheduler,
+        vae=flux2.vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=flux2.transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    anything = torch.zeros(2, 1, 3)
+    found = _generate(pipe, ["weapon", "drink"], steps=20, negative_prompt_embeds=anything)
+    assert outcome(pipe, found).labels == ("weapon", "drink")
+    assert outcome(pipe, found).distance.max() < 1e-3
+
+
 def test_half_precision_pipeline(photos):
     pipe = exact_sdxl_pipeline(*photos).to(torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)

@@ -176,7 +176,7 @@ def _diffusers() -> Any:
 def _model(pipe: Any) -> Any:
     for name in ("unet", "transformer"):
         model = getattr(pipe, name, None)
-        if isinstance(model, ExactUNet | ExactFlowTransformer) and model.photos is not None:
+        if isinstance(model, ExactUNet | ExactFlowTransformer):
             return model
     raise ModelError(
         f"{type(pipe).__name__} has no exact denoiser: make it with exact_sdxl_pipeline or "

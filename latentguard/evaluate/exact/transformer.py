@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from latentguard.errors import LatentsError
 from latentguard.evaluate.exact.denoiser import ExactDenoiser, Tempering, class_prior
 from latentguard.evaluate.exact.photos import Photos
+from latentguard.spaces import Latents
 
 
 class ExactFlowTransformer(ModelMixin, ConfigMixin, CacheMixin):
     """The exact denoiser behind Flux2Transformer2DModel's interface.
 
-    Build it with `ExactFlowTransformer.of(photos, ...)`. x_t = (1 - sigma) x0 + sigma noise, and
-    the prediction is the velocity noise - x0. The set is kept as a float32 buffer in the packed
-    layout [N, tokens, 128].
+    Build it with `ExactFlowTransformer.of(photos, ...)`; save_pretrained and from_pretrained work.
+    x_t = (1 - sigma) x0 + sigma noise, and the prediction is the velocity noise - x0. The set is
+    kept as a float32 buffer in the packed layout [N, tokens, 128].
     """
 
     config_name: Any = "config.json"
@@ -32,16 +34,19 @@ class ExactFlowTransformer(ModelMixin, ConfigMixin, CacheMixin):
         in_channels: int = 128,
         joint_attention_dim: int = 2,
         guidance_embeds: bool = True,
-        photo_count: int = 2,
-        tokens: int = 256,
+        labels: Sequence[str] = ("", ""),
+        height: int = 32,
+        width: int = 32,
+        tempering: Sequence[float] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.register_buffer("latents", torch.zeros(photo_count, tokens, in_channels))
-        self.register_buffer("label_index", torch.zeros(photo_count, dtype=torch.long))
+        tokens = height // 2 * (width // 2)
+        self.register_buffer("latents", torch.zeros(len(labels), tokens, in_channels))
+        self.register_buffer("label_index", torch.zeros(len(labels), dtype=torch.long))
         # A model without parameters has no dtype to be asked for.
         self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
-        self.tempering: Tempering | None = None
-        self.photos: Photos | None = None
+        self.tempering = None if tempering is None else Tempering(*tempering)
+        self._photos: Photos | None = None
 
     @classmethod
     def of(cls, photos: Photos, tempering: Tempering | None = Tempering()) -> ExactFlowTransformer:
@@ -50,14 +55,27 @@ class ExactFlowTransformer(ModelMixin, ConfigMixin, CacheMixin):
         model: ExactFlowTransformer = cls(
             in_channels=packed.shape[2],
             joint_attention_dim=len(photos.classes),
-            photo_count=len(photos),
-            tokens=packed.shape[1],
+            labels=photos.labels,
+            height=photos.tensor.shape[2],
+            width=photos.tensor.shape[3],
+            tempering=None if tempering is None else (tempering.one, tempering.all),
         )
         model.latents = packed.contiguous()
         model.label_index = photos.label_index.clone()
-        model.photos, model.tempering = photos, tempering
+        model._photos = photos
         model.eval().requires_grad_(False)
         return model
+
+    @property
+    def photos(self) -> Photos:
+        """The set."""
+        if self._photos is None:
+            config: Any = self.config
+            packed = Latents(
+                self.latents, "flux2", True, "packed", height=config.height, width=config.width
+            )
+            self._photos = Photos(packed, config.labels)
+        return self._photos
 
     def forward(
         self,

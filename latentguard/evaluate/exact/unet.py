@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from latentguard.errors import LatentsError
 from latentguard.evaluate.exact.denoiser import ExactDenoiser, Tempering, class_prior
 from latentguard.evaluate.exact.photos import Photos
+from latentguard.spaces import Latents
 
 TIME_IDS = 6
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -21,10 +23,9 @@ PREDICTIONS = ("epsilon", "v_prediction")
 class ExactUNet(ModelMixin, ConfigMixin):
     """The exact denoiser behind UNet2DConditionModel's interface.
 
-    Build it with `ExactUNet.of(photos, alphas_cumprod, ...)`. It keeps the set as a float32 buffer
-    that `.to(dtype)` casts as it would cast weights; posteriors are computed in float32 or better.
-    Save and load it with the pipeline's other parts only within one process: the set is in
-    `photos`, not in the configuration.
+    Build it with `ExactUNet.of(photos, alphas_cumprod, ...)`; save_pretrained and from_pretrained
+    work. It keeps the set as a float32 buffer that `.to(dtype)` casts as it would cast weights;
+    posteriors are computed in float32 or better. `tempering` may be changed at any time.
     """
 
     config_name: Any = "config.json"
@@ -40,24 +41,27 @@ class ExactUNet(ModelMixin, ConfigMixin):
         time_cond_proj_dim: int | None = None,
         addition_embed_type: str = "text_time",
         addition_time_embed_dim: int = 256,
-        photo_count: int = 2,
+        labels: Sequence[str] = ("", ""),
+        space: str = "flux2",
+        ratios: Sequence[float] = (0.0,),
+        tempering: Sequence[float] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if prediction_type not in PREDICTIONS:
             raise ValueError(
                 f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}"
             )
-        shape = (photo_count, in_channels, sample_size, sample_size)
+        shape = (len(labels), in_channels, sample_size, sample_size)
         self.register_buffer("latents", torch.zeros(shape))
-        self.register_buffer("label_index", torch.zeros(photo_count, dtype=torch.long))
+        self.register_buffer("label_index", torch.zeros(len(labels), dtype=torch.long))
         # The pipeline checks the width of what it would be given; nothing goes through it.
         self.add_embedding = nn.Module()
         width = addition_time_embed_dim * TIME_IDS + cross_attention_dim
         self.add_embedding.linear_1 = nn.Linear(width, 1)
-        self.tempering: Tempering | None = None
-        self.photos: Photos | None = None
-        # Not buffers: a pipeline in half precision must not round the noise levels.
-        self.ratios = torch.zeros(1, dtype=torch.float64)
+        self.tempering = None if tempering is None else Tempering(*tempering)
+        # Not a buffer: a pipeline in half precision must not round the noise levels.
+        self.ratios = torch.tensor(list(ratios), dtype=torch.float64)
+        self._photos: Photos | None = None
 
     @classmethod
     def of(
@@ -76,21 +80,31 @@ class ExactUNet(ModelMixin, ConfigMixin):
         channels, height, width = photos.tensor.shape[1:]
         if height != width:
             raise LatentsError(f"the SDXL pipeline's set must be square, got {height}x{width}")
+        signal = alphas_cumprod.double().cpu()
         unet: ExactUNet = cls(
             in_channels=channels,
             out_channels=channels,
             sample_size=height,
             cross_attention_dim=len(photos.classes),
             prediction_type=prediction,
-            photo_count=len(photos),
+            labels=photos.labels,
+            space=photos.space.name,
+            ratios=((1 - signal) / signal).sqrt().tolist(),
+            tempering=None if tempering is None else (tempering.one, tempering.all),
         )
         unet.latents = photos.tensor.clone()
         unet.label_index = photos.label_index.clone()
-        unet.photos, unet.tempering = photos, tempering
-        signal = alphas_cumprod.double().cpu()
-        unet.ratios = ((1 - signal) / signal).sqrt()
+        unet._photos = photos
         unet.eval().requires_grad_(False)
         return unet
+
+    @property
+    def photos(self) -> Photos:
+        """The set."""
+        if self._photos is None:
+            config: Any = self.config
+            self._photos = Photos(Latents(self.latents, config.space, True), config.labels)
+        return self._photos
 
     def levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at timesteps, float64; between two the noise-to-signal ratio is linear,
