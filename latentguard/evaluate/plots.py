@@ -110,8 +110,13 @@ def plot_thresholds(path: Path, rows: Sequence[Row], title: str) -> None:
             x, y = zip(*found, strict=True)
             axis.plot(x, y, style, marker="o", markersize=3, color=colour, label=name)
         axis.axhline(0, color="0.6", linewidth=1, linestyle=":", zorder=0)
-        smallest = min((row.noise_level for row in rows if row.noise_level > 0), default=1.0)
+        levels = sorted({row.noise_level for row in rows})
+        smallest = next((level for level in levels if level > 0), 1.0)
         axis.set_xscale("symlog", linthresh=smallest)
+        shown = levels[:: -(-len(levels) // 10)]
+        axis.set_xticks(shown, [f"{level:g}" for level in shown])
+        axis.minorticks_off()
+        axis.set_xlim(-0.2 * smallest, max(*levels, smallest) * 1.15)
         axis.set(
             xlabel="noise-to-signal ratio",
             ylabel="threshold (margin)",
