@@ -13,16 +13,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import onnx
-from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
+from latentguard.export.matrices import Batch, observe, replace
 
 Precision = Literal["fp16", "int8", "int8-dynamic"]
 Ranges = Literal["minmax", "percentile", "entropy"]
-Batch = dict[str, NDArray[Any]]
 
 # Where these start, values leave the range that half precision holds (sums of squares), or a
 # small difference decides.
@@ -69,17 +68,10 @@ def convert(
             node.name = f"{node.op_type}_{number}"
     chosen = _choose(model.graph, {*keep})
     with tempfile.TemporaryDirectory() as folder:
-        named, written = Path(folder) / "named.onnx", Path(folder) / "written.onnx"
         if precision == "fp16":
             converted = _half(model, chosen.compared)
         else:
-            onnx.save(model, named)
-            del model
-            if precision == "int8":
-                _static(named, written, chosen, batches, ranges)
-            else:
-                _dynamic(named, written, chosen)
-            converted = onnx.load(written)
+            converted = _integer(model, Path(folder), chosen, precision, batches, ranges)
     _keep_standard(converted)
     del converted.metadata_props[:]
     converted.metadata_props.extend(metadata)
@@ -141,24 +133,45 @@ class _Batches:
         return next(self._batches, None)
 
 
-def _static(
-    source: Path, target: Path, chosen: _Choice, batches: Iterable[Batch] | None, ranges: Ranges
-) -> None:
-    from onnxruntime import quantization
-
-    if batches is None:
+def _integer(
+    model: onnx.ModelProto,
+    folder: Path,
+    chosen: _Choice,
+    precision: Precision,
+    batches: Iterable[Batch] | None,
+    ranges: Ranges,
+) -> onnx.ModelProto:
+    dynamic = precision == "int8-dynamic"
+    if batches is None and not dynamic:
         raise ModelError(
             "precision int8 needs calibration inputs: give batches of latents, or use int8-dynamic"
         )
-    nodes = chosen.products + chosen.convolutions
-    if not nodes:
-        raise ModelError(f"{source.name}: no convolution or constant matrix to quantise")
+    if not chosen.products and (dynamic or not chosen.convolutions):
+        raise ModelError("the model has no constant matrix or convolution to make 8-bit")
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    inputs = list(batches or [])
+    by_name = {node.name: node for node in model.graph.node}
+    watched = list(dict.fromkeys(by_name[name].input[0] for name in chosen.products))
+    seen = observe(path, watched, inputs) if inputs and watched else {}
+    if chosen.convolutions and not dynamic:
+        model = _convolutions(path, chosen.convolutions, inputs, ranges)
+    replace(model, chosen.products, seen, dynamic)
+    return model
+
+
+def _convolutions(
+    path: Path, nodes: list[str], batches: list[Batch], ranges: Ranges
+) -> onnx.ModelProto:
+    from onnxruntime import quantization
+
+    written = path.with_name("convolutions.onnx")
     quantization.quantize_static(
-        source,
-        target,
+        path,
+        written,
         _Batches(batches),
         quant_format=quantization.QuantFormat.QDQ,
-        op_types_to_quantize=["MatMul", "Conv", "Add", *CLIPS],
+        op_types_to_quantize=["Conv", "Add", *CLIPS],
         nodes_to_quantize=nodes,
         per_channel=True,
         reduce_range=True,
@@ -169,30 +182,9 @@ def _static(
             "percentile": quantization.CalibrationMethod.Percentile,
             "entropy": quantization.CalibrationMethod.Entropy,
         }[ranges],
-        extra_options={
-            # A product's result goes on in float32 (bias, GELU, residual): rounding it would cost
-            # accuracy and time.
-            "OpTypesToExcludeOutputQuantization": ["MatMul"],
-            "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
-            "CalibPercentile": 99.99,
-        },
+        extra_options={"CalibPercentile": 99.99},
     )
-
-
-def _dynamic(source: Path, target: Path, chosen: _Choice) -> None:
-    from onnxruntime import quantization
-
-    if not chosen.products:
-        raise ModelError(f"{source.name}: no constant matrix to quantise")
-    quantization.quantize_dynamic(
-        source,
-        target,
-        op_types_to_quantize=["MatMul"],
-        nodes_to_quantize=chosen.products,
-        per_channel=True,
-        reduce_range=True,
-        weight_type=quantization.QuantType.QInt8,
-    )
+    return onnx.load(written)
 
 
 def _half(model: onnx.ModelProto, compared: list[str]) -> onnx.ModelProto:
