@@ -159,26 +159,19 @@ class LatentGuard(PipelineCallback):
         self._mine.session = session
         self._last = session
 
-    def withhold(self, session: Session, images: Any, output: Any) -> Any:
-        """`images` with blanks, or what `on_block` gives, where the session blocked.
+    def answer(self, session: Session, images: Any, output: Any) -> Any:
+        """What the policy's `on_block` makes of an output whose blocked images are blank already.
 
-        Raises GenerationBlocked where the policy says `on_block: raise`, and for a form of images
-        that cannot be blanked.
+        Raises GenerationBlocked where it says `raise`.
         """
-        if not session.blocked:
-            return images
-        try:
-            blanked = outputs.replaced(images, session.blocked, lambda i: outputs.blank(images[i]))
-        except (TypeError, IndexError, AttributeError) as error:
-            raise GenerationBlocked(session.verdicts) from error
-        if self.policy.on_block == "raise":
-            raise GenerationBlocked(session.verdicts, outputs.with_images(output, blanked))
-        if self._on_block is None:
-            return blanked
-        answer, verdicts = self._on_block, session.verdicts
-        return outputs.replaced(
-            blanked, session.blocked, lambda i: answer(i, verdicts[i], blanked[i])
-        )
+        blocked, verdicts = session.blocked, session.verdicts
+        if blocked and self.policy.on_block == "raise":
+            raise GenerationBlocked(verdicts, output)
+        if not blocked or self._on_block is None:
+            return output
+        answer, given = self._on_block, outputs.images_of(output)
+        instead = {row: answer(row, verdicts[row], images[row]) for row in blocked}
+        return outputs.with_images(output, outputs.replaced(given, blocked, instead.__getitem__))
 
     def callback_fn(
         self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]

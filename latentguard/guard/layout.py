@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latentguard.errors import LatentsError
@@ -87,3 +88,25 @@ def packed_size(arguments: Mapping[str, Any], pipe: Any) -> tuple[int, int] | No
     if not isinstance(height, int) or not isinstance(width, int):
         return None
     return 2 * (height // (2 * factor)), 2 * (width // (2 * factor))
+
+
+def forms(latents: Latents) -> Iterator[Tensor]:
+    """The forms in which pipelines hand on latents, float32: as they are, spatial, and raw."""
+    exact = latents.to(torch.float32)
+    yield exact.tensor
+    spatial = exact.spatial()
+    yield spatial.tensor
+    try:
+        yield spatial.raw().tensor
+    except LatentsError:
+        return  # a space without the numbers for it
+
+
+def same(tensor: Tensor, other: Tensor, coarsest: torch.dtype) -> bool:
+    """Whether every image is the same in both but for rounding in a dtype. False with NaN."""
+    if tensor.numel() != other.numel() or len(tensor) != len(other):
+        return False
+    a, b = tensor.detach().float().flatten(1), other.detach().float().flatten(1).to(tensor.device)
+    # Unscaling takes up to three roundings, of half an eps each.
+    allowed = max(2 * torch.finfo(coarsest).eps, 1e-5) * b.abs().amax(1).clamp_min(1e-3)
+    return bool(((a - b).abs().amax(1) <= allowed).all())

@@ -21,6 +21,7 @@ from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError
 from latentguard.guard.layout import packed_size, read, space_of
 from latentguard.guard.output import images_of
+from latentguard.guard.patches import unguarded
 from latentguard.policy import Policy
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents, LatentSpace
@@ -148,7 +149,7 @@ def optimize_noise(
         noise = _noise(pipe, found, size, prompt, seed)
     arguments = {**call, "prompt": prompt, "height": size[0], "width": size[1]}
     generate = _Generate(pipe, found, arguments, seed)
-    with _frozen(pipe), torch.inference_mode(False), torch.enable_grad():
+    with _frozen(pipe), unguarded(pipe), torch.inference_mode(False), torch.enable_grad():
         return _ascend(generate, scorer, rewards, noise, iterations, learning_rate, seed)
 
 

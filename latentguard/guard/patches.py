@@ -1,9 +1,11 @@
-"""Where the guard meets diffusers: four places, wrapped once for each class.
+"""Where the guard meets diffusers: a few places, wrapped once for each class.
 
     DiffusionPipeline.callback_on_step_end   an attribute that attaches and detaches
     <pipeline class>.__call__                begins and ends a guarded call
     <scheduler class>.step                   sees the model's output, which x0 is made from
     <pipeline>.prepare_latents, <VAE>.decode see the size, and what is decoded in the end
+    DiffusionPipeline.progress_bar           notices a loop that runs past the guard
+    <class>.from_pipe                        hands the guard on to the pipeline that is made
 
 All of them do what they did before, argument for argument, wherever no guarded call is running in
 the same thread (a context variable tells), so that shared components and other threads are left
@@ -14,13 +16,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-_MARK = "_latentguard_wraps"
+from latentguard.errors import LatentsError
+
+_MARK = "_latentguard_wrapper"
+_lock = threading.RLock()
 current: ContextVar[Any] = ContextVar("latentguard_call", default=None)
 """The guarded call (`latentguard.guard.call.Call`) that runs in this thread, or None."""
+_unguarded: ContextVar[Any] = ContextVar("latentguard_unguarded", default=None)
 
 
 def wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
@@ -29,24 +37,26 @@ def wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
     It is wrapped where it is defined, so that subclasses share it, and only once. The wrapper keeps
     the original's signature, which diffusers inspects.
     """
-    owner = next((base for base in cls.__mro__ if name in vars(base)), None)
-    if owner is None:
-        return
-    original = vars(owner)[name]
-    if hasattr(original, _MARK) or not callable(original):
-        return
+    with _lock:
+        owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+        if owner is None:
+            return
+        original = vars(owner)[name]
+        # A function made with functools.wraps has the attributes of the one that it replaces.
+        if not callable(original) or getattr(original, _MARK, None) is original:
+            return
 
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(original, self, args, kwargs)
+        @functools.wraps(original)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return around(original, self, args, kwargs)
 
-    setattr(wrapper, _MARK, True)
-    setattr(owner, name, wrapper)
+        setattr(wrapper, _MARK, wrapper)
+        setattr(owner, name, wrapper)
 
 
 def wrap_call(cls: type) -> None:
     """Make `cls(...)` honour guards."""
-    from latentguard.guard.call import run
+    from latentguard.guard.attachment import run
 
     if "__call__" in vars(cls):
         wrap(cls, "__call__", run)
@@ -56,8 +66,25 @@ def wrap_components(pipe: Any) -> None:
     """Make a pipeline's scheduler and VAE report to the guarded call."""
     wrap(type(pipe.scheduler), "step", _step)
     wrap(type(pipe), "prepare_latents", _prepare_latents)
-    if getattr(pipe, "vae", None) is not None:
-        wrap(type(pipe.vae), "decode", _decode)
+    vae = decoder_of(pipe)
+    if vae is not None:
+        wrap(type(vae), "decode", _decode)
+
+
+def decoder_of(pipe: Any) -> Any:
+    """A pipeline's VAE, as it was before torch.compile; None where it has none."""
+    vae = getattr(pipe, "vae", None)
+    return getattr(vae, "_orig_mod", vae)
+
+
+@contextmanager
+def unguarded(pipe: Any) -> Iterator[None]:
+    """Let loops of a pipeline run past its guard: their outcome is judged by other means."""
+    token = _unguarded.set(pipe)
+    try:
+        yield
+    finally:
+        _unguarded.reset(token)
 
 
 def _step(original: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
@@ -77,7 +104,7 @@ def _prepare_latents(original: Callable[..., Any], pipe: Any, args: Any, kwargs:
 
 def _decode(original: Callable[..., Any], vae: Any, args: Any, kwargs: Any) -> Any:
     call = current.get()
-    if call is None or getattr(call.pipe, "vae", None) is not vae:
+    if call is None or decoder_of(call.pipe) is not vae:
         return original(vae, *args, **kwargs)
     bound = inspect.signature(original).bind(vae, *args, **kwargs)
     first = next(name for name in bound.arguments if name != "self")
@@ -85,66 +112,142 @@ def _decode(original: Callable[..., Any], vae: Any, args: Any, kwargs: Any) -> A
     return original(*bound.args, **bound.kwargs)
 
 
+def _loop(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+    """`progress_bar`, which every denoising loop of diffusers begins with."""
+    from latentguard.guard.attachment import guards_in
+
+    call = current.get()
+    inside = (call is not None and call.pipe is pipe) or _unguarded.get() is pipe
+    if not inside and guards_in(getattr(pipe, StepCallback.NAME, None)):
+        raise LatentsError(
+            f"a guard is attached to this {type(pipe).__name__}, but its loop runs outside of a "
+            "guarded call (was __call__ replaced or unwrapped?): attach the guard again, or "
+            f"detach it ({StepCallback.NAME} = None) and use latentguard.guard.session"
+        )
+    return original(pipe, *args, **kwargs)
+
+
+def _set(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+    """`__setattr__`: a guard under a mistyped name would do nothing."""
+    from latentguard.guard.attachment import holds_guard
+
+    name, value = (*args, *kwargs.values())
+    if "callback" in name and name != StepCallback.NAME and holds_guard(value):
+        raise LatentsError(
+            f"{type(pipe).__name__}: attach a LatentGuard as {StepCallback.NAME}, not as {name}"
+        )
+    return original(pipe, *args, **kwargs)
+
+
 class StepCallback:
     """The attribute `callback_on_step_end` of every pipeline: a guard, a callback, or None."""
 
+    NAME = "callback_on_step_end"
     KEY = "_latentguard_callback"
 
     def __get__(self, pipe: Any, owner: type | None = None) -> Any:
         return self if pipe is None else vars(pipe).get(self.KEY)
 
     def __set__(self, pipe: Any, callback: Any) -> None:
-        from latentguard.guard.call import check_pipeline, guards_in
+        from latentguard.guard.attachment import check_pipeline, guards_in
 
         if callback is None:
             vars(pipe).pop(self.KEY, None)
             return
-        if not callable(callback):
+        if not callable(callback) or isinstance(callback, type):
             raise TypeError(
-                f"callback_on_step_end must be a LatentGuard, another callback or None, got "
-                f"{type(callback).__name__}"
+                f"{self.NAME} must be a LatentGuard, another callback or None, got "
+                f"{callback.__name__ if isinstance(callback, type) else type(callback).__name__}"
             )
         check_pipeline(pipe)
         for guard in guards_in(callback):
             guard.prepare(pipe)
         # The class may have got a new __call__ since it was made.
         for cls in type(pipe).__mro__:
-            if "__call__" in vars(cls) and cls is not object:
+            if cls is not object:
                 wrap_call(cls)
         vars(pipe)[self.KEY] = callback
 
 
+class _NoStepCallback(StepCallback):
+    """Of classes that are no DiffusionPipeline: a guard would never be called there."""
+
+    def __set__(self, pipe: Any, callback: Any) -> None:
+        from latentguard.guard.attachment import holds_guard
+
+        if holds_guard(callback):
+            raise LatentsError(_cannot(pipe))
+        vars(pipe)[self.KEY] = callback
+
+
+def _refuse(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+    from latentguard.guard.attachment import holds_guard
+
+    if holds_guard([*args, *kwargs.values()]):
+        raise LatentsError(_cannot(pipe))
+    return original(pipe, *args, **kwargs)
+
+
+def _cannot(pipe: Any) -> str:
+    return (
+        f"{type(pipe).__name__} has no {StepCallback.NAME}, so it cannot be guarded: take its "
+        "latents and use Scorer, or latentguard.guard.session in a loop of your own"
+    )
+
+
 def install() -> None:
-    """Teach every DiffusionPipeline class, loaded or to come, about guards. Once is enough."""
+    """Teach every pipeline class, loaded or to come, about guards. Once is enough."""
     import diffusers
+    from diffusers.configuration_utils import ConfigMixin
 
     # Any: it gets attributes that its class does not declare.
     DiffusionPipeline: Any = diffusers.DiffusionPipeline
-    if isinstance(vars(DiffusionPipeline).get("callback_on_step_end"), StepCallback):
-        return
-    DiffusionPipeline.callback_on_step_end = StepCallback()
+    with _lock:
+        if isinstance(vars(DiffusionPipeline).get(StepCallback.NAME), StepCallback):
+            return
+        DiffusionPipeline.callback_on_step_end = StepCallback()
+        wrap(DiffusionPipeline, "__setattr__", _set)
+        wrap(DiffusionPipeline, "progress_bar", _loop)
 
-    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
-        super(DiffusionPipeline, cls).__init_subclass__(**kwargs)
+        # The classes that matter are loaded when they are first used, and all are ConfigMixins.
+        def init_subclass(cls: Any, /, **kwargs: Any) -> None:
+            super(ConfigMixin, cls).__init_subclass__(**kwargs)
+            _teach(cls)
+
+        base: Any = ConfigMixin
+        base.__init_subclass__ = classmethod(init_subclass)
+        waiting: list[Any] = [ConfigMixin]
+        while waiting:
+            cls = waiting.pop()
+            _teach(cls)
+            waiting.extend(cls.__subclasses__())
+
+
+def _teach(cls: Any) -> None:
+    import diffusers
+
+    if "from_pipe" in vars(cls):  # DiffusionPipeline, and the AutoPipelines
+        _carry_over(cls)
+    if issubclass(cls, diffusers.DiffusionPipeline):
         wrap_call(cls)
-
-    DiffusionPipeline.__init_subclass__ = classmethod(init_subclass)
-    _carry_over(DiffusionPipeline)
-    waiting = [DiffusionPipeline]
-    while waiting:
-        cls = waiting.pop()
-        wrap_call(cls)
-        waiting.extend(cls.__subclasses__())
+    elif cls.__name__ == "ModularPipeline":
+        cls.callback_on_step_end = _NoStepCallback()
+        wrap(cls, "__call__", _refuse)
 
 
-def _carry_over(base: Any) -> None:
+def _carry_over(cls: Any) -> None:
     """A pipeline made from a guarded one by `from_pipe` is guarded too."""
-    original = vars(base)["from_pipe"].__func__
+    original = vars(cls)["from_pipe"].__func__
+    if getattr(original, _MARK, None) is original:
+        return
 
     @functools.wraps(original)
     def from_pipe(cls: Any, /, pipeline: Any, **kwargs: Any) -> Any:
         made = original(cls, pipeline, **kwargs)
-        made.callback_on_step_end = getattr(pipeline, "callback_on_step_end", None)
+        attached = getattr(pipeline, StepCallback.NAME, None)
+        if attached is not None:
+            made.callback_on_step_end = attached
         return made
 
-    base.from_pipe = classmethod(from_pipe)
+    setattr(from_pipe, _MARK, from_pipe)
+    cls.from_pipe = classmethod(from_pipe)

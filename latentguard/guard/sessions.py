@@ -73,6 +73,7 @@ class _State:
     spent: float = 0.0
     blocked: dict[int, Verdict] = field(default_factory=dict)
     latest: list[Verdict | None] = field(default_factory=list)
+    steered: dict[int, int] = field(default_factory=dict)
     history: list[StepRecord] = field(default_factory=list)
     waiting: list[tuple[int, float, str, Scores, float]] = field(default_factory=list)
     finished: bool = False
@@ -114,6 +115,12 @@ class Session:
 
     # -- the loop's side ---------------------------------------------------------------------
 
+    def begin(self, count: int) -> None:
+        """Say how many images there are and start the clock; the first `step` does it too."""
+        if self._state.began is None:
+            self._state.began, self._state.count = time.perf_counter(), count
+            self._state.latest = [None] * count
+
     def step(
         self,
         latents: Latents,
@@ -146,9 +153,8 @@ class Session:
         """
         began = time.perf_counter()
         state = self._state
-        if state.began is None:
-            state.began, state.count = began, len(latents)
-            state.latest = [None] * len(latents)
+        self.begin(len(latents))
+        state.finished = False  # whatever was judged before, the loop went on
         level = noise_level if final or x0 is None or x0_noise_level is None else x0_noise_level
         judged, how = (latents, "latents") if final or x0 is None else (x0, how or "x0")
         index, state.step = state.step, state.step + 1
@@ -178,8 +184,11 @@ class Session:
     def fail(self, error: str, noise_level: float = 0.0, *, final: bool = False) -> bool:
         """Record that something outside of `step` went wrong; whether every image is blocked now.
 
-        Each image that is not blocked yet gets the decision of the policy's `on_error`.
+        Each image that is not blocked yet gets the decision of the policy's `on_error`. Raises
+        LatentsError before `begin` and the first `step`: the images are not known yet.
         """
+        if self._state.began is None:
+            raise LatentsError(f"{error}, and how many images there are is not known: begin(count)")
         began = time.perf_counter()
         index, self._state.step = self._state.step, self._state.step + 1
         verdicts = self._failed(LatentsError(error), noise_level)
@@ -193,7 +202,10 @@ class Session:
         if not blocked:
             return latents
         tensor = latents.tensor.clone()
-        tensor[torch.tensor(blocked, device=tensor.device)] = 0
+        if len(latents) == self._state.count:
+            tensor[torch.tensor(blocked, device=tensor.device)] = 0
+        else:
+            tensor.zero_()  # another batch: which of them is blocked cannot be told
         return _with(latents, tensor)
 
     def reset(self, request_id: str | None = None) -> None:
@@ -324,9 +336,12 @@ class Session:
             for verdict in (verdicts[i] for i in flagged)
             if verdict is not None
         ]
+        steered_before = [self._state.steered.get(i, 0) for i in flagged]
         moved, steered = self._steerer(
-            latents.pick(flagged), judged.pick(flagged), names, level, alpha
+            latents.pick(flagged), judged.pick(flagged), names, level, alpha, steered_before
         )
+        for i in flagged:
+            self._state.steered[i] = self._state.steered.get(i, 0) + 1
         tensor = latents.tensor.clone()
         tensor[torch.tensor(flagged, device=tensor.device)] = moved.to(tensor)
         for i, record in zip(flagged, steered, strict=True):

@@ -26,6 +26,9 @@ STEP = 1.0
 Measured on generations of known outcome (benchmarks/guard.py): a fifth of it moves the score but
 not the image, four times as much leaves the images on which the model was trained.
 """
+GROWTH, GROWN = 1.25, 4.0
+"""What a step grows by with each denoising step at which its image was steered before, and how far:
+what comes back needs more, and schedulers differ in how many steps they leave for it."""
 SLACK = 0.02
 """How far below its threshold a margin has to come, so that rounding does not flag it again."""
 
@@ -47,6 +50,7 @@ class Steerer:
         concepts: Sequence[set[str]],
         noise_level: float,
         alpha: float,
+        before: Sequence[int] = (),
     ) -> tuple[Tensor, list[Steering]]:
         """Steer a batch.
 
@@ -55,12 +59,13 @@ class Steerer:
             concepts: the ids that each image is to be moved away from.
             noise_level: of the latents that x0 was predicted from.
             alpha: factor of x0 in `latents`.
+            before: at how many steps each image was steered already; none where it is empty.
 
         Returns: the moved latents, float32, each with the norm that it had, and what was done.
         """
         # The pipeline may run in inference mode, where nothing can have a gradient.
         with torch.inference_mode(False), torch.enable_grad():
-            return self._steer(latents, x0, concepts, noise_level, alpha)
+            return self._steer(latents, x0, concepts, noise_level, alpha, before)
 
     def _steer(
         self,
@@ -69,6 +74,7 @@ class Steerer:
         concepts: Sequence[set[str]],
         noise_level: float,
         alpha: float,
+        before: Sequence[int],
     ) -> tuple[Tensor, list[Steering]]:
         start = x0.tensor.detach().clone().float()
         weights, limits = self._targets(concepts, noise_level, start.device)
@@ -76,6 +82,8 @@ class Steerer:
         # What is still open at this noise level: the deviation of x0 given x, for data of unit
         # deviation and a linear denoiser.
         spread = 1.0 if math.isinf(noise_level) else noise_level / math.hypot(1.0, noise_level)
+        growth = torch.tensor([GROWTH**count for count in before or [0] * len(start)])
+        length = STEP * spread * growth.clamp(max=GROWN).to(start) * weights.amax(1)
         moving = start.clone()
         first: Tensor | None = None
         taken = torch.zeros(len(start), dtype=torch.int64, device=start.device)
@@ -88,8 +96,7 @@ class Steerer:
             if not above.any():
                 break
             (gradient,) = torch.autograd.grad(excess.sum(), moving)
-            step = STEP * spread * weights.amax(1) * above
-            moving = moving.detach() - _per_image(step, moving) * _unit(gradient)
+            moving = moving.detach() - _per_image(length * above, moving) * _unit(gradient)
             taken += above
         last = margin.detach()
         assert first is not None

@@ -1,0 +1,163 @@
+"""Which guards a call of a pipeline has, however they were given to it.
+
+`run` stands in for every pipeline's `__call__`. A guard is never overlooked: one in a place where it
+would do nothing is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from latentguard.errors import LatentsError
+from latentguard.guard.patches import current
+
+if TYPE_CHECKING:
+    from latentguard.guard.adapter import LatentGuard
+
+CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
+_DEPTH = 3
+# The pipelines whose guarded calls ended while a subclass's `__call__` handed its arguments on.
+_ended: ContextVar[list[Any] | None] = ContextVar("latentguard_ended", default=None)
+
+
+def guards_in(callback: Any) -> list[LatentGuard]:
+    """The guards in a callback, which may be one, or a MultiPipelineCallbacks of some."""
+    from latentguard.guard.adapter import LatentGuard
+
+    return [part for part in parts(callback) if isinstance(part, LatentGuard)]
+
+
+def parts(callback: Any) -> Iterator[Any]:
+    """A callback, or those in a MultiPipelineCallbacks; nothing for None."""
+    from diffusers.callbacks import MultiPipelineCallbacks
+
+    if isinstance(callback, MultiPipelineCallbacks):
+        for part in callback.callbacks:
+            yield from parts(part)
+    elif callback is not None:
+        yield callback
+
+
+def holds_guard(value: Any, depth: int = _DEPTH) -> bool:
+    """Whether a value is a guard or has one in it: in lists, tuples, sets and dicts too."""
+    from latentguard.guard.adapter import LatentGuard
+
+    if guards_in(value) or value is LatentGuard:
+        return True
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return (
+        depth > 0
+        and isinstance(value, list | tuple | set | frozenset)
+        and any(holds_guard(item, depth - 1) for item in value)
+    )
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raises LatentsError where a pipeline's class has no step callback that sees the latents."""
+    name = type(pipe).__name__
+    parameters = _parameters(type(pipe))
+    missing = [key for key in (CALLBACK, INPUTS) if key not in parameters]
+    if missing or "latents" not in getattr(pipe, "_callback_tensor_inputs", ()):
+        raise LatentsError(
+            f"{name} has no {missing[0] if missing else 'latents in its step callback'}, so it "
+            "cannot be guarded while it denoises: use output_type='latent' and Scorer, or "
+            "latentguard.guard.session in a loop of your own"
+        )
+
+
+def _parameters(cls: type) -> Mapping[str, inspect.Parameter]:
+    """Those of `__call__`; of the parent's where a subclass only hands on what it is given."""
+    for base in cls.__mro__:
+        if "__call__" in vars(base):
+            found = inspect.signature(vars(base)["__call__"]).parameters
+            if CALLBACK in found or not _hands_on(found):
+                return found
+    return {}
+
+
+def _hands_on(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+    """What a pipeline's `__call__` does once latentguard is imported."""
+    outer = current.get()
+    inside = outer is not None and outer.pipe is pipe
+    if inside and outer.enters(original):
+        with outer.entering(original):
+            return original(pipe, *args, **kwargs)  # a subclass calls its parent
+    attached = getattr(pipe, CALLBACK, None)
+    guarded = attached is not None or inside
+    if not guarded and not holds_guard([*args, *kwargs.values()]):
+        return original(pipe, *args, **kwargs)
+    signature = inspect.signature(original)
+    if CALLBACK not in signature.parameters:
+        _check_places(type(pipe).__name__, {k: v for k, v in kwargs.items() if k != CALLBACK})
+        check_pipeline(pipe)
+        return _handed_on(original, pipe, args, kwargs)
+    bound = signature.bind(pipe, *args, **kwargs)
+    rest = {k: v for k, v in bound.arguments.items() if k not in (CALLBACK, "self")}
+    _check_places(type(pipe).__name__, rest)
+    return _guarded(original, pipe, signature, bound.arguments, attached)
+
+
+def _guarded(
+    original: Callable[..., Any],
+    pipe: Any,
+    signature: inspect.Signature,
+    arguments: dict[str, Any],
+    attached: Any,
+) -> Any:
+    from latentguard.guard.adapter import LatentGuard
+    from latentguard.guard.call import Call
+
+    callbacks = [*parts(attached), *parts(arguments.get(CALLBACK))]
+    outer = current.get()
+    if outer is not None and outer.pipe is pipe:
+        callbacks += outer.guards  # a generation within a guarded one is guarded as well
+    guards = list(dict.fromkeys(part for part in callbacks if isinstance(part, LatentGuard)))
+    others = [part for part in callbacks if not isinstance(part, LatentGuard)]
+    if any(holds_guard(other) for other in others):
+        raise LatentsError(
+            f"{CALLBACK} must be a LatentGuard, another callback, or a MultiPipelineCallbacks of "
+            f"some, got {others!r}"
+        )
+    if guards:
+        check_pipeline(pipe)
+    output = Call(pipe, signature, arguments, guards, others).run(original)
+    ended = _ended.get()
+    if ended is not None:
+        ended.append(pipe)
+    return output
+
+
+def _check_places(name: str, arguments: Mapping[str, Any]) -> None:
+    """No guard where it would do nothing."""
+    for key, value in arguments.items():
+        if holds_guard(value):
+            if key == "kwargs" and isinstance(value, dict):
+                _check_places(name, value)
+            raise LatentsError(f"{name}: give a LatentGuard as {CALLBACK}, not as {key}")
+
+
+def _handed_on(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+    """A subclass's `__call__` that hands its arguments on: the call inside is the guarded one."""
+    ended: list[Any] = []
+    token = _ended.set(ended)
+    try:
+        output = original(pipe, *args, **kwargs)
+    finally:
+        _ended.reset(token)
+    if not any(done is pipe for done in ended):
+        raise LatentsError(
+            f"{type(pipe).__name__} returned without calling its parent class, so nothing was "
+            "judged and its output is withheld"
+        )
+    outer = _ended.get()
+    if outer is not None:
+        outer.append(pipe)
+    return output
