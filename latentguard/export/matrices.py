@@ -28,7 +28,10 @@ class Seen:
 
 
 def observe(path: Path, names: Sequence[str], batches: Iterable[Batch]) -> dict[str, Seen]:
-    """Run a model on batches, an image at a time, and watch the activations called `names`."""
+    """Run a model on batches, an image at a time, and watch the activations called `names`.
+
+    The first input of a batch has the images; others (a concept bank) are given whole.
+    """
     import onnxruntime
 
     model = onnx.load(path, load_external_data=False)
@@ -42,11 +45,9 @@ def observe(path: Path, names: Sequence[str], batches: Iterable[Batch]) -> dict[
     session = onnxruntime.InferenceSession(watched, providers=["CPUExecutionProvider"])
     seen = {name: Seen() for name in names}
     for batch in batches:
-        for image in range(max(len(array) for array in batch.values())):
-            feed = {
-                name: array[image : image + 1] if len(array) > 1 else array
-                for name, array in batch.items()
-            }
+        images = next(iter(batch))
+        for image in range(len(batch[images])):
+            feed = {**batch, images: batch[images][image : image + 1]}
             for name, value in zip(names, session.run(list(names), feed), strict=True):
                 rows = value.reshape(-1, value.shape[-1])
                 one = seen[name]

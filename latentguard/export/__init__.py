@@ -1,0 +1,8 @@
+"""ONNX export: from a policy and a model to one file that runs anywhere."""
+
+from __future__ import annotations
+
+from latentguard.export.swap import swap_policy
+from latentguard.export.write import Checked, Exported, export_onnx
+
+__all__ = ["Checked", "Exported", "export_onnx", "swap_policy"]

@@ -1,0 +1,147 @@
+"""A policy's scorer as an ONNX graph: latents in, scores out, the concept bank as its inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentguard import ops
+from latentguard.errors import ModelError
+from latentguard.ops.onnx import OPSET, translations
+from latentguard.scorer import Scorer
+from latentguard.spaces import Latents
+
+BANK = ("bank.embeddings", "bank.segments", "bank.contrast", "bank.contrast_segments")
+"""The four arrays that a policy's prompts become; see `ConceptBank`."""
+
+
+class _Moderator(torch.nn.Module):
+    """Latents [B, C, H, W] float32 and a concept bank to scores."""
+
+    def __init__(self, scorer: Scorer, scaled: bool, heatmaps: bool) -> None:
+        super().__init__()
+        self._encoder = scorer.encoder
+        if isinstance(scorer.encoder, torch.nn.Module):
+            self.weights = scorer.encoder
+        elif hasattr(scorer.encoder, "vit"):
+            self.weights = scorer.encoder.vit
+        self._space = scorer.encoder.space
+        self._scaled = scaled
+        self._heatmaps = heatmaps
+
+    def forward(
+        self,
+        latents: Tensor,
+        embeddings: Tensor,
+        segments: Tensor,
+        contrast: Tensor,
+        ranges: Tensor,
+    ) -> tuple[Tensor, ...]:
+        encoder, head = self._encoder, self._encoder.head
+        given = Latents(latents, self._space, self._scaled)
+        read = given.scaled_() if encoder.needs_scaled else given.raw()
+        features = encoder.features(read.tensor)
+        if features.tiles != 1:
+            raise ModelError("a model that reads an image in tiles cannot be exported")
+        shared = (head.ln_weight, head.ln_bias, head.eps, head.projection)
+        bank = (embeddings, segments, contrast, ranges)
+        scores = ops.concept_similarity(features.pooled, *shared, *bank, encoder.logit_scale)
+        pooled = features.pooled
+        if head.ln_weight is not None:
+            shape = pooled.shape[-1:]
+            pooled = F.layer_norm(pooled, shape, head.ln_weight, head.ln_bias, head.eps)
+        if head.projection is not None:
+            pooled = pooled @ head.projection
+        outputs = (*scores, F.normalize(pooled, dim=-1))
+        if not self._heatmaps:
+            return outputs
+        margin = ops.concept_heatmap(features.tokens, *shared, *bank)
+        return (*outputs, margin.reshape(*margin.shape[:2], *features.grid))
+
+
+def build(
+    scorer: Scorer, height: int, width: int, *, scaled: bool, heatmaps: bool, dynamic: bool
+) -> onnx.ModelProto:
+    """The graph in float32, with `latents` and the bank (`BANK`) as inputs.
+
+    The number of images, prompts, contrast prompts and concepts is open; with `dynamic` the height
+    and width are, too. Raises ModelError where the model cannot be exported so.
+    """
+    encoder = scorer.encoder
+    space = Latents(torch.zeros(1, _channels(scorer), 2, 2), encoder.space, scaled).space
+    latents = torch.zeros(2, space.channels, height, width)
+    # Example sizes of 1 would be taken for constants.
+    arguments = (latents, *(_at_least_two(tensor) for tensor in _tensors(scorer)))
+    concepts = torch.export.Dim("concepts", min=1)
+    sides: dict[int, Any] = {0: torch.export.Dim("images", min=1)}
+    if dynamic:
+        sides |= {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
+    shapes = (
+        sides,
+        {0: torch.export.Dim("prompts", min=1)},
+        {0: concepts},
+        {0: torch.export.Dim("contrast", min=1)},
+        {0: concepts},
+    )
+    names = ["probability", "margin", "best_prompt", "embedding"]
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                _Moderator(scorer, scaled, heatmaps).eval(),
+                arguments,
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=translations(),
+                dynamic_shapes=shapes,
+                input_names=["latents", *BANK],
+                output_names=[*names, "heatmap"] if heatmaps else names,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        how = "with open height and width: give --height and --width" if dynamic else ""
+        raise ModelError(f"{encoder.name} cannot be exported {how}".rstrip()) from error
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def attach_bank(model: onnx.ModelProto, scorer: Scorer) -> None:
+    """Turn the bank's inputs into initializers of the same names, or replace those."""
+    for group in (model.graph.input, model.graph.initializer):
+        kept = [item for item in group if item.name not in BANK]
+        del group[:]
+        group.extend(kept)
+    for name, array in bank_arrays(scorer).items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+
+
+def bank_arrays(scorer: Scorer) -> dict[str, Any]:
+    """The bank as inputs of the graph that `build` gives."""
+    return {
+        name: tensor.detach().cpu().numpy()
+        for name, tensor in zip(BANK, _tensors(scorer), strict=True)
+    }
+
+
+def _tensors(scorer: Scorer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bank = scorer.bank
+    return (
+        bank.embeddings.float(),
+        bank.segments,
+        bank.contrast.float(),
+        bank.contrast_segments,
+    )
+
+
+def _channels(scorer: Scorer) -> int:
+    from latentguard.spaces import LatentSpace
+
+    return LatentSpace.get(scorer.encoder.space).channels
+
+
+def _at_least_two(tensor: Tensor) -> Tensor:
+    return tensor if len(tensor) > 1 else torch.cat([tensor, tensor])

@@ -1,0 +1,55 @@
+"""What travels in an exported file beside its graph, and the digest over both."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import onnx
+
+from latentguard.runtime.artefact import DIGEST, METADATA, SCHEMA_VERSION, inner_digest
+from latentguard.scorer import Scorer
+from latentguard.spaces import LatentSpace
+
+
+def describe(
+    scorer: Scorer,
+    *,
+    scaled: bool,
+    precision: str,
+    size: tuple[int, int] | None,
+    calibration: str | None,
+) -> dict[str, Any]:
+    """The metadata of an export; `size` in latent cells, None where height and width are open."""
+    encoder = scorer.encoder
+    space = LatentSpace.get(encoder.space)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "policy": scorer.plain,
+        "prompts": list(scorer.bank.prompts),
+        "covered": list(scorer.bank.covered),
+        "model": {"name": encoder.name, "sha256": encoder.sha256, "notes": encoder.notes},
+        "space": space.name,
+        "scaled": scaled,
+        "channels": space.channels,
+        "packed_patch": space.packed_patch,
+        "dim": encoder.dim,
+        "logit_scale": float(encoder.logit_scale),
+        "precision": precision,
+        "height": None if size is None else size[0],
+        "width": None if size is None else size[1],
+        "calibration": calibration,
+        "files": {},
+    }
+
+
+def write_metadata(model: onnx.ModelProto, metadata: dict[str, Any]) -> bytes:
+    """The bytes of `model` with its metadata and the digest over everything else."""
+    del model.metadata_props[:]
+    entry = model.metadata_props.add()
+    entry.key, entry.value = METADATA, json.dumps(metadata, sort_keys=True, allow_nan=False)
+    stamp = model.metadata_props.add()
+    stamp.key = DIGEST
+    stamp.value = inner_digest(model.SerializeToString())
+    data: bytes = model.SerializeToString()
+    return data

@@ -1,0 +1,217 @@
+"""`export_onnx`: a policy and a model become one checked file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+
+from latentguard.encoders import Encoder
+from latentguard.errors import LatentsError, ModelError
+from latentguard.export.graph import attach_bank, bank_arrays, build
+from latentguard.export.metadata import describe, write_metadata
+from latentguard.export.optimize import optimize
+from latentguard.export.quantize import convert
+from latentguard.policy import Policy
+from latentguard.runtime import Guard
+from latentguard.scorer import Scorer
+from latentguard.spaces import Latents, LatentSpace
+from latentguard.verdict import Verdict
+
+Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
+
+LARGEST = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.2, "int8-dynamic": 0.2}
+"""The difference of a margin from PyTorch's above which an export is refused, by precision."""
+EXTERNAL = 1_900_000_000
+"""Bytes of weights above which they lie beside the file: protocol buffers end at 2 GiB."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How an export compares with PyTorch on `images` latents.
+
+    margin, embedding: the largest absolute differences. same: images with the same decision.
+    real: whether the latents were real ones, and not drawn with a space's statistics.
+    """
+
+    images: int
+    real: bool
+    margin: float
+    embedding: float
+    same: int
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written export: its path, the SHA-256 to pin, and the comparison."""
+
+    path: Path
+    sha256: str
+    bytes: int
+    checked: Checked
+
+
+def export_onnx(
+    policy: Policy | str | Path,
+    model: Encoder | str | Path,
+    out: str | Path,
+    *,
+    precision: Precision = "fp32",
+    size: tuple[int, int] | None = None,
+    scaled: bool = True,
+    heatmaps: bool = False,
+    check: Latents | None = None,
+    calibrate: Latents | None = None,
+) -> Exported:
+    """Write a policy and a model as an .onnx file of standard operators.
+
+    Args:
+        policy, model: as for `Scorer`.
+        out: the file; nothing is written there before the check has passed.
+        precision: fp32, fp16, int8 (calibrated) or int8-dynamic.
+        size: height and width in latent cells; None leaves them open, which models of a fixed grid
+            (Latent-CLIP) do not take.
+        scaled: whether the file reads latents as a pipeline denoises them, or raw ones.
+        heatmaps: give heat maps, too.
+        check: latents to compare with PyTorch on; None draws some with the space's statistics.
+        calibrate: latents that int8 finds its ranges on.
+
+    Raises:
+        ModelError: the model cannot be exported so, int8 without latents to calibrate on, or the
+            export differs too much from PyTorch (see `LARGEST`).
+        LatentsError: latents of another space or size, or a space whose statistics are not known.
+    """
+    scorer = Scorer(policy, model, "cpu")
+    if precision == "int8" and calibrate is None:
+        raise ModelError("int8 needs latents to calibrate on (--calibrate); or use int8-dynamic")
+    shown = check if check is not None else drawn(scorer, size or (64, 64))
+    given = _as(shown, scorer, scaled, size)
+    height, width = given.height, given.width
+    graph = optimize(
+        build(scorer, height, width, scaled=scaled, heatmaps=heatmaps, dynamic=size is None)
+    )
+    out = Path(out)
+    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
+        calibration = None
+        if precision != "fp32":
+            batches = None
+            if calibrate is not None and precision == "int8":
+                chosen = _as(calibrate, scorer, scaled, size)
+                batches = _batches(chosen, scorer)
+                calibration = f"{len(chosen)} latents of {scorer.encoder.space}"
+            source, target = Path(folder, "source.onnx"), Path(folder, "target.onnx")
+            onnx.save(graph, source)
+            names = list(bank_arrays(scorer))
+            convert(source, target, precision, batches, keep=names)
+            graph = onnx.load(target)
+        attach_bank(graph, scorer)
+        metadata = describe(
+            scorer, scaled=scaled, precision=precision, size=size, calibration=calibration
+        )
+        written = write(graph, metadata, Path(folder, out.name))
+        checked = compare(written[0], scorer, given, real=check is not None)
+        if checked.margin > LARGEST[precision]:
+            raise ModelError(
+                f"{out}: not written, as its margins differ from PyTorch's by up to "
+                f"{checked.margin:.2g}, more than {LARGEST[precision]:g}"
+            )
+        for file in reversed(written):
+            os.replace(file, out.parent / file.name)
+    digest = hashlib.sha256(out.read_bytes()).hexdigest()
+    return Exported(out, digest, out.stat().st_size, checked)
+
+
+def write(model: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> list[Path]:
+    """Write a model; weights of more than 2 GB go to NAME.data beside it. The files written."""
+    files = [path]
+    if model.ByteSize() > EXTERNAL:
+        beside = path.with_suffix(".data")
+        onnx.save(
+            model, path, save_as_external_data=True, location=beside.name, size_threshold=1 << 20
+        )
+        model = onnx.load(path, load_external_data=False)
+        with beside.open("rb") as file:
+            metadata = {**metadata, "files": {beside.name: _sha256(file)}}
+        files.append(beside)
+    path.write_bytes(write_metadata(model, metadata))
+    return files
+
+
+def compare(path: Path, scorer: Scorer, latents: Latents, *, real: bool) -> Checked:
+    """An export against PyTorch, in batches of 16."""
+    margin = embedding = 0.0
+    same = 0
+    with Guard(path, providers=["CPUExecutionProvider"]) as guard:
+        for begin in range(0, len(latents), 16):
+            batch = latents[begin : begin + 16]
+            with torch.no_grad():
+                scores = scorer.score(batch)
+                embedded = scorer.encoder.encode_latents(batch)
+            outputs = guard.scores(batch.tensor.numpy())
+            margin = max(margin, _largest(outputs["margin"], scores.margin))
+            embedding = max(embedding, _largest(outputs["embedding"], embedded))
+            verdicts = guard.scan(batch.tensor.numpy())
+            same += sum(
+                _outcome(a) == _outcome(b)
+                for a, b in zip(verdicts, scorer.decide(scores), strict=True)
+            )
+    return Checked(len(latents), real, margin, embedding, same)
+
+
+def drawn(scorer: Scorer, size: tuple[int, int], count: int = 8) -> Latents:
+    """Random latents with a space's statistics, smooth enough to be read as images."""
+    space = LatentSpace.get(scorer.encoder.space)
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, space.channels, *size)
+    fine = torch.randn(shape, generator=generator)
+    coarse = torch.nn.functional.interpolate(
+        torch.randn((count, space.channels, 4, 4), generator=generator), size, mode="bicubic"
+    )
+    mixed = 0.6 * fine + 0.8 * coarse
+    if space.mean is None or space.std is None:
+        return Latents(mixed, space, scaled=True)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (space.mean, space.std))
+    return Latents(mixed * std + mean, space, scaled=False).scaled_()
+
+
+def _as(latents: Latents, scorer: Scorer, scaled: bool, size: tuple[int, int] | None) -> Latents:
+    """Latents in the convention that the export reads."""
+    encoder = scorer.encoder
+    if latents.space.name != encoder.space:
+        raise LatentsError(
+            f"model {encoder.name} reads {encoder.space} latents, got {latents.space.name}"
+        )
+    spatial = latents.spatial().to("cpu", torch.float32)
+    converted = spatial.scaled_() if scaled else spatial.raw()
+    if size is not None and (converted.height, converted.width) != size:
+        raise LatentsError(
+            f"the export reads {size[0]}x{size[1]} latent cells, the latents given for it have "
+            f"{converted.height}x{converted.width}"
+        )
+    return converted
+
+
+def _batches(latents: Latents, scorer: Scorer) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    bank = bank_arrays(scorer)
+    for begin in range(0, len(latents), 8):
+        yield {"latents": latents[begin : begin + 8].tensor.numpy(), **bank}
+
+
+def _largest(found: Any, expected: torch.Tensor) -> float:
+    return float(np.abs(np.asarray(found, np.float64) - expected.double().numpy()).max())
+
+
+def _outcome(verdict: Verdict) -> tuple[str, tuple[str, ...]]:
+    return verdict.decision, tuple(score.id for score in verdict.matched)
+
+
+def _sha256(file: Any) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
