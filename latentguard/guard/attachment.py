@@ -1,7 +1,7 @@
 """Which guards a call of a pipeline has, however they were given to it.
 
-`run` stands in for every pipeline's `__call__`. A guard is never overlooked: one in a place where it
-would do nothing is an error.
+`run` stands in for every pipeline's `__call__`. A guard is never overlooked: one in a place where
+it would do nothing is an error.
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ def _loop(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> An
     return original(pipe, *args, **kwargs)
 
 
-def _set(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+def _set(
+    original: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """`__setattr__`: a guard under a mistyped name would do nothing."""
     from latentguard.guard.attachment import holds_guard
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -134,7 +135,7 @@ def test_x0_and_levels_are_recovered_at_every_call(
         levels.append(found.latents.noise_level)
     # An ancestral midpoint lies below the level to which noise is added afterwards.
     seen = levels[::2] if name == "KDPM2AncestralDiscrete" else levels
-    assert all(a >= b for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(seen))
     assert last == [False] * (len(last) - 1) + [True]
 
 
