@@ -47,11 +47,12 @@ def _register() -> None:
     import latentguard.cli.calibrate as calibrate
     import latentguard.cli.doctor as doctor
     import latentguard.cli.evaluate as evaluate
+    import latentguard.cli.export as export
     import latentguard.cli.models as models
     import latentguard.cli.policy as policy
     import latentguard.cli.scan as scan
 
-    for module in (scan, policy, models, evaluate, calibrate, adapt, doctor):
+    for module in (scan, policy, models, evaluate, calibrate, adapt, export, doctor):
         module.register(app)
 
 

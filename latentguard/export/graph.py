@@ -106,7 +106,16 @@ def build(
         raise ModelError(f"{encoder.name} cannot be exported {how}".rstrip()) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    _check_open(model, encoder.name, dynamic)
     return model
+
+
+def _check_open(model: onnx.ModelProto, name: str, dynamic: bool) -> None:
+    """The tracer makes a constant of a size that the model branches on, and says nothing."""
+    sizes = model.graph.input[0].type.tensor_type.shape.dim
+    if not sizes[0].dim_param or (dynamic and not all(sides.dim_param for sides in sizes[2:])):
+        what = "height and width" if sizes[0].dim_param else "number of images"
+        raise ModelError(f"{name} cannot be exported with an open {what}")
 
 
 def attach_bank(model: onnx.ModelProto, scorer: Scorer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +20,19 @@ from latentguard.export.graph import attach_bank, bank_arrays, build
 from latentguard.export.metadata import describe, write_metadata
 from latentguard.export.optimize import optimize
 from latentguard.export.quantize import convert
+from latentguard.export.samples import bundled, drawn, resized
 from latentguard.policy import Policy
 from latentguard.runtime import Guard
 from latentguard.scorer import Scorer
-from latentguard.spaces import Latents, LatentSpace
+from latentguard.spaces import Latents
 from latentguard.verdict import Verdict
 
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 
-LARGEST = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.2, "int8-dynamic": 0.2}
+LARGEST = {"fp32": 1e-4, "fp16": 1e-2}
 """The difference of a margin from PyTorch's above which an export is refused, by precision."""
+LEAST_COSINE = 0.98
+"""Of an embedding with PyTorch's, below which an 8-bit export is refused."""
 EXTERNAL = 1_900_000_000
 """Bytes of weights above which they lie beside the file: protocol buffers end at 2 GiB."""
 
@@ -38,14 +41,16 @@ EXTERNAL = 1_900_000_000
 class Checked:
     """How an export compares with PyTorch on `images` latents.
 
-    margin, embedding: the largest absolute differences. same: images with the same decision.
-    real: whether the latents were real ones, and not drawn with a space's statistics.
+    margin, embedding: the largest absolute differences. cosine: the smallest of an embedding with
+    PyTorch's. same: images with the same decision and matches. real: whether the latents were real
+    ones, and not drawn with a space's statistics.
     """
 
     images: int
     real: bool
     margin: float
     embedding: float
+    cosine: float
     same: int
 
 
@@ -70,6 +75,7 @@ def export_onnx(
     heatmaps: bool = False,
     check: Latents | None = None,
     calibrate: Latents | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Write a policy and a model as an .onnx file of standard operators.
 
@@ -77,23 +83,24 @@ def export_onnx(
         policy, model: as for `Scorer`.
         out: the file; nothing is written there before the check has passed.
         precision: fp32, fp16, int8 (calibrated) or int8-dynamic.
-        size: height and width in latent cells; None leaves them open, which models of a fixed grid
-            (Latent-CLIP) do not take.
+        size: height and width in latent cells; None leaves them open.
         scaled: whether the file reads latents as a pipeline denoises them, or raw ones.
         heatmaps: give heat maps, too.
-        check: latents to compare with PyTorch on; None draws some with the space's statistics.
-        calibrate: latents that int8 finds its ranges on.
+        check: latents to compare with PyTorch on; None takes the bundled ones where they are of
+            the model's space, and else draws some with the space's statistics.
+        calibrate: latents that int8 finds its ranges on, and rounds weights by.
+        progress: called with a line before each step.
 
     Raises:
         ModelError: the model cannot be exported so, int8 without latents to calibrate on, or the
-            export differs too much from PyTorch (see `LARGEST`).
+            export differs too much from PyTorch (see `LARGEST` and `LEAST_COSINE`).
         LatentsError: latents of another space or size, or a space whose statistics are not known.
     """
     scorer = Scorer(policy, model, "cpu")
     if precision == "int8" and calibrate is None:
         raise ModelError("int8 needs latents to calibrate on (--calibrate); or use int8-dynamic")
-    shown = check if check is not None else drawn(scorer, size or (64, 64))
-    given = _as(shown, scorer, scaled, size)
+    given, real = _to_check(check, scorer, scaled, size)
+    progress(f"tracing {scorer.encoder.name}")
     height, width = given.height, given.width
     graph = optimize(
         build(scorer, height, width, scaled=scaled, heatmaps=heatmaps, dynamic=size is None)
@@ -103,30 +110,44 @@ def export_onnx(
         calibration = None
         if precision != "fp32":
             batches = None
-            if calibrate is not None and precision == "int8":
+            if calibrate is not None and precision != "fp16":
                 chosen = _as(calibrate, scorer, scaled, size)
                 batches = _batches(chosen, scorer)
                 calibration = f"{len(chosen)} latents of {scorer.encoder.space}"
+            progress(f"making it {precision}" + (f" with {calibration}" if calibration else ""))
             source, target = Path(folder, "source.onnx"), Path(folder, "target.onnx")
             onnx.save(graph, source)
-            names = list(bank_arrays(scorer))
-            convert(source, target, precision, batches, keep=names)
+            convert(source, target, precision, batches, keep=list(bank_arrays(scorer)))
             graph = onnx.load(target)
         attach_bank(graph, scorer)
         metadata = describe(
             scorer, scaled=scaled, precision=precision, size=size, calibration=calibration
         )
         written = write(graph, metadata, Path(folder, out.name))
-        checked = compare(written[0], scorer, given, real=check is not None)
-        if checked.margin > LARGEST[precision]:
-            raise ModelError(
-                f"{out}: not written, as its margins differ from PyTorch's by up to "
-                f"{checked.margin:.2g}, more than {LARGEST[precision]:g}"
-            )
+        progress(f"comparing it with PyTorch on {len(given)} latents")
+        checked = compare(written[0], scorer, given, real=real)
+        _accept(out, checked, precision)
         for file in reversed(written):
             os.replace(file, out.parent / file.name)
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    return Exported(out, digest, out.stat().st_size, checked)
+    return Exported(
+        out, digest, sum((out.parent / f.name).stat().st_size for f in written), checked
+    )
+
+
+def _accept(out: Path, checked: Checked, precision: Precision) -> None:
+    """Raise ModelError where an export is not what was exported. NaN never passes."""
+    largest = LARGEST.get(precision)
+    if largest is not None and not checked.margin <= largest:
+        raise ModelError(
+            f"{out}: not written, as its margins differ from PyTorch's by up to "
+            f"{checked.margin:.2g}, more than {largest:g}"
+        )
+    if largest is None and not checked.cosine >= LEAST_COSINE:
+        raise ModelError(
+            f"{out}: not written, as an embedding has cosine {checked.cosine:.4f} with PyTorch's, "
+            f"less than {LEAST_COSINE:g}: calibrate on latents like those it will judge"
+        )
 
 
 def write(model: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> list[Path]:
@@ -148,7 +169,7 @@ def write(model: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> list[
 def compare(path: Path, scorer: Scorer, latents: Latents, *, real: bool) -> Checked:
     """An export against PyTorch, in batches of 16."""
     margin = embedding = 0.0
-    same = 0
+    cosine, same = 1.0, 0
     with Guard(path, providers=["CPUExecutionProvider"]) as guard:
         for begin in range(0, len(latents), 16):
             batch = latents[begin : begin + 16]
@@ -156,30 +177,30 @@ def compare(path: Path, scorer: Scorer, latents: Latents, *, real: bool) -> Chec
                 scores = scorer.score(batch)
                 embedded = scorer.encoder.encode_latents(batch)
             outputs = guard.scores(batch.tensor.numpy())
-            margin = max(margin, _largest(outputs["margin"], scores.margin))
-            embedding = max(embedding, _largest(outputs["embedding"], embedded))
+            # NumPy's extremes keep a NaN.
+            margin = float(np.maximum(margin, _largest(outputs["margin"], scores.margin)))
+            embedding = float(np.maximum(embedding, _largest(outputs["embedding"], embedded)))
+            cosines = (outputs["embedding"] * embedded.numpy()).sum(1)
+            cosine = float(np.minimum(cosine, cosines.min()))
             verdicts = guard.scan(batch.tensor.numpy())
             same += sum(
                 _outcome(a) == _outcome(b)
                 for a, b in zip(verdicts, scorer.decide(scores), strict=True)
             )
-    return Checked(len(latents), real, margin, embedding, same)
+    return Checked(len(latents), real, margin, embedding, cosine, same)
 
 
-def drawn(scorer: Scorer, size: tuple[int, int], count: int = 8) -> Latents:
-    """Random latents with a space's statistics, smooth enough to be read as images."""
-    space = LatentSpace.get(scorer.encoder.space)
-    generator = torch.Generator().manual_seed(0)
-    shape = (count, space.channels, *size)
-    fine = torch.randn(shape, generator=generator)
-    coarse = torch.nn.functional.interpolate(
-        torch.randn((count, space.channels, 4, 4), generator=generator), size, mode="bicubic"
-    )
-    mixed = 0.6 * fine + 0.8 * coarse
-    if space.mean is None or space.std is None:
-        return Latents(mixed, space, scaled=True)
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (space.mean, space.std))
-    return Latents(mixed * std + mean, space, scaled=False).scaled_()
+def _to_check(
+    check: Latents | None, scorer: Scorer, scaled: bool, size: tuple[int, int] | None
+) -> tuple[Latents, bool]:
+    """Latents for the comparison, and whether they are real ones."""
+    space = scorer.encoder.space
+    if check is not None:
+        return _as(check, scorer, scaled, size), True
+    found = bundled(space)
+    real = found is not None
+    chosen = found if found is not None else drawn(space, size or (64, 64))
+    return _as(resized(chosen, size or (chosen.height, chosen.width)), scorer, scaled, size), real
 
 
 def _as(latents: Latents, scorer: Scorer, scaled: bool, size: tuple[int, int] | None) -> Latents:

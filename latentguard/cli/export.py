@@ -1,0 +1,203 @@
+"""`latentguard export`: a policy and a model as one file for services that have no torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from latentguard.export import Exported
+    from latentguard.spaces import Latents
+
+export_app = typer.Typer(
+    no_args_is_help=True,
+    help="Write a policy and a model as one file that a service runs without torch.",
+)
+
+
+class Precision(StrEnum):
+    """How weights and activations are kept."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+Policy = Annotated[str, typer.Option(help="A shipped policy's name, or a YAML file.")]
+Sha256 = Annotated[str | None, typer.Option(help="Refuse the file unless its SHA-256 is this one.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(export_app, name="export")
+
+
+@export_app.command("onnx", no_args_is_help=True)
+def onnx_(
+    model: Annotated[
+        str, typer.Option(help="Encoder: a name from `latentguard models list`, or a file.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file to write.")],
+    policy: Policy = "default",
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="fp32; fp16 for GPUs; int8 for CPUs, calibrated on --calibration. int8 without "
+            "it finds the range of each activation anew for each input (see "
+            "--dynamic-quantization)."
+        ),
+    ] = Precision.fp32,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Latents that int8 is calibrated on: like those it will judge, 32 to 256 images. "
+            "May be repeated."
+        ),
+    ] = None,
+    dynamic_quantization: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-quantization",
+            help="int8 with ranges from each input; weights still learn from --calibration.",
+        ),
+    ] = False,
+    check: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Real latents on which the file is compared with PyTorch before it is written. "
+            "May be repeated. Default: the bundled ones, which are of flux2."
+        ),
+    ] = None,
+    scaled: Annotated[
+        bool,
+        typer.Option(
+            "--scaled/--unscaled",
+            help="The latents that the file will read: as a pipeline denoises them, or as the "
+            "VAE encodes them.",
+        ),
+    ] = True,
+    height: Annotated[
+        int | None,
+        typer.Option(min=1, help="Fixed height in latent cells (pixels / 8); else it is open."),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Fixed width in latent cells; else it is open."),
+    ] = None,
+    heatmaps: Annotated[
+        bool, typer.Option("--heatmaps", help="Also give margins over the encoder's grid.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the SHA-256 only.")] = False,
+) -> None:
+    """Write a policy and a model as one .onnx file of standard operators.
+
+    The file holds the policy, its prompts' embeddings and thresholds; `latentguard.runtime.Guard`
+    turns it into verdicts with NumPy and ONNX Runtime alone. Before it is written its scores and
+    verdicts are compared with PyTorch's on real latents. Pin the SHA-256 that is printed.
+
+    Example: latentguard export onnx --policy family --model nano-flux2 --height 64 --width 64
+    -o guard.onnx
+    """
+    from latentguard.errors import ModelError
+    from latentguard.export import export_onnx
+
+    if (height is None) != (width is None):
+        raise ModelError("give both --height and --width, or neither")
+    if precision is not Precision.int8 and (calibration or dynamic_quantization):
+        raise ModelError(
+            f"--calibration and --dynamic-quantization are of --precision int8, not {precision}"
+        )
+    _check_target(out)
+    if precision is Precision.int8 and not calibration and not dynamic_quantization:
+        _say(quiet, "no --calibration latents: the ranges of activations come from each input")
+        dynamic_quantization = True
+    from latentguard.encoders import load_encoder
+
+    encoder = load_encoder(model, "cpu")
+    result = export_onnx(
+        policy,
+        encoder,
+        out,
+        precision="int8-dynamic" if dynamic_quantization else precision.value,
+        size=None if height is None or width is None else (height, width),
+        scaled=scaled,
+        heatmaps=heatmaps,
+        check=_latents(check, encoder.space),
+        calibrate=_latents(calibration, encoder.space),
+        progress=lambda step: _say(quiet, step),
+    )
+    _print(result, quiet)
+
+
+@export_app.command("swap", no_args_is_help=True)
+def swap(
+    source: Annotated[Path, typer.Argument(help="A file that `latentguard export onnx` wrote.")],
+    policy: Policy,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write; else the source itself.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model of the source, where it is a file: it embeds the prompts."),
+    ] = None,
+    sha256: Sha256 = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the SHA-256 only.")] = False,
+) -> None:
+    """Give an exported file another policy, without exporting the model again.
+
+    Takes seconds: the concept bank, the thresholds and the hashes change, the network does not.
+    The new file has another SHA-256 to pin.
+
+    Example: latentguard export swap guard.onnx --policy stricter.yaml -o stricter.onnx
+    """
+    from latentguard.export import swap_policy
+
+    target = out or source
+    _check_target(target)
+    digest = swap_policy(source, policy, target, model, sha256=sha256)
+    _say(quiet, f"wrote {target}")
+    typer.echo(digest if quiet else f"sha256 {digest}")
+
+
+def _latents(paths: list[Path] | None, space: str) -> Latents | None:
+    from latentguard.export.samples import read_samples
+
+    return None if not paths else read_samples(paths, space)
+
+
+def _check_target(out: Path) -> None:
+    from latentguard.errors import ModelError
+
+    if out.suffix != ".onnx":
+        raise ModelError(f"--out must be a file that ends in .onnx, got {out}")
+    if not out.parent.is_dir():
+        raise ModelError(f"--out: there is no folder {out.parent}")
+
+
+def _say(quiet: bool, text: str) -> None:
+    if not quiet:
+        typer.echo(f"latentguard: {text}", err=True)
+
+
+def _print(result: Exported, quiet: bool) -> None:
+    if quiet:
+        typer.echo(result.sha256)
+        return
+    checked = result.checked
+    kind = "real latents" if checked.real else "latents drawn with the space's statistics"
+    typer.echo(
+        f"compared with PyTorch on {checked.images} {kind}: margins differ by at most "
+        f"{checked.margin:.2g}, embeddings by {checked.embedding:.2g} (cosine "
+        f"{checked.cosine:.6f}), {checked.same} of {checked.images} decisions are the same"
+    )
+    if not checked.real:
+        typer.echo(
+            "latentguard: these latents are not of images; give real ones with --check before "
+            "you rely on it",
+            err=True,
+        )
+    typer.echo(f"wrote {result.path} ({result.bytes / 1e6:.1f} MB)")
+    typer.echo(f"sha256 {result.sha256}")
