@@ -93,12 +93,24 @@ class LatentGuard(PipelineCallback):
         self._on_block = on_block
         self._limits = limits
         self._audit = audit if audit is None or isinstance(audit, AuditLog) else AuditLog(audit)
-        self._metrics = Metrics()
         self._compile = compile
+        self._start()
+
+    def _start(self) -> None:
+        self._metrics = Metrics()
         self._scorers: dict[tuple[str, str], Scorer] = {}
         self._lock = threading.Lock()
         self._mine = threading.local()
         self._last: Session | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled, by itself or with a pipeline, it keeps its settings and forgets its calls."""
+        fresh = ("_metrics", "_scorers", "_lock", "_mine", "_last")
+        return {name: value for name, value in vars(self).items() if name not in fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
 
     def __deepcopy__(self, memo: Any) -> LatentGuard:
         """A copied pipeline is guarded by the same guard."""
@@ -128,7 +140,9 @@ class LatentGuard(PipelineCallback):
         key = (space or "", str(where))
         with self._lock:
             if key not in self._scorers:
-                scorer = Scorer(self.policy, self._model, where, space)
+                # Made within a call in inference mode, it could give no gradients in later ones.
+                with torch.inference_mode(False):
+                    scorer = Scorer(self.policy, self._model, where, space)
                 if self._compile is not None:
                     scorer.compile(self._compile)
                 self._scorers[key] = scorer

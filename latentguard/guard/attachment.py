@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 _DEPTH = 3
-# The pipelines whose guarded calls ended while a subclass's `__call__` handed its arguments on.
-_ended: ContextVar[list[Any] | None] = ContextVar("latentguard_ended", default=None)
+# The pipelines whose guarded calls ended while a subclass's `__call__` handed its arguments on,
+# each with a guard that judged.
+_ended: ContextVar[list[tuple[Any, LatentGuard]] | None] = ContextVar(
+    "latentguard_ended", default=None
+)
 
 
 def guards_in(callback: Any) -> list[LatentGuard]:
@@ -74,9 +77,13 @@ def _parameters(cls: type) -> Mapping[str, inspect.Parameter]:
     for base in cls.__mro__:
         if "__call__" in vars(base):
             found = inspect.signature(vars(base)["__call__"]).parameters
-            if CALLBACK in found or not _hands_on(found):
+            if _takes_callbacks(found) or not _hands_on(found):
                 return found
     return {}
+
+
+def _takes_callbacks(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return CALLBACK in parameters and INPUTS in parameters
 
 
 def _hands_on(parameters: Mapping[str, inspect.Parameter]) -> bool:
@@ -95,10 +102,11 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     if not guarded and not holds_guard([*args, *kwargs.values()]):
         return original(pipe, *args, **kwargs)
     signature = inspect.signature(original)
-    if CALLBACK not in signature.parameters:
+    if not _takes_callbacks(signature.parameters):
         _check_places(type(pipe).__name__, {k: v for k, v in kwargs.items() if k != CALLBACK})
         check_pipeline(pipe)
-        return _handed_on(original, pipe, args, kwargs)
+        guards = [*guards_in(attached), *guards_in(kwargs.get(CALLBACK))]
+        return _handed_on(original, pipe, args, kwargs, guards)
     bound = signature.bind(pipe, *args, **kwargs)
     rest = {k: v for k, v in bound.arguments.items() if k not in (CALLBACK, "self")}
     _check_places(type(pipe).__name__, rest)
@@ -131,7 +139,7 @@ def _guarded(
     output = Call(pipe, signature, arguments, guards, others).run(original)
     ended = _ended.get()
     if ended is not None:
-        ended.append(pipe)
+        ended += [(pipe, guard) for guard in guards]
     return output
 
 
@@ -144,20 +152,23 @@ def _check_places(name: str, arguments: Mapping[str, Any]) -> None:
             raise LatentsError(f"{name}: give a LatentGuard as {CALLBACK}, not as {key}")
 
 
-def _handed_on(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+def _handed_on(
+    original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any, guards: list[LatentGuard]
+) -> Any:
     """A subclass's `__call__` that hands its arguments on: the call inside is the guarded one."""
-    ended: list[Any] = []
+    ended: list[tuple[Any, LatentGuard]] = []
     token = _ended.set(ended)
     try:
         output = original(pipe, *args, **kwargs)
     finally:
         _ended.reset(token)
-    if not any(done is pipe for done in ended):
+    judged = [guard for done, guard in ended if done is pipe]
+    if not judged or any(guard not in judged for guard in guards):
         raise LatentsError(
-            f"{type(pipe).__name__} returned without calling its parent class, so nothing was "
-            "judged and its output is withheld"
+            f"{type(pipe).__name__} returned without calling its parent class with the guard, so "
+            "nothing was judged and its output is withheld"
         )
     outer = _ended.get()
     if outer is not None:
-        outer.append(pipe)
+        outer += ended
     return output

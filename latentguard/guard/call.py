@@ -39,8 +39,9 @@ class Stop(BaseException):
 class Call:
     """A running call: its sessions, one for each guard, and what was seen of the loop so far.
 
-    The user's own callbacks run first, in their order; then each guard sees the latents that they
-    left, and has the last word.
+    At each step the guards judge first, so that a preview made by a callback of the user's shows
+    nothing that is blocked; then those callbacks run, in their order; and what they make of blocked
+    images and of final latents is judged again, so that the guards have the last word.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class Call:
         self._sessions: list[Session] = []
         self._size = packed_size(arguments, pipe)
         self._space = guards[0].space_of(pipe) if guards else None
+        self._count = 0
         self._seen: StepCall | None = None
+        self._latest: Denoised | None = None  # of the last step
         self._judged: Latents | None = None  # what was judged as final
         self._handed: Tensor | None = None  # the tensor that the pipeline got for it
         self._decoded = False
@@ -85,13 +88,13 @@ class Call:
         try:
             with self.entering(original):
                 output = original(*bound.args, **bound.kwargs)
+            return self._finish(output)
         except Stop:
-            output = self._stopped_output()
+            return self._stopped_output()
         finally:
             current.reset(token)
             for guard, session in zip(self.guards, self._sessions, strict=False):
                 guard.keep(session)
-        return self._finish(output)
 
     def enters(self, original: Callable[..., Any]) -> bool:
         """Whether a `__call__` that is entered now is part of this call: a parent class's.
@@ -118,9 +121,14 @@ class Call:
         names: list[str] = []
         for callback in self._callbacks:
             own = getattr(callback, "tensor_inputs", None)
-            names += own if own is not None else self._arguments.get(INPUTS) or ["latents"]
+            names += self._asked() if own is None else own
         names += self._arguments.get(INPUTS) or []
         return list(dict.fromkeys(names))
+
+    def _asked(self) -> list[str]:
+        """The tensors for callbacks that name none themselves."""
+        asked = self._argument(INPUTS)
+        return ["latents"] if asked is None else list(asked)
 
     # -- what the patches report -------------------------------------------------------------
 
@@ -130,8 +138,14 @@ class Call:
         """Let the scheduler step, and keep what went in and came out."""
         bound = inspect.signature(original).bind(scheduler, *args, **kwargs)
         given = bound.arguments
+        if not {"model_output", "timestep", "sample"} <= given.keys():
+            return original(scheduler, *args, **kwargs)  # a subclass: its parent's step is seen
         timestep, sample = given["timestep"], given["sample"]
-        level = level_before(scheduler, timestep)
+        try:
+            level = level_before(scheduler, timestep)
+        except Exception:  # it counts as a step that was not seen
+            logger.exception("no noise level from %s", type(scheduler).__name__)
+            return original(scheduler, *args, **kwargs)
         kept = sample.clone()  # a scheduler may work in place
         result = original(scheduler, *args, **kwargs)
         self._seen = StepCall(scheduler, given["model_output"], timestep, kept, result, level)
@@ -162,27 +176,54 @@ class Call:
         self, pipe: Any, index: int, timestep: Any, given: dict[str, Any]
     ) -> dict[str, Any]:
         """The `callback_on_step_end` that the pipeline calls."""
-        values = self._run_callbacks(pipe, index, timestep, dict(given))
         if not self.guards:
-            return values
-        wrap_components(pipe)  # a callback may have replaced some
+            return self._run_callbacks(pipe, index, timestep, dict(given))
         seen, self._seen = self._seen, None
-        interrupted = bool(getattr(pipe, "interrupt", False))
-        last = interrupted or (index + 1 == getattr(pipe, "num_timesteps", None))
-        last = last or (seen is not None and is_last(seen))
-        # LCM pipelines decode `denoised`.
-        name = "denoised" if last and "denoised" in given else "latents"
-        tensor = values.get(name, given[name])
-        latents = self._step(tensor, seen, last)
+        last = self._ends(pipe, index, seen)
+        estimate, error = self._estimate(seen)
+        values = self._judged_values(dict(given), estimate, error, last)
+        if self._callbacks:
+            # A copy: they may work in place.
+            left = values["latents"].clone() if last else None
+            values = self._run_callbacks(pipe, index, timestep, values)
+            wrap_components(pipe)  # they may have replaced some
+            ended, last = last, last or self._ends(pipe, index, seen)
+            if last and not (ended and _equal(left, values[self._decodes(values, last)])):
+                values = self._judged_values(values, estimate, error, last)
+            elif not last:
+                values = {**values, "latents": self._blank_rows(values["latents"])}
+                self._handed = values["latents"]
+        if self._all_blocked():
+            self._stop(pipe, values["latents"])
+        return values
+
+    def _judged_values(
+        self, values: dict[str, Any], estimate: Denoised | None, error: str, last: bool
+    ) -> dict[str, Any]:
+        """Let every guard judge, and put the latents that they leave among the tensors."""
+        tensor = values[self._decodes(values, last)]
+        latents = self._step(tensor, estimate, error, last)
         values["latents"] = latents.tensor.reshape(tensor.shape).to(tensor.dtype)
-        if "denoised" in given:
+        if "denoised" in values:
             values["denoised"] = values["latents"] if last else self._blank_rows(values["denoised"])
         # A copy: what runs after this callback could change the tensor in place.
         self._judged = latents.to(latents.tensor.dtype, copy=True) if last else None
         self._handed = values["latents"]
-        if all(session.stopped for session in self._sessions):
-            self._stop(pipe, latents)
         return values
+
+    @staticmethod
+    def _decodes(values: Mapping[str, Any], last: bool) -> str:
+        """Which tensor the pipeline goes on with: LCM's decode `denoised`."""
+        return "denoised" if last and "denoised" in values else "latents"
+
+    def _ends(self, pipe: Any, index: int, seen: StepCall | None) -> bool:
+        """Whether no step follows."""
+        if getattr(pipe, "interrupt", False) or index + 1 == getattr(pipe, "num_timesteps", None):
+            return True
+        try:
+            return seen is not None and is_last(seen)
+        except LatentsError:
+            return False  # what is decoded is judged in any case
 
     def _run_callbacks(
         self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]
@@ -191,7 +232,7 @@ class Call:
         token = current.set(None)
         try:
             for callback in self._callbacks:
-                own = getattr(callback, "tensor_inputs", self._requested)
+                own = getattr(callback, "tensor_inputs", self._asked())
                 got = callback(pipe, index, timestep, {name: values[name] for name in own})
                 if not isinstance(got, dict):
                     raise TypeError(
@@ -203,11 +244,10 @@ class Call:
             current.reset(token)
         return values
 
-    def _step(self, tensor: Tensor, seen: StepCall | None, last: bool) -> Latents:
+    def _step(self, tensor: Tensor, estimate: Denoised | None, error: str, last: bool) -> Latents:
         assert self._space is not None
         latents = read(tensor, self._space, self._size)
         self._begin(latents)
-        estimate, error = self._estimate(seen)
         for session in self._sessions:
             if estimate is None:
                 latents = self._step_unseen(session, latents, error, last)
@@ -226,19 +266,25 @@ class Call:
     ) -> Latents:
         assert self._space is not None
         x0 = read(estimate.x0.to(latents.tensor.dtype), self._space, self._size)
-        level, source = estimate.latents.noise_level, estimate.source.noise_level
-        if last and level > _CLEAN_ENOUGH:
-            # Whoever gets these can denoise them: what they become is judged as well.
-            session.step(x0, noise_level=source, final=True, how=estimate.how)
+        if last:
+            self._step_noisy(session, estimate)
         return session.step(
             latents,
             x0,
-            noise_level=level,
-            x0_noise_level=source,
+            noise_level=estimate.latents.noise_level,
+            x0_noise_level=estimate.source.noise_level,
             alpha=estimate.latents.alpha,
             final=last,
             how=estimate.how,
         ).latents
+
+    def _step_noisy(self, session: Session, estimate: Denoised) -> None:
+        """Whoever gets latents that are still noisy can denoise them: x0 is judged as well."""
+        if estimate.latents.noise_level > _CLEAN_ENOUGH:
+            assert self._space is not None
+            x0 = read(estimate.x0, self._space, self._size)
+            level = estimate.source.noise_level
+            session.step(x0, noise_level=level, final=True, how=estimate.how)
 
     def _begin(self, latents: Latents) -> None:
         if self._sessions:
@@ -248,30 +294,41 @@ class Call:
             session = guard.session_for(self.pipe, device)
             session.begin(len(latents))
             self._sessions.append(session)
+        self._count = len(latents)
 
     def _estimate(self, seen: StepCall | None) -> tuple[Denoised | None, str]:
+        self._latest = None
         name = type(self.pipe.scheduler).__name__
         if seen is None:
             return None, f"the step of the scheduler ({name}) was not seen"
+        # Whatever goes wrong, the policy's `on_error` decides.
         try:
-            return denoised(seen), ""
-        except LatentsError as error:
-            return None, str(error)
+            self._latest = denoised(seen)
+        except Exception as error:
+            logger.exception("no clean estimate from %s", name)
+            return None, str(error) or type(error).__name__
+        return self._latest, ""
 
     # -- the end -----------------------------------------------------------------------------
 
     def _blocked(self) -> list[int]:
         return sorted({row for session in self._sessions for row in session.blocked})
 
+    def _all_blocked(self) -> bool:
+        """Whether each image is blocked, by whichever guard."""
+        return len(self._blocked()) == self._count
+
     def _blank_rows(self, tensor: Tensor) -> Tensor:
         rows = self._blocked()
         if not rows:
             return tensor
+        if len(tensor) != self._count:
+            return torch.zeros_like(tensor)  # which of them is blocked cannot be told
         tensor = tensor.clone()
         tensor[torch.tensor(rows, device=tensor.device)] = 0
         return tensor
 
-    def _stop(self, pipe: Any, latents: Latents) -> None:
+    def _stop(self, pipe: Any, latents: Tensor) -> None:
         """Every image is blocked: leave the pipeline, or its loop where its output is not known."""
         self._blank = self._blank_output(latents)
         if self._blank is not None:
@@ -291,21 +348,25 @@ class Call:
         """Whether the tensor that the pipeline got still holds what was judged as final."""
         if self._judged is None or self._handed is None:
             return False
-        return torch.equal(self._handed, self._judged.tensor.reshape(self._handed.shape))
+        return _equal(self._handed, self._judged.tensor.reshape(self._handed.shape))
 
     def _judge_end(self, latents: Latents) -> Latents:
         """Judge what the pipeline gives back, where no step has judged just that as final."""
         self._begin(latents)
         for session in self._sessions:
+            if self._latest is not None:  # a loop that was left early
+                self._step_noisy(session, self._latest)
             latents = session.step(latents, noise_level=0.0, final=True).latents
         return latents
 
-    def _blank_output(self, latents: Latents) -> Any:
+    def _blank_output(self, tensor: Tensor) -> Any:
         """The pipeline's output with nothing but blanks, or None where its form is not known."""
         form = str(self._argument("output_type"))
         if form == "latent":
-            images: Any = torch.zeros_like(latents.tensor)
+            images: Any = torch.zeros_like(tensor)
         else:
+            assert self._space is not None
+            latents = read(tensor, self._space, self._size)
             height, width = (
                 side * latents.space.factor for side in (latents.height, latents.width)
             )
@@ -328,7 +389,7 @@ class Call:
 
     def _stopped_output(self) -> Any:
         self.pipe.maybe_free_model_hooks()
-        return self._blank
+        return self._withheld(self._blank, outputs.images_of(self._blank))
 
     def _finish(self, output: Any) -> Any:
         """Take blocked images out of what the pipeline returned."""
@@ -341,8 +402,6 @@ class Call:
             for session in self._sessions:
                 if not session.stopped:
                     session.fail("what was decoded was never seen", final=True)
-        for guard, session in zip(self.guards, self._sessions, strict=False):
-            guard.keep(session)
         if not self._sessions:
             # Nothing was seen at all, not even how many images there are.
             raise LatentsError(
@@ -371,3 +430,13 @@ class Call:
             # FLUX.2's pipelines differ in whether they give back scaled latents or raw ones.
             judged = self._judge_end(Latents(judged.tensor, self._space, scaled=False))
         return judged.tensor.reshape(images.shape).to(images.dtype)
+
+
+def _equal(tensor: Tensor | None, other: Any) -> bool:
+    """Bit for bit, and so never with NaN."""
+    return (
+        tensor is not None
+        and isinstance(other, Tensor)
+        and (tensor.shape, tensor.dtype, tensor.device) == (other.shape, other.dtype, other.device)
+        and torch.equal(tensor, other)
+    )

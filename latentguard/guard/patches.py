@@ -107,7 +107,7 @@ def _decode(original: Callable[..., Any], vae: Any, args: Any, kwargs: Any) -> A
     if call is None or decoder_of(call.pipe) is not vae:
         return original(vae, *args, **kwargs)
     bound = inspect.signature(original).bind(vae, *args, **kwargs)
-    first = next(name for name in bound.arguments if name != "self")
+    first = list(bound.arguments)[1]  # after self
     bound.arguments[first] = call.before_decode(bound.arguments[first])
     return original(*bound.args, **bound.kwargs)
 
@@ -130,11 +130,12 @@ def _loop(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> An
 def _set(
     original: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """`__setattr__`: a guard under a mistyped name would do nothing."""
+    """`__setattr__`: a guard under another name would do nothing."""
     from latentguard.guard.attachment import holds_guard
 
     name, value = (*args, *kwargs.values())
-    if "callback" in name and name != StepCallback.NAME and holds_guard(value):
+    elsewhere = ("callback" in name and name != StepCallback.NAME) or name == "safety_checker"
+    if elsewhere and holds_guard(value):
         raise LatentsError(
             f"{type(pipe).__name__}: attach a LatentGuard as {StepCallback.NAME}, not as {name}"
         )

@@ -146,7 +146,7 @@ class Session:
                 change of x0 is multiplied with.
             final: nothing follows. `latents` themselves are judged, x0 is not, every concept is
                 judged, and a match of `steer` blocks.
-            how: where x0 came from, for the record.
+            how: where x0 came from, for the record; without x0, what `latents` are.
 
         Never raises for what happens while judging: an exception gets the decision that the
         policy's `on_error` names, on every image that is not blocked yet.
@@ -156,7 +156,10 @@ class Session:
         self.begin(len(latents))
         state.finished = False  # whatever was judged before, the loop went on
         level = noise_level if final or x0 is None or x0_noise_level is None else x0_noise_level
-        judged, how = (latents, "latents") if final or x0 is None else (x0, how or "x0")
+        if x0 is None:
+            judged, how = latents, how or "latents"
+        else:
+            judged, how = (latents, "latents") if final else (x0, how or "x0")
         index, state.step = state.step, state.step + 1
         verdicts: list[Verdict | None] = []
         steering: list[Steering | None] = [None] * state.count
