@@ -7,6 +7,7 @@ its request, so that sessions in different threads share nothing but the encoder
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor
 
 from latentguard.encoders import Encoder
-from latentguard.errors import LatentsError
+from latentguard.errors import LatentsError, PolicyError
 from latentguard.guard.record import Action, Steering, StepRecord, session_data
 from latentguard.guard.steering import Steerer
-from latentguard.policy import Policy
+from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer, Scores
 from latentguard.spaces import Latents
 from latentguard.verdict import Verdict, failed
@@ -56,11 +57,20 @@ class Limits:
     budget: seconds that scoring may take before the end; once spent, only the final latents are
         still scored. None is no limit.
     steps: steps that it takes before it fails.
+
+    Raises ValueError for a limit that would never hold.
     """
 
     timeout: float | None = None
     budget: float | None = None
     steps: int = MAX_STEPS
+
+    def __post_init__(self) -> None:
+        for name, value in (("timeout", self.timeout), ("budget", self.budget)):
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at or above 0, got {value:g}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
 @dataclass
@@ -165,6 +175,7 @@ class Session:
         steering: list[Steering | None] = [None] * state.count
         try:
             self._check(latents, judged, began)
+            _check_numbers(noise_level, x0_noise_level, alpha)
             if not final and not self._due(index, level):
                 return self._result(self.blanked(latents), ())
             if self._defers and not final:
@@ -172,14 +183,14 @@ class Session:
                 state.waiting.append((index, level, how, scores, time.perf_counter() - began))
                 state.spent += time.perf_counter() - began
                 return self._result(latents, ())
-            if final:
-                self._resolve()
+            self._resolve()
             verdicts = self._judge(judged, level, final)
             if not final:
                 latents, steering = self._steer(latents, judged, verdicts, level, alpha)
         # Fail closed: whatever went wrong, these images have not been judged.
         except Exception as error:
             logger.exception("request %s: step %d could not be judged", self.request_id, index)
+            self._resolve()
             verdicts = self._failed(error, level)
         self._settle(index, level, how, final, verdicts, steering, began)
         return self._result(self.blanked(latents), self._current())
@@ -192,6 +203,7 @@ class Session:
         """
         if self._state.began is None:
             raise LatentsError(f"{error}, and how many images there are is not known: begin(count)")
+        self._resolve()
         began = time.perf_counter()
         index, self._state.step = self._state.step, self._state.step + 1
         verdicts = self._failed(LatentsError(error), noise_level)
@@ -314,7 +326,8 @@ class Session:
         """Make the verdicts that were put off."""
         waiting, self._state.waiting = self._state.waiting, []
         for index, level, how, scores, seconds in waiting:
-            verdicts: list[Verdict | None] = list(self.scorer.decide(scores, final=False))
+            found = self.scorer.decide(scores, final=False)
+            verdicts = [None if i in self._state.blocked else v for i, v in enumerate(found)]
             none: list[Steering | None] = [None] * len(verdicts)
             began = time.perf_counter() - seconds
             self._settle(index, level, how, False, verdicts, none, began)
@@ -406,10 +419,26 @@ def session(
 
     encoder: an Encoder, its name or path, "auto" (with `space`), or a Scorer of this policy, which
         is what a server makes once and gives to each request.
+
+    Raises PolicyError where the scorer is of another policy, and what Scorer raises.
     """
     if isinstance(encoder, Scorer):
+        asked, own = load_policy(policy), encoder.policy
+        if asked.sha256 != own.sha256:
+            raise PolicyError(
+                f"policy '{asked.name}' ({asked.sha256[:12]}) is asked for, and the scorer is of "
+                f"policy '{own.name}' ({own.sha256[:12]})"
+            )
         return Session(encoder, request_id, limits=limits)
     return Session(Scorer(policy, encoder, device, space), request_id, limits=limits)
+
+
+def _check_numbers(noise_level: float, x0_noise_level: float | None, alpha: float) -> None:
+    for name, value in (("noise_level", noise_level), ("x0_noise_level", x0_noise_level)):
+        if value is not None and not value >= 0:
+            raise LatentsError(f"{name} must be at or above 0, got {value}")
+    if not 0 <= alpha < math.inf:
+        raise LatentsError(f"alpha must be finite and at or above 0, got {alpha}")
 
 
 def _with(latents: Latents, tensor: Tensor) -> Latents:
