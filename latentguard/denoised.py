@@ -29,6 +29,12 @@ _TIMESTEPS = ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LCM", "TC
 _FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM")
 _KNOWN = (*_EXPLODING, *_MIDPOINT, *_CONVERTING, *_TIMESTEPS, *_FLOW)
 
+# Whose steps add noise of their own, so that two consecutive latents do not tell x0.
+_STOCHASTIC = (
+    *("EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "DPMSolverSDE", "SASolver"),
+    *("DDPM", "DDPMParallel", "LCM", "TCD", "FlowMatchLCM"),
+)
+
 # The second thing that these return is the x0 prediction; TCD's is its noised sample.
 _RETURNS_X0 = (
     *("EulerDiscrete", "EulerAncestralDiscrete", "EDMEuler", "LMSDiscrete", "HeunDiscrete"),
@@ -77,7 +83,7 @@ class Denoised:
     source: the level of the sample that it was predicted from: thresholds go by it.
     latents: the level of the latents after the step.
     how: "scheduler" where it is the scheduler's own, otherwise the algebra that gave it: "epsilon",
-        "v_prediction", "sample", "flow_prediction".
+        "v_prediction", "sample", "flow_prediction"; "consecutive" where two latents did.
     """
 
     x0: Tensor
@@ -113,7 +119,7 @@ def denoised(call: StepCall) -> Denoised:
     pure noise and the prediction epsilon, which then says nothing of x0.
     """
     kind = _kind(call.scheduler)
-    after = _after(call, kind)
+    after = _after(call.scheduler, call.timestep, kind)
     if kind in _RETURNS_X0:
         own = getattr(call.result, "denoised", None) if kind == "LCM" else None
         if own is None:
@@ -135,6 +141,27 @@ def is_last(call: StepCall) -> bool:
     if kind in _TIMESTEPS:
         return _position(scheduler, call.timestep) >= len(scheduler.timesteps)
     return int(scheduler.step_index) >= len(scheduler.timesteps)
+
+
+def denoised_unseen(scheduler: Any, timestep: Any, before: Tensor, after: Tensor) -> Denoised:
+    """The clean estimate of a step of which only the latents before and after it are known.
+
+    scheduler: in its state after the step; timestep: of the step. Exact for first-order solvers
+    (see `from_consecutive`), a mean over the step for those of higher order. Raises LatentsError
+    for schedulers that are not known or add noise, and where `step` left no trace in their state.
+    """
+    kind = _kind(scheduler)
+    name = type(scheduler).__name__
+    if kind in _STOCHASTIC or getattr(scheduler.config, "stochastic_sampling", False):
+        raise LatentsError(f"the step of the scheduler ({name}) was not seen, and it adds noise")
+    if kind in _TIMESTEPS:
+        source = _preserving(float(scheduler.alphas_cumprod[int(timestep)]))
+    elif scheduler.step_index is None:
+        raise LatentsError(f"the step of the scheduler ({name}) was not seen, and left no trace")
+    else:
+        source = _at(scheduler, kind, int(scheduler.step_index) - 1)
+    level = _after(scheduler, timestep, kind)
+    return Denoised(from_consecutive(before, after, source, level), source, level, "consecutive")
 
 
 def from_consecutive(before: Tensor, after: Tensor, source: Level, latents: Level) -> Tensor:
@@ -188,19 +215,18 @@ def _at(scheduler: Any, kind: str, index: int) -> Level:
     return Level(1.0, sigma)
 
 
-def _after(call: StepCall, kind: str) -> Level:
-    """The level of the latents that the step returned."""
-    scheduler = call.scheduler
+def _after(scheduler: Any, timestep: Any, kind: str) -> Level:
+    """The level of the latents that the step at a timestep returned."""
     if kind not in _TIMESTEPS:
         return _at(scheduler, kind, int(scheduler.step_index))
     if kind in ("DDIM", "DDIMParallel"):
         # By a fixed stride, which may end above 0 or miss the next timestep by one.
         stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-        before = int(call.timestep) - stride
+        before = int(timestep) - stride
         if before >= 0:
             return _preserving(float(scheduler.alphas_cumprod[before]))
         return _preserving(float(scheduler.final_alpha_cumprod))
-    position = _position(scheduler, call.timestep)
+    position = _position(scheduler, timestep)
     if position < len(scheduler.timesteps):
         return _preserving(float(scheduler.alphas_cumprod[int(scheduler.timesteps[position])]))
     if kind in ("LCM", "DDPM", "DDPMParallel"):

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentguard.denoised import Denoised, StepCall, denoised, is_last, level_before
+from latentguard.denoised import (
+    Denoised,
+    StepCall,
+    denoised,
+    denoised_unseen,
+    is_last,
+    level_before,
+)
 from latentguard.errors import LatentsError
 from latentguard.guard import output as outputs
 from latentguard.guard.attachment import CALLBACK, INPUTS
@@ -65,7 +72,7 @@ class Call:
         self._seen: StepCall | None = None
         self._latest: Denoised | None = None  # of the last step
         self._judged: Latents | None = None  # what was judged as final
-        self._handed: Tensor | None = None  # the tensor that the pipeline got for it
+        self._handed: Tensor | None = None  # what the pipeline goes on with
         self._decoded = False
         self._blank: Any = None
         self._running: list[Any] = []
@@ -152,8 +159,13 @@ class Call:
         return result
 
     def saw_size(self, arguments: Mapping[str, Any]) -> None:
-        """`prepare_latents` was called: the size in pixels that the pipeline works at."""
+        """`prepare_latents` is called: the size in pixels that the pipeline works at."""
         self._size = packed_size(arguments, self.pipe) or self._size
+
+    def saw_first(self, prepared: Any) -> None:
+        """`prepare_latents` returned the latents that the loop begins with, or a tuple of them."""
+        first = prepared[0] if isinstance(prepared, tuple) and prepared else prepared
+        self._handed = first if isinstance(first, Tensor) else None
 
     def before_decode(self, z: Tensor) -> Tensor:
         """What the VAE is about to decode, with zeros for images that are blocked.
@@ -180,7 +192,7 @@ class Call:
             return self._run_callbacks(pipe, index, timestep, dict(given))
         seen, self._seen = self._seen, None
         last = self._ends(pipe, index, seen)
-        estimate, error = self._estimate(seen)
+        estimate, error = self._estimate(seen, timestep, given["latents"])
         values = self._judged_values(dict(given), estimate, error, last)
         if self._callbacks:
             # A copy: they may work in place.
@@ -296,14 +308,20 @@ class Call:
             self._sessions.append(session)
         self._count = len(latents)
 
-    def _estimate(self, seen: StepCall | None) -> tuple[Denoised | None, str]:
+    def _estimate(
+        self, seen: StepCall | None, timestep: Any, latents: Tensor
+    ) -> tuple[Denoised | None, str]:
         self._latest = None
         name = type(self.pipe.scheduler).__name__
-        if seen is None:
-            return None, f"the step of the scheduler ({name}) was not seen"
         # Whatever goes wrong, the policy's `on_error` decides.
         try:
-            self._latest = denoised(seen)
+            if seen is not None:
+                self._latest = denoised(seen)
+            elif self._handed is None or self._handed.shape != latents.shape:
+                return None, f"the step of the scheduler ({name}) was not seen"
+            else:
+                before = self._handed
+                self._latest = denoised_unseen(self.pipe.scheduler, timestep, before, latents)
         except Exception as error:
             logger.exception("no clean estimate from %s", name)
             return None, str(error) or type(error).__name__

@@ -3,7 +3,7 @@
     DiffusionPipeline.callback_on_step_end   an attribute that attaches and detaches
     <pipeline class>.__call__                begins and ends a guarded call
     <scheduler class>.step                   sees the model's output, which x0 is made from
-    <pipeline>.prepare_latents, <VAE>.decode see the size, and what is decoded in the end
+    <pipeline>.prepare_latents, <VAE>.decode see size and noise, and what is decoded in the end
     DiffusionPipeline.progress_bar           notices a loop that runs past the guard
     <class>.from_pipe                        hands the guard on to the pipeline that is made
 
@@ -96,10 +96,12 @@ def _step(original: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) 
 
 def _prepare_latents(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     call = current.get()
-    if call is not None and call.pipe is pipe:
-        bound = inspect.signature(original).bind(pipe, *args, **kwargs)
-        call.saw_size(bound.arguments)
-    return original(pipe, *args, **kwargs)
+    if call is None or call.pipe is not pipe:
+        return original(pipe, *args, **kwargs)
+    call.saw_size(inspect.signature(original).bind(pipe, *args, **kwargs).arguments)
+    prepared = original(pipe, *args, **kwargs)
+    call.saw_first(prepared)
+    return prepared
 
 
 def _decode(original: Callable[..., Any], vae: Any, args: Any, kwargs: Any) -> Any:

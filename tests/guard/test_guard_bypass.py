@@ -433,7 +433,7 @@ def test_a_scheduler_that_cannot_be_read_blocks() -> None:
     guard = LatentGuard(policy(NEVER), XL)
     pipe = guarded(guard, lambda: small.sdxl(scheduler=Odd(**small.BETAS)))
     assert not pipe(**small.sdxl_arguments()).images.any()
-    assert "was not seen" in guard.verdicts[0].reason
+    assert "no such numbers" in guard.verdicts[0].reason
 
 
 def test_a_timeout_blocks() -> None:
@@ -598,15 +598,36 @@ def test_a_scheduler_that_is_changed_in_the_loop(kind: Any) -> None:
     assert not output.images.any()
 
 
-def test_a_scheduler_whose_step_is_not_seen() -> None:
-    pipe = small.sdxl()
-    original = pipe.scheduler.step
-    pipe.scheduler.step = lambda *args, **kwargs: original(*args, **kwargs)
+@pytest.mark.parametrize("kind", ["sdxl", "flux2"])
+def test_a_step_that_is_not_seen_is_told_by_the_latents_around_it(kind: str) -> None:
+    encoder = XL if kind == "sdxl" else LinearEncoder("flux2", 32)
+    make, arguments = getattr(small, kind), getattr(small, f"{kind}_arguments")
+    steps = []
+    for hidden in (False, True):
+        guard = LatentGuard(policy(action="observe"), encoder)
+        pipe = guarded(guard, make)
+        if hidden:
+            scheduler = pipe.scheduler
+            scheduler.step = inspect.unwrap(type(scheduler).step).__get__(scheduler)
+        pipe(**arguments())
+        steps.append(guard.history)
+    assert [record.how for record in steps[1]] == ["consecutive"] * 3 + ["latents"]
+    for seen, told in zip(*steps, strict=True):
+        assert told.noise_level == pytest.approx(seen.noise_level)
+        a, b = (one.verdicts[0].concepts[0].margin for one in (seen, told) if one.verdicts[0])
+        # SDXL's first latents have sigma^2 + 1 as their variance, which the levels do not know.
+        assert b == pytest.approx(a, abs=0.02 if seen.step == 0 else 1e-4)
+    pipe.callback_on_step_end = LatentGuard(policy(ALWAYS, concept=FINAL_ONLY), encoder)
+    assert not pipe(**arguments()).images.any()
+
+
+def test_a_step_that_is_not_seen_and_adds_noise_blocks() -> None:
+    scheduler = EulerAncestralDiscreteScheduler(**small.BETAS)
     guard = LatentGuard(policy(NEVER), XL)
-    pipe.callback_on_step_end = guard
-    pipe.scheduler.step = inspect.unwrap(type(pipe.scheduler).step).__get__(pipe.scheduler)
+    pipe = guarded(guard, lambda: small.sdxl(scheduler=scheduler))
+    scheduler.step = inspect.unwrap(type(scheduler).step).__get__(scheduler)
     assert not pipe(**small.sdxl_arguments()).images.any()
-    assert "was not seen" in guard.verdicts[0].reason
+    assert "was not seen, and it adds noise" in guard.verdicts[0].reason
 
 
 # -- what is decoded, and by what --------------------------------------------------------------
