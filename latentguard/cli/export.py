@@ -26,6 +26,14 @@ class Precision(StrEnum):
     int8 = "int8"
 
 
+class Device(StrEnum):
+    """Where a Triton server computes the scores."""
+
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
 Policy = Annotated[str, typer.Option(help="A shipped policy's name, or a YAML file.")]
 Sha256 = Annotated[str | None, typer.Option(help="Refuse the file unless its SHA-256 is this one.")]
 
@@ -160,6 +168,69 @@ def swap(
     digest = swap_policy(source, policy, target, model, sha256=sha256)
     _say(quiet, f"wrote {target}")
     typer.echo(digest if quiet else f"sha256 {digest}")
+
+
+@export_app.command("triton", no_args_is_help=True)
+def triton(
+    source: Annotated[Path, typer.Argument(help="A file that `latentguard export onnx` wrote.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The model repository, a folder; it may exist.")
+    ],
+    name: Annotated[str, typer.Option(help="The model that clients call.")] = "latentguard",
+    version: Annotated[int, typer.Option(min=1, help="Its version, and its steps'.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images a request, and a batch.")] = 32,
+    preferred: Annotated[
+        list[int] | None,
+        typer.Option(help="A batch size that runs without waiting. May be repeated. [8 16]"),
+    ] = None,
+    max_delay_ms: Annotated[
+        float, typer.Option(min=0, help="How long a request waits for others.")
+    ] = 2.0,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait; a further one is an error.")
+    ] = 256,
+    timeout_ms: Annotated[
+        float, typer.Option(min=1, help="How long a request may wait before it is an error.")
+    ] = 10_000.0,
+    device: Annotated[
+        Device, typer.Option(help="Where scores are computed; auto is the GPU where there is one.")
+    ] = Device.auto,
+    instances: Annotated[int, typer.Option(min=1, help="Instances there, on each GPU.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of an instance on the CPU.")
+    ] = None,
+    sha256: Sha256 = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Write a model repository for the Triton Inference Server.
+
+    Three models: the scores (ONNX Runtime backend), the decision (Python backend, NumPy only) and
+    the ensemble of both, which clients send latents to: decision, verdict and scores come back.
+
+    Example: latentguard export triton guard.onnx --out model_repository --device gpu
+    """
+    from latentguard.export import TritonOptions, export_triton
+
+    options = TritonOptions(
+        name=name,
+        version=version,
+        max_batch=max_batch,
+        preferred=(
+            tuple(size for size in (8, 16) if size <= max_batch)
+            if preferred is None
+            else tuple(preferred)
+        ),
+        max_delay_ms=max_delay_ms,
+        queue=queue,
+        timeout_ms=timeout_ms,
+        device=device.value,
+        instances=instances,
+        threads=threads,
+    )
+    written = export_triton(source, out, options, sha256=sha256)
+    if not quiet:
+        typer.echo(f"wrote {written.path}: {', '.join(written.models)}, version {version}")
+        typer.echo(f"serve it: tritonserver --model-repository={written.path}")
 
 
 def _latents(paths: list[Path] | None, space: str) -> Latents | None:

@@ -1,0 +1,33 @@
+"""Fixtures of the serving tests: an exported file, and real latents for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+LATENTS = Path(__file__).resolve().parents[2] / "examples" / "latents.pt"
+
+
+@pytest.fixture(scope="session")
+def guard_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nano-flux2 under the family policy, as one .onnx file for latents of 32x32 cells."""
+    for package in ("torch", "onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason=f"exporting a model needs {package}")
+    from latentguard.export import export_onnx
+
+    path = tmp_path_factory.mktemp("export") / "guard.onnx"
+    export_onnx("family", "nano-flux2", path, size=(32, 32))
+    return path
+
+
+@pytest.fixture(scope="session")
+def latents() -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The bundled latents, [25, 32, 32, 32]: flux2, scaled."""
+    pytest.importorskip("torch", reason="the bundled latents are a .pt file")
+    from latentguard.files import load_latents
+
+    array: np.ndarray[Any, np.dtype[np.float32]] = load_latents(LATENTS).tensor.float().numpy()
+    return array
