@@ -152,7 +152,7 @@ def denoised_unseen(scheduler: Any, timestep: Any, before: Tensor, after: Tensor
     """
     kind = _kind(scheduler)
     name = type(scheduler).__name__
-    if kind in _STOCHASTIC or getattr(scheduler.config, "stochastic_sampling", False):
+    if _adds_noise(scheduler, kind):
         raise LatentsError(f"the step of the scheduler ({name}) was not seen, and it adds noise")
     if kind in _TIMESTEPS:
         source = _preserving(float(scheduler.alphas_cumprod[int(timestep)]))
@@ -189,6 +189,15 @@ def _kind(scheduler: Any) -> str:
     raise LatentsError(
         f"the noise levels of {type(scheduler).__name__} are not known: use one of "
         + ", ".join(_KNOWN)
+    )
+
+
+def _adds_noise(scheduler: Any, kind: str) -> bool:
+    config = scheduler.config
+    return (
+        kind in _STOCHASTIC
+        or bool(getattr(config, "stochastic_sampling", False))
+        or str(getattr(config, "algorithm_type", "")).startswith("sde-")
     )
 
 

@@ -319,6 +319,8 @@ class Call:
                 self._latest = denoised(seen)
             elif self._handed is None or self._handed.shape != latents.shape:
                 return None, f"the step of the scheduler ({name}) was not seen"
+            elif self._argument("eta"):
+                return None, f"the step of the scheduler ({name}) was not seen, and eta adds noise"
             else:
                 before = self._handed
                 self._latest = denoised_unseen(self.pipe.scheduler, timestep, before, latents)

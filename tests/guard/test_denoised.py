@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,3 +193,10 @@ def test_epsilon_tells_nothing_at_pure_noise() -> None:
     scheduler._step_index = 1
     with pytest.raises(LatentsError, match="pure noise"):
         denoised(StepCall(scheduler, x, scheduler.timesteps[0], x, (x,), Level(0.0, 1.0)))
+
+
+def test_the_docs_list_every_scheduler() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "denoised.md").read_text()
+    table = text.split("## Schedulers")[1].split("Classes are looked up")[0]
+    listed = set(re.findall(r"`(\w+)Scheduler`", table))
+    assert listed == {*(name for name, *_ in CASES), "DPMSolverSDE"}
