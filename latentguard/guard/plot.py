@@ -18,7 +18,8 @@ def plot(session: Session) -> Figure:
     """Probability over noise level, one panel a concept that came close, one line an image.
 
     The noise level runs from left (pure noise) to right (clean); the dashed line is the threshold,
-    as a probability; a cross marks where an image was blocked, a triangle where it was steered.
+    as a probability; a cross marks a match for which an image was blocked, a triangle one for which
+    it was steered.
     Raises LatentsError where no step was scored, ModelError without matplotlib.
     """
     try:
@@ -39,9 +40,9 @@ def plot(session: Session) -> Figure:
         panel.set_title(concept, loc="left", fontsize=10)
         panel.grid(alpha=0.25)
     scale = panels[-1]
-    scale.set_xscale("symlog", linthresh=0.05)
-    scale.set_xlim(left=None, right=0)
-    scale.invert_xaxis() if scale.get_xlim()[0] < scale.get_xlim()[1] else None
+    scale.set_xscale("symlog", linthresh=0.2)
+    # From noise to clean, with room for the marks at both ends.
+    scale.set_xlim(1.15 * max(0.2, *_levels(session)), -0.02)
     scale.set_xlabel("noise level (noise-to-signal ratio)")
     panels[0].legend(fontsize=8, ncols=4, frameon=False)
     identity = session.identity
@@ -67,10 +68,15 @@ def _line(panel: object, session: Session, concept: str, image: int) -> None:
     axes.plot(xs, ys, color=color, marker=".", label=f"image {image}")  # type: ignore[attr-defined]
     axes.plot(xs, limits, color="0.4", linestyle="--", linewidth=1)  # type: ignore[attr-defined]
     for action, marker in (("blocked", "x"), ("steered", "v")):
-        at = [i for i, mark in enumerate(marks) if mark == action]
+        at = [i for i, mark in enumerate(marks) if mark == action and ys[i] >= limits[i]]
         axes.plot(  # type: ignore[attr-defined]
             [xs[i] for i in at], [ys[i] for i in at], marker, color=color, markersize=9
         )
+
+
+def _levels(session: Session) -> list[float]:
+    """The finite noise levels that were scored."""
+    return [r.noise_level for r in session.history if r.noise_level != float("inf")]
 
 
 def _score(concepts: tuple[ConceptScore, ...], name: str) -> ConceptScore | None:
