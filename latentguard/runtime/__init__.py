@@ -1,5 +1,8 @@
 """Verdicts in production: ONNX Runtime and NumPy, nothing else.
 
+Reading order: artefact.py (what is in the file, and what is refused) with wire.py -> session.py ->
+guard.py -> batching.py.
+
 from latentguard.runtime import Guard
 
 guard = Guard("guard.onnx", sha256="...")
@@ -10,8 +13,16 @@ for verdict in guard.scan(latents):
 from __future__ import annotations
 
 from latentguard.errors import LatentsError, ModelError
-from latentguard.runtime.batching import Batching
+from latentguard.runtime.batching import Batching, Overloaded
 from latentguard.runtime.guard import Guard
 from latentguard.verdict import ConceptScore, Verdict
 
-__all__ = ["Batching", "ConceptScore", "Guard", "LatentsError", "ModelError", "Verdict"]
+__all__ = [
+    "Batching",
+    "ConceptScore",
+    "Guard",
+    "LatentsError",
+    "ModelError",
+    "Overloaded",
+    "Verdict",
+]

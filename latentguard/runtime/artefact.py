@@ -3,6 +3,9 @@
 The file is untrusted: operators other than the standard ones, external data outside of its folder,
 and metadata that do not fit are refused. The digest inside of the file tells of damage; whoever
 edits a file can compute it anew, so production pins the whole file (`Guard(path, sha256=...)`).
+
+Every file is read once, and what was looked at is what runs: the session is made of these bytes,
+and not of a path that may lead to others a moment later.
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import re
-from dataclasses import dataclass
+import stat
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from latentguard.errors import ModelError
-from latentguard.runtime.wire import Field, WireError, fields, message, text
+from latentguard.runtime.wire import Field, fields, message, numbers, text
+from latentguard.spaces import SPACES
 
 SCHEMA_VERSION = 1
 METADATA, DIGEST = "latentguard", "latentguard.digest"
@@ -24,51 +30,64 @@ INPUT = "latents"
 OUTPUTS = ("probability", "margin", "best_prompt", "embedding")
 HEATMAP = "heatmap"
 
+BANK = ("bank.embeddings", "bank.segments", "bank.contrast", "bank.contrast_segments")
+"""The four initializers that a policy's prompts are in; see `latentguard.concepts.ConceptBank`."""
+
 _STANDARD = ("", "ai.onnx")
 _MAX_FILE = 2**31
 _MAX_EXTERNAL = 2**34
-_MAX_DEPTH = 8
+_MAX_METADATA = 2**26
 
 # What runtime and verdicts read of the metadata, by type.
-_KEYS: dict[str, type | tuple[type, ...]] = {
-    "schema_version": int,
-    "policy": dict,
-    "prompts": list,
-    "covered": list,
-    "model": dict,
-    "space": str,
-    "scaled": bool,
-    "channels": int,
-    "packed_patch": int,
-    "dim": int,
-    "logit_scale": float,
-    "precision": str,
+_KEYS: dict[str, tuple[type, ...]] = {
+    "schema_version": (int,),
+    "policy": (dict,),
+    "prompts": (list,),
+    "covered": (list,),
+    "model": (dict,),
+    "space": (str,),
+    "scaled": (bool,),
+    "channels": (int,),
+    "packed_patch": (int,),
+    "dim": (int,),
+    "logit_scale": (float,),
+    "precision": (str,),
     "height": (int, type(None)),
     "width": (int, type(None)),
-    "files": dict,
+    "files": (dict,),
 }
+_POLICY = ("name", "version", "sha256")
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A file that passed: its path, SHA-256, metadata, and whether it makes heat maps."""
+    """A file that passed.
+
+    sha256: of the file; its metadata hold those of the external data, so it pins them, too.
+    heatmaps: whether it makes heat maps.
+    data: the bytes of the file. external: those of the files beside it, by name.
+    """
 
     path: Path
     sha256: str
     metadata: dict[str, Any]
     heatmaps: bool
+    data: bytes = field(repr=False)
+    external: dict[str, bytes] = field(repr=False)
 
 
 def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
     """Look into a file. Raises ModelError, naming the file, for whatever is wrong with it."""
     path = Path(path)
-    data = _read(path)
+    data = _read(path, _MAX_FILE)
     digest = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and not hmac.compare_digest(digest, sha256.strip().lower()):
+    if sha256 is not None and not hmac.compare_digest(digest.encode(), _pin(sha256)):
         raise ModelError(f"{path}: has SHA-256 {digest}, not the pinned {sha256}")
     try:
         return _inspect(path, digest, data)
-    except (WireError, RecursionError, json.JSONDecodeError) as error:
+    except ModelError:
+        raise
+    except (ValueError, RecursionError) as error:  # of the wire format, of JSON, of its numbers
         raise ModelError(f"{path}: is no readable .onnx file ({error})") from error
 
 
@@ -81,13 +100,37 @@ def inner_digest(data: bytes | memoryview) -> str:
     return hasher.hexdigest()
 
 
-def _read(path: Path) -> bytes:
+def _pin(sha256: str) -> bytes:
+    pinned = sha256.strip().lower()
+    if not re.fullmatch(r"[0-9a-f]{64}", pinned):
+        raise ModelError(f"a SHA-256 is 64 hexadecimal digits, got {sha256!r}")
+    return pinned.encode()
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file that is no larger than `limit`."""
     try:
-        if path.stat().st_size > _MAX_FILE:
-            raise ModelError(f"{path}: {path.stat().st_size} bytes are more than 2 GiB")
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _O_BINARY)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ModelError(f"{path}: is not a regular file")
+            if status.st_size > limit:
+                raise ModelError(f"{path}: {status.st_size} bytes are more than {limit >> 30} GiB")
+            # One byte more than there should be: a file that grows meanwhile is another one.
+            data = file.read(status.st_size + 1)
+    except (OSError, ValueError) as error:  # a NUL byte in the path is a ValueError
+        if isinstance(error, ModelError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ModelError(f"{path}: cannot be read: {reason or error}") from error
+    if len(data) != status.st_size:
+        raise ModelError(f"{path}: changed while it was read")
+    return data
+
+
+_O_BINARY = getattr(os, "O_BINARY", 0)
 
 
 def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
@@ -112,16 +155,15 @@ def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
     if graph is None:
         raise ModelError(f"{path}: holds no graph")
     found = _metadata(path, metadata, data)
-    names = _Graph(path, found["files"]).check(graph)
+    names = _Graph(path, found).check(graph)
     expected = {*OUTPUTS, HEATMAP} if HEATMAP in names.outputs else {*OUTPUTS}
     if names.inputs != [INPUT] or {*names.outputs} != expected:
         raise ModelError(
             f"{path}: must have the input {INPUT} and the outputs {', '.join(OUTPUTS)}, has "
             f"{', '.join(names.inputs)} and {', '.join(names.outputs)}"
         )
-    for name, sha in found["files"].items():
-        _check_external(path, name, sha)
-    return Artefact(path, digest, found, HEATMAP in names.outputs)
+    external = {name: _external(path, name, sha) for name, sha in found["files"].items()}
+    return Artefact(path, digest, found, HEATMAP in names.outputs, data, external)
 
 
 def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, Any]:
@@ -129,60 +171,105 @@ def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, An
         raise ModelError(
             f"{path}: has no latentguard metadata: use a file that `latentguard export onnx` wrote"
         )
-    if not hmac.compare_digest(inner_digest(data), metadata[DIGEST]):
+    if not hmac.compare_digest(inner_digest(data).encode(), metadata[DIGEST].encode()):
         raise ModelError(f"{path}: does not have the digest that it states: damaged or edited")
-    found = json.loads(metadata[METADATA])
+    if len(metadata[METADATA]) > _MAX_METADATA:
+        raise ModelError(f"{path}: its metadata are longer than {_MAX_METADATA >> 20} MiB")
+    found = json.loads(metadata[METADATA], parse_constant=_refuse_constant)
     if not isinstance(found, dict):
         raise ModelError(f"{path}: its metadata must be a mapping")
     version = found.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
-        raise ModelError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}")
-    for key, kind in _KEYS.items():
-        value = found.get(key, ...)
-        if value is ... or not isinstance(value, kind) or (kind is int and type(value) is bool):
-            raise ModelError(f"{path}: its metadata has no valid {key}")
-    model = found["model"]
-    if not all(isinstance(model.get(key), str) for key in ("name", "sha256")):
-        raise ModelError(f"{path}: its metadata must name the model and its sha256")
-    concepts = found["policy"].get("concepts")
-    if not isinstance(concepts, list) or len(concepts) != len(found["covered"]):
-        raise ModelError(f"{path}: its policy and its list of covered concepts do not fit")
+        raise ModelError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r:.40}")
+    for key, kinds in _KEYS.items():
+        if type(found.get(key, ...)) not in kinds:
+            raise ModelError(f"{path}: its metadata have no valid {key}")
+    _check_values(path, found)
     return found
 
 
-class _Names:
-    def __init__(self) -> None:
-        self.inputs: list[str] = []
-        self.outputs: list[str] = []
+def _check_values(path: Path, found: dict[str, Any]) -> None:
+    """The parts of the metadata fit each other, and the table of latent spaces."""
+    space = SPACES.get(found["space"])
+    sides = (found["height"], found["width"])
+    concepts = found["policy"].get("concepts")
+    sound = {
+        "space": space is not None,
+        "channels": space is not None and found["channels"] == space.channels,
+        "packed_patch": space is not None and found["packed_patch"] == space.packed_patch,
+        "logit_scale": found["logit_scale"] > 0,
+        "height and width": sides == (None, None)
+        or all(type(side) is int and side > 0 for side in sides),
+        "model": all(type(found["model"].get(key)) is str for key in ("name", "sha256")),
+        "prompts": all(type(prompt) is str for prompt in found["prompts"]),
+        "covered": all(type(flag) is bool for flag in found["covered"]),
+        "policy": all(type(found["policy"].get(key)) is str for key in _POLICY)
+        and type(concepts) is list
+        and len(concepts) == len(found["covered"]),
+    }
+    for key, good in sound.items():
+        if not good:
+            raise ModelError(f"{path}: its metadata have no valid {key}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} in the metadata")
+
+
+@dataclass
+class _Contents:
+    """Names of inputs and outputs, and the sizes of the concept bank's arrays."""
+
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    bank: dict[str, list[int]] = field(default_factory=dict)
 
 
 class _Graph:
-    """A walk over a graph and the graphs in its attributes."""
+    """A walk over a graph that refuses what must not be in it."""
 
-    def __init__(self, path: Path, files: dict[str, str]) -> None:
+    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self._path = path
-        self._files = files
+        self._metadata = metadata
 
-    def check(self, graph: memoryview, depth: int = 0) -> _Names:
-        """Refuse what must not be there; the names of inputs and outputs."""
-        if depth > _MAX_DEPTH:
-            raise ModelError(f"{self._path}: graphs within graphs, more than {_MAX_DEPTH} deep")
-        names, initial = _Names(), set()
+    def check(self, graph: memoryview) -> _Contents:
+        contents, initial = _Contents(), set()
         for item in fields(graph):
             if item.number == 1:
-                self._node(message(item.value), depth)
+                self._node(message(item.value))
             elif item.number == 5:
-                initial.add(self._tensor(message(item.value)))
+                name, sizes = self._tensor(message(item.value))
+                initial.add(name)
+                if name in BANK:
+                    contents.bank[name] = sizes
             elif item.number == 11:
-                names.inputs.append(_name(item))
+                contents.inputs.append(_name(item))
             elif item.number == 12:
-                names.outputs.append(_name(item))
+                contents.outputs.append(_name(item))
             elif item.number == 15:
                 raise ModelError(f"{self._path}: holds sparse tensors, which no export of ours has")
-        names.inputs = [name for name in names.inputs if name not in initial]
-        return names
+        contents.inputs = [name for name in contents.inputs if name not in initial]
+        self._check_bank(contents.bank)
+        return contents
 
-    def _node(self, node: memoryview, depth: int) -> None:
+    def _check_bank(self, bank: dict[str, list[int]]) -> None:
+        """The bank is of this policy and this model, as far as sizes tell."""
+        prompts, concepts = len(self._metadata["prompts"]), len(self._metadata["covered"])
+        dim = self._metadata["dim"]
+        embeddings, segments, contrast, ranges = (bank.get(name, []) for name in BANK)
+        fits = (
+            embeddings == [prompts, dim]
+            and segments == ranges == [concepts, 2]
+            and contrast[1:] == [dim]
+        )
+        if not fits:
+            raise ModelError(
+                f"{self._path}: its concept bank must hold {prompts} prompts of {concepts} "
+                f"concepts in {dim} dimensions, as its metadata say, and holds arrays "
+                f"{embeddings}, {segments}, {contrast}, {ranges}"
+            )
+
+    def _node(self, node: memoryview) -> None:
         for item in fields(node):
             if item.number == 7:
                 _check_domain(self._path, text(item.value), "has an operator of")
@@ -191,21 +278,27 @@ class _Graph:
                     if part.number in (5, 10):
                         self._tensor(message(part.value))
                     elif part.number in (6, 11):
-                        self.check(message(part.value), depth + 1)
+                        raise ModelError(
+                            f"{self._path}: holds a graph within its graph (a loop or a branch), "
+                            "which no export of ours has"
+                        )
 
-    def _tensor(self, tensor: memoryview) -> str:
-        name = ""
+    def _tensor(self, tensor: memoryview) -> tuple[str, list[int]]:
+        """Name and sizes of a tensor, whose numbers are in this file or in one that is listed."""
+        name, sizes = "", []
         for item in fields(tensor):
-            if item.number == 8:
+            if item.number == 1:
+                sizes += numbers(item.value)
+            elif item.number == 8:
                 name = text(item.value)
             elif item.number == 13:
                 key, value = _entry(item)
-                if key == "location" and value not in self._files:
+                if key == "location" and value not in self._metadata["files"]:
                     raise ModelError(
                         f"{self._path}: refers to external data {value!r}, which its metadata do "
                         "not list"
                     )
-        return name
+        return name, sizes
 
 
 def _check_domain(path: Path, domain: str, verb: str) -> None:
@@ -215,31 +308,26 @@ def _check_domain(path: Path, domain: str, verb: str) -> None:
         )
 
 
-def _check_external(path: Path, name: str, sha256: Any) -> None:
-    """External data lie beside the file, under a plain name, and are what was exported."""
+def _external(path: Path, name: str, sha256: Any) -> bytes:
+    """External data: they lie beside the file, under a plain name, and are what was exported."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}", name):
         raise ModelError(
             f"{path}: external data must lie beside it under a plain name, not {name!r}"
         )
     beside = path.parent / name
-    if beside.is_symlink() or not beside.is_file():
-        raise ModelError(f"{beside}: is missing, or is not a plain file")
-    if beside.stat().st_size > _MAX_EXTERNAL:
-        raise ModelError(f"{beside}: {beside.stat().st_size} bytes are more than 16 GiB")
-    hasher = hashlib.sha256()
-    with beside.open("rb") as file:
-        while block := file.read(1 << 22):
-            hasher.update(block)
-    if not isinstance(sha256, str) or not hmac.compare_digest(hasher.hexdigest(), sha256):
+    if beside.is_symlink():
+        raise ModelError(f"{beside}: is a link, external data must be a plain file")
+    data = _read(beside, _MAX_EXTERNAL)
+    digest = hashlib.sha256(data).hexdigest()
+    if type(sha256) is not str or not hmac.compare_digest(digest.encode(), sha256.encode()):
         raise ModelError(f"{beside}: does not have the SHA-256 that {path.name} states")
+    return data
 
 
 def _name(item: Field) -> str:
     """The first field of a message: a value's name, an operator set's domain."""
-    for part in fields(message(item.value)):
-        if part.number == 1:
-            return text(part.value)
-    return ""
+    # The last one counts where there are several, as in every reader of protocol buffers.
+    return ["", *(text(part.value) for part in fields(message(item.value)) if part.number == 1)][-1]
 
 
 def _entry(item: Field) -> tuple[str, str]:

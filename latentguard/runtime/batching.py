@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from latentguard.errors import LatentGuardError
 
 Array = NDArray[np.float32]
 Outputs = dict[str, NDArray[np.generic]]
@@ -19,9 +20,12 @@ Outputs = dict[str, NDArray[np.generic]]
 class Batching:
     """How long, and for how many images, a batch waits.
 
-    max_batch: images a batch. max_delay_ms: how long the first of a batch waits for others.
-    queue: arrays that may wait; a further one fails at once, so that overload is seen.
-    timeout: seconds after which a caller gives up.
+    max_batch: images a batch; an array of more is a batch of its own.
+    max_delay_ms: how long the first of a batch waits for others of its size.
+    queue: arrays that may wait; a further one is `Overloaded` at once.
+    timeout: seconds after which a waiting one is `Overloaded`.
+
+    Raises ValueError for a bound that leaves room for nothing.
     """
 
     max_batch: int = 16
@@ -29,14 +33,26 @@ class Batching:
     queue: int = 256
     timeout: float = 60.0
 
+    def __post_init__(self) -> None:
+        if self.max_batch < 1 or self.queue < 1:
+            raise ValueError(
+                f"max_batch and queue must be at least 1, got {self.max_batch} and {self.queue}"
+            )
+        if not (self.max_delay_ms >= 0 and self.timeout > 0):
+            raise ValueError(
+                f"max_delay_ms must be at least 0 and timeout above 0, got {self.max_delay_ms} "
+                f"and {self.timeout}"
+            )
 
-class Overloaded(RuntimeError):  # noqa: N818 (a state, not a fault)
-    """The queue is full, or the answer took too long: the images have not been judged."""
+
+class Overloaded(LatentGuardError, RuntimeError):  # noqa: N818 (a state, not a fault)
+    """There was no room, or no time: these images have not been judged. Ask again later."""
 
 
 class _Job:
     def __init__(self, array: Array) -> None:
         self.array = array
+        self.since = time.monotonic()
         self.done = threading.Event()
         self.outputs: Outputs = {}
         self.error: BaseException | None = None
@@ -48,7 +64,8 @@ class Batcher:
     def __init__(self, run: Callable[[Array], Outputs], options: Batching) -> None:
         self._run = run
         self._options = options
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(options.queue)
+        self._waiting: list[_Job] = []
+        self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="latentguard", daemon=True)
         self._thread.start()
@@ -59,58 +76,66 @@ class Batcher:
         Raises Overloaded, or what `run` raised on the batch.
         """
         job = _Job(array)
-        if self._closed:
-            raise Overloaded("the guard is closed")
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise Overloaded(f"more than {self._options.queue} requests are waiting") from None
+        with self._changed:
+            if self._closed:
+                raise Overloaded("the guard is closed")
+            if len(self._waiting) >= self._options.queue:
+                raise Overloaded(f"{self._options.queue} arrays are waiting already")
+            self._waiting.append(job)
+            self._changed.notify()
         if not job.done.wait(self._options.timeout):
+            with self._changed:
+                if job in self._waiting:  # nobody waits for it any more: spare the work
+                    self._waiting.remove(job)
             raise Overloaded(f"no answer within {self._options.timeout:g} s")
         if job.error is not None:
             raise job.error
         return job.outputs
 
     def close(self) -> None:
-        """Answer what waits, then stop."""
-        if not self._closed:
+        """Answer what waits, then stop; what comes later is `Overloaded`."""
+        with self._changed:
             self._closed = True
-            self._jobs.put(None)
-            self._thread.join()
+            self._changed.notify()
+        self._thread.join()
 
     def _serve(self) -> None:
-        held: _Job | None = None
-        while True:
-            first = held or self._jobs.get()
-            held = None
-            if first is None:
-                return self._drain()
-            jobs, held, last = self._collect(first)
+        while jobs := self._next():
             self._answer(jobs)
-            if last:
-                return self._drain()
 
-    def _collect(self, first: _Job) -> tuple[list[_Job], _Job | None, bool]:
-        """Further jobs of the same shape; one that does not fit any more; whether to stop."""
+    def _next(self) -> list[_Job]:
+        """The oldest job and those of its size; none when there is nothing left to do."""
+        with self._changed:
+            while True:
+                if not self._waiting:
+                    if self._closed:
+                        return []
+                    self._changed.wait()
+                    continue
+                jobs, full = self._batch()
+                left = jobs[0].since + self._options.max_delay_ms / 1e3 - time.monotonic()
+                if full or self._closed or left <= 0:
+                    self._waiting = [job for job in self._waiting if job not in jobs]
+                    return jobs
+                self._changed.wait(left)
+
+    def _batch(self) -> tuple[list[_Job], bool]:
+        """What would run now, oldest first, and whether there is no room for more."""
+        first = self._waiting[0]
         jobs, count = [first], len(first.array)
-        until = time.monotonic() + self._options.max_delay_ms / 1e3
-        while count < self._options.max_batch:
-            try:
-                job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-            if job is None:
-                return jobs, None, True
-            fits = count + len(job.array) <= self._options.max_batch
-            if not fits or job.array.shape[1:] != first.array.shape[1:]:
-                return jobs, job, False
+        for job in self._waiting[1:]:
+            if job.array.shape[1:] != first.array.shape[1:]:
+                continue
+            if count + len(job.array) > self._options.max_batch:
+                return jobs, True
             jobs.append(job)
             count += len(job.array)
-        return jobs, None, False
+        return jobs, count >= self._options.max_batch
 
     def _answer(self, jobs: list[_Job]) -> None:
         try:
-            outputs = self._run(np.concatenate([job.array for job in jobs]))
+            arrays = [job.array for job in jobs]
+            outputs = self._run(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
             begin = 0
             for job in jobs:
                 end = begin + len(job.array)
@@ -121,12 +146,3 @@ class Batcher:
                 job.error = error
         for job in jobs:
             job.done.set()
-
-    def _drain(self) -> None:
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return
-            if job is not None:
-                self._answer([job])

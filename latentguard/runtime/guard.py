@@ -14,27 +14,38 @@ from numpy.typing import NDArray
 
 from latentguard.errors import LatentsError, ModelError
 from latentguard.runtime.artefact import HEATMAP, INPUT, OUTPUTS, open_artefact
-from latentguard.runtime.batching import Batcher, Batching, Outputs
+from latentguard.runtime.batching import Batcher, Batching, Outputs, Overloaded
+from latentguard.runtime.session import Provider, create_session, first_line
+from latentguard.spaces import LatentSpace
+from latentguard.spaces.arrays import unpack
 from latentguard.verdict import Verdict, decide, failed
 
 logger = logging.getLogger("latentguard.runtime")
 
 Array = NDArray[Any]
 
+MAX_CELLS = 256 * 256
+"""Latent cells of one image by default: 2,048 x 2,048 pixels."""
+RUN_CELLS = 64 * 64 * 64
+"""Latent cells of one run: 64 images of 512 x 512 pixels. Larger arrays are run in pieces."""
+
 
 class Guard:
     """An exported policy and model.
 
-    Thread-safe: one Guard serves a process. Without torch and without pydantic.
+    Thread-safe: one Guard serves a process. Without torch.
 
     Args:
         path: a file that `latentguard export onnx` wrote.
-        sha256: of the whole file; pin it where the file comes from elsewhere.
-        providers: ONNX Runtime's execution providers, best first; None is CUDA where it is
-            available, then the CPU.
+        sha256: of that file; pin it where the file comes from elsewhere.
+        providers: ONNX Runtime's execution providers, best first, a name or a name with options;
+            None is CUDA where it can be used, then the CPU.
         threads: within one run on the CPU; None leaves it to ONNX Runtime.
         batching: gather arrays of several threads into batches; None runs each by itself.
-        warm_up: run once on zeros, so that the first request is as fast as the others.
+        warm_up: run once, so that the first request is as fast as the others, and the policy is
+            known to fit the network.
+        max_cells: latent cells that an image may have; memory grows with their square in some
+            models.
 
     Raises:
         ModelError: the file is not one of ours, was changed, or a provider is missing.
@@ -45,23 +56,26 @@ class Guard:
         path: str | Path,
         sha256: str | None = None,
         *,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
         threads: int | None = None,
         batching: Batching | None = None,
         warm_up: bool = True,
+        max_cells: int = MAX_CELLS,
     ) -> None:
         artefact = open_artefact(path, sha256)
         self.path = artefact.path
         self.sha256 = artefact.sha256
         self.metadata = artefact.metadata
-        self._heatmaps = artefact.heatmaps
-        self._session = _session(artefact.path, providers, threads)
+        self._space = LatentSpace.get(self.metadata["space"])
+        self._max_cells = max_cells
+        self._names = [*OUTPUTS, HEATMAP] if artefact.heatmaps else [*OUTPUTS]
+        self._session = create_session(artefact, providers, threads)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         self._bind = self.providers[0] != "CPUExecutionProvider"
         self._lock = threading.Lock()
-        self._batcher = None if batching is None else Batcher(self._run, batching)
         if warm_up:
-            self._run(self._zeros())
+            self._check_run()
+        self._batcher = None if batching is None else Batcher(self._run, batching)
 
     # -- what it is --------------------------------------------------------------------------
 
@@ -105,51 +119,53 @@ class Guard:
             noise_level: noise-to-signal ratio, 0 is clean.
             final: nothing follows these latents.
 
-        Raises LatentsError for another shape or dtype. Whatever goes wrong after that, NaN in an
-        image or an error of the runtime, gives the decision that the policy's `on_error` names.
+        Raises:
+            LatentsError: another shape or dtype, or an image over `max_cells`.
+            Overloaded: with batching, when too many wait or the answer takes too long.
+
+        Whatever else goes wrong, NaN in an image or an error of ONNX Runtime, gives the decision
+        that the policy's `on_error` names.
         """
         array = self._input(latents, height, width)
         try:
             outputs = self._outputs(array)
+        except Overloaded:
+            raise
         # Fail closed: none of these images has been judged.
         except Exception as error:
             logger.exception("%d images could not be judged", len(array))
             verdict = failed(f"{type(error).__name__}: {error}", self.policy, noise_level)
             return [verdict] * len(array)
-        return decide(
-            outputs["probability"],
-            outputs["margin"],
-            outputs["best_prompt"],
-            policy=self.policy,
-            prompts=self.metadata["prompts"],
-            covered=self.metadata["covered"],
-            noise_level=noise_level,
-            final=final,
-            model=self.model,
-            space=self.space,
-        )
+        return self._decide(outputs, noise_level, final)
 
     def scores(
         self, latents: Array, *, height: int | None = None, width: int | None = None
     ) -> Outputs:
         """probability, margin, best_prompt [B, K] and embedding [B, dim], as the graph gives them.
 
-        Rows of images that are not finite are NaN. Raises LatentsError as `scan` does.
+        Rows of images that are not finite are NaN. Raises as `scan` does, and whatever ONNX Runtime
+        raises.
         """
         return self._outputs(self._input(latents, height, width))
 
-    def embed(self, latents: Array) -> NDArray[np.float32]:
-        """Unit-norm embeddings [B, dim]. Raises LatentsError as `scan` does."""
-        return self.scores(latents)["embedding"].astype(np.float32, copy=False)
+    def embed(
+        self, latents: Array, *, height: int | None = None, width: int | None = None
+    ) -> NDArray[np.float32]:
+        """Unit-norm embeddings [B, dim]. Raises as `scores` does."""
+        outputs = self.scores(latents, height=height, width=width)
+        return outputs["embedding"].astype(np.float32, copy=False)
 
-    def heatmaps(self, latents: Array) -> NDArray[np.float32]:
+    def heatmaps(
+        self, latents: Array, *, height: int | None = None, width: int | None = None
+    ) -> NDArray[np.float32]:
         """Margins over the encoder's grid, [B, K, h, w].
 
-        Raises ModelError where the file was exported without them.
+        Raises ModelError where the file was exported without them, and as `scores` does.
         """
-        if not self._heatmaps:
+        if HEATMAP not in self._names:
             raise ModelError(f"{self.path}: was exported without heat maps: use --heatmaps")
-        return self._outputs(self._input(latents, None, None))[HEATMAP].astype(np.float32)
+        outputs = self.scores(latents, height=height, width=width)
+        return outputs[HEATMAP].astype(np.float32, copy=False)
 
     def close(self) -> None:
         """Answer what waits, and stop the batching thread."""
@@ -170,99 +186,89 @@ class Guard:
     # -- inside ------------------------------------------------------------------------------
 
     def _input(self, latents: Array, height: int | None, width: int | None) -> NDArray[np.float32]:
-        array = np.asarray(latents)
+        """[B, C, H, W] float32, contiguous. Raises LatentsError, naming what would be right."""
+        try:
+            array = np.asarray(latents)
+        except Exception as error:  # ragged lists, tensors on a GPU, objects that are no arrays
+            kind = type(latents).__name__
+            raise LatentsError(f"latents must be a NumPy array, {kind} is none: {error}") from error
         if array.dtype.kind != "f":
             raise LatentsError(f"latents must be floating point, got {array.dtype}")
-        channels, patch = self.metadata["channels"], self.metadata["packed_patch"]
-        if array.ndim == 3 and patch > 1:
-            array = _unpacked(array, channels, patch, height, width)
-        sides = tuple(self.metadata[key] for key in ("height", "width"))
-        fits = array.ndim == 4 and array.shape[1] == channels and len(array) > 0
-        if fits and None not in sides:
-            fits = array.shape[2:] == sides
-        if not fits or 0 in array.shape:
-            wanted = "H, W" if None in sides else f"{sides[0]}, {sides[1]}"
+        space = self._space
+        if array.ndim == 3 and space.packed_patch > 1:
+            array = unpack(array, space, height, width)
+        else:
+            space.size(array.shape, "spatial", height, width)
+        cells = array.shape[2] * array.shape[3]
+        if array.size == 0:
+            raise LatentsError(f"latents must not be empty, got shape {list(array.shape)}")
+        if cells > self._max_cells:
             raise LatentsError(
-                f"{self.path.name} reads {self.space} latents of shape [B, {channels}, {wanted}], "
-                f"got {list(np.shape(latents))}"
+                f"an image of {array.shape[2]}x{array.shape[3]} latent cells is over the limit of "
+                f"{self._max_cells} (max_cells)"
             )
-        with np.errstate(over="ignore"):
+        sides = (self.metadata["height"], self.metadata["width"])
+        if None not in sides and array.shape[2:] != sides:
+            raise LatentsError(
+                f"{self.path.name} was exported for {sides[0]}x{sides[1]} latent cells, got "
+                f"{array.shape[2]}x{array.shape[3]}: export one for that size"
+            )
+        with np.errstate(over="ignore"):  # what overflows is found to be infinite
             return np.ascontiguousarray(array, dtype=np.float32)
 
     def _outputs(self, array: NDArray[np.float32]) -> Outputs:
         finite = np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
         # Clips in a network can hide a NaN; no image gets its score from one.
+        safe = array if finite.all() else np.where(finite[:, None, None, None], array, 0)
         run = self._run if self._batcher is None else self._batcher
-        outputs = run(array if finite.all() else np.where(finite[:, None, None, None], array, 0))
-        if not finite.all():
-            outputs = {name: value.copy() for name, value in outputs.items()}
-            for name, value in outputs.items():
-                if name != "best_prompt":
-                    value[~finite] = np.nan
+        step = max(1, RUN_CELLS // (array.shape[2] * array.shape[3]))
+        parts = [run(safe[begin : begin + step]) for begin in range(0, len(array), step)]
+        outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for name, value in outputs.items():
+            if len(value) != len(array):
+                raise RuntimeError(f"{self.path.name} gives {len(value)} rows of {name}")
+            if name != "best_prompt":
+                value[~finite] = np.nan
         return outputs
 
     def _run(self, array: NDArray[np.float32]) -> Outputs:
-        names = [*OUTPUTS, HEATMAP] if self._heatmaps else [*OUTPUTS]
         if not self._bind:
-            values = self._session.run(names, {INPUT: array})
+            values = self._session.run(self._names, {INPUT: array})
         else:
             binding = self._session.io_binding()
             binding.bind_cpu_input(INPUT, array)
-            for name in names:
+            for name in self._names:
                 binding.bind_output(name)
+            # Two runs at a time would share the stream, and the memory of a captured graph.
             with self._lock:
                 self._session.run_with_iobinding(binding)
             values = binding.copy_outputs_to_cpu()
-        return dict(zip(names, values, strict=True))
+        return dict(zip(self._names, values, strict=True))
 
-    def _zeros(self) -> NDArray[np.float32]:
-        side = self.metadata["height"] or 32, self.metadata["width"] or 32
-        return np.zeros((1, self.metadata["channels"], *side), np.float32)
-
-
-def _unpacked(
-    tokens: Array, channels: int, patch: int, height: int | None, width: int | None
-) -> Array:
-    """Tokens [B, H/p * W/p, C p p] (channel c p p + dy p + dx) to [B, C, H, W]."""
-    if height is None or width is None:
-        raise LatentsError("packed latents do not carry their size: give height and width in cells")
-    rows, columns = height // patch, width // patch
-    if tokens.shape[1:] != (rows * columns, channels * patch**2):
-        raise LatentsError(
-            f"packed latents of {height}x{width} cells must be [B, {rows * columns}, "
-            f"{channels * patch**2}], got {list(tokens.shape)}"
+    def _decide(self, outputs: Outputs, noise_level: float, final: bool) -> list[Verdict]:
+        return decide(
+            outputs["probability"],
+            outputs["margin"],
+            outputs["best_prompt"],
+            policy=self.policy,
+            prompts=self.metadata["prompts"],
+            covered=self.metadata["covered"],
+            noise_level=noise_level,
+            final=final,
+            model=self.model,
+            space=self.space,
         )
-    cells = tokens.reshape(-1, rows, columns, channels, patch, patch)
-    return cells.transpose(0, 3, 1, 4, 2, 5).reshape(-1, channels, rows * patch, columns * patch)
 
-
-def _session(path: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ModelError("this needs onnxruntime: pip install 'latentguard[onnx]'") from error
-    available = onnxruntime.get_available_providers()
-    if providers is None:
-        wanted = [
-            name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available
-        ]
-    else:
-        wanted = list(providers)
-    missing = [name for name in wanted if name not in available]
-    if missing or not wanted:
-        raise ModelError(
-            f"ONNX Runtime has no {', '.join(missing) or 'provider'} here, but "
-            f"{', '.join(available)}: install onnxruntime-gpu, or choose another provider"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=wanted)
-    # Its exceptions have no common class of their own.
-    except Exception as error:
-        first = str(error).strip().splitlines()
-        raise ModelError(
-            f"{path}: ONNX Runtime refuses it: {first[0] if first else error}"
-        ) from error
+    def _check_run(self) -> None:
+        """Raise ModelError where the network does not run, or its scores are not the policy's."""
+        sides = self.metadata["height"] or 32, self.metadata["width"] or 32
+        shape = (1, self.metadata["channels"], *sides)
+        array = np.random.default_rng(0).standard_normal(shape, np.float32)
+        try:
+            outputs = self._run(array)
+        except Exception as error:
+            raise ModelError(f"{self.path}: does not run: {first_line(error)}") from error
+        verdicts = self._decide(outputs, 0.0, True)
+        # A threshold that lacks a calibration is an error of that noise level, not of the file.
+        if len(verdicts) != 1 or not verdicts[0].concepts:
+            raise ModelError(f"{self.path}: does not fit its policy: {verdicts[0].error}")

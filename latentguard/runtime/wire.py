@@ -59,6 +59,17 @@ def message(value: int | memoryview) -> memoryview:
     return _view(value)
 
 
+def numbers(value: int | memoryview) -> list[int]:
+    """A repeated integer field, packed or not."""
+    if isinstance(value, int):
+        return [value]
+    found, position = [], 0
+    while position < len(value):
+        number, position = _varint(value, position)
+        found.append(number)
+    return found
+
+
 def _view(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
         raise WireError("a number where bytes are expected")

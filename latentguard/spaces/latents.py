@@ -47,7 +47,7 @@ class Latents:
         self.scaled = scaled
         self.layout: Layout = layout
         self._check_tensor()
-        self.height, self.width = self._size(height, width)
+        self.height, self.width = self.space.size(tensor.shape, layout, height, width)
         self.ids = None if ids is None else tuple(ids)
         if self.ids is not None and len(self.ids) != len(self):
             raise LatentsError(f"{len(self)} latents need as many ids, got {len(self.ids)}")
@@ -69,31 +69,6 @@ class Latents:
             raise LatentsError(f"latents must be floating point, got {dtype_name(tensor)}")
         if tensor.numel() == 0:
             raise LatentsError(f"latents must not be empty, got shape {list(tensor.shape)}")
-
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        space, shape = self.space, self.tensor.shape
-        if self.layout == "packed":
-            if space.packed_patch == 1:
-                raise LatentsError(f"space {space} has no packed layout: use layout='spatial'")
-            if height is None or width is None:
-                raise LatentsError(
-                    "packed latents do not carry their size: give height and width in latent "
-                    f"cells (pixels / {space.factor})"
-                )
-            space.check_packed(shape, height, width)
-            return height, width
-        if len(shape) != 4 or shape[1] != space.channels:
-            raise LatentsError(
-                f"space {space}: spatial latents must be [B, {space.channels}, H, W], "
-                f"got {list(shape)}"
-            )
-        actual = (int(shape[2]), int(shape[3]))
-        if (height, width) not in ((None, None), actual):
-            raise LatentsError(
-                f"height and width say {height}x{width} latent cells, the tensor is "
-                f"{actual[0]}x{actual[1]}"
-            )
-        return actual
 
     # -- conventions -------------------------------------------------------------------------
 

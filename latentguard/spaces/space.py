@@ -185,7 +185,7 @@ class LatentSpace:
         # block of channel c, so the numbers tile the image.
         patch = self.packed_patch
         height, width = tensor.shape[-2:]
-        self._check_even(height, width)
+        self.check_even(height, width)
         block = values.view(self.channels, patch, patch)
         return block.repeat(1, height // patch, width // patch)
 
@@ -202,10 +202,41 @@ class LatentSpace:
         grid = tokens.transpose(1, 2).reshape(-1, self.packed_channels, rows, columns)
         return self.unpatchify(grid)
 
+    def size(
+        self, shape: Sequence[int], layout: str, height: int | None, width: int | None
+    ) -> tuple[int, int]:
+        """Height and width in latent cells of latents of that shape and layout.
+
+        height, width: what is known of them; packed latents do not carry it.
+        Raises LatentsError where the shape is not this space's, or contradicts them.
+        """
+        if layout == "packed":
+            if self.packed_patch == 1:
+                raise LatentsError(f"space {self} has no packed layout: use layout='spatial'")
+            if height is None or width is None:
+                raise LatentsError(
+                    "packed latents do not carry their size: give height and width in latent "
+                    f"cells (pixels / {self.factor})"
+                )
+            self.check_packed(shape, height, width)
+            return height, width
+        if len(shape) != 4 or shape[1] != self.channels:
+            raise LatentsError(
+                f"space {self}: spatial latents must be [B, {self.channels}, H, W], "
+                f"got {list(shape)}"
+            )
+        actual = (int(shape[2]), int(shape[3]))
+        if (height, width) not in ((None, None), actual):
+            raise LatentsError(
+                f"height and width say {height}x{width} latent cells, the tensor is "
+                f"{actual[0]}x{actual[1]}"
+            )
+        return actual
+
     def check_packed(self, shape: Sequence[int], height: int, width: int) -> None:
         """LatentsError unless `shape` is that of packed latents of height x width cells."""
         self._check_packs()
-        self._check_even(height, width)
+        self.check_even(height, width)
         count = height // self.packed_patch * (width // self.packed_patch)
         if len(shape) != 3 or tuple(shape[1:]) != (count, self.packed_channels):
             raise LatentsError(
@@ -225,7 +256,7 @@ class LatentSpace:
                 f"got {list(spatial.shape)}"
             )
         self._check_spatial(spatial)
-        self._check_even(*spatial.shape[-2:])
+        self.check_even(*spatial.shape[-2:])
         return pixel_unshuffle(spatial, self.packed_patch)
 
     def unpatchify(self, grid: Tensor) -> Tensor:
@@ -253,7 +284,7 @@ class LatentSpace:
                 f"space {self.name} has no packed layout: only flux1 and flux2 pack 2x2 cells"
             )
 
-    def _check_even(self, height: int, width: int) -> None:
+    def check_even(self, height: int, width: int) -> None:
         if height < 1 or width < 1 or height % self.packed_patch or width % self.packed_patch:
             raise LatentsError(
                 f"space {self.name}: height and width must be even numbers of latent cells for "

@@ -1,0 +1,71 @@
+"""An ONNX Runtime session made of the bytes that were looked at, on the providers asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from latentguard.errors import ModelError
+from latentguard.runtime.artefact import Artefact
+
+Provider = str | tuple[str, Mapping[str, Any]]
+"""The name of an execution provider, or the name with its options."""
+
+_DEFAULT = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+def create_session(
+    artefact: Artefact, providers: Sequence[Provider] | None, threads: int | None
+) -> Any:
+    """An onnxruntime.InferenceSession; `providers` and `threads` as in `Guard`.
+
+    Raises ModelError where ONNX Runtime or a provider is missing, or it refuses the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ModelError("this needs onnxruntime: pip install 'latentguard[onnx]'") from error
+    available = onnxruntime.get_available_providers()
+    if providers is None:
+        given: Sequence[Provider] = [name for name in _DEFAULT if name in available]
+    else:
+        given = providers
+    wanted = [item if isinstance(item, str) else (item[0], dict(item[1])) for item in given]
+    names = [item if isinstance(item, str) else item[0] for item in given]
+    missing = [name for name in names if name not in available]
+    if missing or not names:
+        raise ModelError(
+            f"ONNX Runtime has no {', '.join(missing) or 'provider'} here, it has "
+            f"{', '.join(available)}: install onnxruntime-gpu for CUDA, or choose another provider"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it would log is raised
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if artefact.external:
+        beside = artefact.external
+        options.add_external_initializers_from_files_in_memory(
+            list(beside), list(beside.values()), [len(data) for data in beside.values()]
+        )
+    try:
+        session = onnxruntime.InferenceSession(artefact.data, options, providers=wanted)
+    # Its exceptions have no class in common.
+    except Exception as error:
+        raise ModelError(
+            f"{artefact.path}: ONNX Runtime refuses it: {first_line(error)}"
+        ) from error
+    lost = [name for name in names if name not in session.get_providers()]
+    if lost and providers is not None:
+        raise ModelError(
+            f"{', '.join(lost)} cannot be used here (a driver or a library is missing): see what "
+            "ONNX Runtime needs for it, or choose another provider"
+        )
+    # Its own fallback would go on with another provider after an error, and say so on a terminal.
+    session.disable_fallback()
+    return session
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,44 @@
+"""One real export for the whole room, and the latents that come with latentguard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="exporting needs torch")
+pytest.importorskip("onnx", reason="exporting needs the onnx extra")
+pytest.importorskip("onnxruntime", reason="the runtime needs the onnx extra")
+
+from latentguard.export import export_onnx  # noqa: E402
+from latentguard.files import load_latents  # noqa: E402
+from latentguard.runtime import Guard  # noqa: E402
+from latentguard.spaces import Latents  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nano-flux2 with the policy `family` and heat maps, exported by latentguard itself."""
+    out = tmp_path_factory.mktemp("export") / "guard.onnx"
+    export_onnx("family", "nano-flux2", out, size=(32, 32), heatmaps=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def guard(artefact: Path) -> Guard:
+    return Guard(artefact, threads=1)
+
+
+@pytest.fixture(scope="session")
+def latents() -> Latents:
+    return load_latents(ROOT / "examples" / "latents.pt")
+
+
+@pytest.fixture(scope="session")
+def arrays(latents: Latents) -> np.ndarray:
+    """The same as float32 [25, 32, 32, 32]."""
+    numbers: np.ndarray = latents.tensor.float().numpy()
+    return numbers

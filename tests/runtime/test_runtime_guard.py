@@ -1,0 +1,206 @@
+"""runtime.Guard on a real export: PyTorch's verdicts, by any thread, provider and layout."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from latentguard import Scorer, load_policy
+from latentguard.errors import ModelError
+from latentguard.runtime import Batching, Guard
+from latentguard.runtime import guard as guard_module
+from latentguard.spaces import Latents
+from latentguard.verdict import Verdict
+
+# Sums run in another order: measured worst 4.8e-7 on these latents, the export's own limit is 1e-4.
+MARGIN = 1e-5
+
+
+@pytest.fixture(scope="module")
+def expected(latents: Latents) -> list[Verdict]:
+    return Scorer(load_policy("family"), "nano-flux2", "cpu").verdicts(latents)
+
+
+def same(found: list[Verdict], expected: list[Verdict]) -> None:
+    """Equal but for the last digits of scores."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.decision, one.error) == (other.decision, other.error)
+        assert [c.id for c in one.matched] == [c.id for c in other.matched]
+        for a, b in zip(one.concepts, other.concepts, strict=True):
+            assert (a.id, a.prompt, a.covered, a.threshold) == (
+                b.id,
+                b.prompt,
+                b.covered,
+                b.threshold,
+            )
+            assert a.margin == pytest.approx(b.margin, abs=MARGIN)
+
+
+def test_pytorchs_verdicts(guard: Guard, arrays: np.ndarray, expected: list[Verdict]) -> None:
+    found = guard.scan(arrays)
+    same(found, expected)
+    assert {v.decision for v in found} == {"allow", "review", "block"}
+
+
+def test_what_a_guard_says_of_itself(guard: Guard, artefact: Path) -> None:
+    policy = load_policy("family")
+    assert guard.policy == policy.plain()
+    assert guard.model[0] == "nano-flux2"
+    assert (guard.space, guard.scaled) == ("flux2", True)
+    assert guard.sha256 == hashlib.sha256(artefact.read_bytes()).hexdigest()
+    assert guard.providers[-1] == "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble])
+def test_dtypes(
+    guard: Guard, latents: Latents, expected: list[Verdict], dtype: type[np.floating]
+) -> None:
+    # The bundled latents are float16, so every one of these holds them exactly.
+    same(guard.scan(latents.tensor.numpy().astype(dtype)), expected)
+
+
+def test_packed_latents(guard: Guard, latents: Latents, expected: list[Verdict]) -> None:
+    tokens = latents.packed().tensor.numpy()
+    assert tokens.shape == (25, 256, 128)
+    same(guard.scan(tokens, height=32, width=32), expected)
+    same(guard.scan(tokens[:3].astype(np.float32), height=32, width=32), expected[:3])
+
+
+def test_views_of_other_arrays(guard: Guard, arrays: np.ndarray, expected: list[Verdict]) -> None:
+    wide = np.zeros((25, 32, 32, 64), np.float32)
+    wide[..., ::2] = arrays
+    same(guard.scan(wide[..., ::2]), expected)
+    same(guard.scan(np.asfortranarray(arrays)), expected)
+    same(guard.scan(arrays[::-1]), expected[::-1])
+    frozen = arrays.copy()
+    frozen.setflags(write=False)
+    same(guard.scan(frozen), expected)
+    same(guard.scan(arrays.astype(">f4")), expected)
+
+
+def test_scores_embeddings_and_heat_maps(
+    guard: Guard, latents: Latents, arrays: np.ndarray
+) -> None:
+    scorer = Scorer(load_policy("family"), "nano-flux2", "cpu")
+    scores, outputs = scorer.score(latents), guard.scores(arrays)
+    assert np.abs(outputs["margin"] - scores.margin.detach().numpy()).max() < MARGIN
+    embedded = guard.embed(arrays)
+    assert embedded.dtype == np.float32
+    assert np.linalg.norm(embedded, axis=1) == pytest.approx(np.ones(25), abs=1e-5)
+    heats = guard.heatmaps(arrays[:4])
+    assert heats.shape[:2] == (4, len(guard.policy["concepts"]))
+    assert np.abs(heats - scorer.heatmaps(latents[:4])).max() < MARGIN
+
+
+def test_an_array_larger_than_a_run(
+    guard: Guard, arrays: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard_module, "RUN_CELLS", 3 * 32 * 32 + 5)
+    pieces: list[int] = []
+    run = guard._run
+    monkeypatch.setattr(guard, "_run", lambda part: pieces.append(len(part)) or run(part))
+    margins = guard.scores(arrays[:8])["margin"]
+    assert pieces == [3, 3, 2]
+    monkeypatch.undo()
+    assert np.abs(margins - guard.scores(arrays[:8])["margin"]).max() < MARGIN
+
+
+def test_the_noise_level_and_what_follows(guard: Guard, arrays: np.ndarray) -> None:
+    verdicts = guard.scan(arrays[:1], noise_level=0.5, final=False)
+    assert verdicts[0].noise_level == 0.5
+    for wrong in (-1.0, float("nan")):
+        (verdict,) = guard.scan(arrays[:1], noise_level=wrong)
+        assert verdict.decision == "block"
+        assert "noise_level" in str(verdict.error)
+
+
+# -- threads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batching", [None, Batching(max_batch=8, max_delay_ms=5)])
+def test_many_threads_get_the_verdicts_of_their_own_images(
+    artefact: Path, arrays: np.ndarray, expected: list[Verdict], batching: Batching | None
+) -> None:
+    with Guard(artefact, threads=1, batching=batching) as guard, ThreadPoolExecutor(16) as pool:
+        jobs = [(n * 7 % 25, 1 + n % 3) for n in range(40)]
+        found = pool.map(lambda job: guard.scan(arrays[job[0] : job[0] + job[1]]), jobs)
+        for (start, count), verdicts in zip(jobs, found, strict=True):
+            same(verdicts, expected[start : start + count])
+
+
+def test_a_warm_guard_has_run_before_the_first_request(artefact: Path) -> None:
+    ran: list[int] = []
+
+    class Counted(Guard):
+        def _run(self, array: np.ndarray) -> dict[str, np.ndarray]:
+            ran.append(len(array))
+            return super()._run(array)
+
+    Counted(artefact, threads=1)
+    assert ran == [1]
+    Counted(artefact, threads=1, warm_up=False)
+    assert ran == [1]
+
+
+def test_closing(artefact: Path, arrays: np.ndarray) -> None:
+    before = threading.active_count()
+    with Guard(artefact, threads=1, batching=Batching()) as guard:
+        guard.scan(arrays[:1])
+        assert threading.active_count() > before
+    names = [thread.name for thread in threading.enumerate()]
+    assert "latentguard" not in names
+
+
+# -- providers -------------------------------------------------------------------------------
+
+
+def test_a_provider_that_is_missing(artefact: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no NoSuchExecutionProvider here, it has .*CPU"):
+        Guard(artefact, providers=["NoSuchExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ModelError, match="has no provider here"):
+        Guard(artefact, providers=[])
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
+    reason="this machine has CUDA",
+)
+def test_cuda_is_never_replaced_in_silence(artefact: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no CUDAExecutionProvider here.*onnxruntime-gpu"):
+        Guard(artefact, providers=["CUDAExecutionProvider"])
+    assert Guard(artefact, warm_up=False).providers == ("CPUExecutionProvider",)
+
+
+def test_a_provider_with_options(artefact: Path, arrays: np.ndarray) -> None:
+    guard = Guard(artefact, providers=[("CPUExecutionProvider", {"use_arena": "0"})], threads=1)
+    assert guard.scan(arrays[:1])[0].error is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="needs onnxruntime-gpu and a CUDA device",
+)
+def test_io_binding_on_cuda(artefact: Path, arrays: np.ndarray, expected: list[Verdict]) -> None:
+    guard = Guard(artefact, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with ThreadPoolExecutor(8) as pool:
+        for verdicts in pool.map(guard.scan, [arrays] * 8):
+            assert [v.decision for v in verdicts] == [v.decision for v in expected]
+
+
+def test_the_path_that_binds_outputs(artefact: Path, arrays: np.ndarray) -> None:
+    """The code of GPU providers, on the CPU: same numbers, from many threads."""
+    plain, bound = Guard(artefact, threads=1), Guard(artefact, threads=1)
+    bound._bind = True
+    expected = plain.scores(arrays[:3])
+    with ThreadPoolExecutor(8) as pool:
+        for outputs in pool.map(bound.scores, [arrays[:3]] * 16):
+            for name, values in expected.items():
+                assert np.array_equal(outputs[name], values)
