@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-LATENTS = Path(__file__).resolve().parents[2] / "examples" / "latents.pt"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+LATENTS = EXAMPLES / "latents.pt"
+# The example is a folder of scripts, as its users run them.
+sys.path.insert(0, str(EXAMPLES / "serve"))
 
 
 @pytest.fixture(scope="session")

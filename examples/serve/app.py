@@ -1,0 +1,274 @@
+"""Moderation over HTTP: latents in, verdicts out. An example to start from; ONNX Runtime, no torch.
+
+    pip install 'latentguard[serve]'
+    python examples/serve/app.py guard.onnx
+
+    curl --data-binary @latents.npy 'localhost:8000/v1/verdicts?space=flux2&scaled=true'
+
+It fails closed: 200 is the only answer that can allow an image. Every other one says
+`"decision": "block"`; so must a client that gets no answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import fields
+from typing import Annotated, Any
+
+import numpy as np
+import uvicorn
+from checks import Asked, Limits, Refused, read_latents
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from measures import Measures
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from latentguard.runtime import Batching, Guard, LatentsError, ModelError, Verdict
+
+logger = logging.getLogger("latentguard.serve")
+
+
+class Service:
+    """A guard, its limits and what was counted; everything but `_judge` runs in the event loop."""
+
+    def __init__(self, guard: Guard, limits: Limits) -> None:
+        self.guard, self.limits = guard, limits
+        self.measures = Measures(guard)
+        self.ready = False
+        self._inside = 0
+        self._threads = ThreadPoolExecutor(limits.max_requests, thread_name_prefix="judge")
+
+    async def verdicts(self, request: Request, asked: Asked) -> list[Verdict]:
+        """The answer to one request. Raises Refused."""
+        if not self.ready or self._inside >= self.limits.max_requests:
+            await self._discard(request)
+            raise Refused(503, "not ready yet" if not self.ready else "too many requests")
+        self._inside += 1
+        self.measures.inside.set(self._inside)
+        job = None
+        try:
+            data = await self._receive(request)
+            job = asyncio.get_running_loop().run_in_executor(
+                self._threads, self._judge, data, asked
+            )
+            # A job that is late still occupies its thread: its place is free when it ends.
+            job.add_done_callback(self._leave)
+            return await asyncio.wait_for(asyncio.shield(job), self.limits.seconds)
+        except TimeoutError:
+            raise Refused(503, f"no verdict within {self.limits.seconds:g} s") from None
+        finally:
+            if job is None:
+                self._leave(None)
+
+    def warm_up(self) -> None:
+        """Run once with one image and once with a full batch; then the service is ready."""
+        known = self.guard.metadata
+        shape = known["channels"], known["height"] or 64, known["width"] or 64
+        for images in (1, self.limits.max_images):
+            for verdict in self.guard.scan(np.zeros((images, *shape), np.float32)):
+                if verdict.error is not None:
+                    raise ModelError(f"warm-up failed: {verdict.error}")
+        self.ready = True
+
+    def close(self) -> None:
+        """Answer what waits."""
+        self.ready = False
+        self._threads.shutdown()
+        self.guard.close()
+
+    def _judge(self, data: bytes, asked: Asked) -> list[Verdict]:
+        latents = read_latents(data, asked, self.guard, self.limits)
+        try:
+            return self.guard.scan(
+                latents, asked.noise_level, height=asked.height, width=asked.width
+            )
+        except LatentsError as error:
+            raise Refused(422, str(error)) from error
+
+    def _leave(self, job: asyncio.Future[Any] | None) -> None:
+        if job is not None and not job.cancelled():
+            job.exception()  # of a job that nobody waits for any more
+        self._inside -= 1
+        self.measures.inside.set(self._inside)
+
+    async def _receive(self, request: Request) -> bytes:
+        limit, body = self.limits.max_bytes, bytearray()
+        try:
+            async with asyncio.timeout(self.limits.read_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise Refused(413, f"the body is larger than {limit} bytes")
+        except TimeoutError:
+            raise Refused(
+                408, f"the body did not arrive within {self.limits.read_seconds:g} s"
+            ) from None
+        return bytes(body)
+
+    async def _discard(self, request: Request) -> None:
+        """Read a body that will not be judged: a client that still sends would not see the answer.
+        One that asks before it sends (Expect) is answered at once."""
+        if "expect" in request.headers:
+            return
+        received = 0
+        try:
+            async with asyncio.timeout(self.limits.read_seconds):
+                async for chunk in request.stream():
+                    received += len(chunk)
+                    if received > self.limits.max_bytes:
+                        return
+        except TimeoutError:
+            return
+
+
+def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
+    """The application around a guard, which it closes in the end."""
+    service = Service(guard, limits or Limits())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Health is answered meanwhile. A guard that cannot be warmed up is never ready.
+        warming = asyncio.create_task(asyncio.to_thread(service.warm_up))
+        warming.add_done_callback(_report)
+        yield
+        await asyncio.wait([warming])
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(title="latentguard", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+
+    @app.post("/v1/verdicts")
+    async def verdicts(
+        request: Request,
+        space: Annotated[str | None, Query(max_length=100)] = None,
+        scaled: bool | None = None,
+        noise_level: Annotated[float, Query(ge=0)] = 0.0,
+        height: Annotated[int | None, Query(ge=1, le=1 << 20)] = None,
+        width: Annotated[int | None, Query(ge=1, le=1 << 20)] = None,
+    ) -> Response:
+        began = time.perf_counter()
+        announced = request.headers.get("content-length", "0")
+        if not announced.isdecimal() or int(announced) > service.limits.max_bytes:
+            raise Refused(413, f"the body is larger than {service.limits.max_bytes} bytes")
+        asked = Asked(space, scaled, noise_level, height, width)
+        found = await service.verdicts(request, asked)
+        service.measures.judged(found, time.perf_counter() - began)
+        return JSONResponse(
+            {"verdicts": [verdict.to_dict() for verdict in found], "sha256": guard.sha256}
+        )
+
+    @app.get("/v1/guard")
+    async def about() -> dict[str, Any]:
+        name, digest = guard.model
+        policy = {key: guard.policy[key] for key in ("name", "version")}
+        return {
+            "sha256": guard.sha256,
+            "policy": policy,
+            "model": {"name": name, "sha256": digest},
+            "space": guard.space,
+            "scaled": guard.scaled,
+        }
+
+    @app.get("/healthz")
+    async def healthz() -> PlainTextResponse:
+        return PlainTextResponse("alive\n")
+
+    @app.get("/readyz")
+    async def readyz() -> PlainTextResponse:
+        return PlainTextResponse(
+            "ready\n" if service.ready else "not ready\n", 200 if service.ready else 503
+        )
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text, kind = service.measures.text()
+        return Response(text, media_type=kind)
+
+    def refuse(status: int, reason: str) -> JSONResponse:
+        service.measures.answers.labels(status).inc()
+        headers = {"Retry-After": "1"} if status == 503 else None
+        return JSONResponse({"decision": "block", "error": reason}, status, headers)
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSONResponse:
+        return refuse(error.status, error.reason)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
+        return refuse(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return refuse(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
+        return refuse(400, "the client went away")
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return refuse(500, "an error of the service; these images were not judged")
+
+    return app
+
+
+def _report(warming: asyncio.Task[None]) -> None:
+    error = None if warming.cancelled() else warming.exception()
+    if error is not None:
+        logger.error("the guard will not be ready: %s", error)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser.add_argument("guard", help="a file that `latentguard export onnx` wrote")
+    parser.add_argument("--sha256", help="refuse the file unless its SHA-256 is this one")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--threads", type=int, help="of ONNX Runtime on the CPU")
+    parser.add_argument("--max-delay-ms", type=float, default=2.0, help="to gather a batch")
+    for field in fields(Limits):
+        kind, flag = type(field.default), f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=field.default)
+    given = parser.parse_args()
+    names = [field.name for field in fields(Limits)]
+    limits = Limits(**{name: getattr(given, name) for name in names})
+    # The queue holds every request that is let in, so it is this service that says no.
+    batching = Batching(
+        limits.max_images, given.max_delay_ms, limits.max_requests, timeout=limits.seconds + 60
+    )
+    try:
+        guard = Guard(
+            given.guard, given.sha256, threads=given.threads, batching=batching, warm_up=False
+        )
+    except ModelError as error:
+        print(f"app.py: {error}", file=sys.stderr)
+        return 2
+    uvicorn.run(
+        create_app(guard, limits),
+        host=given.host,
+        port=given.port,
+        log_level="warning",
+        # Connections, idle ones included; a flood of them is turned away before it is read.
+        limit_concurrency=16 * limits.max_requests,
+        timeout_graceful_shutdown=round(limits.read_seconds + limits.seconds) + 1,
+    )
+    return 0
+
+
+class _Raw(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
