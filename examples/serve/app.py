@@ -32,7 +32,7 @@ from measures import Measures
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from latentguard.runtime import Batching, Guard, LatentsError, ModelError, Verdict
+from latentguard.runtime import Batching, Guard, LatentsError, ModelError, Overloaded, Verdict
 
 logger = logging.getLogger("latentguard.serve")
 
@@ -93,6 +93,8 @@ class Service:
             )
         except LatentsError as error:
             raise Refused(422, str(error)) from error
+        except Overloaded as error:
+            raise Refused(503, str(error)) from error
 
     def _leave(self, job: asyncio.Future[Any] | None) -> None:
         if job is not None and not job.cancelled():

@@ -8,10 +8,8 @@ verdicts (Python backend), NAME joins the two, and is what clients call.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib import resources
@@ -27,6 +25,7 @@ from latentguard.export.triton_config import (
     scores_config,
 )
 from latentguard.runtime.artefact import Artefact, open_artefact
+from latentguard.runtime.session import create_session
 
 # The element types of ONNX Runtime that an export has.
 _TYPES = {
@@ -66,7 +65,7 @@ def export_triton(
     """
     options = options or TritonOptions()
     artefact = open_artefact(source, sha256)
-    inputs, outputs = _tensors(artefact.path)
+    inputs, outputs = _tensors(artefact)
     rules = _rules(artefact)
     out = Path(out)
     version = str(options.version)
@@ -100,21 +99,12 @@ def export_triton(
     return Repository(out, options.models, artefact.sha256)
 
 
-def _tensors(path: Path) -> tuple[list[Tensor], list[Tensor]]:
+def _tensors(artefact: Artefact) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and outputs as ONNX Runtime, and so Triton's backend, sees them."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # its exceptions have no common class of their own
-        raise ModelError(f"{path}: ONNX Runtime refuses it: {error}") from error
+    session = create_session(artefact, ["CPUExecutionProvider"], None)
     return (
-        [_tensor(path, node) for node in session.get_inputs()],
-        [_tensor(path, node) for node in session.get_outputs()],
+        [_tensor(artefact.path, node) for node in session.get_inputs()],
+        [_tensor(artefact.path, node) for node in session.get_outputs()],
     )
 
 
@@ -137,9 +127,9 @@ def _rules(artefact: Artefact) -> dict[str, Any]:
 def _write_scores(folder: Path, artefact: Artefact) -> None:
     """The file as model.onnx; its external data beside it, under the names that it has for them."""
     folder.mkdir(parents=True)
-    _copy(artefact.path, folder / "model.onnx", artefact.sha256)
-    for name, digest in artefact.metadata["files"].items():
-        _copy(artefact.path.parent / name, folder / name, digest)
+    (folder / "model.onnx").write_bytes(artefact.data)
+    for name, data in artefact.external.items():
+        (folder / name).write_bytes(data)
 
 
 def _write_decision(folder: Path, rules: dict[str, Any]) -> None:
@@ -155,11 +145,3 @@ def _write_decision(folder: Path, rules: dict[str, Any]) -> None:
         (ours / "verdict.py").read_text(encoding="utf-8"), encoding="utf-8"
     )
     (folder / "rules.json").write_text(json.dumps(rules, sort_keys=True, allow_nan=False))
-
-
-def _copy(source: Path, target: Path, sha256: str) -> None:
-    """Copy a file that was checked, and make sure that it is still the same."""
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise ModelError(f"{source}: changed while it was copied")
