@@ -79,7 +79,8 @@ class Scorer:
                 f"policy '{self.policy.name}' is written for {self.policy.space} latents, model "
                 f"{self.encoder.name} reads {self.encoder.space}"
             )
-        self.bank = ConceptBank.build(self.policy, self.encoder)
+        with self._exactly():
+            self.bank = ConceptBank.build(self.policy, self.encoder)
         self._first: FirstStage | None = None
         if self.policy.cascade is not None:
             self._first = FirstStage(self.policy, self.encoder.space, self.encoder.device)
@@ -96,10 +97,11 @@ class Scorer:
         Raises LatentsError when the latents are of another space than the encoder's.
         """
         encoder = self.encoder
-        features = self._features(self._input(latents))
-        probability, margin, best = ops.concept_similarity(
-            features.pooled.contiguous(), *self._head(), *self._bank(), encoder.logit_scale
-        )
+        with self._exactly():
+            features = self._features(self._input(latents))
+            probability, margin, best = ops.concept_similarity(
+                features.pooled.contiguous(), *self._head(), *self._bank(), encoder.logit_scale
+            )
         return Scores(*strongest_view(features.tiles, probability, margin, best), noise_level)
 
     @torch.no_grad()
@@ -145,7 +147,8 @@ class Scorer:
         (LatentsError) where an encoder reads the image in tiles.
         """
         encoder = self.encoder
-        features = encoder.features(self._input(latents))
+        with self._exactly():
+            features = encoder.features(self._input(latents))
         if features.tiles != 1:
             raise LatentsError("heat maps need an encoder that reads an image in one view")
         margin = ops.concept_heatmap(features.tokens.contiguous(), *self._head(), *self._bank())
@@ -153,6 +156,10 @@ class Scorer:
             margin.reshape(*margin.shape[:2], *features.grid).float().cpu().numpy()
         )
         return found
+
+    def _exactly(self) -> torch.autocast:
+        """Scores do not depend on whether a caller is in autocast."""
+        return torch.autocast(self.encoder.device.type, enabled=False)
 
     def _input(self, latents: Latents) -> Tensor:
         encoder = self.encoder

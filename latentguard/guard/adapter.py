@@ -80,7 +80,7 @@ class LatentGuard(PipelineCallback):
         compile: str | None = None,
     ) -> None:
         super().__init__()
-        self.policy = load_policy(policy)
+        self._policy = load_policy(policy)
         if (self.policy.on_block == "callback") != (on_block is not None):
             raise PolicyError(
                 f"policy '{self.policy.name}' says on_block: {self.policy.on_block}, and "
@@ -115,6 +115,11 @@ class LatentGuard(PipelineCallback):
     def __deepcopy__(self, memo: Any) -> LatentGuard:
         """A copied pipeline is guarded by the same guard."""
         return self
+
+    @property
+    def policy(self) -> Policy:
+        """What it judges by, from beginning to end: for another policy make another guard."""
+        return self._policy
 
     # -- sessions ----------------------------------------------------------------------------
 

@@ -92,6 +92,10 @@ def _hands_on(parameters: Mapping[str, inspect.Parameter]) -> bool:
 
 def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     """What a pipeline's `__call__` does once latentguard is imported."""
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):  # of a base that is not for pipelines alone
+        return original(pipe, *args, **kwargs)
     outer = current.get()
     inside = outer is not None and outer.pipe is pipe
     if inside and outer.enters(original):

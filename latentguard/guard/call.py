@@ -234,7 +234,7 @@ class Call:
             return True
         try:
             return seen is not None and is_last(seen)
-        except LatentsError:
+        except Exception:  # a scheduler that was changed since
             return False  # what is decoded is judged in any case
 
     def _run_callbacks(

@@ -55,11 +55,14 @@ def wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def wrap_call(cls: type) -> None:
-    """Make `cls(...)` honour guards."""
+    """Make calls of a pipeline's class honour guards, and those that it has from its bases."""
+    from torch.nn import Module
+
     from latentguard.guard.attachment import run
 
-    if "__call__" in vars(cls):
-        wrap(cls, "__call__", run)
+    for base in cls.__mro__:
+        if "__call__" in vars(base) and base not in (object, Module):
+            wrap(base, "__call__", run)
 
 
 def wrap_components(pipe: Any) -> None:
@@ -132,7 +135,7 @@ def _loop(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> An
 def _set(
     original: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """`__setattr__`: a guard under another name would do nothing."""
+    """`__setattr__`: a guard under another name would do nothing, nor one that is not kept."""
     from latentguard.guard.attachment import holds_guard
 
     name, value = (*args, *kwargs.values())
@@ -141,23 +144,28 @@ def _set(
         raise LatentsError(
             f"{type(pipe).__name__}: attach a LatentGuard as {StepCallback.NAME}, not as {name}"
         )
-    return original(pipe, *args, **kwargs)
+    result = original(pipe, *args, **kwargs)
+    if name == StepCallback.NAME and getattr(pipe, name, None) is not value:
+        raise LatentsError(
+            f"{type(pipe).__name__} has a {name} of its own that does not keep what it is given, "
+            f"so nothing can be attached to it: give it in the call ({name}=...)"
+        )
+    return result
 
 
 class StepCallback:
     """The attribute `callback_on_step_end` of every pipeline: a guard, a callback, or None."""
 
     NAME = "callback_on_step_end"
-    KEY = "_latentguard_callback"
 
     def __get__(self, pipe: Any, owner: type | None = None) -> Any:
-        return self if pipe is None else vars(pipe).get(self.KEY)
+        return self if pipe is None else vars(pipe).get(self.NAME)
 
     def __set__(self, pipe: Any, callback: Any) -> None:
         from latentguard.guard.attachment import check_pipeline, guards_in
 
         if callback is None:
-            vars(pipe).pop(self.KEY, None)
+            vars(pipe).pop(self.NAME, None)
             return
         if not callable(callback) or isinstance(callback, type):
             raise TypeError(
@@ -167,11 +175,8 @@ class StepCallback:
         check_pipeline(pipe)
         for guard in guards_in(callback):
             guard.prepare(pipe)
-        # The class may have got a new __call__ since it was made.
-        for cls in type(pipe).__mro__:
-            if cls is not object:
-                wrap_call(cls)
-        vars(pipe)[self.KEY] = callback
+        wrap_call(type(pipe))  # which may have got a new __call__ since it was made
+        vars(pipe)[self.NAME] = callback
 
 
 class _NoStepCallback(StepCallback):
@@ -182,7 +187,7 @@ class _NoStepCallback(StepCallback):
 
         if holds_guard(callback):
             raise LatentsError(_cannot(pipe))
-        vars(pipe)[self.KEY] = callback
+        vars(pipe)[self.NAME] = callback
 
 
 def _refuse(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:

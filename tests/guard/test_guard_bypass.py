@@ -1,6 +1,6 @@
 """Ways to get an unscored image out of a guarded pipeline: each is tried, and nothing comes out.
 
-docs/threat-model.md lists them, with those of test_guard_attachment.py.
+docs/threat-model.md lists them, with those of test_guard_changes.py and test_guard_attachment.py.
 """
 
 from __future__ import annotations
@@ -33,34 +33,11 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks
 from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
+from guard_traps import FINAL_ONLY, XL, blocking, blocking_late, guarded, latents_of
 
 from latentguard import LatentGuard, Latents, Scorer
 from latentguard.errors import LatentGuardError, LatentsError
 from latentguard.guard import AuditLog, GenerationBlocked, Limits
-
-XL = LinearEncoder("sdxl", 4)
-FINAL_ONLY = "noise_window: [0, 0]"
-"""Of a concept: nothing matches before the end, so that all the loop is left to be tricked."""
-
-
-def blocking(**options: Any) -> LatentGuard:
-    """A guard that blocks every image at the first step that it sees."""
-    return LatentGuard(policy(ALWAYS), XL, **options)
-
-
-def blocking_late(**options: Any) -> LatentGuard:
-    """A guard that blocks every image, but only once it is finished."""
-    return LatentGuard(policy(ALWAYS, concept=FINAL_ONLY), XL, **options)
-
-
-def guarded(guard: LatentGuard | None = None, make: Callable[[], Any] = small.sdxl) -> Any:
-    pipe = make()
-    pipe.callback_on_step_end = blocking_late() if guard is None else guard
-    return pipe
-
-
-def latents_of(pipe: Any, **more: Any) -> torch.Tensor:
-    return pipe(**small.sdxl_arguments(output_type="latent", **more)).images
 
 
 def margin(tensor: torch.Tensor) -> float:
