@@ -2,12 +2,19 @@
 
 Reading order: bounds.py (what is refused for its size) -> claims.py (what a file says of itself)
 -> one reader per format (numpy_files.py, safetensors_files.py, torch_files.py, shards.py)
--> reading.py (paths to records) -> writing.py. No reader unpickles anything.
+-> reading.py (paths to records) -> writing.py. No reader unpickles anything, or needs torch.
 """
 
 from __future__ import annotations
 
-from latentguard.files.reading import Record, load_latents, read_latents
+from latentguard.files.reading import ArrayRecord, Record, load_latents, read_arrays, read_latents
 from latentguard.files.writing import save_latents
 
-__all__ = ["Record", "load_latents", "read_latents", "save_latents"]
+__all__ = [
+    "ArrayRecord",
+    "Record",
+    "load_latents",
+    "read_arrays",
+    "read_latents",
+    "save_latents",
+]

@@ -11,14 +11,16 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from numpy.typing import NDArray
 
 from latentguard.errors import LatentsError
 from latentguard.files.bounds import MAX_ID, MAX_IMAGE_CELLS
 from latentguard.spaces import SPACES, LatentSpace
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Image = NDArray[Any]
+"""One image's numbers, an array of its own: float16, float32, float64 or `BFLOAT16`."""
 
 LAYOUTS = ("spatial", "packed")
 _CHANNELS = {space.channels for space in SPACES.values()}
@@ -81,12 +83,12 @@ KEYS = frozenset(field.name for field in fields(Claims))
 class Payload:
     """One file, or one member of a shard, opened as far as its header.
 
-    `images` yields each image's tensor, [C, H, W] or tokens [N, C], or the error that replaces it;
-    it can be called again. A LatentsError that it raises ends the file.
+    `images` yields each image, [C, H, W] or tokens [N, C], or the error that replaces it; it can be
+    called again. A LatentsError that it raises ends the file.
     """
 
     claims: Claims
-    images: Callable[[], Iterator[Tensor | LatentsError]]
+    images: Callable[[], Iterator[Image | LatentsError]]
 
 
 @dataclass(frozen=True)

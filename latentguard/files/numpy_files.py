@@ -7,17 +7,14 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from latentguard.errors import LatentsError
 from latentguard.files.bounds import MAX_AXES, MAX_INFLATED, MAX_METADATA, MAX_NPY_HEADER
-from latentguard.files.claims import KEYS, Claims, Payload, plan
+from latentguard.files.claims import KEYS, Claims, Image, Payload, plan
 from latentguard.files.streams import check_zip, read_exactly
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FLOATS = ("f2", "f4", "f8")
 _CLAIM_KINDS = "bUiuf"
@@ -27,7 +24,7 @@ def open_npy(stream: BinaryIO, size: int, claims: Claims) -> Payload:
     """A .npy file; it carries nothing but numbers, so `claims` come from elsewhere."""
     header = _header(stream, size)
 
-    def images() -> Iterator[Tensor | LatentsError]:
+    def images() -> Iterator[Image | LatentsError]:
         stream.seek(header.start)
         return _images(stream, header, claims)
 
@@ -55,7 +52,7 @@ def open_npz(stream: BinaryIO, size: int, claims: Claims) -> Payload:
         header = _header(cast(BinaryIO, member), entry.file_size)
     plan(header.shape, claims)
 
-    def images() -> Iterator[Tensor | LatentsError]:
+    def images() -> Iterator[Image | LatentsError]:
         try:
             with archive.open(entry) as member:
                 read_exactly(cast(BinaryIO, member), header.start)
@@ -126,10 +123,8 @@ def _check_size(dtype: np.dtype[Any], shape: tuple[int, ...], held: int) -> None
         )
 
 
-def _images(stream: BinaryIO, header: _Header, claims: Claims) -> Iterator[Tensor | LatentsError]:
+def _images(stream: BinaryIO, header: _Header, claims: Claims) -> Iterator[Image | LatentsError]:
     """Every image of an array whose numbers begin where the stream stands."""
-    import torch
-
     layout = plan(header.shape, claims)
     for index in range(layout.count):
         bytes_each = math.prod(layout.shape) * header.dtype.itemsize
@@ -137,8 +132,7 @@ def _images(stream: BinaryIO, header: _Header, claims: Claims) -> Iterator[Tenso
             # Others may have moved the stream between two images.
             stream.seek(header.start + index * bytes_each)
         numbers = np.frombuffer(read_exactly(stream, bytes_each), dtype=header.dtype)
-        native = numbers.reshape(layout.shape).astype(header.dtype.newbyteorder("="))
-        yield torch.from_numpy(native)
+        yield numbers.reshape(layout.shape).astype(header.dtype.newbyteorder("="))
 
 
 # -- .npz ------------------------------------------------------------------------------------

@@ -2,9 +2,8 @@
 
 torch.load(weights_only=True) executes nothing that a file names, but it does what the file says:
 a tensor larger than its storage makes it allocate, an expanded one shows a billion images made
-of four bytes. So the pickle's opcodes are interpreted here first, on plain Python values, with
-tensors as descriptions; whatever torch.save does not write for tensors, lists, numbers and text
-is refused.
+of four bytes. So the pickle's opcodes are interpreted here, on plain Python values, with tensors
+as descriptions; whatever torch.save does not write for tensors, lists, numbers and text is refused.
 """
 
 from __future__ import annotations
@@ -15,21 +14,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from latentguard.errors import LatentsError
 from latentguard.files.bounds import MAX_AXES
+from latentguard.spaces.arrays import BFLOAT16
 
-# Bytes per element of the storages that a latents file may hold, latents or not.
+# The storages that a latents file may hold, latents or not.
 _STORAGES = {
-    "HalfStorage": 2,
-    "BFloat16Storage": 2,
-    "FloatStorage": 4,
-    "DoubleStorage": 8,
-    "ByteStorage": 1,
-    "CharStorage": 1,
-    "ShortStorage": 2,
-    "IntStorage": 4,
-    "LongStorage": 8,
-    "BoolStorage": 1,
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": BFLOAT16,
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "ByteStorage": np.dtype("u1"),
+    "CharStorage": np.dtype("i1"),
+    "ShortStorage": np.dtype("<i2"),
+    "IntStorage": np.dtype("<i4"),
+    "LongStorage": np.dtype("<i8"),
+    "BoolStorage": np.dtype("?"),
 }
 _GLOBALS = {
     "torch._utils _rebuild_tensor_v2",
@@ -51,30 +53,37 @@ class _Global:
 @dataclass(frozen=True)
 class _Storage:
     key: str
-    item_bytes: int
+    dtype: np.dtype[Any]
     count: int
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """A tensor that the file describes, with its extent checked against its storage."""
+class Tensor:
+    """A tensor that the file describes, with its extent checked against its storage.
 
+    key: of the storage. offset, strides: in elements.
+    """
+
+    key: str
+    dtype: np.dtype[Any]
+    offset: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
-def check_structure(data: bytes, entries: Mapping[str, int]) -> None:
-    """Refuse a `data.pkl` that is more than tensors, lists, dicts, numbers and text.
+def read_structure(data: bytes, entries: Mapping[str, int]) -> Any:
+    """What a `data.pkl` holds: a Tensor, a number, text, or lists and dicts of them.
 
     Args:
         data: the pickle.
-        entries: bytes of each stored tensor, by its key (the archive's `data/KEY`).
+        entries: bytes of each storage, by its key (the archive's `data/KEY`).
 
     Raises:
         LatentsError: another object, an opcode that torch.save does not write, a tensor whose
             extent is not within its storage, or a damaged pickle.
     """
     try:
-        _Machine(entries).run(data)
+        return _Machine(entries).run(data)
     except LatentsError:
         raise
     except Exception as error:  # pickletools and the stack raise many types on damaged input
@@ -89,12 +98,12 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self, data: bytes) -> None:
+    def run(self, data: bytes) -> Any:
         argument: Any
         for opcode, argument, _ in pickletools.genops(data):
             name = opcode.name
             if name == "STOP":
-                return
+                return self._stack.pop()
             if name in _VALUES:
                 self._stack.append(argument)
             elif name in _CONSTANTS:
@@ -130,38 +139,44 @@ class _Machine:
             items.append(item)
         return items[::-1]
 
-    # Containers are kept flat: what counts is that they are containers, not what is in them, and
-    # a nested one that refers to itself many times over costs nothing.
     def _op_mark(self) -> None:
         self._stack.append(_MARK)
 
     def _op_empty_list(self) -> None:
-        self._stack.append("list")
+        self._stack.append([])
 
     def _op_empty_dict(self) -> None:
-        self._stack.append("dict")
+        self._stack.append({})
 
     def _op_empty_tuple(self) -> None:
         self._stack.append(())
 
     def _op_append(self) -> None:
-        self._stack.pop()
+        self._extend([self._stack.pop()])
 
     def _op_appends(self) -> None:
-        self._since_mark()
+        self._extend(self._since_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not list:
+            raise LatentsError("has a damaged pickle: it appends to what is no list")
+        target += items
 
     def _op_setitem(self) -> None:
-        self._check_keys([self._stack[-2]])
-        del self._stack[-2:]
+        self._update([self._stack.pop(-2), self._stack.pop()])
 
     def _op_setitems(self) -> None:
-        self._check_keys(self._since_mark()[::2])
+        self._update(self._since_mark())
 
-    @staticmethod
-    def _check_keys(keys: list[Any]) -> None:
+    def _update(self, items: list[Any]) -> None:
         # Hashing a tuple that holds itself twice over, thirty levels deep, takes for ever.
-        if not all(isinstance(key, (str, int)) for key in keys):
+        if not all(isinstance(key, (str, int)) for key in items[::2]):
             raise LatentsError("holds a dict whose keys are not names: refused")
+        target = self._stack[-1]
+        if type(target) is not dict:
+            raise LatentsError("has a damaged pickle: it sets keys of what is no dict")
+        target.update(zip(items[::2], items[1::2], strict=True))
 
     def _op_tuple(self) -> None:
         self._stack.append(tuple(self._since_mark()))
@@ -178,41 +193,45 @@ class _Machine:
     def _op_build(self) -> None:
         # OrderedDict's attributes; no tensor of a latents file has any.
         state = self._stack.pop()
-        if self._stack[-1] != "dict" or state != "dict":
+        if type(self._stack[-1]) is not dict or type(state) is not dict:
             raise LatentsError("holds an object with a state: refused, nothing of it was executed")
 
     def _op_binpersid(self) -> None:
         kind, storage, key, _, count = self._stack.pop()
-        item = _STORAGES.get(storage.name.removeprefix("torch "))
-        if kind != "storage" or item is None or not isinstance(count, int) or count < 0:
+        dtype = _STORAGES.get(storage.name.removeprefix("torch "))
+        if kind != "storage" or dtype is None or not isinstance(count, int) or count < 0:
             raise LatentsError("has a damaged pickle: a storage that is none")
-        if count * item > self._entries.get(key, -1):
+        needed, held = count * dtype.itemsize, self._entries.get(key, -1)
+        if needed > held:
             raise LatentsError(
-                f"is truncated or hostile: a tensor needs {count * item} bytes, the archive "
-                f"holds {max(0, self._entries.get(key, 0))}"
+                f"is truncated or hostile: a tensor needs {needed} bytes, the archive holds "
+                f"{max(0, held)}"
             )
-        self._stack.append(_Storage(key, item, count))
+        self._stack.append(_Storage(key, dtype, count))
 
     def _op_reduce(self) -> None:
         arguments = self._stack.pop()
         function = self._stack.pop().name
         if function == "torch._utils _rebuild_tensor_v2":
+            # The fifth and sixth are of gradients; a seventh would negate the numbers.
+            if any(arguments[6:]):
+                raise LatentsError("holds a tensor with flags: save tensor.contiguous() instead")
             self._stack.append(_tensor(*arguments[:4]))
         elif function == "torch._utils _rebuild_parameter":
-            if not isinstance(arguments[0], TensorEntry):
+            if not isinstance(arguments[0], Tensor):
                 raise LatentsError("has a damaged pickle: a parameter that is no tensor")
             self._stack.append(arguments[0])
         elif function == "collections OrderedDict" and arguments == ():
-            self._stack.append("dict")
-        elif function == "torch Size" and len(arguments) == 1:
-            self._stack.append(())
+            self._stack.append({})
+        elif function == "torch Size" and len(arguments) == 1 and type(arguments[0]) is tuple:
+            self._stack.append(arguments[0])
         else:
             raise LatentsError(f"has a damaged pickle: {function.replace(' ', '.')} misused")
 
 
 def _tensor(
     storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
-) -> TensorEntry:
+) -> Tensor:
     numbers = (offset, *shape, *stride)
     whole = all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers)
     if not isinstance(storage, _Storage) or not whole or not len(shape) == len(stride) <= MAX_AXES:
@@ -228,4 +247,4 @@ def _tensor(
             f"holds an expanded tensor: shape {list(shape)} over {storage.count} stored numbers; "
             "save tensor.contiguous() instead"
         )
-    return TensorEntry(shape)
+    return Tensor(storage.key, storage.dtype, offset, shape, stride)

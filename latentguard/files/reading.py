@@ -9,20 +9,20 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
+
+import numpy as np
 
 from latentguard.errors import LatentsError
-from latentguard.files.claims import Claims, Payload
+from latentguard.files.claims import Claims, Image, Payload
 from latentguard.files.numpy_files import open_npy, open_npz
 from latentguard.files.safetensors_files import open_safetensors
 from latentguard.files.shards import Member, Sample, member_window, read_samples, sample_claims
 from latentguard.files.streams import open_regular, size_of
 from latentguard.files.torch_files import open_torch
-from latentguard.spaces import Latents, LatentSpace, Layout, recognise
+from latentguard.spaces import Latents, LatentSpace, recognise
+from latentguard.spaces.arrays import LatentArray, unpack, widened
 from latentguard.spaces.statistics import MAX_IMAGES
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".npy", ".npz", ".tar")
 # Found in a folder, these are reported rather than passed over: they may well hold latents.
@@ -37,16 +37,27 @@ _OPENERS: dict[str, Callable[[BinaryIO, int, Claims], Payload]] = {
 
 
 @dataclass(frozen=True)
-class Record:
+class ArrayRecord:
     """One image of a file, or why it cannot be read; exactly one of latents and error is set.
 
     Attributes:
         source: the file, for a shard's member followed by "::" and the member's name.
         index: the image's number within the file (the whole shard), from 0.
         id: the image's name where the file gives one; in a shard its key.
-        latents: a batch of one, spatial [1, C, H, W], finite, in the file's own dtype and scaling.
+        latents: a batch of one, [1, C, H, W], finite, in the file's own dtype and scaling.
         error: one sentence, without the source.
     """
+
+    source: str
+    index: int
+    id: str | None
+    latents: LatentArray | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """As `ArrayRecord`, with the latents as a torch tensor, spatial."""
 
     source: str
     index: int
@@ -60,8 +71,23 @@ def read_latents(
     space: str | LatentSpace | None = None,
     scaled: bool | None = None,
 ) -> Iterator[Record]:
+    """`read_arrays`, as torch tensors. Raises LatentsError where torch is not installed, too."""
+    records = read_arrays(paths, space, scaled)
+    if importlib.util.find_spec("torch") is None:
+        raise LatentsError("tensors need torch: pip install 'latentguard[torch]', or read_arrays")
+    return (
+        Record(r.source, r.index, r.id, None if r.latents is None else r.latents.torch(), r.error)
+        for r in records
+    )
+
+
+def read_arrays(
+    paths: Iterable[str | Path] | str | Path,
+    space: str | LatentSpace | None = None,
+    scaled: bool | None = None,
+) -> Iterator[ArrayRecord]:
     """Read latents files one image at a time, in a stable order; at most one image is in memory
-    besides what a .pt inside a shard holds.
+    besides what a .pt inside a shard holds. Without torch.
 
     Args:
         paths: files (.pt, .pth, .safetensors, .npy, .npz, .tar), folders (searched recursively,
@@ -70,17 +96,15 @@ def read_latents(
             error, and one that says nothing is recognised by its statistics or is an error.
 
     Yields:
-        Records. Whatever is wrong with a file or an image becomes a Record with an error, and
+        ArrayRecords. Whatever is wrong with a file or an image becomes a record with an error, and
         the rest is read.
 
     Raises:
-        LatentsError: the space is unknown, or torch is not installed.
+        LatentsError: the space is unknown.
     """
     given = None if space is None else LatentSpace.get(space)
     if scaled is not None and not isinstance(scaled, bool):
         raise LatentsError(f"scaled must be True, False or None, got {scaled!r}")
-    if importlib.util.find_spec("torch") is None:
-        raise LatentsError("reading latents needs torch: pip install 'latentguard[torch]'")
     return _records([paths] if isinstance(paths, (str, Path)) else paths, given, scaled)
 
 
@@ -107,39 +131,39 @@ def load_latents(
 
 def _records(
     paths: Iterable[str | Path], space: LatentSpace | None, scaled: bool | None
-) -> Iterator[Record]:
+) -> Iterator[ArrayRecord]:
     for path in paths:
         for found in _expand(path):
-            if isinstance(found, Record):
+            if isinstance(found, ArrayRecord):
                 yield found
                 continue
             yield from _guarded(str(found), 0, _file(found, space, scaled))
 
 
-def _guarded(source: str, index: int, records: Iterator[Record]) -> Iterator[Record]:
+def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterator[ArrayRecord]:
     """The records, and any exception as the last of them."""
     try:
         for record in records:
             index = record.index + 1
             yield record
     except LatentsError as error:
-        yield Record(source, index, None, None, str(error))
+        yield ArrayRecord(source, index, None, None, str(error))
     except MemoryError:
-        yield Record(source, index, None, None, "needs more memory than there is")
+        yield ArrayRecord(source, index, None, None, "needs more memory than there is")
     except Exception as error:  # a guard reports what it did not foresee; the rest is still read
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0][:200]
-        yield Record(source, index, None, None, f"cannot be read ({reason})")
+        yield ArrayRecord(source, index, None, None, f"cannot be read ({reason})")
 
 
 # -- paths -----------------------------------------------------------------------------------
 
 
-def _expand(path: str | Path) -> Iterator[Path | Record]:
+def _expand(path: str | Path) -> Iterator[Path | ArrayRecord]:
     """The files that a path, a folder or a pattern means, in a stable order."""
     text = os.fspath(path)
 
-    def failed(error: str) -> Record:
-        return Record(text, 0, None, None, error)
+    def failed(error: str) -> ArrayRecord:
+        return ArrayRecord(text, 0, None, None, error)
 
     try:
         if os.path.isdir(text):
@@ -177,7 +201,7 @@ def _walk(folder: str) -> Iterator[Path]:
 # -- one file --------------------------------------------------------------------------------
 
 
-def _file(path: Path, space: LatentSpace | None, scaled: bool | None) -> Iterator[Record]:
+def _file(path: Path, space: LatentSpace | None, scaled: bool | None) -> Iterator[ArrayRecord]:
     name = path.name.lower()
     if name.endswith(_REFUSED):
         raise LatentsError("is a compressed archive, whose size nothing bounds: unpack it to .tar")
@@ -191,7 +215,7 @@ def _file(path: Path, space: LatentSpace | None, scaled: bool | None) -> Iterato
             yield from _shard(path, stream, size, space, scaled)
             return
         if name.endswith((".pt", ".pth")):
-            payload = open_torch(stream, size, Claims(), path)
+            payload = open_torch(stream, size, Claims(), mapped=True)
         else:
             payload = _OPENERS[path.suffix.lower()](stream, size, Claims())
         yield from _images(payload, str(path), 0, None, space, scaled)
@@ -199,11 +223,11 @@ def _file(path: Path, space: LatentSpace | None, scaled: bool | None) -> Iterato
 
 def _shard(
     path: Path, stream: BinaryIO, size: int, space: LatentSpace | None, scaled: bool | None
-) -> Iterator[Record]:
+) -> Iterator[ArrayRecord]:
     index = 0
     for sample in read_samples(stream, size):
         if isinstance(sample, LatentsError):
-            yield Record(str(path), index, None, None, str(sample))
+            yield ArrayRecord(str(path), index, None, None, str(sample))
             index += 1
             continue
         for member in sample.latents:
@@ -222,7 +246,7 @@ def _member(
     index: int,
     space: LatentSpace | None,
     scaled: bool | None,
-) -> Iterator[Record]:
+) -> Iterator[ArrayRecord]:
     if member.size == 0:
         raise LatentsError("is an empty member")
     claims = sample_claims(stream, sample)
@@ -241,7 +265,7 @@ def _images(
     key: str | None,
     space: LatentSpace | None,
     scaled: bool | None,
-) -> Iterator[Record]:
+) -> Iterator[ArrayRecord]:
     """The records of one payload: its convention is settled first, then image after image."""
     given = Claims(space=None if space is None else space.name, scaled=scaled)
     claims = payload.claims.merged(given, "the file", "the option given")
@@ -268,8 +292,8 @@ def _settle(
     """
     if known is not None and claims.scaled is not None:
         return known, claims.scaled
-    tensors = (image for image in payload.images() if not isinstance(image, LatentsError))
-    usable = (image for image in tensors if _problem(image) is None)
+    images = (image for image in payload.images() if not isinstance(image, LatentsError))
+    usable = (widened(image) for image in images if _problem(image) is None)
     sample = list(itertools.islice(usable, MAX_IMAGES))
     if not sample:
         return None
@@ -288,27 +312,29 @@ def _record(
     source: str,
     index: int,
     name: str | None,
-    image: Tensor | LatentsError,
+    image: Image | LatentsError,
     settled: tuple[LatentSpace, bool] | None,
     claims: Claims,
-) -> Record:
+) -> ArrayRecord:
     problem = _problem(image)
     if problem is None and settled is None:
         problem = "its space and scaling are not known"
     if problem is not None or settled is None or isinstance(image, LatentsError):
-        return Record(source, index, name, None, problem)
+        return ArrayRecord(source, index, name, None, problem)
     space, scaled = settled
-    layout: Layout = "packed" if image.ndim == 2 else "spatial"
-    ids = None if name is None else [name]
+    batch = image[None]
     try:
-        latents = Latents(image[None], space, scaled, layout, claims.height, claims.width, ids)
-        return Record(source, index, name, latents.spatial(), None)
+        if image.ndim == 2:
+            batch = unpack(batch, space, claims.height, claims.width)
+        space.size(batch.shape, "spatial", claims.height, claims.width)
+        latents = LatentArray(batch, space, scaled, None if name is None else (name,))
+        return ArrayRecord(source, index, name, latents, None)
     except LatentsError as error:
-        return Record(source, index, name, None, str(error))
+        return ArrayRecord(source, index, name, None, str(error))
 
 
-def _problem(image: Tensor | LatentsError) -> str | None:
+def _problem(image: Image | LatentsError) -> str | None:
     """Why an image cannot be used, whatever its space; None where it can."""
     if isinstance(image, LatentsError):
         return str(image)
-    return None if bool(image.isfinite().all()) else "the latents hold NaN or Inf"
+    return None if np.isfinite(widened(image)).all() else "the latents hold NaN or Inf"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
+
+import numpy as np
 
 from latentguard.errors import LatentsError
 from latentguard.files.bounds import MAX_AXES, MAX_SAFETENSORS_HEADER
-from latentguard.files.claims import Claims, Payload, plan
+from latentguard.files.claims import Claims, Image, Payload, plan
 from latentguard.files.streams import read_exactly
+from latentguard.spaces.arrays import BFLOAT16, native
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_KINDS = {"F16": np.dtype("<f2"), "BF16": BFLOAT16, "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
 def open_safetensors(stream: BinaryIO, size: int, claims: Claims) -> Payload:
@@ -32,16 +32,13 @@ def open_safetensors(stream: BinaryIO, size: int, claims: Claims) -> Payload:
     dtype, shape, begin = _tensor(name, header[name], size - start)
     layout = plan(shape, claims)
 
-    def images() -> Iterator[Tensor | LatentsError]:
-        import torch
-
-        kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-        bytes_each = math.prod(layout.shape) * _BYTES[dtype]
+    def images() -> Iterator[Image | LatentsError]:
+        kind = _KINDS[dtype]
+        bytes_each = math.prod(layout.shape) * kind.itemsize
         for index in range(layout.count):
             stream.seek(start + begin + index * bytes_each)
-            data = bytearray(read_exactly(stream, bytes_each))
-            numbers = torch.frombuffer(data, dtype=kinds.get(dtype, torch.float64))
-            yield numbers.reshape(layout.shape)
+            numbers = np.frombuffer(read_exactly(stream, bytes_each), kind)
+            yield native(numbers.reshape(layout.shape))
 
     return Payload(claims, images)
 
@@ -77,10 +74,10 @@ def _tensor(name: str, entry: Any, held: int) -> tuple[str, tuple[int, ...], int
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise damaged
-    if dtype not in _BYTES:
-        raise LatentsError(f"latents must be {', '.join(_BYTES)}, got {dtype[:60]!r}")
+    if dtype not in _KINDS:
+        raise LatentsError(f"latents must be {', '.join(_KINDS)}, got {dtype[:60]!r}")
     begin, end = offsets
-    if end - begin != math.prod(shape) * _BYTES[dtype]:
+    if end - begin != math.prod(shape) * _KINDS[dtype].itemsize:
         raise LatentsError(
             f"has a damaged safetensors header: shape {shape} of {dtype} does not fill bytes "
             f"{begin} to {end}"[:300]

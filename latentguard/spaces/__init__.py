@@ -1,24 +1,27 @@
 """Latent spaces: what a latent tensor means, how its conventions convert, and what it looks like.
 
 Reading order: space.py (the table of spaces and their conversions) -> latents.py (a tensor that
-carries its convention) -> preview.py (RGB without a VAE) -> statistics.py (the space from
-statistics). Only functions that touch tensors import torch; the table does not need it.
+carries its convention) -> arrays.py (the same as NumPy) -> preview.py (RGB without a VAE) ->
+statistics.py (the space from statistics). Only functions that touch tensors import torch.
 """
 
 from __future__ import annotations
 
+from latentguard.spaces.arrays import LatentArray
 from latentguard.spaces.latents import Latents, Layout
-from latentguard.spaces.preview import rgb_preview
+from latentguard.spaces.preview import array_preview, rgb_preview
 from latentguard.spaces.space import SPACES, BatchNorm, LatentSpace
 from latentguard.spaces.statistics import Recognition, recognise
 
 __all__ = [
     "SPACES",
     "BatchNorm",
+    "LatentArray",
     "LatentSpace",
     "Latents",
     "Layout",
     "Recognition",
+    "array_preview",
     "recognise",
     "rgb_preview",
 ]

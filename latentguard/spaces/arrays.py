@@ -116,6 +116,12 @@ class LatentArray:
         return np.tile(block, (1, self.height // patch, self.width // patch))
 
 
+def native(array: NDArray[Any]) -> NDArray[Any]:
+    """A contiguous copy in this machine's byte order; `BFLOAT16` is read by `widened` only."""
+    kind = array.dtype if array.dtype == BFLOAT16 else array.dtype.newbyteorder("=")
+    return array.astype(kind, order="C")
+
+
 def widened(array: NDArray[Any]) -> NDArray[Any]:
     """`BFLOAT16` as float32, which holds each of its numbers; other dtypes as they are."""
     if array.dtype != BFLOAT16:

@@ -22,9 +22,9 @@ of noise are not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,7 +82,7 @@ class Recognition:
 
 
 def recognise(
-    tensor: Tensor | Sequence[Tensor],
+    tensor: Tensor | NDArray[Any] | Sequence[Tensor | NDArray[Any]],
     space: str | LatentSpace | None = None,
     scaled: bool | None = None,
 ) -> Recognition:
@@ -122,28 +122,26 @@ def recognise(
     return _decide(images, known, scaled, names)
 
 
-def _images(tensor: Tensor | Sequence[Tensor]) -> list[Array]:
-    import torch
-
-    items: Iterable[Tensor]
-    if isinstance(tensor, torch.Tensor):
-        if tensor.ndim not in (3, 4):
-            raise LatentsError(
-                f"latents must be [B, C, H, W] or [C, H, W], got {list(tensor.shape)}"
-            )
-        items = tensor[None] if tensor.ndim == 3 else tensor
-    else:
-        items = tensor
+def _images(tensor: Any) -> list[Array]:
+    if hasattr(tensor, "ndim") and tensor.ndim not in (3, 4):
+        raise LatentsError(f"latents must be [B, C, H, W] or [C, H, W], got {list(tensor.shape)}")
+    items = [tensor] if getattr(tensor, "ndim", 0) == 3 else list(tensor)
     images = []
-    for item in list(items)[:MAX_IMAGES]:
-        if item.ndim != 3 or item.numel() == 0:
+    for item in items[:MAX_IMAGES]:
+        if item.ndim != 3 or 0 in item.shape:
             raise LatentsError(f"an image's latents must be [C, H, W], got {list(item.shape)}")
         top, left = (max(0, (size - CROP) // 2) for size in item.shape[1:])
-        crop = item[:, top : top + CROP, left : left + CROP]
-        images.append(crop.detach().to("cpu", torch.float64).numpy())
+        images.append(_doubles(item[:, top : top + CROP, left : left + CROP]))
     if not images:
         raise LatentsError("there are no latents to recognise")
     return images
+
+
+def _doubles(image: Any) -> Array:
+    if isinstance(image, np.ndarray):
+        return image.astype(np.float64)
+    array: Array = image.detach().cpu().double().numpy()
+    return array
 
 
 def _not_a_picture(images: list[Array]) -> str | None:
