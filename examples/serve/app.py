@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import uvicorn
-from checks import Asked, Limits, Refused, read_latents
+from checks import Limits, Refused, read_latents
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -47,8 +47,10 @@ class Service:
         self._inside = 0
         self._threads = ThreadPoolExecutor(limits.max_requests, thread_name_prefix="judge")
 
-    async def verdicts(self, request: Request, asked: Asked) -> list[Verdict]:
-        """The answer to one request. Raises Refused."""
+    async def verdicts(
+        self, request: Request, asked: dict[str, Any], noise_level: float
+    ) -> list[Verdict]:
+        """The answer to one request; `asked` as `read_latents` takes it. Raises Refused."""
         if not self.ready or self._inside >= self.limits.max_requests:
             await self._discard(request)
             raise Refused(503, "not ready yet" if not self.ready else "too many requests")
@@ -58,7 +60,7 @@ class Service:
         try:
             data = await self._receive(request)
             job = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._judge, data, asked
+                self._threads, self._judge, data, asked, noise_level
             )
             # A job that is late still occupies its thread: its place is free when it ends.
             job.add_done_callback(self._leave)
@@ -85,12 +87,10 @@ class Service:
         self._threads.shutdown()
         self.guard.close()
 
-    def _judge(self, data: bytes, asked: Asked) -> list[Verdict]:
-        latents = read_latents(data, asked, self.guard, self.limits)
+    def _judge(self, data: bytes, asked: dict[str, Any], noise_level: float) -> list[Verdict]:
+        latents, height, width = read_latents(data, asked, self.guard, self.limits)
         try:
-            return self.guard.scan(
-                latents, asked.noise_level, height=asked.height, width=asked.width
-            )
+            return self.guard.scan(latents, noise_level, height=height, width=width)
         except LatentsError as error:
             raise Refused(422, str(error)) from error
         except Overloaded as error:
@@ -153,6 +153,7 @@ def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
         request: Request,
         space: Annotated[str | None, Query(max_length=100)] = None,
         scaled: bool | None = None,
+        layout: Annotated[str | None, Query(max_length=100)] = None,
         noise_level: Annotated[float, Query(ge=0)] = 0.0,
         height: Annotated[int | None, Query(ge=1, le=1 << 20)] = None,
         width: Annotated[int | None, Query(ge=1, le=1 << 20)] = None,
@@ -161,8 +162,14 @@ def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
         announced = request.headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > service.limits.max_bytes:
             raise Refused(413, f"the body is larger than {service.limits.max_bytes} bytes")
-        asked = Asked(space, scaled, noise_level, height, width)
-        found = await service.verdicts(request, asked)
+        asked = {
+            "space": space,
+            "scaled": scaled,
+            "layout": layout,
+            "height": height,
+            "width": width,
+        }
+        found = await service.verdicts(request, asked, noise_level)
         service.measures.judged(found, time.perf_counter() - began)
         return JSONResponse(
             {"verdicts": [verdict.to_dict() for verdict in found], "sha256": guard.sha256}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from bodies import Body, BodyError, read_body
 from numpy.typing import NDArray
 
-from latentguard.runtime import Guard
+from latentguard.files.claims import Claims
+from latentguard.files.numpy_files import open_npy
+from latentguard.files.safetensors_files import open_safetensors
+from latentguard.runtime import Guard, LatentsError
+from latentguard.spaces.arrays import widened
 
 
 @dataclass(frozen=True)
@@ -30,18 +36,6 @@ class Limits:
     seconds: float = 10.0
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The query: the convention of the latents, where the file does not carry it, their noise
-    level, and for packed tokens their height and width in latent cells."""
-
-    space: str | None = None
-    scaled: bool | None = None
-    noise_level: float = 0.0
-    height: int | None = None
-    width: int | None = None
-
-
 class Refused(Exception):  # noqa: N818 (an answer, not a fault)
     """An answer without verdicts: an HTTP status, and one sentence."""
 
@@ -50,36 +44,57 @@ class Refused(Exception):  # noqa: N818 (an answer, not a fault)
         self.status, self.reason = status, reason
 
 
-def read_latents(data: bytes, asked: Asked, guard: Guard, limits: Limits) -> NDArray[Any]:
-    """The latents of a request, [B, C, H, W] or tokens [B, N, C]. Raises Refused."""
+class Given(NamedTuple):
+    """The latents of a request, [B, C, H, W] or tokens [B, N, C], and their height and width in
+    latent cells, which tokens need."""
+
+    latents: NDArray[Any]
+    height: int | None
+    width: int | None
+
+
+def read_latents(data: bytes, asked: Mapping[str, Any], guard: Guard, limits: Limits) -> Given:
+    """The latents in a .npy or .safetensors file, told apart by how they begin.
+
+    asked: what the query says of them: space, scaled, layout, height, width; None or missing where
+    it says nothing. What neither says, or the two say differently, is refused, not guessed.
+
+    Raises Refused. Nothing is unpickled, and no size is believed; see `latentguard.files`.
+    """
+    stream = io.BytesIO(data)
     try:
-        body = read_body(data)
-    except BodyError as error:
-        raise Refused(422, str(error)) from error
-    _check_convention(body, asked, guard)
-    array = body.array
-    packed = asked.height is not None and asked.width is not None
-    if array.ndim == 3 and not packed:
-        array = array[None]
-    if array.ndim not in (3, 4):
-        raise Refused(422, f"latents must be [B, C, H, W], got shape {list(array.shape)}")
-    if len(array) > limits.max_images:
-        raise Refused(413, f"{len(array)} images; at most {limits.max_images} a request")
+        claims = Claims.parse(asked)
+        opener = open_npy if data.startswith(b"\x93NUMPY") else open_safetensors
+        payload = opener(stream, len(data), claims)
+        _check_convention(payload.claims, guard)
+        images = []
+        for image in itertools.islice(payload.images(), limits.max_images + 1):
+            if isinstance(image, LatentsError):
+                raise image
+            images.append(widened(image))
+    except LatentsError as error:
+        raise Refused(422, f"the body cannot be read: {error}") from error
+    if len(images) > limits.max_images:
+        raise Refused(413, f"more than {limits.max_images} images in a request")
+    latents = np.stack(images)
+    packed = latents.ndim == 3
     patch = int(guard.metadata["packed_patch"])
-    cells = array.shape[1] * patch**2 if packed else int(np.prod(array.shape[2:]))
+    cells = latents.shape[1] * patch**2 if packed else int(np.prod(latents.shape[2:]))
     if cells > limits.max_cells:
         raise Refused(413, f"images of {cells} latent cells; at most {limits.max_cells}")
-    return array
+    found = payload.claims
+    return Given(latents, found.height, found.width)
 
 
-def _check_convention(body: Body, asked: Asked, guard: Guard) -> None:
+def _check_convention(claims: Claims, guard: Guard) -> None:
     """A latent never travels with a convention that is a guess."""
     for key, right in (("space", guard.space), ("scaled", guard.scaled)):
-        told = [said for said in (getattr(body, key), getattr(asked, key)) if said is not None]
-        if not told:
+        said = getattr(claims, key)
+        if said is None:
             raise Refused(
                 422, f"say {key} in the query or in the file; this guard reads {key}={right}"
             )
-        for said in told:
-            if said != right:
-                raise Refused(422, f"this guard reads {key}={right} latents, not {key}={said}")
+        if said != right:
+            raise Refused(422, f"this guard reads {key}={right} latents, not {key}={said}")
+    if claims.scale is not None or claims.shift is not None:
+        raise Refused(422, "latents with a scale or shift of their own are not read here")
