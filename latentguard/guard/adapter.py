@@ -131,13 +131,8 @@ class LatentGuard(PipelineCallback):
         `space` is needed with model "auto" unless the guard or its policy names it.
         """
         given = space if space is not None else self._space or self.policy.space
-        return self._make(None if given is None else LatentSpace.get(given).name, request_id)
-
-    def _make(
-        self, space: str | None, request_id: str | None, device: torch.device | None = None
-    ) -> Session:
-        scorer = self._scorer(space, device)
-        return Session(scorer, request_id, limits=self._limits, on_record=self._recorded)
+        scorer = self._scorer(None if given is None else LatentSpace.get(given).name, None)
+        return Session(scorer, request_id, limits=self._limits, on_record=self._recorded_alone)
 
     def _scorer(self, space: str | None, device: torch.device | None) -> Scorer:
         """One scorer for each space and device, made when it is first needed."""
@@ -158,6 +153,12 @@ class LatentGuard(PipelineCallback):
         if self._audit is not None:
             self._audit.write(session, record)
 
+    def _recorded_alone(self, session: Session, record: StepRecord) -> None:
+        """In a loop of the user's own, which ends with the final latents."""
+        self._recorded(session, record)
+        if record.final or session.stopped:
+            self._metrics.ended(session)
+
     # -- what a guarded call asks ------------------------------------------------------------
 
     def space_of(self, pipe: Any) -> LatentSpace:
@@ -171,12 +172,14 @@ class LatentGuard(PipelineCallback):
 
     def session_for(self, pipe: Any, device: torch.device) -> Session:
         """The session of one call."""
-        return self._make(self.space_of(pipe).name, None, device)
+        scorer = self._scorer(self.space_of(pipe).name, device)
+        return Session(scorer, limits=self._limits, on_record=self._recorded)
 
     def keep(self, session: Session) -> None:
-        """Make a session the one that `verdicts` and `history` tell of."""
+        """A call has ended: its session is the one that `verdicts` and `history` tell of."""
         self._mine.session = session
         self._last = session
+        self._metrics.ended(session)
 
     def answer(self, session: Session, images: Any, output: Any) -> Any:
         """What the policy's `on_block` makes of an output whose blocked images are blank already.

@@ -18,9 +18,9 @@ class AuditLog:
     """Lines of JSON, appended to one file by any number of threads and processes.
 
     A line has: schema_version, time (UTC), request_id, policy, policy_version, policy_sha256,
-    model, model_sha256, space, image (its index), step, final, action, seconds, `extra` if given,
-    and the verdict (decision, reason, error, noise_level, concepts). Prompts of the user are not
-    known to the guard and never written unless you put them into `extra`.
+    model, model_sha256, space, image (its index), step, final, how, action, seconds, `extra` and
+    `prompt` if asked for, and the verdict (decision, reason, error, noise_level, concepts). The
+    prompts of concepts are the policy's; what a user wrote is not in it unless you ask.
 
     A line that cannot be written raises OSError, which ends the generation: what cannot be audited
     is not let through.
@@ -28,15 +28,26 @@ class AuditLog:
     Args:
         path: the file; it and its folder are made where they do not exist, readable by the owner.
         extra: JSON-able data for every line, a tenant's name for one.
+        prompts: write the user's prompt of each image too, null where the call had none.
         sync: wait until each line is on the disk.
+
+    Raises TypeError or ValueError for an `extra` that is no JSON, OSError for a path that cannot be
+    written.
     """
 
     def __init__(
-        self, path: str | Path, *, extra: dict[str, Any] | None = None, sync: bool = False
+        self,
+        path: str | Path,
+        *,
+        extra: dict[str, Any] | None = None,
+        prompts: bool = False,
+        sync: bool = False,
     ) -> None:
         self.path = Path(path)
-        self._extra = extra
+        self._extra = None if extra is None else json.loads(json.dumps(extra, allow_nan=False))
+        self._prompts = prompts
         self._sync = sync
+        self._torn = False
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         os.close(self._open())
@@ -64,23 +75,30 @@ class AuditLog:
         }
         if self._extra is not None:
             common["extra"] = self._extra
-        lines = [
-            json.dumps({**common, "image": index, "action": action, **verdict.to_dict()})
-            for index, (verdict, action) in enumerate(
-                zip(record.verdicts, record.actions, strict=True)
-            )
-            if verdict is not None
-        ]
+        lines = []
+        for index, (verdict, action) in enumerate(
+            zip(record.verdicts, record.actions, strict=True)
+        ):
+            if verdict is None:
+                continue
+            line = {**common, "image": index, "action": action, **verdict.to_dict()}
+            if self._prompts:
+                known = index < len(session.prompts)
+                line["prompt"] = session.prompts[index] if known else None
+            lines.append(json.dumps(line, allow_nan=False) + "\n")
         if lines:
-            self._append("".join(f"{line}\n" for line in lines).encode())
+            self._append("".join(lines).encode())
 
     def _append(self, data: bytes) -> None:
         # One write to a file opened for appending: lines of several processes do not mix.
         with self._lock:
             file = self._open()
             try:
+                if self._torn:  # half a line may not take the next one with it
+                    data = b"\n" + data
                 written = os.write(file, data)
-                if written != len(data):
+                self._torn = written != len(data)
+                if self._torn:
                     raise OSError(f"{self.path}: only {written} of {len(data)} bytes were written")
                 if self._sync:
                     os.fsync(file)

@@ -304,9 +304,18 @@ class Call:
         device = latents.tensor.device
         for guard in self.guards:
             session = guard.session_for(self.pipe, device)
+            session.prompts = self._prompts(len(latents))
             session.begin(len(latents))
             self._sessions.append(session)
         self._count = len(latents)
+
+    def _prompts(self, count: int) -> list[str]:
+        """The prompt of each image; nothing where the call had none, or embeddings."""
+        given = self._argument("prompt")
+        prompts = [given] if isinstance(given, str) else given
+        if not isinstance(prompts, list) or not prompts or count % len(prompts):
+            return []
+        return [str(prompt) for prompt in prompts for _ in range(count // len(prompts))]
 
     def _estimate(
         self, seen: StepCall | None, timestep: Any, latents: Tensor

@@ -1,6 +1,6 @@
 """OpenTelemetry metrics, where that package is installed; nothing otherwise.
 
-latentguard.images     images judged for the last time, by decision, policy and model
+latentguard.images     images of calls that ended, by decision, policy and model
 latentguard.steps      scored steps
 latentguard.matches    matches, by concept and action
 latentguard.errors     images that could not be judged
@@ -10,6 +10,7 @@ latentguard.seconds    seconds that the guard took at a step (histogram)
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 from latentguard.guard.record import StepRecord
 from latentguard.guard.sessions import Session
@@ -19,6 +20,7 @@ class Metrics:
     """Instruments of the process's meter provider."""
 
     def __init__(self) -> None:
+        self._counted: WeakSet[Session] = WeakSet()
         try:
             from opentelemetry import metrics
         except ImportError:
@@ -49,12 +51,13 @@ class Metrics:
             for score in verdict.matched:
                 match = {**labels, "concept": score.id, "action": record.actions[index]}
                 self._instruments["matches"].add(1, match)
-        ended = (
-            range(len(record.verdicts))
-            if record.final
-            else [i for i, action in enumerate(record.actions) if action == "blocked"]
-        )
-        for index in ended:
-            verdict = record.verdicts[index]
-            if verdict is not None:
-                self._instruments["images"].add(1, {**labels, "decision": verdict.decision})
+
+    def ended(self, session: Session) -> None:
+        """Count the images of a session by what became of them, once a session."""
+        if self._instruments is None or session in self._counted:
+            return
+        self._counted.add(session)
+        scorer = session.scorer
+        labels = {"policy": scorer.policy.name, "model": scorer.encoder.name}
+        for verdict in session.verdicts:
+            self._instruments["images"].add(1, {**labels, "decision": verdict.decision})

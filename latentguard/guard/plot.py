@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentsError, ModelError
 from latentguard.guard.sessions import Session
@@ -50,8 +51,7 @@ def plot(session: Session) -> Figure:
     return figure
 
 
-def _line(panel: object, session: Session, concept: str, image: int) -> None:
-    axes: object = panel
+def _line(axes: Any, session: Session, concept: str, image: int) -> None:
     xs, ys, limits, marks = [], [], [], []
     for record in session.history:
         verdict = record.verdicts[image]
@@ -65,13 +65,11 @@ def _line(panel: object, session: Session, concept: str, image: int) -> None:
     if not xs:
         return
     color = f"C{image % 10}"
-    axes.plot(xs, ys, color=color, marker=".", label=f"image {image}")  # type: ignore[attr-defined]
-    axes.plot(xs, limits, color="0.4", linestyle="--", linewidth=1)  # type: ignore[attr-defined]
+    axes.plot(xs, ys, color=color, marker=".", label=f"image {image}")
+    axes.plot(xs, limits, color="0.4", linestyle="--", linewidth=1)
     for action, marker in (("blocked", "x"), ("steered", "v")):
         at = [i for i, mark in enumerate(marks) if mark == action and ys[i] >= limits[i]]
-        axes.plot(  # type: ignore[attr-defined]
-            [xs[i] for i in at], [ys[i] for i in at], marker, color=color, markersize=9
-        )
+        axes.plot([xs[i] for i in at], [ys[i] for i in at], marker, color=color, markersize=9)
 
 
 def _levels(session: Session) -> list[float]:
@@ -85,8 +83,6 @@ def _score(concepts: tuple[ConceptScore, ...], name: str) -> ConceptScore | None
 
 def _limit(score: ConceptScore, session: Session) -> float:
     """The threshold as a probability."""
-    import math
-
     value = float(score.threshold["value"])
     if score.threshold["kind"] == "probability":
         return value

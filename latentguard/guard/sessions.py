@@ -87,6 +87,7 @@ class _State:
     history: list[StepRecord] = field(default_factory=list)
     waiting: list[tuple[int, float, str, Scores, float]] = field(default_factory=list)
     finished: bool = False
+    unrecorded: bool = False
 
 
 class Session:
@@ -96,7 +97,8 @@ class Session:
         scorer: policy and encoder.
         request_id: a name for records and logs; a random one otherwise.
         limits: timeouts and bounds.
-        on_record: called with each StepRecord as it is made (audit logs, metrics).
+        on_record: called with each StepRecord as it is made (audit logs, metrics). What it raises
+            leaves the session: what cannot be recorded does not go on.
 
     Where the policy can neither block nor steer before the end (its concepts only observe or ask
     for review), scores of earlier steps stay on their device and become verdicts at the final step,
@@ -115,6 +117,8 @@ class Session:
     ) -> None:
         self.scorer = scorer
         self.request_id = request_id or uuid.uuid4().hex
+        self.prompts: list[str] = []
+        """The text of each image, for audit logs that ask for it; nothing else reads it."""
         self.limits = limits or Limits()
         self._on_record = on_record
         self._plain = scorer.plain
@@ -189,6 +193,8 @@ class Session:
                 latents, steering = self._steer(latents, judged, verdicts, level, alpha)
         # Fail closed: whatever went wrong, these images have not been judged.
         except Exception as error:
+            if state.unrecorded:
+                raise
             logger.exception("request %s: step %d could not be judged", self.request_id, index)
             self._resolve()
             verdicts = self._failed(error, level)
@@ -225,6 +231,7 @@ class Session:
 
     def reset(self, request_id: str | None = None) -> None:
         """Forget everything: the session can serve another request."""
+        self.prompts = []
         self.request_id = request_id or uuid.uuid4().hex
         self._state = _State()
 
@@ -396,7 +403,9 @@ class Session:
         )
         state.history.append(record)
         if self._on_record is not None:
+            state.unrecorded = True
             self._on_record(self, record)
+            state.unrecorded = False
 
     def _current(self) -> tuple[Verdict, ...]:
         missing = failed("not scored yet", self._plain)
