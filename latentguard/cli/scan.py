@@ -30,6 +30,13 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Runtime(StrEnum):
+    """What judges."""
+
+    torch = "torch"
+    onnx = "onnx"
+
+
 class FailOn(StrEnum):
     """The mildest decision that makes the exit code 1."""
 
@@ -49,10 +56,19 @@ def scan(
         help="Latents: .pt, .pth, .safetensors, .npy, .npz, WebDataset .tar, folders, globs.",
         show_default=False,
     ),
-    policy: str = typer.Option("default", help="A shipped policy's name, or a YAML file."),
+    policy: str | None = typer.Option(
+        None,
+        help="A shipped policy's name, or a YAML file; an exported file has its own.",
+        show_default="default",
+    ),
     model: str = typer.Option(
         "auto", help="A model's name or file; auto: the best on this machine for each space."
     ),
+    runtime: Runtime = typer.Option(
+        Runtime.torch,
+        help="onnx: judge with --model FILE.onnx from `latentguard export onnx`, without torch.",
+    ),
+    sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
     space: str | None = typer.Option(
         None, help="Latent space of files that do not say: sdxl, sd1, sd3, flux1, flux2."
     ),
@@ -109,6 +125,8 @@ def scan(
         device=device,
         previews=report is not None,
         heatmaps=heatmap,
+        runtime=runtime.value,
+        sha256=sha256,
     )
     summary = Summary(run.policy_id)
     page = Report(run.plain, report_limit) if report else None

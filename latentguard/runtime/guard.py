@@ -21,6 +21,7 @@ from latentguard.spaces.arrays import unpack
 from latentguard.verdict import Verdict, decide, failed
 
 logger = logging.getLogger("latentguard.runtime")
+logger.addHandler(logging.NullHandler())
 
 Array = NDArray[Any]
 

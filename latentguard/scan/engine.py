@@ -10,22 +10,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from latentguard.errors import LatentGuardError, LatentsError, ModelError, PolicyError
-from latentguard.files import Record, read_latents
-from latentguard.policy import Policy, load_policy
+from latentguard.errors import LatentGuardError, LatentsError, ModelError
+from latentguard.files import ArrayRecord, read_arrays
+from latentguard.policy import Policy
+from latentguard.scan.judging import Judge, Model
 from latentguard.scan.record import ModelId, PolicyId, ScanRecord, rank
 from latentguard.scan.summary import ModelInfo
-from latentguard.verdict import Verdict, failed, resolve_threshold
+from latentguard.verdict import Verdict, failed
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from latentguard.encoders import Encoder
-    from latentguard.scorer import Scorer
-    from latentguard.spaces import Latents, LatentSpace
+    from latentguard.spaces import LatentArray, LatentSpace
+
+Runtime = Literal["torch", "onnx"]
 
 MAX_CELLS = 1 << 26
 """Numbers in the latents of one batch (256 MiB in float32): large images make smaller batches."""
@@ -33,7 +35,7 @@ MAX_CELLS = 1 << 26
 
 def scan_files(
     paths: Iterable[str | Path] | str | Path,
-    policy: Policy | str | Path = "default",
+    policy: Policy | str | Path | None = None,
     model: Encoder | str | Path = "auto",
     *,
     space: str | LatentSpace | None = None,
@@ -42,18 +44,23 @@ def scan_files(
     device: torch.device | str | None = None,
     previews: bool = False,
     heatmaps: bool = False,
+    runtime: Runtime = "torch",
+    sha256: str | None = None,
 ) -> Iterator[ScanRecord]:
     """Moderate latents files: one record per image, in the order of the paths, as they come.
 
     Args:
         paths: files, folders, glob patterns and WebDataset shards, as in `files.read_latents`.
-        policy: a Policy, the name of a shipped one, or a path.
+        policy: a Policy, the name of a shipped one, or a path; None is "default", or with the onnx
+            runtime the policy that was exported.
         model: an Encoder, its name or path, or "auto": for each latent space that occurs, the
-            best model on this machine.
+            best model on this machine. With the onnx runtime the exported file.
         space, scaled: what files do not say of themselves; one that says otherwise is an error.
         batch_size: images that are scored together, at least 1.
         device: where the model runs; None is CUDA where there is one, else the CPU.
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
+        runtime: "torch", or "onnx" for a file that `latentguard export onnx` wrote, without torch.
+        sha256: of that file, which must have it.
 
     Yields:
         ScanRecords. An image that cannot be read has decision block and an error; one that was
@@ -76,29 +83,21 @@ def scan_files(
             device=device,
             previews=previews,
             heatmaps=heatmaps,
+            runtime=runtime,
+            sha256=sha256,
         )
     )
-
-
-@dataclass
-class _Bound:
-    """A policy bound to one model."""
-
-    scorer: Scorer
-    info: ModelInfo
 
 
 @dataclass
 class Scan:
     """`scan_files` as an object that also says which models took part, and what to note of them.
 
-    models: grows while iterating, one for each latent space met.
-    notes: sentences for people: which model was chosen, what is missing.
     seconds: reading and scoring so far, without loading models and without the caller's own time.
     """
 
     paths: Iterable[str | Path] | str | Path
-    policy: Policy | str | Path = "default"
+    policy: Policy | str | Path | None = None
     model: Encoder | str | Path = "auto"
     space: str | LatentSpace | None = None
     scaled: bool | None = None
@@ -106,177 +105,131 @@ class Scan:
     device: torch.device | str | None = None
     previews: bool = False
     heatmaps: bool = False
-    models: list[ModelInfo] = field(init=False, default_factory=list)
-    notes: list[str] = field(init=False, default_factory=list)
+    runtime: Runtime = "torch"
+    sha256: str | None = None
     seconds: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        self._binding = 0.0
-        self.rules = load_policy(self.policy)
-        self.plain = self.rules.plain()
-        self.policy_id = PolicyId(self.rules.name, self.rules.version, self.rules.sha256)
-        self._severity = {c.id: c.severity for c in self.rules.concepts}
-        self._records = read_latents(self.paths, self.space, self.scaled)
-        _check_device(self.device)
-        self._bound: dict[str, _Bound | str] = {}
-        self._fixed: _Bound | None = None
-        if not isinstance(self.model, str) or self.model != "auto":
-            self._fixed = self._bind(self.model, self.space)
+        self._records = read_arrays(self.paths, self.space, self.scaled)
+        self._judge = self._make_judge()
+        self._severity = {c["id"]: c.get("severity", "medium") for c in self.plain["concepts"]}
+
+    def _make_judge(self) -> Judge:
+        if self.runtime == "onnx":
+            from latentguard.scan.onnx import OnnxJudge
+
+            if not isinstance(self.model, (str, Path)) or str(self.model) == "auto":
+                raise ModelError("the onnx runtime needs --model FILE.onnx, an exported file")
+            device = None if self.device is None else str(self.device)
+            return OnnxJudge(self.model, self.policy, device, self.space, self.sha256)
+        from latentguard.scan.scoring import ScorerJudge
+
+        if self.sha256 is not None:
+            raise ModelError("--sha256 pins an exported file: give --runtime onnx, too")
+        if isinstance(self.model, (str, Path)) and str(self.model).endswith(".onnx"):
+            raise ModelError(f"{self.model} is an exported file: give --runtime onnx, too")
+        policy = "default" if self.policy is None else self.policy
+        return ScorerJudge(policy, self.model, self.device, self.space)
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The policy as plain data."""
+        return self._judge.plain
+
+    @property
+    def policy_id(self) -> PolicyId:
+        """Name, version and SHA-256 of the policy."""
+        return self._judge.policy_id
+
+    @property
+    def models(self) -> list[ModelInfo]:
+        """Which models took part; grows while iterating, one for each latent space met."""
+        return self._judge.models
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for people: which model was chosen, what is missing."""
+        return self._judge.notes
 
     def __iter__(self) -> Iterator[ScanRecord]:
         chunks = _chunks(self._records, self.batch_size)
         while True:
-            begun, bound = perf_counter(), self._binding
+            begun, loading = perf_counter(), self._judge.loading
             chunk = next(chunks, None)
             if chunk is None:
                 return
-            records = self._judge(chunk)
-            self.seconds += perf_counter() - begun - (self._binding - bound)
+            records = self._judged(chunk)
+            self.seconds += perf_counter() - begun - (self._judge.loading - loading)
             yield from records
-
-    # -- models ------------------------------------------------------------------------------
-
-    def _bind(self, model: Encoder | str | Path, space: str | LatentSpace | None) -> _Bound:
-        from latentguard.scorer import Scorer
-
-        begun = perf_counter()
-        scorer = Scorer(self.rules, model, self.device, space)
-        encoder = scorer.encoder
-        identity = ModelId(encoder.name, encoder.sha256)
-        covered = dict(
-            zip((c["id"] for c in self.plain["concepts"]), scorer.bank.covered, strict=True)
-        )
-        info = ModelInfo(
-            identity,
-            encoder.space,
-            str(getattr(encoder, "notes", "") or ""),
-            tuple(name for name, seen in covered.items() if not seen),
-            self._limits(encoder, covered),
-        )
-        self.models.append(info)
-        self._binding += perf_counter() - begun
-        return _Bound(scorer, info)
-
-    def _limits(self, encoder: Encoder, covered: dict[str, bool]) -> dict[str, float]:
-        """Thresholds as margins; one that this model lacks would make every image an error."""
-        limits = {}
-        for concept in self.plain["concepts"]:
-            if not covered[concept["id"]]:
-                continue
-            try:
-                limit = resolve_threshold(
-                    concept,
-                    self.plain,
-                    (encoder.name, encoder.sha256),
-                    encoder.space,
-                    logit_scale=encoder.logit_scale,
-                )
-            except ValueError as error:
-                raise PolicyError(f"policy '{self.rules.name}': {error}") from error
-            limits[concept["id"]] = limit
-        return limits
-
-    def _model_of(self, space: str) -> _Bound | str:
-        """The model that judges latents of a space, or why none does."""
-        if self._fixed is not None:
-            reads = self._fixed.info.space
-            if reads == space:
-                return self._fixed
-            return f"model {self._fixed.info.id.name} reads {reads} latents, not {space}"
-        if space not in self._bound:
-            self._bound[space] = self._choose(space)
-        return self._bound[space]
-
-    def _choose(self, space: str) -> _Bound | str:
-        from latentguard.encoders import best_encoder
-
-        if self.rules.space not in (None, space):
-            return f"policy '{self.rules.name}' is written for {self.rules.space}, not {space}"
-        try:
-            name = best_encoder(space)
-        except ModelError as error:
-            return str(error)
-        self._note_bundled(name, space)
-        return self._bind(name, space)
-
-    def _note_bundled(self, name: str, space: str) -> None:
-        from latentguard.encoders.catalog import CATALOG
-
-        if not CATALOG[name].bundled:
-            return
-        better = next((e.name for e in CATALOG.values() if e.space == space and not e.bundled), "")
-        hint = f"; for a stronger one: latentguard models get {better}" if better else ""
-        self.notes.append(f"{space} latents are judged by the bundled model {name}{hint}")
 
     # -- images ------------------------------------------------------------------------------
 
-    def _judge(self, chunk: Sequence[Record]) -> list[ScanRecord]:
+    def _judged(self, chunk: Sequence[ArrayRecord]) -> list[ScanRecord]:
         """The chunk's records in its order; images of one shape are scored together."""
         done: dict[int, ScanRecord] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
+        models: dict[tuple[Any, ...], Model] = {}
         for place, record in enumerate(chunk):
             latents = record.latents
             if latents is None:
                 done[place] = self._unreadable(record, record.error or "cannot be read")
                 continue
-            bound = self._model_of(latents.space.name)
-            if isinstance(bound, str):
-                done[place] = self._unreadable(record, bound)
+            model = self._judge.model_of(latents.space.name)
+            if isinstance(model, str):
+                done[place] = self._unreadable(record, model)
                 continue
-            size = (latents.height, latents.width)
-            key = (latents.space, latents.scaled, size, latents.tensor.dtype)
+            array = latents.array
+            key = (latents.space, latents.scaled, array.shape[2:], array.dtype)
             groups.setdefault(key, []).append(place)
-        for places in groups.values():
+            models[key] = model
+        for key, places in groups.items():
             members = [chunk[place] for place in places]
-            done.update(zip(places, self._score(members), strict=True))
+            done.update(zip(places, self._scored(members, models[key]), strict=True))
         return [done[place] for place in range(len(chunk))]
 
-    def _score(self, members: Sequence[Record]) -> list[ScanRecord]:
+    def _scored(self, members: Sequence[ArrayRecord], model: Model) -> list[ScanRecord]:
         """Records of images of one shape; if they fail together they are tried one by one."""
-        from latentguard.spaces import Latents
+        from latentguard.spaces import LatentArray
 
-        batch = [record.latents for record in members if record.latents is not None]
-        bound = self._model_of(batch[0].space.name)
-        assert not isinstance(bound, str)  # _judge has set those aside
+        identity = model.info.id
         try:
-            latents = Latents.cat(batch)
-            verdicts = bound.scorer.verdicts(latents)
+            latents = LatentArray.cat([r.latents for r in members if r.latents is not None])
+            verdicts = model.verdicts(latents)
             if len(verdicts) != len(members):
                 raise RuntimeError(f"{len(verdicts)} verdicts for {len(members)} images")
         except Exception as error:  # fail closed, but for no image but the one that caused it
             if len(members) > 1:
-                return [self._score([record])[0] for record in members]
-            verdict = failed(_sentence(error), self.plain)
-            return [self._record(members[0], verdict, bound.info.id)]
+                return [self._scored([record], model)[0] for record in members]
+            return [self._record(members[0], failed(_sentence(error), self.plain), identity)]
         pictures = self._previews(latents) if self.previews else None
-        heats = self._heats(bound.scorer, latents) if self.heatmaps else None
+        heats = self._heats(model, latents) if self.heatmaps else None
         return [
             self._record(
                 record,
                 verdict,
-                bound.info.id,
+                identity,
                 None if pictures is None else pictures[i],
                 None if heats is None else heats[i],
             )
             for i, (record, verdict) in enumerate(zip(members, verdicts, strict=True))
         ]
 
-    def _unreadable(self, record: Record, error: str) -> ScanRecord:
+    def _unreadable(self, record: ArrayRecord, error: str) -> ScanRecord:
         """Block, whatever `on_error` says: there is no image that could be let pass."""
         return self._record(record, failed(error, {**self.plain, "on_error": "block"}))
 
     def _record(
         self,
-        record: Record,
+        record: ArrayRecord,
         verdict: Verdict,
         model: ModelId | None = None,
         preview: np.ndarray | None = None,
         heats: np.ndarray | None = None,
     ) -> ScanRecord:
         latents = record.latents
-        ids = [concept.id for concept in self.rules.concepts]
+        ids = [concept["id"] for concept in self.plain["concepts"]]
         return ScanRecord(
             source=record.source,
             index=record.index,
@@ -291,19 +244,19 @@ class Scan:
             ranked=tuple(rank(verdict.concepts, self._severity)),
         )
 
-    def _previews(self, latents: Latents) -> np.ndarray | None:
-        from latentguard.spaces import rgb_preview
+    def _previews(self, latents: LatentArray) -> np.ndarray | None:
+        from latentguard.spaces import array_preview
 
         try:
-            return rgb_preview(latents)
+            return array_preview(latents)
         except LatentsError as error:  # raw flux2 without its statistics; the verdict stands
             self._note(f"no pictures of some images: {error}")
             return None
 
-    def _heats(self, scorer: Scorer, latents: Latents) -> np.ndarray | None:
+    def _heats(self, model: Model, latents: LatentArray) -> np.ndarray | None:
         try:
-            return scorer.heatmaps(latents)
-        except LatentsError as error:
+            return model.heatmaps(latents)
+        except LatentGuardError as error:
             self._note(f"no heat maps of some images: {error}")
             return None
 
@@ -312,12 +265,12 @@ class Scan:
             self.notes.append(note)
 
 
-def _chunks(records: Iterable[Record], batch_size: int) -> Iterator[list[Record]]:
+def _chunks(records: Iterable[ArrayRecord], batch_size: int) -> Iterator[list[ArrayRecord]]:
     """Up to `batch_size` records, fewer where their latents are large."""
-    chunk: list[Record] = []
+    chunk: list[ArrayRecord] = []
     cells = 0
     for record in records:
-        size = 0 if record.latents is None else record.latents.tensor.numel()
+        size = 0 if record.latents is None else record.latents.array.size
         if chunk and cells + size > MAX_CELLS:
             yield chunk
             chunk, cells = [], 0
@@ -328,18 +281,6 @@ def _chunks(records: Iterable[Record], batch_size: int) -> Iterator[list[Record]
             chunk, cells = [], 0
     if chunk:
         yield chunk
-
-
-def _check_device(device: torch.device | str | None) -> None:
-    """Raises ModelError for a device that this machine does not have."""
-    if device is None:
-        return
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
 
 
 def _sentence(error: Exception) -> str:

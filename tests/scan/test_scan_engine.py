@@ -16,12 +16,12 @@ from scan_helpers import ALWAYS, NEVER, latents_of, write_latents
 
 from latentguard import load_encoder, scan_files
 from latentguard.errors import LatentsError, ModelError, PolicyError
-from latentguard.files import Record, save_latents
+from latentguard.files import ArrayRecord, save_latents
 from latentguard.policy import load_policy
 from latentguard.scan import Scan
 from latentguard.scan import engine as engine_module
 from latentguard.scan.engine import _chunks
-from latentguard.spaces import Latents
+from latentguard.spaces import SPACES, LatentArray, Latents
 from latentguard.verdict import Verdict
 
 
@@ -291,9 +291,9 @@ def test_records_are_written_as_they_come(tmp_path: Path, calm: Path) -> None:
 
 def test_large_latents_make_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "MAX_CELLS", 3 * 32 * 16 * 16)
-    image = Latents(latents_of(1), "flux2", True)
-    records = [Record("a", n, None, image, None) for n in range(7)]
-    records[3] = Record("a", 3, None, None, "broken")
+    image = LatentArray(latents_of(1).numpy(), SPACES["flux2"], True)
+    records = [ArrayRecord("a", n, None, image, None) for n in range(7)]
+    records[3] = ArrayRecord("a", 3, None, None, "broken")
     assert [len(chunk) for chunk in _chunks(records, 16)] == [4, 3]
     assert [len(chunk) for chunk in _chunks(records, 2)] == [2, 2, 2, 1]
 
