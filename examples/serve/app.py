@@ -1,6 +1,6 @@
 """Moderation over HTTP: latents in, verdicts out. An example to start from; ONNX Runtime, no torch.
 
-    pip install 'latentguard[serve]'
+    pip install 'latentguard[onnx,serve]'
     python examples/serve/app.py guard.onnx
 
     curl --data-binary @latents.npy 'localhost:8000/v1/verdicts?space=flux2&scaled=true'
@@ -245,6 +245,7 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--threads", type=int, help="of ONNX Runtime on the CPU")
+    parser.add_argument("--provider", help="of ONNX Runtime; CUDA where it can be used, else CPU")
     parser.add_argument("--max-delay-ms", type=float, default=2.0, help="to gather a batch")
     for field in fields(Limits):
         kind, flag = type(field.default), f"--{field.name.replace('_', '-')}"
@@ -258,7 +259,12 @@ def main() -> int:
     )
     try:
         guard = Guard(
-            given.guard, given.sha256, threads=given.threads, batching=batching, warm_up=False
+            given.guard,
+            given.sha256,
+            providers=None if given.provider is None else [given.provider],
+            threads=given.threads,
+            batching=batching,
+            warm_up=False,
         )
     except ModelError as error:
         print(f"app.py: {error}", file=sys.stderr)
