@@ -118,17 +118,24 @@ ADAPTERS: dict[Resize, Callable[[int, int, int, int], Adapter]] = {
 def extend(tensor: Tensor, height: int, width: int) -> Tensor:
     """Continue [..., h, w] downwards and to the right by the last row and column."""
     h, w = tensor.shape[-2:]
-    if h < height:
+    # An open size of an export says neither that it is smaller nor that it is not.
+    if is_open(h) or h < height:
         rows = torch.arange(height, device=tensor.device).clamp(max=h - 1)
         tensor = tensor.index_select(-2, rows)
-    if w < width:
+    if is_open(w) or w < width:
         columns = torch.arange(width, device=tensor.device).clamp(max=w - 1)
         tensor = tensor.index_select(-1, columns)
     return tensor
 
 
+def is_open(size: int) -> bool:
+    """Whether torch.export traces for any value of a size."""
+    return isinstance(size, torch.SymInt)
+
+
 def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    # Without a negative number: exported, a division rounds towards zero.
+    return (size + multiple - 1) // multiple * multiple
 
 
 def _starts(length: int, view: int) -> list[int]:

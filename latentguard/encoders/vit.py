@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latentguard import ops
 from latentguard.encoders.catalog import LatentClipConfig
+from latentguard.encoders.resize import is_open
 
 HEAD_WIDTH = 64
 
@@ -96,7 +97,8 @@ class LatentViT(nn.Module):
         token's row as it is (what open_clip does to a checkpoint of another image size).
         """
         trained = self.positional_embedding
-        if (rows, columns) == (self.side, self.side):
+        # At the trained size interpolation changes nothing: an export of open size has it always.
+        if not is_open(rows) and not is_open(columns) and rows == columns == self.side:
             return trained
         table = trained[1:].float().reshape(1, self.side, self.side, -1).permute(0, 3, 1, 2)
         table = F.interpolate(table, (rows, columns), mode="bicubic", antialias=True)

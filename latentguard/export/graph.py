@@ -13,7 +13,7 @@ from latentguard import ops
 from latentguard.errors import ModelError
 from latentguard.ops.onnx import OPSET, translations
 from latentguard.scorer import Scorer
-from latentguard.spaces import Latents
+from latentguard.spaces import LatentSpace
 
 BANK = ("bank.embeddings", "bank.segments", "bank.contrast", "bank.contrast_segments")
 """The four arrays that a policy's prompts become; see `ConceptBank`."""
@@ -29,7 +29,7 @@ class _Moderator(torch.nn.Module):
             self.weights = scorer.encoder
         elif hasattr(scorer.encoder, "vit"):
             self.weights = scorer.encoder.vit
-        self._space = scorer.encoder.space
+        self._space = LatentSpace.get(scorer.encoder.space)
         self._scaled = scaled
         self._heatmaps = heatmaps
 
@@ -42,9 +42,10 @@ class _Moderator(torch.nn.Module):
         ranges: Tensor,
     ) -> tuple[Tensor, ...]:
         encoder, head = self._encoder, self._encoder.head
-        given = Latents(latents, self._space, self._scaled)
-        read = given.scaled_() if encoder.needs_scaled else given.raw()
-        features = encoder.features(read.tensor)
+        if encoder.needs_scaled != self._scaled:
+            convert = self._space.to_scaled if encoder.needs_scaled else self._space.to_raw
+            latents = convert(latents)
+        features = encoder.features(latents)
         if features.tiles != 1:
             raise ModelError("a model that reads an image in tiles cannot be exported")
         shared = (head.ln_weight, head.ln_bias, head.eps, head.projection)
@@ -72,8 +73,7 @@ def build(
     and width are, too. Raises ModelError where the model cannot be exported so.
     """
     encoder = scorer.encoder
-    space = Latents(torch.zeros(1, _channels(scorer), 2, 2), encoder.space, scaled).space
-    latents = torch.zeros(2, space.channels, height, width)
+    latents = torch.zeros(2, LatentSpace.get(encoder.space).channels, height, width)
     # Example sizes of 1 would be taken for constants.
     arguments = (latents, *(_at_least_two(tensor) for tensor in _tensors(scorer)))
     concepts = torch.export.Dim("concepts", min=1)
@@ -102,20 +102,37 @@ def build(
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        how = "with open height and width: give --height and --width" if dynamic else ""
-        raise ModelError(f"{encoder.name} cannot be exported {how}".rstrip()) from error
+        if dynamic:
+            raise ModelError(not_open(encoder.name)) from error
+        raise ModelError(f"{encoder.name} cannot be exported: {_cause(error)}") from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _check_open(model, encoder.name, dynamic)
     return model
 
 
+def _cause(error: BaseException) -> str:
+    """The first line of what was raised while the model was traced."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _check_open(model: onnx.ModelProto, name: str, dynamic: bool) -> None:
     """The tracer makes a constant of a size that the model branches on, and says nothing."""
     sizes = model.graph.input[0].type.tensor_type.shape.dim
     if not sizes[0].dim_param or (dynamic and not all(sides.dim_param for sides in sizes[2:])):
-        what = "height and width" if sizes[0].dim_param else "number of images"
-        raise ModelError(f"{name} cannot be exported with an open {what}")
+        if sizes[0].dim_param:
+            raise ModelError(not_open(name))
+        raise ModelError(f"{name} cannot be exported with an open number of images")
+
+
+def not_open(name: str) -> str:
+    """What to say of a model whose graph depends on the size of latents."""
+    return (
+        f"{name} reads latents of different sizes in different ways and cannot be exported with "
+        "open height and width: give them in latent cells (--height 64 --width 64 for 512 pixels)"
+    )
 
 
 def attach_bank(model: onnx.ModelProto, scorer: Scorer) -> None:
@@ -144,12 +161,6 @@ def _tensors(scorer: Scorer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bank.contrast.float(),
         bank.contrast_segments,
     )
-
-
-def _channels(scorer: Scorer) -> int:
-    from latentguard.spaces import LatentSpace
-
-    return LatentSpace.get(scorer.encoder.space).channels
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:

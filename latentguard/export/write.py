@@ -16,7 +16,7 @@ import torch
 
 from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError, ModelError
-from latentguard.export.graph import attach_bank, bank_arrays, build
+from latentguard.export.graph import attach_bank, bank_arrays, build, not_open
 from latentguard.export.metadata import describe, write_metadata
 from latentguard.export.optimize import optimize
 from latentguard.export.quantize import convert
@@ -35,6 +35,11 @@ LEAST_COSINE = 0.98
 """Of an embedding with PyTorch's, below which an 8-bit export is refused."""
 EXTERNAL = 1_900_000_000
 """Bytes of weights above which they lie beside the file: protocol buffers end at 2 GiB."""
+EXTERNAL_TENSOR = 1 << 20
+"""Bytes below which a constant stays in the file all the same."""
+
+OPEN_SIZES = ((32, 32), (64, 64), (96, 128), (50, 41))
+"""Latent cells at which an export of open height and width is compared with PyTorch, too."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,7 @@ def export_onnx(
         raise ModelError("int8 needs latents to calibrate on (--calibrate); or use int8-dynamic")
     given, real = _to_check(check, scorer, scaled, size)
     progress(f"tracing {scorer.encoder.name}")
-    height, width = given.height, given.width
-    graph = optimize(
-        build(scorer, height, width, scaled=scaled, heatmaps=heatmaps, dynamic=size is None)
-    )
+    graph = trace(scorer, given.height, given.width, scaled, heatmaps, dynamic=size is None)
     out = Path(out)
     with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
         calibration = None
@@ -125,6 +127,8 @@ def export_onnx(
         )
         written = write(graph, metadata, Path(folder, out.name))
         progress(f"comparing it with PyTorch on {len(given)} latents")
+        if size is None:
+            _accept_sizes(written[0], scorer, given, precision)
         checked = compare(written[0], scorer, given, real=real)
         _accept(out, checked, precision)
         for file in reversed(written):
@@ -133,6 +137,13 @@ def export_onnx(
     return Exported(
         out, digest, sum((out.parent / f.name).stat().st_size for f in written), checked
     )
+
+
+def trace(
+    scorer: Scorer, height: int, width: int, scaled: bool, heatmaps: bool, dynamic: bool
+) -> onnx.ModelProto:
+    """The simplified float32 graph, whatever the policy; see `build`."""
+    return optimize(build(scorer, height, width, scaled=scaled, heatmaps=heatmaps, dynamic=dynamic))
 
 
 def _accept(out: Path, checked: Checked, precision: Precision) -> None:
@@ -150,13 +161,32 @@ def _accept(out: Path, checked: Checked, precision: Precision) -> None:
         )
 
 
+def _accept_sizes(path: Path, scorer: Scorer, latents: Latents, precision: Precision) -> None:
+    """Raise ModelError where a file of open height and width is right for some sizes only.
+
+    A tracer that meets a choice by size takes one side of it, and does not always say so.
+    """
+    for cells in ((latents.height, latents.width), *OPEN_SIZES):
+        try:
+            checked = compare(path, scorer, resized(latents[:2], cells), real=False)
+            if cells in OPEN_SIZES:
+                _accept(path, checked, precision)
+        # ONNX Runtime's errors have no common class.
+        except Exception as error:
+            raise ModelError(not_open(scorer.encoder.name)) from error
+
+
 def write(model: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> list[Path]:
     """Write a model; weights of more than 2 GB go to NAME.data beside it. The files written."""
     files = [path]
     if model.ByteSize() > EXTERNAL:
         beside = path.with_suffix(".data")
         onnx.save(
-            model, path, save_as_external_data=True, location=beside.name, size_threshold=1 << 20
+            model,
+            path,
+            save_as_external_data=True,
+            location=beside.name,
+            size_threshold=EXTERNAL_TENSOR,
         )
         model = onnx.load(path, load_external_data=False)
         with beside.open("rb") as file:

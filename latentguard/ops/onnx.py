@@ -2,8 +2,8 @@
 
     torch.onnx.export(model, args, dynamo=True, custom_translation_table=translations())
 
-Everything is computed in float32, as the kernels do, and the height and width of latents are
-fixed by the positional embedding; the batch may be dynamic.
+Everything is computed in float32, as the kernels do. The batch may be dynamic, and so may height
+and width where the positional embedding follows them.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def _ints(op: Any, *values: int) -> Any:
     return op.Constant(value_ints=list(values))
 
 
-def _per_channel(op: Any, vector: Any, channels: int, height: int, width: int) -> Any:
+def _per_channel(op: Any, vector: Any, channels: int, latents: Any) -> Any:
     if vector.shape[0] == channels:
         return op.Reshape(vector, _ints(op, 1, channels, 1, 1))
     cells = op.Reshape(vector, _ints(op, 1, channels, 2, 2))
-    return op.Tile(cells, _ints(op, 1, 1, height // 2, width // 2))
+    half = op.Div(op.Shape(latents, start=2), _ints(op, 2))
+    return op.Tile(cells, op.Concat(_ints(op, 1, 1), half, axis=0))
 
 
 def _patch_embed(
@@ -73,7 +74,6 @@ def _patch_embed(
 ) -> Any:
     op = _operators()
     dim, channels, patch, _ = (int(size) for size in weight.shape)
-    height, width = (int(size) for size in latents.shape[2:])
     per_image = _ints(op, -1, 1, 1, 1)
     x = _up(op, latents)
     if noise is not None:
@@ -81,9 +81,9 @@ def _patch_embed(
     if alpha is not None:
         x = op.Div(x, op.Reshape(_up(op, alpha), per_image))
     if scale is not None:
-        x = op.Mul(x, _per_channel(op, _up(op, scale), channels, height, width))
+        x = op.Mul(x, _per_channel(op, _up(op, scale), channels, latents))
     if shift is not None:
-        x = op.Add(x, _per_channel(op, _up(op, shift), channels, height, width))
+        x = op.Add(x, _per_channel(op, _up(op, shift), channels, latents))
     x = op.Conv(x, _up(op, weight), strides=[patch, patch])
     x = op.Transpose(op.Reshape(x, _ints(op, 0, dim, -1)), perm=[0, 2, 1])
     batch = op.Shape(latents, start=0, end=1)

@@ -1,0 +1,358 @@
+"""Exported guards against PyTorch: the same verdicts, time, memory, and what is traded for what.
+
+    python benchmarks/runtime.py export LATENTS... --exports DIR
+    python benchmarks/runtime.py agreement LATENTS... --exports DIR
+    python benchmarks/runtime.py speed --exports DIR
+    python benchmarks/runtime.py pareto
+
+export: int8 is calibrated on every 16th of the latents (random ones for Latent-CLIP); agreement is
+measured on the others: nano-flux2 under the family policy on real latents, whose ids (`class/name`,
+see caltech.py) tell revolvers and cannons from the rest; Latent-CLIP with random weights on random
+latents, where only margins and embeddings mean something. speed: every contender in a process of
+its own, all in one run, so that ratios hold. pareto: both together, as a table and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESULTS = Path(__file__).parent / "results"
+POLICY = "family"
+NANO, CLIPS = "nano-flux2", ("latent-clip-b8", "latent-clip-b4-plus")
+PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic")
+CLASSES = {"revolver": "firearms", "cannon": "military"}
+THREADS = 2
+CLIENTS = 8
+CALIBRATION = 16
+"""One latent in this many is for calibration, and not judged."""
+
+
+def exported(folder: Path, model: str, precision: str, cells: int) -> Path:
+    """Where an export of this script lies."""
+    return folder / f"{model}-{cells}-{precision}.onnx"
+
+
+def encoder(model: str) -> Any:
+    """The bundled encoder, or a Latent-CLIP with random weights."""
+    from latentguard.encoders import load_encoder
+    from latentguard.encoders.latent_clip import LatentCLIP
+
+    return LatentCLIP.random(model) if model in CLIPS else load_encoder(model, "cpu")
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Every file that the other commands read."""
+    from latentguard.export import export_onnx
+    from latentguard.export.samples import drawn, read_samples, resized
+
+    arguments.exports.mkdir(parents=True, exist_ok=True)
+    real = read_samples(arguments.latents, "flux2")
+    real = real.pick(range(0, len(real), CALIBRATION))
+    for model, cells in ((NANO, 32), (NANO, 64), *((name, 64) for name in CLIPS)):
+        chosen = resized(real, (cells, cells)) if model == NANO else drawn("sdxl", (64, 64), 32)
+        for precision in PRECISIONS:
+            path = exported(arguments.exports, model, precision, cells)
+            if not path.exists():
+                made = export_onnx(
+                    POLICY,
+                    encoder(model),
+                    path,
+                    precision=precision,
+                    size=(cells, cells),
+                    # Judged on other latents below; here only against a spoilt export.
+                    check=chosen[:8],
+                    calibrate=chosen if precision.startswith("int8") else None,
+                )
+                print(path.name, made.checked, flush=True)
+
+
+# --- agreement ------------------------------------------------------------------------------------
+
+
+def agreement(arguments: argparse.Namespace) -> None:
+    """Margins, decisions, AUROC and embeddings of each export against PyTorch's."""
+    from latentguard.export.samples import drawn, read_samples
+
+    real = read_samples(arguments.latents, "flux2")
+    judged = [row for row in range(len(real)) if row % CALIBRATION]
+    rows = compare(arguments.exports, NANO, real.pick(judged), 32)
+    for model, count in zip(CLIPS, (arguments.drawn, arguments.drawn // 2), strict=True):
+        # Another seed than the calibration's: `drawn` starts anew, so the first are left out.
+        rows += compare(arguments.exports, model, drawn("sdxl", (64, 64), 32 + count)[32:], 64)
+    save("runtime-agreement", {"machine": machine(), "rows": rows})
+    print(agreement_table(rows))
+
+
+def compare(folder: Path, model: str, latents: Any, cells: int) -> list[dict[str, Any]]:
+    """One row for each precision of a model."""
+    import torch
+
+    from latentguard import Scorer
+    from latentguard.runtime import Guard
+
+    scorer = Scorer(POLICY, encoder(model))
+    concepts = [concept.id for concept in scorer.policy.concepts]
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(latents), 16):
+            batch = latents[start : start + 16].to(torch.float32)
+            scores = scorer.score(batch)
+            parts.append((scores, scorer.encoder.encode_latents(batch), scorer.decide(scores)))
+    margins = np.concatenate([scores.margin.numpy() for scores, _, _ in parts])
+    embeddings = np.concatenate([embedding.numpy() for _, embedding, _ in parts])
+    verdicts = [verdict for _, _, part in parts for verdict in part]
+    rows = []
+    for precision in PRECISIONS:
+        outputs, decided = [], []
+        with Guard(exported(folder, model, precision, cells), threads=1) as guard:
+            for start in range(0, len(latents), 16):
+                array = latents[start : start + 16].tensor.float().numpy()
+                outputs.append(guard.scores(array))
+                decided += guard.scan(array)
+        found = np.concatenate([one["margin"] for one in outputs])
+        embedded = np.concatenate([one["embedding"] for one in outputs])
+        cosines = (embedded * embeddings).sum(1) / np.linalg.norm(embedded, axis=1)
+        error = np.abs(found - margins)
+        row = {
+            "model": model,
+            "precision": precision,
+            "latents": len(latents),
+            "margin_max": float(error.max()),
+            "margin_mean": float(error.mean()),
+            "cosine_min": float(cosines.min()),
+            "cosine_mean": float(cosines.mean()),
+        }
+        if model == NANO:
+            pairs = list(zip(decided, verdicts, strict=True))
+            row["same_decision"] = float(np.mean([a.decision == b.decision for a, b in pairs]))
+            row["same_matches"] = float(
+                np.mean([{s.id for s in a.matched} == {s.id for s in b.matched} for a, b in pairs])
+            )
+            row["auroc"] = aurocs(found, latents.ids, concepts)
+            row["auroc_torch"] = aurocs(margins, latents.ids, concepts)
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
+
+
+def aurocs(
+    margins: NDArray[np.float32], ids: Sequence[str], concepts: Sequence[str]
+) -> dict[str, float]:
+    """AUROC of Caltech's revolvers and cannons among its other classes."""
+    from latentguard.evaluate.metrics import auroc, count
+
+    kind = np.array([name.split("/")[0] if "/" in name else "" for name in ids])
+    others = (kind != "") & ~np.isin(kind, list(CLASSES))
+    return {
+        name: float(auroc(count(margins[kind == name, at], margins[others, at])))
+        for name, concept in CLASSES.items()
+        for at in (concepts.index(concept),)
+    }
+
+
+def agreement_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| model | precision | latents | margin, largest difference | mean | cosine, smallest | "
+        "same decision | AUROC revolver (torch) | AUROC cannon (torch) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = [row["model"], row["precision"], str(row["latents"])]
+        cells += [f"{row['margin_max']:.2g}", f"{row['margin_mean']:.2g}"]
+        cells.append(f"{row['cosine_min']:.6f}")
+        if "same_decision" in row:
+            cells.append(f"{100 * row['same_decision']:.2f} %")
+            cells += [f"{row['auroc'][k]:.4f} ({row['auroc_torch'][k]:.4f})" for k in CLASSES]
+        else:
+            cells += ["-", "-", "-"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def contenders() -> list[tuple[str, str, int]]:
+    """Model, engine (eager, or the precision of an export), latent cells a side."""
+    engines = ("eager", "fp32", "int8", "int8-dynamic")
+    shapes = [(NANO, 32), (NANO, 64), *((name, 64) for name in CLIPS)]
+    return [(model, engine, cells) for model, cells in shapes for engine in engines]
+
+
+def arrays(model: str, batch: int, cells: int) -> NDArray[np.float32]:
+    channels = 32 if model == NANO else 4
+    made = np.random.default_rng(0).standard_normal((batch, channels, cells, cells))
+    return made.astype(np.float32)
+
+
+def runner(
+    model: str, engine: str, cells: int, folder: Path, batching: bool = False
+) -> Callable[[NDArray[np.float32]], Any]:
+    """Latents to scores."""
+    if engine == "eager":
+        import torch
+
+        from latentguard import Latents, Scorer
+
+        torch.set_num_threads(THREADS)
+        scorer = Scorer(POLICY, encoder(model))
+        space = scorer.encoder.space
+
+        def score(array: NDArray[np.float32]) -> Any:
+            with torch.inference_mode():
+                return scorer.score(Latents(torch.from_numpy(array), space, scaled=True))
+
+        return score
+    from latentguard.runtime import Batching, Guard
+
+    path = exported(folder, model, engine, cells)
+    return Guard(path, threads=THREADS, batching=Batching() if batching else None).scores
+
+
+def measure(model: str, engine: str, cells: int, folder: Path, repeat: int) -> dict[str, Any]:
+    """Times at batch 1 and 16 and with eight clients, and memory, in this process."""
+    run = runner(model, engine, cells, folder)
+    row: dict[str, Any] = {"model": model, "engine": engine, "cells": cells}
+    one = arrays(model, 1, cells)
+    row["ms"] = 1e3 * median(lambda: run(one), repeat)
+    row["mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    many = arrays(model, 16, cells)
+    slow = row["ms"] > 100
+    row["batch16_per_s"] = 16 / median(lambda: run(many), 2 if slow else 7)
+    if engine != "eager":
+        run = runner(model, engine, cells, folder, batching=True)
+    row["clients_per_s"] = clients(run, one, 3 if slow else 20)
+    row["mb_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return row
+
+
+def median(call: Callable[[], Any], repeat: int) -> float:
+    """Seconds, after two calls that are not counted."""
+    call()
+    call()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def clients(run: Callable[..., Any], array: NDArray[np.float32], requests: int) -> float:
+    """Images a second with eight threads that each ask for one after the other."""
+
+    def client() -> None:
+        for _ in range(requests):
+            run(array)
+
+    threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return CLIENTS * requests / (time.perf_counter() - start)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """All contenders, one process each."""
+    if arguments.child:
+        model, engine, cells = arguments.child
+        row = measure(model, engine, int(cells), arguments.exports, arguments.repeat)
+        print(json.dumps(row))
+        return
+    rows = []
+    for model, engine, cells in contenders():
+        command = [sys.executable, __file__, "speed", "--exports", str(arguments.exports)]
+        command += ["--repeat", str(arguments.repeat), "--child", model, engine, str(cells)]
+        threads = {"OMP_NUM_THREADS": str(THREADS)}
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **threads}
+        )
+        if done.returncode:
+            sys.exit(f"{model} {engine} failed:\n{done.stderr}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], file=sys.stderr, flush=True)
+    save("runtime-speed", {"machine": machine(), "rows": rows})
+    print(speed_table(rows))
+
+
+def speed_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    base = {(r["model"], r["cells"]): r["ms"] for r in rows if r["engine"] == "eager"}
+    lines = [
+        "| model | px | engine | ms, batch 1 | times eager | images/s, batch 16 | images/s, "
+        "8 clients | memory, MB | peak, MB |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        ratio = base[row["model"], row["cells"]] / row["ms"]
+        cells = [row["model"], str(8 * row["cells"]), row["engine"], f"{row['ms']:.1f}"]
+        cells += [f"{ratio:.2f}", f"{row['batch16_per_s']:.1f}", f"{row['clients_per_s']:.1f}"]
+        cells += [f"{row['mb']:.0f}", f"{row['mb_peak']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, Any]:
+    """Where this was measured."""
+    import onnxruntime
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":")[1].strip() if lines else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def save(name: str, data: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    for command in (export, agreement, speed):
+        one = commands.add_parser(command.__name__, help=command.__doc__)
+        one.set_defaults(run=command)
+        one.add_argument("--exports", type=Path, required=True)
+        if command is speed:
+            one.add_argument("--repeat", type=int, default=15)
+            one.add_argument("--child", nargs=3, help="internal")
+        else:
+            one.add_argument("latents", type=Path, nargs="+")
+        if command is agreement:
+            one.add_argument("--drawn", type=int, default=64, help="random latents, half for B/4")
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Exports that the tests of this room share: tracing a model is what takes the time."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from export_helpers import SMALL_B4, SMALL_B8, photos, sdxl
+
+from latentguard import cli
+from latentguard.encoders import Encoder, load_encoder
+from latentguard.encoders.latent_clip import LatentCLIP
+from latentguard.export import Exported, export_onnx, write
+from latentguard.scorer import Scorer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Each model and shape is traced once; all that follows tracing is done anew each time."""
+    kept: dict[tuple[Any, ...], onnx.ModelProto] = {}
+    trace = write.trace
+
+    def once(scorer: Scorer, *options: Any, **more: Any) -> onnx.ModelProto:
+        encoder = scorer.encoder
+        key = (encoder.sha256, getattr(encoder, "resize", None), *options, *more.items())
+        if key not in kept:
+            kept[key] = trace(scorer, *options, **more)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(kept[key])
+        return copy
+
+    # pytest would format and keep each of the many messages of torch's tracer.
+    logging.getLogger("torch.__trace").propagate = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "trace", once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def models() -> dict[str, Encoder]:
+    """The bundled encoders, and small Latent-CLIPs with random weights."""
+    return {
+        "nano-flux2": load_encoder("nano-flux2", "cpu"),
+        "nano-sdxl": load_encoder("nano-sdxl", "cpu"),
+        "b8": LatentCLIP.random(SMALL_B8),
+        "b4": LatentCLIP.random(SMALL_B4),
+    }
+
+
+@pytest.fixture(scope="session")
+def exports(
+    models: dict[str, Encoder], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Exported]:
+    """Exports under the family policy by name, each made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("exports")
+    nano: dict[str, Any] = {"size": (32, 32), "heatmaps": True}
+    clip: dict[str, Any] = {"size": (64, 64)}
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
+        "nano": ("nano-flux2", nano),
+        "nano-fp16": ("nano-flux2", {**nano, "precision": "fp16"}),
+        "nano-int8": ("nano-flux2", {**nano, "precision": "int8", "calibrate": photos()}),
+        "nano-dynamic": ("nano-flux2", {**nano, "precision": "int8-dynamic"}),
+        "nano-sdxl": ("nano-sdxl", {"size": (64, 64)}),
+        "clip": ("b8", clip),
+        "clip-raw": ("b8", {**clip, "scaled": False}),
+        "clip-fp16": ("b8", {**clip, "precision": "fp16"}),
+        "clip-int8": ("b8", {**clip, "precision": "int8", "calibrate": sdxl(16, (64, 64))}),
+        "clip-dynamic": ("b8", {**clip, "precision": "int8-dynamic"}),
+        "clip-open": ("b4", {"heatmaps": True}),
+    }
+    made: dict[str, Exported] = {}
+
+    def get(name: str) -> Exported:
+        if name not in made:
+            model, options = ways[name]
+            made[name] = export_onnx("family", models[model], folder / f"{name}.onnx", **options)
+        return made[name]
+
+    return get
+
+
+@dataclass
+class Ran:
+    """What a run of the command gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ran]:
+    """Runs `latentguard ARGUMENTS` through its entry point, in this process."""
+
+    def run(*arguments: str | Path) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["latentguard", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run
