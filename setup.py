@@ -24,7 +24,7 @@ from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
 FACTS = HERE / "latentguard" / "ops" / "_build.json"
-SOURCES = ["csrc/ops.cpp", "csrc/bindings.cpp"]
+SOURCES = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/bindings.cpp"]
 CPU = ["csrc/cpu/patch_embed.cpp", "csrc/cpu/concept_similarity.cpp"]
 CUDA = [
     "csrc/cuda/patch_embed.cu",
@@ -33,6 +33,8 @@ CUDA = [
     "csrc/cuda/concept_similarity_backward.cu",
 ]
 DEFAULT_ARCHITECTURES = "8.0 9.0+PTX"
+# As in latentguard/ops/build_info.py, which says when to raise it.
+INTERFACE = 2
 
 
 def _nvcc() -> str | None:
@@ -125,12 +127,50 @@ def _extension() -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"reason": f"no C++ compiler ({compiler})"}
 
     nvcc, without_cuda = _wants_cuda(torch)
+    extension, facts = _described(torch, cpp_extension, nvcc, without_cuda)
+
+    class Build(cpp_extension.BuildExtension):  # type: ignore[misc]
+        """Compiles with ninja; a failure costs the CUDA kernels, or all of them, and one line."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, use_ninja=shutil.which("ninja") is not None, **kwargs)
+
+        def run(self) -> None:
+            done = facts
+            try:
+                try:
+                    super().run()
+                except Exception as error:
+                    if nvcc is None or os.environ.get("LATENTGUARD_CUDA") == "1":
+                        raise
+                    why = f"compilation with {nvcc} failed: {_first_line(error)} (see above)"
+                    plain, done = _described(torch, cpp_extension, None, why)
+                    vars(self.extensions[0]).update(vars(plain))
+                    super().run()
+            except Exception as error:
+                if "1" in (os.environ.get("LATENTGUARD_CPP"), os.environ.get("LATENTGUARD_CUDA")):
+                    raise
+                done = {"reason": f"compilation failed: {_first_line(error)} (see above)"}
+            _write(done)
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}, facts
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _described(
+    torch: Any, cpp_extension: Any, nvcc: str | None, without_cuda: str
+) -> tuple[Any, dict[str, Any]]:
+    """The extension, with CUDA where nvcc is given, and the facts about that build."""
     cpu_flags, cpu = _cpu_flags(torch)
     common = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fopenmp", "-g0"]
     defines = [f'-DLATENTGUARD_TORCH_VERSION="{torch.__version__}"', "-DAT_PARALLEL_OPENMP=1"]
-    includes, libraries, library_dirs = [str(HERE / "csrc")], [], []
+    includes, library_dirs = [str(HERE / "csrc")], []
     sources = SOURCES + CPU
     facts: dict[str, Any] = {"cpu": cpu, "torch": torch.__version__, "cuda": ""}
+    facts["interface"] = INTERFACE
     arguments: dict[str, Any] = {"cxx": [*common, *defines, *cpu_flags]}
     if nvcc is None:
         facts["without_cuda"] = without_cuda
@@ -155,29 +195,11 @@ def _extension() -> tuple[dict[str, Any], dict[str, Any]]:
         "latentguard._C",
         sources,
         include_dirs=includes,
-        libraries=libraries,
         library_dirs=library_dirs,
-        extra_compile_args=arguments if nvcc else {"cxx": arguments["cxx"]},
+        extra_compile_args=arguments,
         depends=[str(p.relative_to(HERE)) for p in sorted((HERE / "csrc").rglob("*.h"))],
     )
-
-    class Build(cpp_extension.BuildExtension):  # type: ignore[misc]
-        """Compiles with ninja; a failure leaves the reference operators and one line."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, use_ninja=shutil.which("ninja") is not None, **kwargs)
-
-        def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                if os.environ.get("LATENTGUARD_CPP") == "1":
-                    raise
-                _write({"reason": f"compilation failed: {str(error).splitlines()[0]}"})
-                return
-            _write(facts)
-
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}, facts
+    return extension, facts
 
 
 def _write(facts: dict[str, Any]) -> None:

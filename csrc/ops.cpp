@@ -1,10 +1,11 @@
 // Schemas, checks, allocation and dispatch of every operator. One host function serves both
 // devices: it turns tensors into the plain structs of include/operators.h and calls the CPU kernel
-// or the CUDA launcher. (Shapes for tracing, and autograd, are registered in latentguard/ops.)
+// or the CUDA launcher. (Gradients are in autograd.cpp, shapes for tracing in latentguard/ops.)
+#include "ops.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "checks.h"
 #include "include/operators.h"
 
 #ifdef LATENTGUARD_CUDA
@@ -115,6 +116,8 @@ PatchEmbed patch_embed_args(const Checker& check, Contiguous& pointer, const Ten
   return args;
 }
 
+}  // namespace
+
 Tensor patch_embed(const Tensor& latents, const Tensor& weight, const Tensor& class_embedding,
                    const Tensor& positional_embedding, const Tensor& ln_weight,
                    const Tensor& ln_bias, double eps, const MaybeTensor& scale,
@@ -150,6 +153,8 @@ Tensor patch_embed_backward(const Tensor& grad, const Tensor& latents, const Ten
   if (out.numel() > 0) LG_RUN(latents, patch_embed_backward, args);
   return out;
 }
+
+namespace {
 
 Concepts concept_args(const Checker& check, Contiguous& pointer, const Tensor& features,
                       const MaybeTensor& ln_weight, double eps, const MaybeTensor& projection,
@@ -222,7 +227,7 @@ Tensor projected_for(const Tensor& features, Concepts& args, bool save) {
   return out;
 }
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
 Five concept_similarity(const Tensor& features, const MaybeTensor& ln_weight,
                         const MaybeTensor& ln_bias, double eps, const MaybeTensor& projection,
@@ -250,6 +255,8 @@ Five concept_similarity(const Tensor& features, const MaybeTensor& ln_weight,
   return out;
 }
 
+namespace {
+
 // The arguments of a backward. It takes the layer norm's weight but not its bias, which no gradient
 // depends on.
 Concepts concept_backward_args(const Checker& check, Contiguous& pointer, const Tensor& features,
@@ -276,6 +283,8 @@ Concepts concept_backward_args(const Checker& check, Contiguous& pointer, const 
   args.saved_projected = pointer(projected);
   return args;
 }
+
+}  // namespace
 
 Tensor concept_similarity_backward(const MaybeTensor& grad_probability,
                                    const MaybeTensor& grad_margin, const Tensor& features,
@@ -306,8 +315,6 @@ Tensor concept_similarity_backward(const MaybeTensor& grad_probability,
   if (out.numel() > 0) LG_RUN(features, concept_similarity_backward, args);
   return out;
 }
-
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Four concept_heatmap(const Tensor& tokens, const MaybeTensor& ln_weight, const MaybeTensor& ln_bias,
                      double eps, const MaybeTensor& projection, const Tensor& concepts,
@@ -353,8 +360,6 @@ Tensor concept_heatmap_backward(const Tensor& grad, const Tensor& tokens,
   if (out.numel() > 0) LG_RUN(tokens, concept_similarity_backward, args);
   return out;
 }
-
-}  // namespace
 
 #define LG_HEAD "Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? projection"
 #define LG_BANK "Tensor concepts, Tensor segments, Tensor contrast, Tensor contrast_segments"

@@ -1,9 +1,8 @@
-// Row-wise helpers of the CPU kernels: conversion, layer norm, matrix products on raw memory.
+// Row-wise helpers of the CPU kernels: conversion, dot product, layer norm on raw memory.
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -64,28 +63,51 @@ inline const float* as_float(const void* from, int64_t size, Buffer& held) {
   }
 }
 
-// f(index, lanes) over [0, size) in whole vectors, then once more with the rest.
+// One row as floats: itself, or converted into `held` [size].
+template <typename T>
+inline const float* as_floats(const T* from, int64_t size, float* held) {
+  if constexpr (std::is_same_v<T, float>) {
+    return from;
+  } else {
+    to_float(from, held, size);
+    return held;
+  }
+}
+
+// f(index, lanes) over [0, size) in whole vectors, whose lanes are a constant, then with the rest.
 template <typename Function>
 inline void for_lanes(int64_t size, Function function) {
   int64_t i = 0;
-  for (; i + Vec::size() <= size; i += Vec::size()) function(i, Vec::size());
+  for (; i + Vec::size() <= size; i += Vec::size()) {
+    function(i, std::integral_constant<int64_t, Vec::size()>());
+  }
   if (i < size) function(i, size - i);
 }
 
 inline float sum(Vec values) {
-  float lanes[Vec::size()];
-  values.store(lanes);
-  float total = 0;
-  for (float lane : lanes) total += lane;
-  return total;
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, values);
+}
+
+// Sum of term(index, lanes) over [0, size), of vectors that are zero in the lanes beyond. Four
+// sums, as one would wait for each addition.
+template <typename Term>
+inline float sum_lanes(int64_t size, Term term) {
+  constexpr int64_t kStep = 4 * Vec::size();
+  constexpr std::integral_constant<int64_t, Vec::size()> kAll;
+  Vec sums[4] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
+  int64_t i = 0;
+  for (; i + kStep <= size; i += kStep) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] = sums[j] + term(i + j * Vec::size(), kAll);
+  }
+  for (; i + Vec::size() <= size; i += Vec::size()) sums[0] = sums[0] + term(i, kAll);
+  if (i < size) sums[1] = sums[1] + term(i, size - i);
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 inline float dot(const float* a, const float* b, int64_t size) {
-  Vec total(0.f);
-  for_lanes(size, [&](int64_t i, int64_t n) {
-    total = at::vec::fmadd(Vec::loadu(a + i, n), Vec::loadu(b + i, n), total);
-  });
-  return sum(total);
+  return sum_lanes(size,
+                   [&](int64_t i, auto n) { return Vec::loadu(a + i, n) * Vec::loadu(b + i, n); });
 }
 
 struct Moments {
@@ -94,25 +116,20 @@ struct Moments {
 
 // Two passes: a row stays in the first-level cache, and the variance loses no digits.
 inline Moments moments(const float* row, int64_t size, float eps) {
-  Vec total(0.f);
-  for_lanes(size, [&](int64_t i, int64_t n) { total = total + Vec::loadu(row + i, n); });
-  const float mean = sum(total) / size;
-  Vec squares(0.f);
-  int64_t i = 0;
-  for (; i + Vec::size() <= size; i += Vec::size()) {
-    const Vec d = Vec::loadu(row + i) - Vec(mean);
-    squares = at::vec::fmadd(d, d, squares);
-  }
-  float rest = sum(squares);
-  for (; i < size; ++i) rest += (row[i] - mean) * (row[i] - mean);
-  return {mean, 1.f / std::sqrt(rest / size + eps)};
+  const float mean =
+      sum_lanes(size, [&](int64_t i, auto n) { return Vec::loadu(row + i, n); }) / size;
+  const float squares = sum_lanes(size, [&](int64_t i, auto n) {
+    const Vec d = Vec::loadu(row + i, n) - Vec(mean);
+    return Vec::set(Vec(0.f), d * d, n);  // lanes beyond the row are no deviations
+  });
+  return {mean, 1.f / std::sqrt(squares / size + eps)};
 }
 
 // In place on a float row, or into another one.
 inline void layer_norm(const float* row, float* out, const float* weight, const float* bias,
                        int64_t size, float eps) {
   const Moments m = moments(row, size, eps);
-  for_lanes(size, [&](int64_t i, int64_t n) {
+  for_lanes(size, [&](int64_t i, auto n) {
     const Vec normal = (Vec::loadu(row + i, n) - Vec(m.mean)) * Vec(m.rstd);
     at::vec::fmadd(normal, Vec::loadu(weight + i, n), Vec::loadu(bias + i, n)).store(out + i, n);
   });
@@ -123,32 +140,18 @@ inline void layer_norm_backward(const float* grad, float* row, const float* weig
                                 float eps) {
   const Moments m = moments(row, size, eps);
   Vec first(0.f), second(0.f);
-  for_lanes(size, [&](int64_t i, int64_t n) {
+  for_lanes(size, [&](int64_t i, auto n) {
     const Vec g = Vec::loadu(grad + i, n) * Vec::loadu(weight + i, n);
     const Vec normal = (Vec::loadu(row + i, n) - Vec(m.mean)) * Vec(m.rstd);
     first = first + g;
     second = at::vec::fmadd(g, normal, second);
   });
   const Vec mean_g(sum(first) / size), mean_gn(sum(second) / size);
-  for_lanes(size, [&](int64_t i, int64_t n) {
+  for_lanes(size, [&](int64_t i, auto n) {
     const Vec g = Vec::loadu(grad + i, n) * Vec::loadu(weight + i, n);
     const Vec normal = (Vec::loadu(row + i, n) - Vec(m.mean)) * Vec(m.rstd);
     (Vec(m.rstd) * (g - mean_g - normal * mean_gn)).store(row + i, n);
   });
-}
-
-// Row-major out [m, n] = a [m, k] times b, which is [k, n], or [n, k] where `transposed`.
-inline void product(const float* a, const float* b, float* out, int64_t m, int64_t n, int64_t k,
-                    bool transposed) {
-  if (m == 0 || n == 0) return;
-  const auto view = [](const float* data, int64_t rows, int64_t columns, int64_t row,
-                       int64_t column) {
-    // mm_out reads its operands only; from_blob has no const form.
-    return at::from_blob(const_cast<float*>(data), {rows, columns}, {row, column}, at::kFloat);
-  };
-  at::Tensor result = view(out, m, n, n, 1);
-  const at::Tensor right = transposed ? view(b, k, n, 1, k) : view(b, k, n, n, 1);
-  at::cpu::mm_out(result, view(a, m, k, k, 1), right);
 }
 
 }  // namespace latentguard::cpu

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Raised in setup.py too when the extension and the Python code would not fit an older other half.
+INTERFACE = 2
 FILE = Path(__file__).with_name("_build.json")
 
 

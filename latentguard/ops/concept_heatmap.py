@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentguard.ops import checks, library, reference
-from latentguard.ops.concept_similarity import fake_projected, refuse_weights
+from latentguard.ops.concept_similarity import fake_projected
 
 NAME = "concept_heatmap"
 
@@ -91,30 +91,5 @@ def _backward_fake(grad: Tensor, tokens: Tensor, *rest: Any) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, ln_weight, ln_bias, eps, projection, *bank, save = inputs
-    refuse_weights(NAME, ctx.needs_input_grad)
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
-    ctx.eps, ctx.save = eps, save
-    ctx.save_for_backward(tokens, ln_weight, ln_bias, projection, *bank, *saved)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
-    tokens, ln_weight, ln_bias, projection, *bank = ctx.saved_tensors[:8]
-    saved = ctx.saved_tensors[8:]
-    if grad is None:
-        return (None,) * 10
-    namespace = torch.ops.latentguard
-    if not ctx.save:  # a direct call that kept nothing: the forward is computed again
-        head = (ln_weight, ln_bias, ctx.eps, projection)
-        _, *saved = namespace.concept_heatmap(tokens, *head, *bank, True)
-    concepts, _, contrast, _ = bank
-    inner = namespace.concept_heatmap_backward(
-        grad.contiguous(), tokens, ln_weight, ctx.eps, projection, concepts, contrast, *saved
-    )
-    return (inner, *(None,) * 9)
-
-
-library.register(NAME, _reference, _fake, _backward, _setup)
+library.register(NAME, _reference, _fake)
 library.register(NAME + "_backward", reference.concept_heatmap_backward, _backward_fake)

@@ -117,46 +117,5 @@ def _backward_fake(
     return features.new_empty(features.shape)
 
 
-def refuse_weights(name: str, needs: tuple[bool, ...]) -> None:
-    """A direct call of the operator that wants a gradient which no kernel computes."""
-    if any(needs[1:]):
-        raise NotImplementedError(
-            f"`{name}`: only its first argument gets a gradient from the compiled kernel; "
-            f"call latentguard.ops.{name}, which takes the reference for the others"
-        )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, ln_weight, ln_bias, eps, projection, *bank, scale, save = inputs
-    refuse_weights(NAME, ctx.needs_input_grad)
-    probability, _, *saved = output
-    ctx.mark_non_differentiable(*saved)
-    ctx.eps, ctx.logit_scale, ctx.save = eps, scale, save
-    ctx.save_for_backward(features, ln_weight, ln_bias, projection, *bank, probability, *saved)
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    features, ln_weight, ln_bias, projection, *bank, probability = ctx.saved_tensors[:9]
-    saved = ctx.saved_tensors[9:]
-    namespace = torch.ops.latentguard
-    if not ctx.save:  # a direct call that kept nothing: the forward is computed again
-        head = (ln_weight, ln_bias, ctx.eps, projection)
-        _, _, *saved = namespace.concept_similarity(features, *head, *bank, ctx.logit_scale, True)
-    concepts, _, contrast, _ = bank
-    inner = namespace.concept_similarity_backward(
-        *(None if g is None else g.contiguous() for g in grads[:2]),
-        features,
-        ln_weight,
-        ctx.eps,
-        projection,
-        concepts,
-        contrast,
-        probability,
-        *saved,
-        ctx.logit_scale,
-    )
-    return (inner, *(None,) * 10)
-
-
-library.register(NAME, _reference, _fake, _backward, _setup)
+library.register(NAME, _reference, _fake)
 library.register(NAME + "_backward", reference.concept_similarity_backward, _backward_fake)

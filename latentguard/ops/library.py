@@ -8,10 +8,13 @@ that `torch.ops.latentguard` looks the same on every machine.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from latentguard.ops import build_info
 
 HEAD = "Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? projection"
 BANK = "Tensor concepts, Tensor segments, Tensor contrast, Tensor contrast_segments"
@@ -63,19 +66,20 @@ def _load() -> tuple[Any, str]:
     return module, ""
 
 
-def _needs_newer_cpu() -> str:
-    """Why the machine code of the extension cannot run on this processor, or nothing."""
-    from latentguard.ops import build_info
-
-    built = build_info.read()
+def _refused() -> str:
+    """Why an extension that may be there is not loaded, or nothing."""
+    built = build_info.read() or {}
     here = torch.backends.cpu.get_cpu_capability()
-    if built is not None and built.get("cpu") == "AVX2" and here not in ("AVX2", "AVX512"):
+    if built.get("cpu") == "AVX2" and here not in ("AVX2", "AVX512"):
         return f"compiled for AVX2, this processor offers {here}"
+    stale = "reason" not in built and built.get("interface") != build_info.INTERFACE
+    if stale and importlib.util.find_spec("latentguard._C") is not None:
+        return "compiled from an older version of latentguard: install it again"
     return ""
 
 
-_refused = _needs_newer_cpu()
-extension, missing = (None, _refused) if _refused else _load()
+_reason = _refused()
+extension, missing = (None, _reason) if _reason else _load()
 _library: Any = torch.library.Library("latentguard", "DEF" if extension is None else "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -84,25 +88,19 @@ def compiled_for(device: str) -> bool:
     return extension is not None and (device == "cpu" or bool(extension.build_info()["cuda"]))
 
 
-def register(
-    name: str,
-    reference: Callable[..., Any],
-    fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., Any] | None = None,
-) -> None:
-    """Give one operator what its kernels do not bring: reference, fake kernel, autograd."""
-    qualified = f"latentguard::{name}"
+def register(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Give one operator what its kernels do not bring: the reference, and the fake kernel.
+
+    Gradients are in csrc/autograd.cpp; without the extension they, and shapes for tracing, are
+    those of the PyTorch functions that the reference calls.
+    """
     if extension is None:
         _library.define(name + SCHEMAS[name])
-        _library.impl(name, reference, "CompositeExplicitAutograd")
-    elif not compiled_for("cuda"):
+        _library.impl(name, reference, "CompositeImplicitAutograd")
+        return
+    if not compiled_for("cuda"):
         _library.impl(name, reference, "CUDA")
-    torch.library.register_fake(qualified, fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=_library
-        )
+    torch.library.register_fake(f"latentguard::{name}", fake, lib=_library)
 
 
 def use_kernels(tensor: torch.Tensor, *weights: torch.Tensor | None) -> bool:

@@ -120,29 +120,5 @@ def _backward_fake(grad: Tensor, latents: Tensor, *rest: Any) -> Tensor:
     return latents.new_empty(latents.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    latents, weight, _, positional, ln_weight, _, eps, *clean = inputs
-    for index, name in ((1, "weight"), (2, "class_embedding"), (3, "positional_embedding")):
-        if ctx.needs_input_grad[index]:
-            raise NotImplementedError(
-                f"`patch_embed`: `{name}` gets no gradient from the compiled kernel; "
-                "call latentguard.ops.patch_embed, which takes the reference for it"
-            )
-    ctx.eps = eps
-    ctx.save_for_backward(latents, weight, positional, ln_weight, *_five(tuple(clean)))
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    latents, weight, positional, ln_weight, *clean = ctx.saved_tensors
-    sigma = clean[4]
-    inner = torch.ops.latentguard.patch_embed_backward(
-        grad.contiguous(), latents, weight, positional, ln_weight, ctx.eps, *clean
-    )
-    noise_grad = None
-    if sigma is not None and ctx.needs_input_grad[9]:
-        noise_grad = -(inner * sigma.view(-1, 1, 1, 1)).to(inner.dtype)
-    return (inner, *(None,) * 8, noise_grad, None, None)
-
-
-library.register("patch_embed", _reference, _fake, _backward, _setup)
+library.register("patch_embed", _reference, _fake)
 library.register("patch_embed_backward", _backward_reference, _backward_fake)
