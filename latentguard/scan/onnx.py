@@ -43,7 +43,7 @@ class OnnxModel:
         """In the scaling that the file reads."""
         from latentguard.spaces.arrays import widened
 
-        read = latents.scaled_() if self._guard.scaled else latents.raw()
+        read = latents.standard() if self._guard.scaled else latents.raw()
         return widened(read.array)
 
 

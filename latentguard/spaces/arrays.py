@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import LatentsError
-from latentguard.spaces.space import LatentSpace
+from latentguard.spaces.space import SPACES, LatentSpace
 
 if TYPE_CHECKING:
     from latentguard.spaces.latents import Latents
@@ -71,6 +71,17 @@ class LatentArray:
             return self
         scale, shift = self._factors("raw")
         return self._like(widened(self.array) / scale + shift, False)
+
+    def standard(self) -> LatentArray:
+        """As `scaled_`, by the scaling that `SPACES` gives the space: files may have their own.
+
+        Raises as `scaled_` does.
+        """
+        space = SPACES[self.space.name]
+        own = (self.space.scale, self.space.shift) != (space.scale, space.shift)
+        if not own or space.scale is None:
+            return self.scaled_()
+        return LatentArray(self.raw().array, space, False, self.ids).scaled_()
 
     def torch(self) -> Latents:
         """The same as `Latents`, in the same dtype; the numbers are shared where they can be."""

@@ -53,18 +53,11 @@ def array_preview(latents: LatentArray) -> NDArray[np.uint8]:
     """`rgb_preview` without torch, one pixel per cell: uint8 [B, H, W, 3]."""
     import numpy as np
 
-    from latentguard.spaces.arrays import LatentArray, widened
+    from latentguard.spaces.arrays import widened
 
     space = SPACES[latents.space.name]
-    standard = latents.space.scale == space.scale or space.scale is None
-    if latents.scaled and standard:
-        scaled = latents
-    elif space.scale is None:
-        scaled = latents.scaled_()
-    else:  # a scaling of its own: through raw latents to the standard one
-        scaled = LatentArray(latents.raw().array, space, False).scaled_()
     factors = np.asarray(space.rgb_factors, np.float32)
-    numbers = widened(scaled.array).astype(np.float32, copy=False)
+    numbers = widened(latents.standard().array).astype(np.float32, copy=False)
     rgb = np.einsum("bchw,cr->bhwr", numbers, factors) + np.asarray(space.rgb_bias, np.float32)
     pixels = np.clip(np.nan_to_num((rgb + 1) * 127.5), 0, 255).round()
     picture: NDArray[np.uint8] = pixels.astype(np.uint8)

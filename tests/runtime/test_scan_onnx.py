@@ -9,6 +9,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,9 +294,11 @@ def test_an_image_that_fails_fails_alone(artefact: Path, monkeypatch: pytest.Mon
 def test_latents_are_judged_in_the_scaling_that_the_file_reads(scaled: bool) -> None:
     given: list[np.ndarray] = []
     guard: Any = SimpleNamespace(scaled=scaled, scan=lambda array: given.append(array) or [])
+    sdxl = SPACES["sdxl"]
+    own = replace(sdxl, scale=0.5, shift=0.0)  # a file may say that its scaling is another one
     array = np.ones((1, 4, 2, 2), np.float16)
-    for is_scaled in (True, False):
-        OnnxModel(guard, None).verdicts(LatentArray(array, SPACES["sdxl"], is_scaled))  # type: ignore[arg-type]
-    factor = 0.13025 if scaled else 1 / 0.13025
-    expected = [1, factor] if scaled else [factor, 1]
+    for space, is_scaled in ((sdxl, True), (sdxl, False), (own, True), (own, False)):
+        OnnxModel(guard, None).verdicts(LatentArray(array, space, is_scaled))  # type: ignore[arg-type]
+    raw = [1 / 0.13025, 1, 2, 1]
+    expected = [value * 0.13025 for value in raw] if scaled else raw
     assert [float(item.mean()) for item in given] == pytest.approx(expected, rel=1e-5)
