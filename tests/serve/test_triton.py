@@ -1,8 +1,8 @@
 """`latentguard export triton`: against Triton's schema, and run step by step without Triton.
 
-There is no Triton server here. What it does between the steps (queues, batches, transport) is not
-tested; the configs are checked against its published schema and the rules that its sources apply to
-them, the graph runs in ONNX Runtime, and model.py in a bare process.
+The configs are checked against the published schema and the rules that the server applies to them,
+the graph runs in ONNX Runtime, and model.py in a bare process. test_triton_server.py does
+the rest, where a server is installed.
 """
 
 from __future__ import annotations
