@@ -71,8 +71,8 @@ def shared_bytes(kernel: str, dtype: str) -> int:
     if kernel.startswith("patch_embed"):
         depth = min(1024 // size, 256)
         return rows + _up(16 * (depth + pad) * size, 128) + areas
-    cosines, keys = 16 * (128 + 4) * 4, 0 if "backward" in kernel else 16 * 2 * 16 * 8
-    return rows + _up(16 * (768 + pad) * size, 128) + cosines + areas + keys
+    keys = 0 if "backward" in kernel else 16 * 2 * 16 * 8
+    return rows + 16 * (1024 // size + pad) * size + areas + 128 + keys
 
 
 def _compile(nvcc: str, source: str, arch: int) -> list[Kernel]:

@@ -62,7 +62,7 @@ __device__ T* projected_rows(const Concepts& args) {
   return static_cast<T*>(args.projected ? args.projected : args.workspace);
 }
 
-// The projected rows of the tile to memory, for the backward.
+// The projected rows of the tile to memory, for the backward. Ends past a barrier.
 template <typename T>
 __device__ void save_rows(const Concepts& args, int64_t first, int count,
                           const ConceptMemory<T>& memory) {
@@ -72,6 +72,7 @@ __device__ void save_rows(const Concepts& args, int64_t first, int count,
   for (int i = static_cast<int>(threadIdx.x); i < count * width; i += kThreads) {
     out[i] = from_float<T>(rows.get(i / width * memory.row_stride + i % width));
   }
+  __syncthreads();
 }
 
 __device__ bool valid(int begin, int end, int64_t size) {
@@ -114,7 +115,7 @@ __device__ void row_maxima(const Concepts& args, int which, int base, Shared<flo
 template <typename T, typename Raise>
 __device__ void match_chunks(const Concepts& args, int64_t from, int64_t to, int count,
                              const ConceptMemory<T>& memory, const Lane& at, Raise raise) {
-  const Shared<T> operands(memory.operands);
+  const Shared<T> units(0);
   const Shared<float> cosines(memory.cosines);
   const Shared<T> area(memory.areas + at.warp * kStageBytes);
   const int64_t chunks = (args.prompts + kChunk - 1) / kChunk;
@@ -126,8 +127,8 @@ __device__ void match_chunks(const Concepts& args, int64_t from, int64_t to, int
       TileC<T> sum;
       sum.clear();
       warp_product<Columns>(
-          sum, operands, memory.operand_stride, static_cast<const T*>(args.bank[which]), args.width,
-          0, args.bank_rows(which), column, static_cast<int>(args.width), area, at.lane);
+          sum, units, memory.inner_stride, static_cast<const T*>(args.bank[which]), args.width, 0,
+          args.bank_rows(which), column, static_cast<int>(args.width), area, at.lane);
       sum.store(cosines, at.warp * 16, memory.cosine_stride);
     }
     __syncthreads();
@@ -219,17 +220,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_project_kernel(Conc
     for (int64_t i = threadIdx.x; i < count * per_row; i += kThreads) keys[first * per_row + i] = 0;
     if (threadIdx.x == 0) counters[first / kRows] = 0;
   }
+  const RowScalars moments = tile_moments<T>(args, first, count, memory, at);
   if (args.projection == nullptr) {
-    normalised_features<T>(args, first, count, at, [&](int r, int i, float x) {
+    normalised_features<T>(args, first, count, at, moments, 0, dim, [&](int r, int i, float x) {
       if (r < count && i >= begin && i < begin + kColumnTiles * 16 && i < width) {
         out[(first + r) * width + i] = from_float<T>(x);
       }
     });
     return;
   }
-  const Shared<T> operands(memory.operands);
-  normalised_features<T>(args, first, count, at, [&](int r, int i, float x) {
-    operands.set(r * memory.operand_stride + i, from_float<T>(x));
+  // All of the left side, where other kernels keep their rows.
+  const Shared<T> operands(0);
+  normalised_features<T>(args, first, count, at, moments, 0, dim, [&](int r, int i, float x) {
+    operands.set(r * memory.inner_stride + i, from_float<T>(x));
   });
   __syncthreads();
   // Warps split the depth of each column tile; the parts meet in their staging areas.
@@ -241,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_project_kernel(Conc
   const int from = min(part * share, dim), depth = min(share, dim - from);
   TileC<T> sum;
   sum.clear();
-  warp_product<Rows>(sum, operands.at(from < dim ? from : 0), memory.operand_stride,
+  warp_product<Rows>(sum, operands.at(from < dim ? from : 0), memory.inner_stride,
                      static_cast<const T*>(args.projection), width, from, width, begin + tile * 16,
                      depth, Shared<T>(memory.areas + at.warp * kStageBytes), at.lane);
   sum.store(parts, at.warp * kPart, kStride);

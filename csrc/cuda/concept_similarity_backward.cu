@@ -1,6 +1,6 @@
 // Gradient of concept_similarity and concept_heatmap with respect to the features, in one launch:
-// a block takes 16 rows as the forward projected them, adds up the prompts that reached each
-// maximum, and takes the sum back through norm, projection and layer norm.
+// a block takes 16 rows, adds up the prompts that reached each maximum, and takes the sum back
+// through norm (of the rows as the forward projected them), projection and layer norm.
 #include "cuda/concepts.h"
 #include "cuda/launchers.h"
 
@@ -22,31 +22,61 @@ __device__ Share share_of(const Concepts& args, int64_t row, int concept_index) 
   return {value, {args.saved_best[0][at], args.saved_best[1][at]}};
 }
 
-// One warp: the gradient with respect to the projected row, through put(index, value).
-template <typename T, typename Put>
-__device__ void unit_gradient(const Concepts& args, int64_t row, Shared<float> projected, int lane,
-                              Put put) {
-  const int width = static_cast<int>(args.width);
-  const float inverse = 1.f / row_norm(projected, width, lane);
-  const auto total = [&](int i) {
-    float sum = 0;
-    for (int k = 0; k < args.concepts; ++k) {
-      const Share share = share_of(args, row, k);
-      for (int which = 0; which < 2; ++which) {
-        if (share.index[which] < 0) continue;
-        const float x =
-            to_float(static_cast<const T*>(args.bank[which])[share.index[which] * args.width + i]);
-        sum += which == 0 ? share.value * x : -share.value * x;
-      }
+// Element i of the sum over the prompts that reached the maxima of a row.
+template <typename T>
+__device__ float weighted_prompts(const Concepts& args, int64_t row, int i) {
+  float sum = 0;
+  for (int k = 0; k < args.concepts; ++k) {
+    const Share share = share_of(args, row, k);
+    for (int which = 0; which < 2; ++which) {
+      if (share.index[which] < 0) continue;
+      const float x =
+          to_float(static_cast<const T*>(args.bank[which])[share.index[which] * args.width + i]);
+      sum += which == 0 ? share.value * x : -share.value * x;
     }
-    return sum;
-  };
-  float along = 0;
-  for (int i = lane; i < width; i += kWarp) along += total(i) * projected.get(i) * inverse;
-  along = warp_sum(along);
-  // The sum over the concepts is taken twice rather than kept: the prompts are in the cache.
-  for (int i = lane; i < width; i += kWarp) {
-    put(i, (total(i) - along * projected.get(i) * inverse) * inverse);
+  }
+  return sum;
+}
+
+// Through the norm: the gradient of a projected row is (sum - along * unit) * inverse. Finds
+// `inverse` and `along` of each row of the tile.
+template <typename T>
+__device__ RowScalars directions_of(const Concepts& args, int64_t first, int count,
+                                    const ConceptMemory<T>& memory, const Lane& at) {
+  const RowScalars out{Shared<float>(memory.scalars)};
+  const int width = static_cast<int>(args.width);
+  for (int r = at.warp; r < count; r += kWarps) {
+    const T* projected = static_cast<const T*>(args.saved_projected) + (first + r) * width;
+    const float inverse =
+        1.f / row_norm(width, at.lane, [&](int i) { return to_float(projected[i]); });
+    float along = 0;
+    for (int i = at.lane; i < width; i += kWarp) {
+      along += weighted_prompts<T>(args, first + r, i) * to_float(projected[i]) * inverse;
+    }
+    out.set(r, inverse, warp_sum(along), at.lane);
+  }
+  return out;
+}
+
+// Elements [from, from + depth) of the tile's gradients of projected rows: through put(row, index,
+// value) for index 0 up to a multiple of 16 past depth, zero beyond the tile's rows and the width.
+// The sum over the concepts is taken again rather than kept: the prompts are in the cache.
+template <typename T, typename Put>
+__device__ void projected_gradients(const Concepts& args, int64_t first, int count, const Lane& at,
+                                    const RowScalars& directions, int from, int depth, Put put) {
+  const int width = static_cast<int>(args.width);
+  const T* projected = static_cast<const T*>(args.saved_projected);
+  for (int r = at.warp; r < kRows; r += kWarps) {
+    for (int i = at.lane; i < round_up(depth, 16); i += kWarp) {
+      float x = 0;
+      if (r < count && i < depth) {
+        const float inverse = directions.get(r, 0);
+        const float unit = to_float(projected[(first + r) * width + from + i]) * inverse;
+        x = (weighted_prompts<T>(args, first + r, from + i) - directions.get(r, 1) * unit) *
+            inverse;
+      }
+      put(r, i, x);
+    }
   }
 }
 
@@ -86,40 +116,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_backward_kernel(Con
   const Shared<float> rows(0);
   const Shared<T> operands(memory.operands);
   const int width = static_cast<int>(args.width);
-  load_rows(static_cast<const T*>(args.saved_projected) + first * width, count, memory, at, width);
-  const bool project = args.projection != nullptr;
-  for (int r = at.warp; r < kRows; r += kWarps) {
-    const Shared<T> target = operands.at(r * memory.operand_stride);
-    const Shared<float> row = rows.at(r * memory.row_stride);
-    if (r < count) {
-      // Each lane overwrites only what it alone reads, so the row may be its own target.
-      unit_gradient<T>(args, first + r, row, at.lane, [&](int i, float x) {
-        if (project) {
-          target.set(i, from_float<T>(x));
-        } else {
-          row.set(i, x);
-        }
-      });
-    }
-    if (project) {
-      for (int i = at.lane + (r < count ? width : 0); i < round_up(width, 16); i += kWarp) {
-        target.set(i, from_float<T>(0.f));
-      }
-    }
-  }
-  __syncthreads();
-  if (project) {
-    // The transposed projection: its rows [dim, width] are the columns of this product.
-    const Shared<T> area(memory.areas + at.warp * kStageBytes);
-    for (int column = at.warp * 16; column < args.dim; column += kWarps * 16) {
-      TileC<T> sum;
-      sum.clear();
-      warp_product<Columns>(sum, operands, memory.operand_stride,
-                            static_cast<const T*>(args.projection), width, 0, args.dim, column,
-                            width, area, at.lane);
-      sum.store(rows, column, memory.row_stride);
-    }
+  const RowScalars directions = directions_of<T>(args, first, count, memory, at);
+  if (args.projection == nullptr) {
+    projected_gradients<T>(args, first, count, at, directions, 0, width,
+                           [&](int r, int i, float x) { rows.set(r * memory.row_stride + i, x); });
     __syncthreads();
+  } else {
+    for (int from = 0; from < width; from += kOperandDepth<T>) {
+      const int depth = min(kOperandDepth<T>, width - from);
+      projected_gradients<T>(args, first, count, at, directions, from, depth,
+                             [&](int r, int i, float x) {
+                               operands.set(r * memory.operand_stride + i, from_float<T>(x));
+                             });
+      __syncthreads();
+      // The transposed projection: its rows [dim, width] are the columns of this product.
+      add_product<Columns>(args, memory, at, from, depth, args.dim);
+    }
   }
   for (int r = at.warp; r < count; r += kWarps) {
     write_row<T>(args, first + r, rows.at(r * memory.row_stride), at.lane);

@@ -14,7 +14,7 @@
 namespace latentguard::cuda {
 
 // Widest features and embeddings whose tile fits in shared memory.
-constexpr int64_t kLargestWidth = 1024;
+constexpr int64_t kLargestWidth = 1536;
 
 cudaError_t patch_embed(const PatchEmbed& args, cudaStream_t stream);
 cudaError_t patch_embed_backward(const PatchEmbed& args, cudaStream_t stream);

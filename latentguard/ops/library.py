@@ -50,7 +50,7 @@ SCHEMAS = {
 }
 
 # As kLargestWidth in csrc/cuda/launchers.h.
-LARGEST_WIDTH = 1024
+LARGEST_WIDTH = 1536
 # Computed by the compiled kernels; every other dtype takes the reference.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
