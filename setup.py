@@ -116,15 +116,15 @@ def _cpu_flags(torch: Any) -> tuple[list[str], str]:
 def _extension() -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments for setup() that build the extension, and the facts about that build."""
     if os.environ.get("LATENTGUARD_CPP", "1") == "0":
-        return {}, {"reason": "LATENTGUARD_CPP=0"}
+        return _nothing("LATENTGUARD_CPP=0")
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        return {}, {"reason": "torch was not there when latentguard was installed"}
+        return _nothing("torch was not there when latentguard was installed")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
-        return {}, {"reason": f"no C++ compiler ({compiler})"}
+        return _nothing(f"no C++ compiler ({compiler})")
 
     nvcc, without_cuda = _wants_cuda(torch)
     extension, facts = _described(torch, cpp_extension, nvcc, without_cuda)
@@ -154,6 +154,13 @@ def _extension() -> tuple[dict[str, Any], dict[str, Any]]:
             _write(done)
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}, facts
+
+
+def _nothing(reason: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """No extension, and why."""
+    if os.environ.get("LATENTGUARD_CUDA") == "1":
+        raise SystemExit(f"LATENTGUARD_CUDA=1, but {reason}")
+    return {}, {"reason": reason}
 
 
 def _first_line(error: Exception) -> str:

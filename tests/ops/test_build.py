@@ -97,6 +97,17 @@ def test_failing_cpp_leaves_the_reference(
     assert said[0].startswith("latentguard: operators use the PyTorch reference")
 
 
+def test_cuda_that_is_asked_for_is_never_left_out_silently(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, _ = _setup(monkeypatch, tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert module._extension() == ({}, {"reason": "no C++ compiler (no-such-compiler)"})
+    monkeypatch.setenv("LATENTGUARD_CUDA", "1")
+    with pytest.raises(SystemExit, match="LATENTGUARD_CUDA=1, but no C"):
+        module._extension()
+
+
 def test_interface_is_the_same_in_both_halves(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -171,6 +171,34 @@ def test_empty_batch(name: str) -> None:
         assert tensor.shape[0] == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
+)
+@pytest.mark.parametrize("name", FORWARD)
+def test_a_cuda_graph_replays_forward_and_backward(name: str) -> None:
+    first, *rest = (a.cuda() if isinstance(a, Tensor) else a for a in arguments(name))
+    x = torch.zeros_like(first).requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = getattr(ops, name)(x, *rest)
+        out = out[1] if isinstance(out, tuple) else out
+        return out, torch.autograd.grad(out.square().sum(), x)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        x.copy_(first)
+    graph.replay()
+    torch.testing.assert_close(captured, run(), rtol=1e-5, atol=1e-6)
+
+
 def test_any_strides_and_offsets() -> None:
     args = arguments("patch_embed")
     want = ops.patch_embed(*args)
