@@ -17,7 +17,7 @@ from latentguard.runtime.artefact import HEATMAP, INPUT, OUTPUTS, open_artefact
 from latentguard.runtime.batching import Batcher, Batching, Outputs, Overloaded
 from latentguard.runtime.session import Provider, create_session, first_line
 from latentguard.spaces import LatentSpace
-from latentguard.spaces.arrays import unpack
+from latentguard.spaces.arrays import LatentArray, unpack, widened
 from latentguard.verdict import Verdict, decide, failed
 
 logger = logging.getLogger("latentguard.runtime")
@@ -27,8 +27,9 @@ Array = NDArray[Any]
 
 MAX_CELLS = 256 * 256
 """Latent cells of one image by default: 2,048 x 2,048 pixels."""
-RUN_CELLS = 64 * 64 * 64
-"""Latent cells of one run: 64 images of 512 x 512 pixels. Larger arrays are run in pieces."""
+RUN_CELLS = 16 * 64 * 64
+"""Latent cells of one run: 16 images of 512 x 512 pixels. Larger arrays are run in pieces, so that
+memory does not grow with their length."""
 
 
 class Guard:
@@ -105,7 +106,7 @@ class Guard:
 
     def scan(
         self,
-        latents: Array,
+        latents: Array | LatentArray,
         noise_level: float = 0.0,
         final: bool = True,
         *,
@@ -116,12 +117,13 @@ class Guard:
 
         Args:
             latents: [B, C, H, W] float16, float32 or float64, in the space and scaling of the file;
-                or packed tokens [B, H/2 * W/2, 4 C] with `height` and `width` in latent cells.
+                packed tokens [B, H/2 * W/2, 4 C] with `height` and `width` in latent cells; or a
+                LatentArray, which carries its convention and is converted.
             noise_level: noise-to-signal ratio, 0 is clean.
             final: nothing follows these latents.
 
         Raises:
-            LatentsError: another shape or dtype, or an image over `max_cells`.
+            LatentsError: another shape, dtype or space, or an image over `max_cells`.
             Overloaded: with batching, when too many wait or the answer takes too long.
 
         Whatever else goes wrong, NaN in an image or an error of ONNX Runtime, gives the decision
@@ -140,7 +142,7 @@ class Guard:
         return self._decide(outputs, noise_level, final)
 
     def scores(
-        self, latents: Array, *, height: int | None = None, width: int | None = None
+        self, latents: Array | LatentArray, *, height: int | None = None, width: int | None = None
     ) -> Outputs:
         """probability, margin, best_prompt [B, K] and embedding [B, dim], as the graph gives them.
 
@@ -150,14 +152,14 @@ class Guard:
         return self._outputs(self._input(latents, height, width))
 
     def embed(
-        self, latents: Array, *, height: int | None = None, width: int | None = None
+        self, latents: Array | LatentArray, *, height: int | None = None, width: int | None = None
     ) -> NDArray[np.float32]:
         """Unit-norm embeddings [B, dim]. Raises as `scores` does."""
         outputs = self.scores(latents, height=height, width=width)
         return outputs["embedding"].astype(np.float32, copy=False)
 
     def heatmaps(
-        self, latents: Array, *, height: int | None = None, width: int | None = None
+        self, latents: Array | LatentArray, *, height: int | None = None, width: int | None = None
     ) -> NDArray[np.float32]:
         """Margins over the encoder's grid, [B, K, h, w].
 
@@ -186,8 +188,12 @@ class Guard:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _input(self, latents: Array, height: int | None, width: int | None) -> NDArray[np.float32]:
+    def _input(
+        self, latents: Array | LatentArray, height: int | None, width: int | None
+    ) -> NDArray[np.float32]:
         """[B, C, H, W] float32, contiguous. Raises LatentsError, naming what would be right."""
+        if isinstance(latents, LatentArray):
+            latents = self._converted(latents)
         try:
             array = np.asarray(latents)
         except Exception as error:  # ragged lists, tensors on a GPU, objects that are no arrays
@@ -216,6 +222,14 @@ class Guard:
             )
         with np.errstate(over="ignore"):  # what overflows is found to be infinite
             return np.ascontiguousarray(array, dtype=np.float32)
+
+    def _converted(self, latents: LatentArray) -> Array:
+        """Its numbers in the scaling that the file reads; LatentsError for another space."""
+        if latents.space.name != self.space:
+            raise LatentsError(
+                f"{self.path.name} reads {self.space} latents, not {latents.space.name}"
+            )
+        return widened((latents.standard() if self.scaled else latents.raw()).array)
 
     def _outputs(self, array: NDArray[np.float32]) -> Outputs:
         finite = np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))

@@ -29,7 +29,7 @@ class OnnxModel:
         self._guard = guard
 
     def verdicts(self, latents: LatentArray) -> list[Verdict]:
-        verdicts = self._guard.scan(self._numbers(latents))
+        verdicts = self._guard.scan(latents)
         errors = {verdict.error for verdict in verdicts}
         if len(latents) > 1 and len(errors) == 1 and None not in errors:
             # The scan tries them one by one then, so that only those fail that have to.
@@ -37,14 +37,7 @@ class OnnxModel:
         return verdicts
 
     def heatmaps(self, latents: LatentArray) -> NDArray[np.float32]:
-        return self._guard.heatmaps(self._numbers(latents))
-
-    def _numbers(self, latents: LatentArray) -> NDArray[np.floating]:
-        """In the scaling that the file reads."""
-        from latentguard.spaces.arrays import widened
-
-        read = latents.standard() if self._guard.scaled else latents.raw()
-        return widened(read.array)
+        return self._guard.heatmaps(latents)
 
 
 class OnnxJudge(Judge):

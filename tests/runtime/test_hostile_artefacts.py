@@ -221,7 +221,6 @@ def test_a_key_that_is_missing_or_of_another_type(
         ({"covered": [1] * 13}, "covered"),
         ({"covered": []}, "policy"),
         ({"policy": {}}, "policy"),
-        ({"files": {"weights.data": None}}, "weights.data: cannot be read"),
     ],
 )
 def test_values_that_do_not_fit(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
+from runtime_helpers import ROOT
 
 from latentguard import Scorer, load_policy
-from latentguard.errors import ModelError
+from latentguard.errors import LatentsError, ModelError
+from latentguard.files import read_arrays
 from latentguard.runtime import Batching, Guard
 from latentguard.runtime import guard as guard_module
-from latentguard.spaces import Latents
+from latentguard.spaces import SPACES, LatentArray, Latents
 from latentguard.verdict import Verdict
 
 # Sums run in another order: measured worst 4.8e-7 on these latents, the export's own limit is 1e-4.
@@ -71,6 +74,42 @@ def test_packed_latents(guard: Guard, latents: Latents, expected: list[Verdict])
     assert tokens.shape == (25, 256, 128)
     same(guard.scan(tokens, height=32, width=32), expected)
     same(guard.scan(tokens[:3].astype(np.float32), height=32, width=32), expected[:3])
+
+
+def test_latents_that_carry_their_convention(
+    guard: Guard, arrays: np.ndarray, expected: list[Verdict]
+) -> None:
+    flux2 = SPACES["flux2"].with_batch_norm([0.5] * 128, [3.0] * 128)
+    scaled = LatentArray(arrays, flux2, True)
+    same(guard.scan(scaled), expected)
+    same(guard.scan(scaled.raw()), expected)
+    for record, verdict in zip(
+        read_arrays(ROOT / "examples" / "latents.pt"), expected, strict=True
+    ):
+        assert record.latents is not None
+        same(guard.scan(record.latents), [verdict])
+    with pytest.raises(LatentsError, match=r"guard\.onnx reads flux2 latents, not sdxl"):
+        guard.scan(LatentArray(arrays[:, :4], SPACES["sdxl"], True))
+    with pytest.raises(LatentsError, match=r"raw latents need|scaled latents need"):
+        guard.scan(LatentArray(arrays, SPACES["flux2"], False))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_latents_are_judged_in_the_scaling_that_the_file_reads(
+    artefact: Path, scaled: bool
+) -> None:
+    guard = Guard(artefact, threads=1, warm_up=False)
+    guard.metadata.update(space="sdxl", scaled=scaled)
+    sdxl = SPACES["sdxl"]
+    own = replace(sdxl, scale=0.5, shift=0.0)  # a file may say that its scaling is another one
+    array = np.ones((1, 4, 2, 2), np.float16)
+    given = [
+        guard._converted(LatentArray(array, space, is_scaled))
+        for space, is_scaled in ((sdxl, True), (sdxl, False), (own, True), (own, False))
+    ]
+    raw = [1 / 0.13025, 1, 2, 1]
+    expected = [value * 0.13025 for value in raw] if scaled else raw
+    assert [float(item.mean()) for item in given] == pytest.approx(expected, rel=1e-5)
 
 
 def test_views_of_other_arrays(guard: Guard, arrays: np.ndarray, expected: list[Verdict]) -> None:
