@@ -62,6 +62,8 @@ def create_session(
         )
     # Its own fallback would go on with another provider after an error, and say so on a terminal.
     session.disable_fallback()
+    # Kept for that fallback alone, and as large as the file.
+    session._model_bytes = None
     return session
 
 

@@ -286,3 +286,12 @@ def test_an_image_that_fails_fails_alone(artefact: Path, monkeypatch: pytest.Mon
     assert [r.failed for r in records] == [True] + [False] * 24
     assert records[0].verdict.decision == "block"
     assert "out of something" in str(records[0].verdict.error)
+
+
+def test_a_file_without_heat_maps_says_so(artefact: Path) -> None:
+    run = Scan(EXAMPLES, model=artefact, runtime="onnx", heatmaps=True)
+    run._judge._model._guard._names.remove("heatmap")  # type: ignore[attr-defined]
+    records = list(run)
+    assert all(record.heatmaps is None and not record.failed for record in records)
+    assert len(run.notes) == 1
+    assert run.notes[0].endswith("guard.onnx: was exported without heat maps: use --heatmaps")
