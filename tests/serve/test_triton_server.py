@@ -57,7 +57,7 @@ def server(guard_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (folder / "backends" / "python" / "triton_python_backend_stub").chmod(0o755)
 
     repository = folder / "models"
-    options = TritonOptions(device="cpu", threads=1, queue=2, max_delay_ms=50)
+    options = TritonOptions(threads=1, queue=2, max_delay_ms=50)
     export_triton(guard_file, repository, options)
     config = repository / "latentguard_scores" / "config.pbtxt"
     text = config.read_text()
