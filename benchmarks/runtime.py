@@ -36,6 +36,7 @@ POLICY = "family"
 NANO, CLIPS = "nano-flux2", ("latent-clip-b8", "latent-clip-b4-plus")
 PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic")
 CLASSES = {"revolver": "firearms", "cannon": "military"}
+UNSURE = (0.01, 0.02, 0.05, 0.1, 0.2)
 THREADS = 2
 CLIENTS = 8
 CALIBRATION = 16
@@ -146,11 +147,30 @@ def compare(folder: Path, model: str, latents: Any, cells: int) -> list[dict[str
             row["same_matches"] = float(
                 np.mean([{s.id for s in a.matched} == {s.id for s in b.matched} for a, b in pairs])
             )
+            if precision == "int8":
+                row["cascade"] = cascade(found, scorer.bank.covered, pairs)
             row["auroc"] = aurocs(found, latents.ids, concepts)
             row["auroc_torch"] = aurocs(margins, latents.ids, concepts)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     return rows
+
+
+def cascade(
+    margins: NDArray[np.float32], covered: Sequence[bool], pairs: Sequence[tuple[Any, Any]]
+) -> list[dict[str, float]]:
+    """int8 first, float32 where int8 is unsure: the share that goes on, and equal decisions."""
+    # All thresholds of the policy are probability 0.5, which is margin 0.
+    nearest = np.abs(margins[:, np.array(covered)]).min(1)
+    same = np.array([a.decision == b.decision for a, b in pairs])
+    return [
+        {
+            "unsure": unsure,
+            "share": float((nearest <= unsure).mean()),
+            "same_decision": float((same | (nearest <= unsure)).mean()),
+        }
+        for unsure in UNSURE
+    ]
 
 
 def aurocs(
@@ -313,6 +333,84 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# --- pareto ---------------------------------------------------------------------------------------
+
+
+def pareto(arguments: argparse.Namespace) -> None:
+    """Time against fidelity, from the results of the other two."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    fidelity = json.loads((RESULTS / "runtime-agreement.json").read_text())["rows"]
+    timed = json.loads((RESULTS / "runtime-speed.json").read_text())
+    ms = {(r["model"], r["engine"], r["cells"]): r["ms"] for r in timed["rows"]}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    points = nano_points(fidelity, ms)
+    left.set(
+        title="nano-flux2, 256 px, real latents",
+        xlabel="ms an image, batch 1, 2 cores",
+        ylabel="decisions other than PyTorch's, %",
+    )
+    for name, time_, same, _ in points:
+        left.plot(time_, 100 * (1 - same), "o" if "then" not in name else "x", color="#0072B2")
+        left.annotate(name, (time_, 100 * (1 - same)), fontsize=7, xytext=(4, 3), **OFFSET)
+    right.set(
+        title="Latent-CLIP, random weights, random latents",
+        xlabel="ms an image, batch 1, 2 cores",
+        ylabel="1 - cosine with PyTorch's embedding",
+        xscale="log",
+        yscale="log",
+    )
+    for model, colour in zip(CLIPS, ("#D55E00", "#009E73"), strict=True):
+        for row in fidelity:
+            key = (model, row["precision"], 64)
+            if row["model"] == model and key in ms:
+                place = (ms[key], max(1 - row["cosine_min"], 1e-7))
+                right.plot(*place, "o", color=colour)
+                name = f"{model.removeprefix('latent-clip-')} {row['precision']}"
+                right.annotate(name, place, fontsize=7, xytext=(4, 3), **OFFSET)
+        right.axvline(ms[model, "eager", 64], color=colour, linestyle=":", linewidth=1)
+    figure.savefig(RESULTS / "runtime.png", dpi=120)
+    lines = [
+        "| nano-flux2, 256 px | ms | same decisions | AUROC revolver | AUROC cannon |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, time_, same, found in points:
+        scores = " | ".join(f"{found[kind]:.4f}" if found else "-" for kind in CLASSES)
+        lines.append(f"| {name} | {time_:.1f} | {100 * same:.2f} % | {scores} |")
+    where = timed["machine"]
+    text = (
+        f"{where['cpu']}, {where['cores']} cores, onnxruntime {where['onnxruntime']}, torch "
+        f"{where['torch']}. Memory is that of the process at batch 1, peak with batch 16.\n\n"
+        f"{speed_table(timed['rows'])}\n{agreement_table(fidelity)}\n" + "\n".join(lines) + "\n"
+    )
+    (RESULTS / "runtime.md").write_text(text)
+    print(text)
+
+
+OFFSET = {"textcoords": "offset points"}
+Point = tuple[str, float, float, dict[str, float]]
+
+
+def nano_points(
+    fidelity: Sequence[dict[str, Any]], ms: dict[tuple[str, str, int], float]
+) -> list[Point]:
+    """Name, milliseconds, share of equal decisions, AUROCs; with cascades of int8 and float32."""
+    rows = {row["precision"]: row for row in fidelity if row["model"] == NANO}
+    points: list[Point] = [("eager", ms[NANO, "eager", 32], 1.0, rows["fp32"]["auroc_torch"])]
+    for precision, row in rows.items():
+        if (NANO, precision, 32) in ms:
+            taken = ms[NANO, precision, 32]
+            points.append((precision, taken, row["same_decision"], row["auroc"]))
+    for one in rows["int8"]["cascade"]:
+        taken = ms[NANO, "int8", 32] + one["share"] * ms[NANO, "fp32", 32]
+        name = f"int8, then fp32 within {one['unsure']:g}"
+        points.append((name, taken, one["same_decision"], {}))
+    return points
+
+
 def machine() -> dict[str, Any]:
     """Where this was measured."""
     import onnxruntime
@@ -339,9 +437,11 @@ def save(name: str, data: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for command in (export, agreement, speed):
+    for command in (export, agreement, speed, pareto):
         one = commands.add_parser(command.__name__, help=command.__doc__)
         one.set_defaults(run=command)
+        if command is pareto:
+            continue
         one.add_argument("--exports", type=Path, required=True)
         if command is speed:
             one.add_argument("--repeat", type=int, default=15)

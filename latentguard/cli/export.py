@@ -89,7 +89,11 @@ def onnx_(
     ] = True,
     height: Annotated[
         int | None,
-        typer.Option(min=1, help="Fixed height in latent cells (pixels / 8); else it is open."),
+        typer.Option(
+            min=1,
+            help="Fixed height in latent cells (pixels / 8); else it is open. The nano models need "
+            "a size.",
+        ),
     ] = None,
     width: Annotated[
         int | None,
