@@ -125,6 +125,9 @@ def _check_open(model: onnx.ModelProto, name: str, dynamic: bool) -> None:
         if sizes[0].dim_param:
             raise ModelError(not_open(name))
         raise ModelError(f"{name} cannot be exported with an open number of images")
+    for bank in model.graph.input[1:]:
+        if not bank.type.tensor_type.shape.dim[0].dim_param:
+            raise ModelError(f"{name} cannot be exported with a concept bank of any size")
 
 
 def not_open(name: str) -> str:

@@ -129,7 +129,11 @@ def export_onnx(
         progress(f"comparing it with PyTorch on {len(given)} latents")
         if size is None:
             _accept_sizes(written[0], scorer, given, precision)
-        checked = compare(written[0], scorer, given, real=real)
+        try:
+            checked = compare(written[0], scorer, given, real=real)
+        except ModelError as error:
+            reason = str(error).removeprefix(f"{written[0]}: ")
+            raise ModelError(f"{out}: not written, as the file {reason}") from error
         _accept(out, checked, precision)
         for file in reversed(written):
             os.replace(file, out.parent / file.name)

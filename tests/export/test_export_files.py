@@ -158,7 +158,7 @@ def test_external_data_are_part_of_the_artefact(external: Exported, tmp_path: Pa
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     moved = shutil.copy(external.path, elsewhere)
-    with pytest.raises(ModelError, match=r"guard\.data: is missing"):
+    with pytest.raises(ModelError, match=r"guard\.data: cannot be read"):
         Guard(moved)
     data = bytearray(beside.read_bytes())
     data[1000] ^= 1

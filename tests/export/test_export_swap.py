@@ -66,7 +66,7 @@ def test_only_bank_and_metadata_change(exports: Exports, tmp_path: Path) -> None
     assert list(one.graph.node) == list(other.graph.node)
     before, after = constants(one), constants(other)
     assert set(before) == set(after)
-    same = {key for key in before if np.array_equal(before[key], after[key])}
+    same = {key for key in before if np.array_equal(before[key], after[key], equal_nan=True)}
     assert set(before) - same == set(BANK)
 
 
@@ -74,13 +74,9 @@ def test_there_and_back_is_the_same_file(exports: Exports, tmp_path: Path) -> No
     source = exports("nano")
     there, back = tmp_path / "there.onnx", tmp_path / "back.onnx"
     swap_policy(source.path, "weapons", there)
+    assert swap_policy(there, "family", back) == source.sha256
     # In place.
-    assert swap_policy(there, "family", there) != source.sha256
-    swap_policy(there, "family", back)
-    array = photos().tensor.numpy()
-    with Guard(source.path) as first, Guard(back) as last:
-        assert np.array_equal(first.scores(array)["margin"], last.scores(array)["margin"])
-        assert first.metadata == last.metadata
+    assert swap_policy(there, "family", there) == source.sha256
 
 
 def test_a_swap_keeps_external_data(
