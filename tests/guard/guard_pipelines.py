@@ -92,6 +92,38 @@ def sdxl(kind: Any = StableDiffusionXLPipeline, scheduler: Any = None, channels:
     return _quiet(pipe)
 
 
+def sdxl_with_text(scheduler: Any = None) -> Any:
+    """An SDXL pipeline that takes prompts: text encoders with random weights, words spelt out."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
+
+    pipe = sdxl(scheduler=scheduler)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = (*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>")
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    size = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        num_hidden_layers=2,
+        projection_dim=16,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        **size,
+    )
+    pipe.register_modules(
+        text_encoder=CLIPTextModel(config).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+    )
+    return pipe
+
+
 def sdxl_arguments(batch: int = 1, steps: int = 4, seed: int = 0, **more: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(7)
     embeds = torch.randn(batch, 5, 16, generator=generator)
