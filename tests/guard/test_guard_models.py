@@ -117,6 +117,16 @@ def test_a_cascade_blocks_by_its_first_model() -> None:
     assert guard.verdicts[0].reason.startswith("block: concept 'guns' matched 'revolver'")
 
 
+def test_a_cascade_steers_by_its_second_model() -> None:
+    second = LinearEncoder("flux2", 32)
+    guard = LatentGuard(cascade(2.0, MOSTLY, "steer"), second)
+    run(guard)
+    assert guard.history[0].actions == ("steered",) * 2
+    steered = [one for record in guard.history for one in record.steering if one is not None]
+    assert all(one.after < one.before for one in steered)  # margins of the second model
+    assert second.calls > len(guard.history)
+
+
 def test_a_first_model_that_fails_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = LatentGuard(cascade(0.0, RARELY), LinearEncoder("flux2", 32))
     pipe = small.flux2()
