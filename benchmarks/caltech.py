@@ -1,10 +1,13 @@
 """Caltech-101 photos as FLUX.2 latents with labels, encoded once and kept by class.
 
     python benchmarks/caltech.py CALTECH101 --autoencoder taef2_encoder.pth --cache DIR
+    python benchmarks/caltech.py CALTECH101 --autoencoder taef2_encoder.pth --cache DIR2 \\
+        --trained 600
 
 Largest centred square at 256 px, [32, 32, 32] float16, ids `class/image_0001`. `seen` tells which
 photos the bundled nano-flux2 was trained on: every photo whose number is not divisible by 5 is in
-its training list, and the bundled weights saw the first 5,200 of that list.
+its training list, and the bundled weights saw the first 5,200 of that list. `--trained N` encodes
+the first N of these: photos that nothing may be measured on.
 """
 
 from __future__ import annotations
@@ -43,11 +46,16 @@ def label(name: str) -> str:
     return name.split("/")[0]
 
 
-def seen(folder: Path) -> set[str]:
-    """Ids of the photos that the bundled nano-flux2 was trained on."""
+def trained(folder: Path) -> list[Path]:
+    """The photos that the bundled nano-flux2 was trained on, in random order."""
     listed = [path for path in files(folder) if not held_out(path, 5)]
     random.Random(0).shuffle(listed)
-    return {identity(path) for path in listed[:SEEN]}
+    return listed[:SEEN]
+
+
+def seen(folder: Path) -> set[str]:
+    """Ids of the photos that the bundled nano-flux2 was trained on."""
+    return {identity(path) for path in trained(folder)}
 
 
 def choose(folder: Path, everything_of: Sequence[str], per_class: int) -> list[Path]:
@@ -104,9 +112,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--all-of", nargs="*", default=["revolver", "cannon"])
     parser.add_argument("--per-class", type=int, default=10)
+    parser.add_argument("--trained", type=int, help="so many training photos instead")
     parser.add_argument("--threads", type=int)
     a = parser.parse_args()
-    print(encode(choose(a.photos, a.all_of, a.per_class), a.autoencoder, a.cache, a.threads))
+    paths = choose(a.photos, a.all_of, a.per_class)
+    if a.trained is not None:
+        paths = trained(a.photos)[: a.trained]
+    print(encode(paths, a.autoencoder, a.cache, a.threads))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """How early in a generation a forbidden class can be recognised, between two bounds.
 
     python benchmarks/caltech.py CALTECH101 --autoencoder taef2_encoder.pth --cache DIR/caltech
-    python benchmarks/denoiser.py TRAINING... --output DIR/learned.pt
+    python benchmarks/caltech.py CALTECH101 --autoencoder taef2_encoder.pth --cache DIR/trained \
+        --trained 600
+    latentguard export onnx --model nano-flux2 --policy weapons --height 32 --width 32 \
+        --out weapons.onnx
     python benchmarks/early.py CALTECH101 --autoencoder taef2_encoder.pth --cache DIR/caltech \
-        --more photos.pt --spectrum TRAINING... --learned DIR/learned.pt --scores DIR/scores
+        --more photos.pt --spectrum DIR/trained/*.pt --guard weapons.onnx --scores DIR/scores
 
 Photos are noised forward to the noise levels of every third step of SDXL's 30-step Euler schedule,
-with the same noise at all of them, as a deterministic sampler has it, and scored by nano-flux2 as
-x_t itself and as four estimates of x0. Forbidden: revolvers and cannons that the bundled model was
-not trained on; harmless: held-out photos of every other class of Caltech-101 and those of --more.
-Score: the highest margin of the policy's blocking concepts that concern guns. Half of the harmless
-photos calibrate, the other half is measured on. Scores are kept in --scores, so that the report can
-be made again. With --only, one estimate is scored and no report made.
+with the same noise at all of them, as a deterministic sampler has it, and scored by nano-flux2, in
+ONNX Runtime, as x_t itself and as three estimates of x0. Forbidden: revolvers and cannons that the
+bundled model was not trained on; harmless: held-out photos of every other class of Caltech-101 and
+those of --more. Score: the highest margin of the policy's blocking concepts that concern guns. Half
+of the harmless photos calibrate, the other half is measured on. Scores are kept in --scores, so
+that the report can be made again. With --only, one estimate is scored and no report made; --without
+leaves some out; with --at-most, a run scores so many photos, and the next goes on.
 """
 
 from __future__ import annotations
@@ -24,13 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import caltech
-import denoiser
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentguard import Scorer
 from latentguard.adapt.progress import Progress
 from latentguard.evaluate.calibrate import threshold
 from latentguard.evaluate.estimates import Wiener, unit_variance
@@ -38,7 +40,7 @@ from latentguard.evaluate.exact import ExactDenoiser, Tempering
 from latentguard.evaluate.metrics import separation, wilson
 from latentguard.evaluate.plots import COLOURS
 from latentguard.files import load_latents
-from latentguard.spaces import Latents
+from latentguard.runtime import Guard
 
 RESULTS = Path(__file__).parent / "results"
 FORBIDDEN = ("revolver", "cannon")
@@ -49,7 +51,6 @@ BATCH = 25
 ESTIMATES = {
     "x_t": "x_t itself",
     "wiener": "Wiener estimate (lower bound)",
-    "learned": "small learned denoiser",
     "tempered": "tempered posterior",
     "exact": "exact posterior (upper bound)",
 }
@@ -115,6 +116,11 @@ def sample(arguments: argparse.Namespace) -> Sample:
 # -- scoring ---------------------------------------------------------------------------------------
 
 
+def spectrum(paths: list[Path]) -> Tensor:
+    """Latents [N, 32, 32, 32] of photos that nothing is measured on."""
+    return torch.cat([load_latents(path).tensor for path in paths])
+
+
 def estimates(arguments: argparse.Namespace, photos: Sample) -> dict[str, Callable[[], Estimate]]:
     """Each makes x0 of (y = x0 + r noise, r, rows); second the photo that it is, -1 for none."""
 
@@ -138,15 +144,20 @@ def estimates(arguments: argparse.Namespace, photos: Sample) -> dict[str, Callab
 
     return {
         "x_t": lambda: plain(unit_variance),
-        "wiener": lambda: plain(Wiener.fit(denoiser.read(arguments.spectrum))),
-        "learned": lambda: plain(denoiser.load(arguments.learned)),
+        "wiener": lambda: plain(Wiener.fit(spectrum(arguments.spectrum))),
         "tempered": lambda: posterior(Tempering()),
         "exact": lambda: posterior(None),
     }
 
 
 def score(
-    name: str, estimate: Estimate, photos: Sample, clean: Array | None, folder: Path
+    name: str,
+    estimate: Estimate,
+    photos: Sample,
+    clean: Array | None,
+    guard: Guard,
+    folder: Path,
+    at_most: int,
 ) -> tuple[Array, Array]:
     """Scores and mean squared errors [levels, N] of an estimate; `clean` are the photos' own.
 
@@ -158,20 +169,25 @@ def score(
         data = np.load(kept)
         if data["scores"].shape == (len(grid), len(photos.latents)):
             return data["scores"], data["errors"]
-    scorer = Scorer("weapons", "nano-flux2")
-    columns = [[c.id for c in scorer.policy.concepts].index(concept) for concept in CONCEPTS]
+    columns = [[c["id"] for c in guard.policy["concepts"]].index(name) for name in CONCEPTS]
     count = len(photos.latents)
     scores, errors = np.zeros((len(grid), count)), np.zeros((len(grid), count))
+    partial, start = folder / f"{name}.part", 0
+    if partial.is_file():
+        with partial.open("rb") as file:
+            data = np.load(file)
+            if data["scores"].shape == scores.shape:
+                scores, errors, start = data["scores"], data["errors"], int(data["done"])
+    folder.mkdir(parents=True, exist_ok=True)
+    end = min(count, start + at_most)
 
     def read(latents: Tensor) -> Array:
-        with torch.inference_mode():
-            margin = scorer.score(Latents(latents, "flux2", scaled=True)).margin
-        best: Array = margin[:, columns].max(1).values.double().numpy()
+        best: Array = guard.scores(latents.numpy())["margin"][:, columns].max(1).astype(np.float64)
         return best
 
-    with Progress(f"scoring {name}", len(grid) * count) as progress:
-        for begin in range(0, count, BATCH):
-            rows = np.arange(begin, min(begin + BATCH, count))
+    with Progress(f"scoring {name}", len(grid) * (end - start)) as progress:
+        for begin in range(start, end, BATCH):
+            rows = np.arange(begin, min(begin + BATCH, end))
             images = photos.latents[rows].float()
             noise = torch.stack(
                 [
@@ -193,8 +209,12 @@ def score(
                 if todo.any():
                     scores[number, rows[todo]] = read(found[torch.from_numpy(todo)])
             progress.advance(len(grid) * len(rows))
-    folder.mkdir(parents=True, exist_ok=True)
+    if end < count:
+        with partial.open("wb") as output:
+            np.savez(output, scores=scores, errors=errors, done=end)
+        raise SystemExit(f"{name}: {end} of {count} photos are scored; run it again for the rest")
     np.savez(kept, scores=scores, errors=errors)
+    partial.unlink(missing_ok=True)
     return scores, errors
 
 
@@ -228,13 +248,37 @@ def by_level(scores: Array, errors: Array, photos: Sample) -> list[dict[str, Any
     return rows
 
 
+def normalised(scores: Array, rows: NDArray[np.int64]) -> Array:
+    """Scores by how far above the median of harmless photos (`rows`) they are at their noise level,
+    in units of what the 95th percentile is above it."""
+    centre = np.median(scores[:, rows], 1, keepdims=True)
+    spread = np.quantile(scores[:, rows], 0.95, axis=1, keepdims=True) - centre
+    found: Array = (scores - centre) / np.maximum(spread, 1e-6)
+    return found
+
+
+def pooled(scores: Array, photos: Sample) -> dict[str, dict[str, float]]:
+    """One threshold for every scored step, of the scores as they are and by noise level."""
+    forbidden, harmless = photos.forbidden, ~photos.forbidden & ~photos.calibrates
+    result = {}
+    by_noise_level = normalised(scores, np.flatnonzero(photos.calibrates))
+    for name, values in (("as_they_are", scores), ("calibrated", by_noise_level)):
+        noisy = values[1:]
+        found = separation(noisy[:, forbidden].ravel(), noisy[:, harmless].ravel(), resamples=0)
+        result[name] = {
+            "auroc": found.auroc.value,
+            "fpr_at_95_recall": found.fpr_at_recall.value,
+        }
+    return result
+
+
 def trajectories(scores: Array, photos: Sample, calibrated: bool) -> dict[str, Any]:
     """Blocking at the first scored step above its threshold, at 1 % false blocks a generation.
 
-    One number t sets all thresholds: centre + t * spread of the level, from half of the harmless
-    photos that calibrate (without calibration: of clean photos, at every level). The other half
-    gives t: the conformal threshold of each generation's highest normalised score over all of its
-    steps, the finished image included.
+    One number sets all thresholds: calibrated, of scores normalised at their noise level by half of
+    the harmless photos that calibrate; otherwise of the scores themselves. The other half gives it:
+    the conformal threshold of each generation's highest score over all of its steps, the finished
+    image included.
     """
     grid = levels()
     steps = np.arange(0, STEPS, EVERY)
@@ -242,11 +286,8 @@ def trajectories(scores: Array, photos: Sample, calibrated: bool) -> dict[str, A
     path = scores[order]
     mine = np.flatnonzero(photos.calibrates)
     first, second = mine[::2], mine[1::2]
-    shape = path if calibrated else np.broadcast_to(scores[0], path.shape)
-    centre = np.median(shape[:, first], 1, keepdims=True)
-    spread = np.quantile(shape[:, first], 0.95, axis=1, keepdims=True) - centre
-    normal = (path - centre) / np.maximum(spread, 1e-6)
-    # Scores have no upper end any more: scaled into the margins' range for `threshold`.
+    normal = normalised(path, first) if calibrated else path
+    # Normalised scores have no upper end: scaled into the margins' range for `threshold`.
     scale = 1 / np.abs(normal).max()
     limit = threshold(normal[:, second].max(0) * scale, RATE) / scale
     above = normal >= limit
@@ -269,6 +310,7 @@ def trajectories(scores: Array, photos: Sample, calibrated: bool) -> dict[str, A
             "before_half_95": [half.low, half.high],
             "median_evaluations": float(np.median(spent[kept])),
             "evaluations_saved": float(1 - spent[kept].mean() / STEPS),
+            "stopped_by": [float((done[kept] <= number).mean()) for number in range(len(order))],
         }
     return result
 
@@ -280,24 +322,33 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--more", type=Path, nargs="*", default=[], help="further harmless latents")
     parser.add_argument("--spectrum", type=Path, nargs="+", required=True, help="for Wiener's")
-    parser.add_argument("--learned", type=Path, required=True, help="of benchmarks/denoiser.py")
+    parser.add_argument("--guard", type=Path, required=True, help="the exported policy and model")
     parser.add_argument("--scores", type=Path, required=True)
-    parser.add_argument("--per-class", type=int, default=100)
-    parser.add_argument("--harmless", type=int, default=950)
+    parser.add_argument("--per-class", type=int, default=10)
+    parser.add_argument("--harmless", type=int, default=1200)
     parser.add_argument("--only", choices=ESTIMATES)
+    parser.add_argument("--without", choices=ESTIMATES, nargs="*", default=[])
+    parser.add_argument(
+        "--at-most", type=int, default=1_000_000, help="photos that a run scores of an estimate"
+    )
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     photos = sample(arguments)
     makers = estimates(arguments, photos)
-    names = [arguments.only] if arguments.only else list(ESTIMATES)
+    guard = Guard(arguments.guard, threads=arguments.threads)
+    names = [name for name in ESTIMATES if name not in arguments.without]
+    if arguments.only:
+        names = [arguments.only]
     measured: dict[str, tuple[Array, Array]] = {}
     clean = None
     for kept in sorted(arguments.scores.glob("*.npz")):
         clean = np.load(kept)["scores"][0]
     for name in names:
-        measured[name] = score(name, makers[name](), photos, clean, arguments.scores)
+        measured[name] = score(
+            name, makers[name](), photos, clean, guard, arguments.scores, arguments.at_most
+        )
         clean = measured[name][0][0]
     if not arguments.only:
         report(photos, measured)
@@ -319,16 +370,17 @@ def report(photos: Sample, measured: dict[str, tuple[Array, Array]]) -> None:
         "trajectories": {
             name: {
                 "calibrated": trajectories(values[0], photos, True),
-                "clean_threshold": trajectories(values[0], photos, False),
+                "as_they_are": trajectories(values[0], photos, False),
             }
             for name, values in measured.items()
         },
+        "pooled": {name: pooled(values[0], photos) for name, values in measured.items()},
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "early-detection.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "early.json").write_text(json.dumps(result, indent=1) + "\n")
     text = tables(result)
-    (RESULTS / "early-detection.md").write_text(text)
-    plot(result, RESULTS / "early-detection.png")
+    (RESULTS / "early.md").write_text(text)
+    plot(result, RESULTS / "early.png")
     print(text)
 
 
@@ -374,7 +426,7 @@ def tables(result: dict[str, Any]) -> str:
     ]
     rows = []
     for name in names:
-        for mode, label in (("calibrated", "by noise level"), ("clean_threshold", "clean")):
+        for mode, label in (("calibrated", "by noise level"), ("as_they_are", "no")):
             one = result["trajectories"][name][mode]
             bad, good = one["forbidden"], one["harmless"]
             low, high = bad["before_half_95"]
@@ -391,6 +443,15 @@ def tables(result: dict[str, Any]) -> str:
             )
     head = ["estimate", "calibrated", "forbidden stopped in the first half [95 %]"]
     head += ["stopped at all", "median evaluations", "evaluations saved", "harmless stopped"]
+    lines += [*_table(head, rows), "## One threshold for every scored step", ""]
+    rows = []
+    for name in names:
+        for mode, label in (("calibrated", "by noise level"), ("as_they_are", "no")):
+            one = result["pooled"][name][mode]
+            rows.append(
+                [ESTIMATES[name], label, f"{one['auroc']:.3f}", f"{one['fpr_at_95_recall']:.3f}"]
+            )
+    head = ["estimate", "calibrated", "AUROC", "false-block rate at 95 % recall"]
     return "\n".join([*lines, *_table(head, rows)])
 
 
@@ -399,21 +460,28 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(2, 2).ravel()
+    steps = [*range(1, STEPS + 1, EVERY), STEPS]
+    titles = {
+        "auroc": "AUROC",
+        "fpr_at_95_recall": "false-block rate at 95 % recall",
+        "recall_calibrated": "recall at 1 % false blocks, calibrated at the noise level",
+    }
     for (name, rows), colour in zip(result["levels"].items(), COLOURS, strict=False):
+        style = ":" if name == "tempered" else "-"
+        look = {"linestyle": style, "marker": "o", "markersize": 3, "color": colour}
         x = [row["noise_level"] for row in rows]
-        for axis, key in zip(axes, ("auroc", "fpr_at_95_recall", "recall_calibrated"), strict=True):
-            style = ":" if name == "tempered" else "-"
-            axis.plot(x, [row[key] for row in rows], style, marker="o", markersize=3,
-                      color=colour, label=ESTIMATES[name])  # fmt: skip
-            if key == "auroc":
-                low, high = zip(*(row["auroc_95"] for row in rows), strict=True)
+        for axis, key in zip(axes, titles, strict=False):
+            axis.plot(x, [row[key] for row in rows], label=ESTIMATES[name], **look)
+            if f"{key}_95" in rows[0]:
+                low, high = zip(*(row[f"{key}_95"] for row in rows), strict=True)
                 axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        stopped = result["trajectories"][name]["calibrated"]["forbidden"]["stopped_by"]
+        axes[3].step(steps, stopped, where="post", **look)
     half = result["sigmas"][STEPS // 2]
-    titles = ("AUROC", "false-block rate at 95 % recall", "recall at 1 % false blocks, calibrated")
-    for axis, title in zip(axes, titles, strict=True):
+    for axis, title in zip(axes, titles.values(), strict=False):
         axis.set_xscale("symlog", linthresh=0.2)
         axis.set_xticks(
             [0, 0.2, 0.5, 1, 2, 5, 10, 20], ["0", ".2", ".5", "1", "2", "5", "10", "20"]
@@ -423,11 +491,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.text(half, 0.02, " half of 30 steps", rotation=90, fontsize=7, color="0.4",
                   transform=axis.get_xaxis_transform())  # fmt: skip
         axis.set(title=title, xlabel="noise-to-signal ratio (generation runs to the right)")
+    axes[3].set(
+        title="forbidden generations stopped, 1 % false blocks a generation",
+        xlabel="model evaluations of 30",
+    )
+    axes[3].axvline(STEPS // 2, color="0.5", linewidth=1, linestyle=":")
+    for axis in axes:
         axis.grid(color="0.93")
         axis.set_axisbelow(True)
         axis.set_ylim(-0.02, 1.02)
     axes[0].set_ylim(0.4, 1.01)
-    axes[0].legend(fontsize=7, loc="lower right")
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 

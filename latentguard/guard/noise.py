@@ -118,7 +118,8 @@ def optimize_noise(
 
     Args:
         pipe: a pipeline that takes `latents` and gives `output_type="latent"`.
-        prompt: as the pipeline takes it; None with prompt embeddings in `call`.
+        prompt: as the pipeline takes it. With prompt embeddings in `call` it is not given to the
+            pipeline, and may be None; `agreement` still reads it.
         policy: concepts that block or steer give a negative reward while they match.
         reward: one of your own, added to the policy's.
         agreement: weight of the prompt's own agreement with the image (a positive reward; one
@@ -146,8 +147,9 @@ def optimize_noise(
         rewards.append(Agreement(scorer.encoder, prompt, agreement))
     size = _size(pipe, height, width)
     if noise is None:
-        noise = _noise(pipe, found, size, prompt, seed)
-    arguments = {**call, "prompt": prompt, "height": size[0], "width": size[1]}
+        noise = _noise(pipe, found, size, _count(prompt, call), seed)
+    given = None if call.get("prompt_embeds") is not None else prompt
+    arguments = {**call, "prompt": given, "height": size[0], "width": size[1]}
     generate = _Generate(pipe, found, arguments, seed)
     with _frozen(pipe), unguarded(pipe), torch.inference_mode(False), torch.enable_grad():
         return _ascend(generate, scorer, rewards, noise, iterations, learning_rate, seed)
@@ -261,10 +263,17 @@ def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     return height or side, width or side
 
 
-def _noise(pipe: Any, space: LatentSpace, size: tuple[int, int], prompt: Any, seed: int) -> Tensor:
+def _count(prompt: str | list[str] | None, call: Mapping[str, Any]) -> int:
+    """How many images a call makes."""
+    prompts = call.get("prompt_embeds")
+    if prompts is None:
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+    return len(prompts) * int(call.get("num_images_per_prompt") or 1)
+
+
+def _noise(pipe: Any, space: LatentSpace, size: tuple[int, int], count: int, seed: int) -> Tensor:
     """Noise in the form that the pipeline's `latents` takes."""
     device = pipe._execution_device
-    count = len(prompt) if isinstance(prompt, list) else 1
     height, width = (side // space.factor for side in size)
     if space.packed_patch > 1:
         height, width = height - height % 2, width - width % 2

@@ -10,10 +10,9 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 import guard_pipelines as small
-from diffusers import EulerAncestralDiscreteScheduler
-from guard_helpers import ALWAYS, LinearEncoder, policy
+from guard_helpers import ALWAYS, policy
 
-from latentguard import LatentGuard, Latents, Scorer, load_encoder, optimize_noise
+from latentguard import LatentGuard, Latents, Scorer, load_encoder
 from latentguard.evaluate.exact import exact_sdxl_pipeline, outcome, prompt
 from latentguard.files import load_latents
 from latentguard.guard.steering import SLACK, Steerer
@@ -114,60 +113,3 @@ def test_steering_that_fails_blocks_at_the_end() -> None:
     assert [record.actions[0] for record in guard.history] == ["steered"] * 3 + ["blocked"]
     assert guard.verdicts[0].reason.endswith("and it is too late to steer")
     assert "concept 'guns' matched 'revolver'" in guard.verdicts[0].reason
-
-
-def _turbo() -> Any:
-    options = {**small.BETAS, "timestep_spacing": "trailing"}
-    return small.sdxl(scheduler=EulerAncestralDiscreteScheduler(**options))
-
-
-def _one_step() -> dict[str, Any]:
-    arguments = small.sdxl_arguments(steps=1, guidance_scale=0.0)
-    del arguments["generator"], arguments["output_type"]
-    return {**arguments, "prompt": None}
-
-
-def test_the_noise_of_a_one_step_model_is_optimised_until_the_policy_allows() -> None:
-    pipe, encoder = _turbo(), LinearEncoder("sdxl", 4)
-    arguments = _one_step()
-    first = optimize_noise(pipe, policy=policy(), model=encoder, iterations=0, **arguments)
-    start = float(first.verdicts[0].concepts[0].margin)
-    probability = 1 / (1 + torch.tensor(-10 * (start - 0.1)).exp().item())
-    rule = policy(round(probability, 4))
-    assert Scorer(rule, encoder).verdicts(first.latents)[0].decision == "block"
-    found = optimize_noise(pipe, policy=rule, model=encoder, learning_rate=50.0, **arguments)
-    assert found.verdicts[0].decision == "allow"
-    assert float(found.reward) == 0 > float(found.rewards[0])
-    # The noise gives these latents in an ordinary call too, with the same seed.
-    arguments.pop("prompt")
-    again = pipe(
-        **arguments,
-        latents=found.noise,
-        generator=torch.Generator().manual_seed(found.seed),
-        output_type="latent",
-    ).images
-    torch.testing.assert_close(again, found.latents.tensor, atol=1e-5, rtol=1e-4)
-    # The regulariser keeps the norm near that of Gaussian noise.
-    assert found.noise.norm() == pytest.approx(found.noise.numel() ** 0.5, rel=0.2)
-    assert all(p.requires_grad for p in pipe.unet.parameters())
-
-
-def test_a_reward_of_ones_own_is_raised() -> None:
-    pipe, encoder = _turbo(), LinearEncoder("sdxl", 4)
-    target = encoder.encode_text(["a lighthouse"])[0]
-
-    def reward(latents: Latents) -> torch.Tensor:
-        return 100 * (encoder.encode_latents(latents) @ target)
-
-    found = optimize_noise(
-        pipe,
-        policy=policy(),
-        reward=reward,
-        model=encoder,
-        iterations=12,
-        learning_rate=50.0,
-        **_one_step(),
-    )
-    assert found.rewards.shape == (13, 1)
-    assert float(found.reward) == float(found.rewards.max())
-    assert float(found.reward) > float(found.rewards[0]) + 1
