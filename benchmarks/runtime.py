@@ -457,6 +457,10 @@ def pareto(arguments: argparse.Namespace) -> None:
         f"{where['torch']}.\n\n"
         f"{cost_table(timed['rows'])}\n{agreement_table(fidelity)}\n" + "\n".join(lines) + "\n"
     )
+    whole = RESULTS / "runtime-speed.json"
+    if whole.exists():
+        text += "\nTwo threads, on a quiet machine:\n\n"
+        text += speed_table(json.loads(whole.read_text())["rows"])
     (RESULTS / "runtime.md").write_text(text)
     print(text)
 
