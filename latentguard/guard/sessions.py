@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ class _State:
     spent: float = 0.0
     blocked: dict[int, Verdict] = field(default_factory=dict)
     latest: list[Verdict | None] = field(default_factory=list)
-    steered: dict[int, int] = field(default_factory=dict)
+    steered: dict[int, set[str]] = field(default_factory=dict)
+    since: dict[int, float] = field(default_factory=dict)
     history: list[StepRecord] = field(default_factory=list)
     waiting: list[tuple[int, float, str, Scores, float]] = field(default_factory=list)
     finished: bool = False
@@ -189,8 +190,12 @@ class Session:
                 return self._result(latents, ())
             self._resolve()
             verdicts = self._judge(judged, level, final)
-            if not final:
-                latents, steering = self._steer(latents, judged, verdicts, level, alpha)
+            if final:
+                verdicts = self._hold(judged, verdicts, level)
+            else:
+                latents, steering = self._steer(
+                    latents, judged, verdicts, level, noise_level, alpha
+                )
         # Fail closed: whatever went wrong, these images have not been judged.
         except Exception as error:
             if state.unrecorded:
@@ -347,29 +352,70 @@ class Session:
         judged: Latents,
         verdicts: Sequence[Verdict | None],
         level: float,
+        after: float,
         alpha: float,
     ) -> tuple[Latents, list[Steering | None]]:
-        """Steer the flagged images, and only those; the others keep their bytes."""
+        """Steer the images that are flagged or were before; the others keep their bytes.
+
+        One that was flagged stays in the steerer's hands, which leaves it alone while it is under
+        the steerer's own limit: lower than the threshold, so that no image settles just below that.
+        """
         records: list[Steering | None] = [None] * len(latents)
-        flagged = [i for i, v in enumerate(verdicts) if v is not None and v.decision == "steer"]
-        if not flagged:
+        steered = self._state.steered
+        for i, verdict in enumerate(verdicts):
+            if verdict is not None and verdict.decision == "steer":
+                matched = {score.id for score in verdict.matched if score.action == "steer"}
+                steered[i] = steered.get(i, set()) | matched
+                self._state.since.setdefault(i, level)
+        names = self._held(verdicts)
+        held = list(names)
+        if not held:
             return latents, records
-        names = [
-            {score.id for score in verdict.matched if score.action == "steer"}
-            for verdict in (verdicts[i] for i in flagged)
-            if verdict is not None
-        ]
-        steered_before = [self._state.steered.get(i, 0) for i in flagged]
-        moved, steered = self._steerer(
-            latents.pick(flagged), judged.pick(flagged), names, level, alpha, steered_before
+        moved, found = self._steerer(
+            latents.pick(held),
+            judged.pick(held),
+            list(names.values()),
+            level,
+            alpha,
+            after,
+            [self._state.since[i] for i in held],
         )
-        for i in flagged:
-            self._state.steered[i] = self._state.steered.get(i, 0) + 1
+        changed = [row for row, record in enumerate(found) if record is not None]
+        for row in changed:
+            records[held[row]] = found[row]
+        if not changed:
+            return latents, records
+        device = latents.tensor.device
         tensor = latents.tensor.clone()
-        tensor[torch.tensor(flagged, device=tensor.device)] = moved.to(tensor)
-        for i, record in zip(flagged, steered, strict=True):
-            records[i] = record
+        rows = torch.tensor(changed, device=device)
+        tensor[torch.tensor(held, device=device)[rows]] = moved[rows].to(tensor)
         return _with(latents, tensor), records
+
+    def _hold(
+        self, judged: Latents, verdicts: list[Verdict | None], level: float
+    ) -> list[Verdict | None]:
+        """The final verdicts, stricter on images that were steered: see `_steer`."""
+        names = self._held(verdicts)
+        if not names:
+            return verdicts
+        above = self._steerer.above(judged.pick(list(names)), list(names.values()), level)
+        for i, sentence in zip(names, above, strict=True):
+            verdict = verdicts[i]
+            if sentence is not None and verdict is not None and verdict.decision != "block":
+                verdicts[i] = replace(verdict, decision="block", reason=f"block: {sentence}")
+        return verdicts
+
+    def _held(self, verdicts: Sequence[Verdict | None]) -> dict[int, set[str]]:
+        """The images that were steered and are not blocked, by a verdict of this step neither, with
+        the concepts that they were steered away from and that this step judges."""
+        found = {}
+        for i, names in self._state.steered.items():
+            verdict = verdicts[i]
+            if verdict is not None and verdict.decision != "block":
+                judged = {score.id for score in verdict.concepts if score.judged}
+                if judged & names:
+                    found[i] = judged & names
+        return found
 
     def _settle(
         self,

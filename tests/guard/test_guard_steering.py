@@ -10,13 +10,13 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 import guard_pipelines as small
-from guard_helpers import ALWAYS, policy
+from guard_helpers import ALWAYS, LinearEncoder, policy
 
 from latentguard import LatentGuard, Latents, Scorer, load_encoder
 from latentguard.evaluate.exact import exact_sdxl_pipeline, outcome, prompt
 from latentguard.files import load_latents
-from latentguard.guard.steering import SLACK, Steerer
-from latentguard.verdict import resolve_threshold
+from latentguard.guard import Session
+from latentguard.guard.steering import RELEASE, Steerer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "latents.pt"
 NANO = load_encoder("nano-flux2", "cpu")
@@ -82,11 +82,11 @@ def test_the_forbidden_class_never_comes_out_and_the_others_keep_their_bits(pipe
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_steered_latent_comes_under_the_threshold_and_keeps_its_norm(
+def test_a_steered_latent_comes_under_its_limit_and_keeps_its_norm(
     photos: Latents, inference: bool, dtype: torch.dtype
 ) -> None:
     rows = [i for i, name in enumerate(photos.ids or ()) if "revolver" in name]
-    scorer = Scorer(policy(0.5, "steer"), NANO)
+    scorer = Scorer(policy(0.5, "steer", concept="steer: {iterations: 12}"), NANO)
     x0 = photos.pick(rows).to(dtype)
     noisy = Latents(x0.tensor + 2 * torch.randn_like(x0.tensor), "flux2", True)
     with torch.inference_mode(inference):
@@ -96,13 +96,71 @@ def test_a_steered_latent_comes_under_the_threshold_and_keeps_its_norm(
     assert moved.dtype == torch.float32
     norms = [x.float().flatten(1).norm(dim=1) for x in (moved, given.tensor)]
     torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
-    limit = resolve_threshold(
-        scorer.plain["concepts"][0], scorer.plain, logit_scale=NANO.logit_scale
-    )
+    limit = -RELEASE / NANO.logit_scale  # the margin of a probability of 0.5 is 0
     for record in records:
+        assert record is not None
         assert record.reached
-        assert record.before > limit
-        assert record.after <= limit - SLACK + 1e-6
+        assert record.before > 0
+        assert record.after <= limit
+
+
+def test_what_is_under_its_limit_keeps_its_numbers(photos: Latents) -> None:
+    rows = [i for i, name in enumerate(photos.ids or ()) if "revolver" not in name][:2]
+    x0 = photos.pick(rows)
+    moved, records = Steerer(Scorer(policy(0.5, "steer"), NANO))(x0, x0, [{"guns"}] * 2, 1.0, 1.0)
+    assert records == [None, None]
+    assert torch.equal(moved, x0.tensor)
+
+
+def test_packed_latents_are_steered_as_spatial_ones_are(photos: Latents) -> None:
+    rows = [i for i, name in enumerate(photos.ids or ()) if "revolver" in name][:2]
+    x0 = photos.pick(rows)
+    steerer = Steerer(Scorer(policy(0.5, "steer"), NANO))
+    spatial, records = steerer(x0, x0, [{"guns"}] * len(x0), 1.0, 0.5)
+    packed, again = steerer(x0.packed(), x0.packed(), [{"guns"}] * len(x0), 1.0, 0.5)
+    assert records == again
+    torch.testing.assert_close(packed, x0.space.pack(spatial))
+
+
+def test_a_push_follows_the_schedule_and_grows_with_what_comes_back(photos: Latents) -> None:
+    """Many small steps push as far as few large ones: by the share that the noise falls."""
+    row = next(i for i, name in enumerate(photos.ids or ()) if "revolver" in name)
+    x0 = photos.pick([row])
+    scorer = Scorer(policy(0.5, "steer", concept="steer: {iterations: 2}"), NANO)
+    # Noise so strong that keeping the norm changes nothing.
+    noisy = Latents(1000 * torch.randn_like(x0.tensor), "flux2", True)
+
+    def way(after: float, since: float = 2.0) -> torch.Tensor:
+        moved, _ = Steerer(scorer)(noisy, x0, [{"guns"}], 2.0, 1.0, after, [since])
+        return moved - noisy.tensor
+
+    # The push is a hundredth of the noise at the most: float32 leaves it about three digits.
+    torch.testing.assert_close(way(1.0), 5 * way(1.8), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(way(1.0, since=4.0), 2 * way(1.0), rtol=0.05, atol=0.02)
+
+
+def test_once_steered_an_image_has_to_stay_below_its_threshold() -> None:
+    """One that never was flagged passes with the same latents: the threshold itself is lower."""
+    encoder = LinearEncoder("sdxl", 4)
+    latents = Latents(
+        torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0)), "sdxl", True
+    )
+    margins = Scorer(policy(), encoder).score(latents).margin[:, 0]
+    order = margins.argsort()
+    worst, near = int(order[-1]), int(order[-8])
+    limit = float(margins[near]) + 0.2 * RELEASE / encoder.logit_scale
+    assert float(margins[worst]) > limit
+    rule = policy(torch.sigmoid(torch.tensor(encoder.logit_scale * limit)).item(), "steer")
+    fresh = Session(Scorer(rule, encoder))
+    last = latents.pick([near])
+    assert fresh.step(last, noise_level=0.0, final=True).verdicts[0].decision == "allow"
+    steered = Session(Scorer(rule, encoder))
+    flagged = latents.pick([worst])
+    assert steered.step(flagged, flagged, noise_level=1.0).verdicts[0].decision == "steer"
+    verdict = steered.step(last, noise_level=0.0, final=True).verdicts[0]
+    assert verdict.decision == "block"
+    assert "concept 'guns' was steered away from, and its margin of" in verdict.reason
+    assert not steered.step(last, noise_level=0.0, final=True).latents.tensor.any()
 
 
 def test_steering_that_fails_blocks_at_the_end() -> None:
