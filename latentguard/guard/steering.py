@@ -8,10 +8,10 @@ noise as it is (the manifold-preserving form of guidance: no gradient goes throu
 compare He et al., arXiv 2311.16424).
 
 Why not along the gradient itself: it finds what fools the encoder, and not what another image would
-look like. On photos of revolvers a step against the raw gradient did not move x0 from that class
-towards the others at all; averaged over noised copies and low-pass filtered, it did so 7 to 12 times
-less than a step of the same size along the difference of the class means; fading does 5 times less,
-and that with one gradient (benchmarks/guard.py directions).
+look like. On photos of revolvers a step against the raw gradient did not move x0 from that class to
+the others at all; averaged over noised copies and low-pass filtered, it did so 7 to 12 times less
+than a step of the same size along the difference of the class means; fading does 5 times less, and
+that with one gradient (benchmarks/guard.py directions).
 """
 
 from __future__ import annotations
