@@ -129,7 +129,7 @@ def generate(
     }
     begun = time.perf_counter()
     batches = arguments.count // 8
-    for seed in range(batches):
+    for seed in range(arguments.first_seed, arguments.first_seed + batches):
         asked = [FORBIDDEN] * 8 + [OTHERS[(seed + i) % len(OTHERS)] for i in range(4)]
         out = pipe(
             **prompt(pipe, asked, leak=LEAK),
@@ -536,6 +536,7 @@ def main() -> None:
     steer.add_argument("latents", type=Path)
     steer.add_argument("--count", type=int, default=32, help="generations asked for the class")
     steer.add_argument("--steps", type=int, default=20)
+    steer.add_argument("--first-seed", type=int, default=0, help="one seed a batch of 12")
     steer.add_argument("--pipelines", nargs="+", default=["SDXL", "FLUX.2"])
     steer.add_argument("--no-block", dest="block", action="store_false")
     steer.add_argument("--strengths", type=float, nargs="*", default=[0.5, 1.0, 2.0])
