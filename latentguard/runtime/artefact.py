@@ -79,6 +79,8 @@ class Artefact:
 def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
     """Look into a file. Raises ModelError, naming the file, for whatever is wrong with it."""
     path = Path(path)
+    if path.suffix != ".onnx" and "\0" not in str(path) and not path.exists():
+        raise ModelError(f"{path}: is not a file; give one that `latentguard export onnx` wrote")
     data = _read(path, _MAX_FILE)
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and not hmac.compare_digest(digest.encode(), _pin(sha256)):

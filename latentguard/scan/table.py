@@ -68,8 +68,10 @@ class Table:
 
     def _remarks(self, shown: int) -> Iterator[str]:
         for model, names in sorted(self._unseen.items()):
-            noun = "concept was" if len(names) == 1 else "concepts were"
-            yield f"{len(names)} {noun} not checked, {model} cannot see: {', '.join(names)}"
+            noun, them = ("concept was", "it") if len(names) == 1 else ("concepts were", "them")
+            yield (
+                f"{len(names)} {noun} not checked, as {model} cannot see {them}: {', '.join(names)}"
+            )
         if shown < self._rows.seen:
             yield (
                 f"{shown:,} of {self._rows.seen:,} images are shown, those not allowed before the "

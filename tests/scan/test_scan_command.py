@@ -226,7 +226,7 @@ def test_the_table_says_what_was_decided_and_why(
     assert "matches revolver" in first
     assert any("[red]second[/red]" in line for line in lines)
     assert any("does not exist" in line and "? block" in line for line in lines)
-    assert "1 concept was not checked, nano-flux2 cannot see: nazi-rally" in ran.out
+    assert "1 concept was not checked, as nano-flux2 cannot see it: nazi-rally" in ran.out
     assert "3 images: 0 allowed, 0 review, 2 blocked, 1 error" in lines[-1]
     assert "policy made 7" in lines[-1]
     assert "\x1b" not in ran.out + ran.err
