@@ -270,7 +270,13 @@ def test_space_and_scaling_answer_what_a_file_leaves_open(
 def _process(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     code = "from latentguard.cli import main; main()"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **streams)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    # A shell's background job ignores SIGINT, and so would its children: as in a terminal instead.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, **streams)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_reader_that_goes_away_is_not_a_match(tmp_path: Path, calm: Path) -> None:
