@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 
 from latentguard import LatentGuard, Latents, Policy, Scorer, load_encoder
 from latentguard.files import load_latents
@@ -508,17 +508,6 @@ def overhead_table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 # -- results -----------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return {"cpu": name, "torch": torch.__version__}
 
 
 def write(name: str, data: dict[str, Any], table: str) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 from numpy.typing import NDArray
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,7 +98,7 @@ def agreement(arguments: argparse.Namespace) -> None:
     for model, count in zip(CLIPS, (arguments.drawn, arguments.drawn // 2), strict=True):
         # Another seed than the calibration's: `drawn` starts anew, so the first are left out.
         rows += compare(arguments.exports, model, drawn("sdxl", (64, 64), 32 + count)[32:], 64)
-    save("runtime-agreement", {"machine": machine(), "rows": rows})
+    save("runtime-agreement", {"machine": measured_on(), "rows": rows})
     print(agreement_table(rows))
 
 
@@ -333,7 +333,7 @@ def speed(arguments: argparse.Namespace) -> None:
             sys.exit(f"{model} {engine} failed:\n{done.stderr}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], file=sys.stderr, flush=True)
-        save("runtime-speed", {"machine": machine(), "rows": rows})
+        save("runtime-speed", {"machine": measured_on(), "rows": rows})
     print(speed_table(rows))
 
 
@@ -386,7 +386,7 @@ def cost(arguments: argparse.Namespace) -> None:
         row = {"model": model, "engine": engine, "cells": cells}
         rows.append(row | json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], file=sys.stderr, flush=True)
-        save("runtime-cost", {"machine": machine(), "rows": rows})
+        save("runtime-cost", {"machine": measured_on(), "rows": rows})
 
 
 def cost_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -486,22 +486,11 @@ def nano_points(
     return points
 
 
-def machine() -> dict[str, Any]:
+def measured_on() -> dict[str, Any]:
     """Where this was measured."""
     import onnxruntime
-    import torch
 
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].split(":")[1].strip() if lines else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
+    return machine() | {"onnxruntime": onnxruntime.__version__}
 
 
 def save(name: str, data: dict[str, Any]) -> None:

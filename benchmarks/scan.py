@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from machine import machine
+
 RESULTS = Path(__file__).parent / "results"
 PIXELS = 512
 CELLS = PIXELS // 8
@@ -138,24 +140,12 @@ def measure(name: str, batch: int, repeat: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
+def measured_on() -> dict[str, Any]:
     """Where this was measured."""
-    import os
-
     import torch
 
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].split(":")[1].strip() if lines else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    threads = torch.get_num_threads()
+    return machine() | {"threads": threads, "python": platform.python_version()}
 
 
 def table(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
@@ -201,7 +191,7 @@ def main() -> None:
             if done.returncode:
                 sys.exit(f"{name} failed:\n{done.stderr}")
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-    where = machine()
+    where = measured_on()
     text = table(rows, where)
     print(text)
     if set(arguments.only) == set(CONTENDERS):

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 from export_helpers import SMALL_B4, SMALL_B8, photos, sdxl
 
-from latentguard import cli
 from latentguard.encoders import Encoder, load_encoder
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.export import Exported, export_onnx, write
@@ -83,32 +79,3 @@ def exports(
         return made[name]
 
     return get
-
-
-@dataclass
-class Ran:
-    """What a run of the command gave."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ran]:
-    """Runs `latentguard ARGUMENTS` through its entry point, in this process."""
-
-    def run(*arguments: str | Path) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["latentguard", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return run

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import Ran
 from export_helpers import EXAMPLES, SMALL_B8, photos, sdxl
 
 from latentguard.encoders import checkpoint
@@ -16,7 +16,7 @@ from latentguard.files import save_latents
 from latentguard.runtime import Guard
 from latentguard.scorer import Scorer
 
-Command = Callable[..., Ran]
+Command = Callable[..., Any]
 NANO = ("--model", "nano-flux2", "--policy", "family", "--height", 32, "--width", 32, "--heatmaps")
 
 

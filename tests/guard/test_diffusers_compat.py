@@ -14,7 +14,6 @@ import inspect
 import io
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -291,7 +290,7 @@ def signatures(pipe: Any, arguments: Callable[..., Arguments]) -> Any:
 
 def copies(pipe: Any, arguments: Callable[..., Arguments]) -> Any:
     found = []
-    for other in (copy.copy(pipe), copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+    for other in (copy.copy(pipe), copy.deepcopy(pipe)):
         other.set_progress_bar_config(disable=True)
         found.append(array(other(**arguments())[0]))
     return found
@@ -341,7 +340,7 @@ def test_with_a_guard_as_without_one(kind: str, check: Callable[..., Any]) -> No
     assert_same(plain, check(pipe, arguments))
     assert pipe.callback_on_step_end is guard
     if plain is not None and check is not signatures:
-        assert guard.history[-1].final or check is copies  # whose last call was a pickled guard's
+        assert guard.history[-1].final
         assert {verdict.decision for verdict in guard.verdicts} == {"allow"}
 
 

@@ -7,7 +7,6 @@ policies' thresholds, which no score (margin 2) or every score (margin -2) can r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -73,12 +72,3 @@ def policy_text(
             f"    action: {action}",
         ]
     return "\n".join(lines) + "\n"
-
-
-@dataclass
-class Ran:
-    """What a run of the command gave."""
-
-    code: int
-    out: str
-    err: str
