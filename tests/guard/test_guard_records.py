@@ -282,15 +282,22 @@ def _write_many(path: Path, name: str, count: int) -> None:
 
 def test_threads_and_processes_write_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
-    fork = multiprocessing.get_context("fork")
-    many = [fork.Process(target=_write_many, args=(path, f"process-{i}", 50)) for i in range(3)]
-    many += [  # type: ignore[misc]
-        threading.Thread(target=_write_many, args=(path, f"thread-{i}", 50)) for i in range(3)
+    # Spawned, not forked: OpenMP's threads do not survive a fork, and a child that waits for one
+    # waits for ever. Daemons, so that a child that hangs ends with the tests.
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=_write_many, args=(path, f"process-{i}", 50), daemon=True)
+        for i in range(3)
     ]
-    for one in many:
+    threads = [
+        threading.Thread(target=_write_many, args=(path, f"thread-{i}", 50), daemon=True)
+        for i in range(3)
+    ]
+    for one in (*processes, *threads):
         one.start()
-    for one in many:
-        one.join()
+    for one in (*processes, *threads):
+        one.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     found: dict[str, list[tuple[int, int]]] = {}
     for line in lines_of(path):
         found.setdefault(line["extra"]["writer"], []).append((line["step"], line["image"]))
