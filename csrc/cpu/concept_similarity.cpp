@@ -21,6 +21,8 @@ constexpr int64_t kChunk = 128;
 // Prompts of a chunk, and parts of the projection, where the threads share those.
 constexpr int64_t kSmallChunk = 32;
 constexpr int64_t kMostParts = 8;
+// Multiply-adds of a few rows that are worth waking a thread for.
+constexpr int64_t kThreadWork = 1 << 19;
 
 struct Best {
   float value = -std::numeric_limits<float>::infinity();
@@ -206,11 +208,17 @@ void forward_tiles(const Concepts& args) {
   });
 }
 
+// How many threads should share `work` multiply-adds of a few rows.
+int64_t threads_for(int64_t work, int64_t most) {
+  const int64_t wanted = std::min<int64_t>(at::get_num_threads(), work / kThreadWork);
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
+}
+
 // rows [count, dim] * projection; each thread reads a part of the projection, in order.
 template <typename T>
 Buffer project_few(const Concepts& args, const float* rows) {
   const int64_t size = args.rows * args.width;
-  const int64_t parts = std::clamp<int64_t>(at::get_num_threads(), 1, kMostParts);
+  const int64_t parts = threads_for(size * args.dim, kMostParts);
   Buffer out = buffer(parts * size);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
@@ -245,8 +253,8 @@ void forward_few(const Concepts& args) {
   }
   const Chunks chunks(args, kSmallChunk);
   const int64_t slots = args.rows * 2 * args.concepts;
-  const int64_t parts =
-      std::clamp<int64_t>(at::get_num_threads(), 1, std::max<int64_t>(chunks.count, 1));
+  const int64_t work = args.rows * args.width * (args.prompts + args.contrasts);
+  const int64_t parts = threads_for(work, chunks.count);
   std::vector<Best> best(parts * slots);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
@@ -396,7 +404,9 @@ void backward_few(const Concepts& args) {
   outer_gradient<T>(args, 0, args.rows, grads.get());
   if (args.projection) {
     Buffer inner = buffer(args.rows * args.dim);
-    at::parallel_for(0, args.dim, kSmallChunk, [&](int64_t begin, int64_t end) {
+    const int64_t parts = threads_for(args.rows * args.width * args.dim, args.dim / kSmallChunk);
+    const int64_t grain = (args.dim + parts - 1) / parts;
+    at::parallel_for(0, args.dim, grain, [&](int64_t begin, int64_t end) {
       const Buffer part = buffer(std::is_same_v<T, float> ? 0 : (end - begin) * args.width);
       const auto* rows = static_cast<const T*>(args.projection) + begin * args.width;
       dots(grads.get(), args.rows, as_floats(rows, (end - begin) * args.width, part.get()),
