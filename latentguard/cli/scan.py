@@ -62,7 +62,9 @@ def scan(
         show_default="default",
     ),
     model: str = typer.Option(
-        "auto", help="A model's name or file; auto: the best on this machine for each space."
+        "auto",
+        help="A model's name or file; auto: the policy's own `model`, else the best on this "
+        "machine for each space.",
     ),
     runtime: Runtime = typer.Option(
         Runtime.torch,

@@ -53,8 +53,9 @@ def scan_files(
         paths: files, folders, glob patterns and WebDataset shards, as in `files.read_latents`.
         policy: a Policy, the name of a shipped one, or a path; None is "default", or with the onnx
             runtime the policy that was exported.
-        model: an Encoder, its name or path, or "auto": for each latent space that occurs, the
-            best model on this machine. With the onnx runtime the exported file.
+        model: an Encoder, its name or path, or "auto": the policy's own `model`, else for
+            each latent space that occurs the best model on this machine. With the onnx runtime
+            the exported file.
         space, scaled: what files do not say of themselves; one that says otherwise is an error.
         batch_size: images that are scored together, at least 1.
         device: where the model runs; None is CUDA where there is one, else the CPU.

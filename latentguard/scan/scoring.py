@@ -37,7 +37,8 @@ class ScorerModel:
 
 
 class ScorerJudge(Judge):
-    """Judges with one model, or (`auto`) with the best one on this machine for each space.
+    """Judges with one model, or (`auto`) with the one that the policy names, or with the best one
+    on this machine for each space.
 
     Raises as `scan_files` does.
     """
@@ -55,7 +56,9 @@ class ScorerJudge(Judge):
         self._device = device
         self._models: dict[str, ScorerModel | str] = {}
         self._fixed: ScorerModel | None = None
-        if not isinstance(model, str) or model != "auto":
+        if model == "auto" and self._policy.model is not None:
+            model = self._policy.model
+        if model != "auto":
             self._fixed = self._bind(model, space)
 
     def model_of(self, space: str) -> ScorerModel | str:

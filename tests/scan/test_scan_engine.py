@@ -214,6 +214,19 @@ def test_a_named_model_makes_other_spaces_errors(tmp_path: Path, calm: Path) -> 
     assert records[0].verdict.error == "model nano-flux2 reads flux2 latents, not sdxl"
 
 
+def test_auto_takes_the_model_that_the_policy_names(tmp_path: Path, calm: Path) -> None:
+    calm.write_text(calm.read_text().replace("name: made", "name: made\nmodel: nano-sdxl"))
+    sdxl = tmp_path / "sdxl.pt"
+    save_latents(sdxl, Latents(latents_of(1, channels=4, side=64), "sdxl", True))
+    run = Scan([sdxl, write_latents(tmp_path / "flux2.pt", 1)], calm)
+    records = list(run)
+    assert [r.failed for r in records] == [False, True]
+    assert records[1].verdict.error == "model nano-sdxl reads sdxl latents, not flux2"
+    assert [m.id.name for m in run.models] == ["nano-sdxl"]
+    (other,) = scan_files(tmp_path / "flux2.pt", calm, "nano-flux2")  # what is asked for goes first
+    assert not other.failed
+
+
 def test_a_policy_of_one_space_makes_others_errors(tmp_path: Path, calm: Path) -> None:
     text = calm.read_text().replace("name: made", "name: made\nspace: sdxl")
     calm.write_text(text)
