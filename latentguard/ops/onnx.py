@@ -93,9 +93,12 @@ def _patch_embed(
     return _down(op, _layer_norm(op, x, ln_weight, ln_bias, eps), latents)
 
 
-def _best(op: Any, cosine: Any, segments: Any) -> tuple[Any, Any]:
-    """Largest cosine [..., K] in each segment and where it stands; NaN and -1 where none is."""
-    size = op.Shape(cosine, start=-1)
+def _best(op: Any, cosine: Any, bank: Any, segments: Any) -> tuple[Any, Any]:
+    """Largest cosine [..., K] in each segment and where it stands; NaN and -1 where none is.
+
+    All that depends on the bank [P, E] and its segments alone is a constant once they are.
+    """
+    size = op.Shape(bank, start=0, end=1)
     scalar = op.Squeeze(size, _ints(op, 0))
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     column = op.Unsqueeze(op.Range(zero, scalar, one), _ints(op, 0))
@@ -142,8 +145,8 @@ def _scores(
     norm = op.ReduceL2(x, _ints(op, -1), keepdims=1)
     unit = op.Div(x, op.Max(norm, op.Constant(value_float=NORM_FLOOR)))
     banks = [op.Transpose(_up(op, bank), perm=[1, 0]) for bank in (concepts, contrast)]
-    value, prompt = _best(op, op.MatMul(unit, banks[0]), segments)
-    against, contrast_prompt = _best(op, op.MatMul(unit, banks[1]), contrast_segments)
+    value, prompt = _best(op, op.MatMul(unit, banks[0]), concepts, segments)
+    against, contrast_prompt = _best(op, op.MatMul(unit, banks[1]), contrast, contrast_segments)
     return op.Sub(value, against), prompt, contrast_prompt, x
 
 
@@ -198,10 +201,24 @@ def _attention(
     return op.MatMul(op.Softmax(op.MatMul(scaled, turned), axis=-1), value)
 
 
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """x (1 + erf(x / sqrt 2)) / 2, in the order of products that engines know as GELU.
+
+    torch.onnx's own translation halves the bracket first; ONNX Runtime then makes five passes.
+    """
+    if approximate != "none":
+        raise NotImplementedError("the ONNX translation of GELU is the exact one")
+    op = _operators()
+    root, one, half = (
+        op.CastLike(op.Constant(value_float=number), x) for number in (2**0.5, 1.0, 0.5)
+    )
+    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
     """custom_translation_table for torch.onnx.export(dynamo=True): operator -> ONNX graph.
 
-    The package's own operators, and attention, whose own translation engines run slower.
+    The package's own operators, and attention and GELU, whose own translations engines run slower.
     """
     namespace = torch.ops.latentguard
     return {
@@ -209,4 +226,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
         namespace.concept_similarity.default: _concept_similarity,
         namespace.concept_heatmap.default: _concept_heatmap,
         torch.ops.aten.scaled_dot_product_attention.default: _attention,
+        torch.ops.aten.gelu.default: _gelu,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -148,3 +149,28 @@ def test_the_last_block_of_latent_clip_reads_one_token(
     rows = [value.size // value.shape[-1] // 2 for value in values]
     assert rows.count(65) <= 6
     assert rows.count(1) >= 3
+
+
+def loaded(path: Path, folder: Path) -> list[str]:
+    """The operators that ONNX Runtime makes of a file on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "loaded.onnx")
+    options.log_severity_level = 3  # that such a file is for this machine
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "loaded.onnx").graph.node]
+
+
+@pytest.mark.parametrize("name", ["clip", "clip-int8"])
+def test_the_engine_knows_gelu_when_it_loads_a_file(
+    name: str, exports: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    kinds = loaded(exports(name).path, tmp_path)
+    assert sum(kind.endswith("Gelu") for kind in kinds) == 2
+    assert "Erf" not in kinds
+
+
+def test_what_depends_on_the_bank_alone_is_computed_when_a_file_is_loaded(
+    exports: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    kinds = loaded(exports("nano").path, tmp_path)
+    assert not {"Range", "Less", "GreaterOrEqual", "Or"}.intersection(kinds)
