@@ -60,7 +60,8 @@ def _load() -> tuple[Any, str]:
     try:
         module = importlib.import_module("latentguard._C")
     except ModuleNotFoundError:
-        return None, "not compiled (no C++ compiler or no torch when latentguard was installed)"
+        reason = (build_info.read() or {}).get("reason")
+        return None, reason or "not compiled: latentguard was installed without torch"
     except ImportError as error:
         return None, f"compiled for another torch, or damaged: {error}"
     return module, ""
@@ -68,12 +69,15 @@ def _load() -> tuple[Any, str]:
 
 def _refused() -> str:
     """Why an extension that may be there is not loaded, or nothing."""
+    if importlib.util.find_spec("latentguard._C") is None:
+        return ""
     built = build_info.read() or {}
     here = torch.backends.cpu.get_cpu_capability()
     if built.get("cpu") == "AVX2" and here not in ("AVX2", "AVX512"):
         return f"compiled for AVX2, this processor offers {here}"
-    stale = "reason" not in built and built.get("interface") != build_info.INTERFACE
-    if stale and importlib.util.find_spec("latentguard._C") is not None:
+    if "reason" in built:  # the last build made nothing: what lies there is of one before
+        return f"{built['reason']}; the extension of an earlier build is not loaded"
+    if built.get("interface") != build_info.INTERFACE:
         return "compiled from an older version of latentguard: install it again"
     return ""
 

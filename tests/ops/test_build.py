@@ -119,3 +119,22 @@ def test_an_extension_of_an_older_version_is_not_loaded(monkeypatch: pytest.Monk
     facts = build_info.read() or {}
     monkeypatch.setattr(build_info, "read", lambda: facts | {"interface": build_info.INTERFACE - 1})
     assert "install it again" in library._refused()
+
+
+@pytest.mark.skipif(ops_cases.needs_extension, reason=ops_cases.EXTENSION_REASON)
+def test_an_extension_that_the_last_build_did_not_make_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build_info, "read", lambda: {"reason": "compilation failed: no space"})
+    assert library._refused() == (
+        "compilation failed: no space; the extension of an earlier build is not loaded"
+    )
+
+
+def test_doctor_hears_why_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(library.importlib, "import_module", absent)
+    monkeypatch.setattr(build_info, "read", lambda: {"reason": "no C++ compiler (c++)"})
+    assert library._load() == (None, "no C++ compiler (c++)")
