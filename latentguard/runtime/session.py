@@ -36,7 +36,8 @@ def create_session(
     if missing or not names:
         raise ModelError(
             f"ONNX Runtime has no {', '.join(missing) or 'provider'} here, it has "
-            f"{', '.join(available)}: install onnxruntime-gpu for CUDA, or choose another provider"
+            f"{', '.join(available)}: install onnxruntime-gpu for CUDA or onnxruntime-openvino for "
+            "OpenVINO in place of onnxruntime, or choose another provider"
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it would log is raised

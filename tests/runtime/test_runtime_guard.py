@@ -234,6 +234,26 @@ def test_io_binding_on_cuda(artefact: Path, arrays: np.ndarray, expected: list[V
             assert [v.decision for v in verdicts] == [v.decision for v in expected]
 
 
+@pytest.mark.skipif(
+    "OpenVINOExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="needs onnxruntime-openvino in place of onnxruntime",
+)
+@pytest.mark.parametrize("options", [{}, {"device_type": "CPU", "num_of_threads": "1"}])
+def test_pytorchs_verdicts_on_openvino(
+    artefact: Path, arrays: np.ndarray, expected: list[Verdict], options: dict[str, str]
+) -> None:
+    guard = Guard(artefact, providers=[("OpenVINOExecutionProvider", options)])
+    assert guard.providers[0] == "OpenVINOExecutionProvider"
+    # Batches of several sizes, from several threads.
+    with ThreadPoolExecutor(4) as pool:
+        for size, verdicts in pool.map(lambda n: (n, guard.scan(arrays[:n])), [1, 25, 7, 1, 16]):
+            same(verdicts, expected[:size])
+    assert guard.heatmaps(arrays[:2]).shape[0] == 2
+    spoilt = arrays[:2].copy()
+    spoilt[1, 0, 0, 0] = np.nan
+    assert [verdict.error is None for verdict in guard.scan(spoilt)] == [True, False]
+
+
 def test_the_path_that_binds_outputs(artefact: Path, arrays: np.ndarray) -> None:
     """The code of GPU providers, on the CPU: same numbers, from many threads."""
     plain, bound = Guard(artefact, threads=1), Guard(artefact, threads=1)
