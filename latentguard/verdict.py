@@ -26,6 +26,9 @@ _SEVERITIES = ("low", "medium", "high", "critical")
 _SLACK = 0.01
 # Schedulers compute noise levels in float32; calibrated ones are written with few digits.
 _NOISE_TOLERANCE = 1e-4
+PURE_NOISE = 1e6
+"""Noise levels from here on are one: nothing of an image is left, where flow matching begins at
+infinity. Locks, which hold finite levels, have it as this one."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,8 @@ def resolve_threshold(
 
     A lock has margins for some noise levels. At one of them its margin is used; between two, the
     lower of their margins, so that no calibrated level is judged more mildly than it asks for;
-    outside of them there is none, because nothing was measured there.
+    outside of them there is none, because nothing was measured there. Levels from PURE_NOISE on,
+    infinity among them, are that one.
     Raises ValueError where the margin cannot be known.
     """
     kind, value = concept["threshold"]["kind"], float(concept["threshold"]["value"])
@@ -264,7 +268,7 @@ def _calibrated(
             f"{asked}, but the lock file has none for model {model[0]} ({model[1][:12]}) "
             f"on {space} latents"
         )
-    near = _neighbours(sorted(levels), noise_level)
+    near = _neighbours(sorted(levels), min(noise_level, PURE_NOISE))
     if not near:
         raise ValueError(
             f"{asked}, which is calibrated for noise levels {min(levels):g} to {max(levels):g}, "

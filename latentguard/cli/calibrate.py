@@ -93,8 +93,9 @@ def calibrate(
     rates = fpr or sorted({c.threshold.value for c in chosen.concepts if c.threshold.kind == "fpr"})
     if not rates:
         raise ModelError("give --fpr: no threshold of the policy is a false-positive rate")
-    if not all(0 < rate < 1 for rate in rates):
-        raise ModelError(f"--fpr must be above 0 and below 1, got {min(rates):g}")
+    for rate in rates:
+        if not 0 < rate < 1:
+            raise ModelError(f"--fpr must be above 0 and below 1, got {rate:g}")
     if trajectories:
         margins = _from_records(trajectories, chosen, model, device)
     else:
@@ -138,7 +139,7 @@ def _from_latents(
     device: str | None,
     seed: int,
 ) -> Margins:
-    from latentguard.cli.evaluate import _Bar
+    from latentguard.cli.evaluate import Bar
     from latentguard.errors import ModelError
     from latentguard.evaluate.calibrate import measure
 
@@ -148,7 +149,7 @@ def _from_latents(
         raise ModelError(
             f"--noise-levels must be numbers with commas between, got {noise_levels!r}"
         ) from error
-    with _Bar("scoring") as advance:
+    with Bar("scoring") as advance:
         return measure(
             paths,
             policy,
@@ -169,6 +170,8 @@ def _print(policy: Policy, margins: Margins, table: list[Row]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from latentguard.verdict import PURE_NOISE
+
     rates = sorted({row.fpr for row in table})
     name, digest = margins.model
     shown = Table(
@@ -183,5 +186,6 @@ def _print(policy: Policy, margins: Margins, table: list[Row]) -> None:
         key = (row.concept, row.noise_level, row.images)
         cells.setdefault(key, []).append(f"{row.margin:.4f}")
     for (concept, level, images), values in cells.items():
-        shown.add_row(escape(concept), f"{level:g}", f"{images:,}", *values)
+        at = "pure noise" if level == PURE_NOISE else f"{level:g}"
+        shown.add_row(escape(concept), at, f"{images:,}", *values)
     Console().print(shown)

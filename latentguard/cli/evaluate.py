@@ -78,7 +78,7 @@ def zeroshot_(
     if plot:
         check_plot_path(plot)
     classes = read_names(names)
-    with _Bar("encoding") as advance:
+    with Bar("encoding") as advance:
         try:
             result = run(
                 latents,
@@ -150,7 +150,7 @@ def detect_(
 
     if plot:
         check_plot_path(plot)
-    with _Bar("scoring") as advance:
+    with Bar("scoring") as advance:
         result = run(
             positives,
             negatives,
@@ -197,7 +197,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> None:
     Console().print(table)
 
 
-class _Bar:
+class Bar:
     """A progress bar, on a terminal only; call it with what is done and, if known, of how many."""
 
     def __init__(self, what: str) -> None:
@@ -215,7 +215,7 @@ class _Bar:
         )
         self._task = self._bar.add_task(what, total=None)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         self._bar.start()
         return self
 

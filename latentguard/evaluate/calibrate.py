@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from latentguard.errors import LatentsError, ModelError
 from latentguard.policy import CalibratedMargin, Lock, LockEntry, Policy, load_policy
+from latentguard.verdict import PURE_NOISE
 
 if TYPE_CHECKING:
     from latentguard.encoders import Encoder
@@ -266,9 +267,9 @@ def rows(new: Sequence[LockEntry], margins: Margins) -> list[Row]:
 
 def _levels(noise_levels: Sequence[float]) -> list[float]:
     levels = sorted({float(level) for level in noise_levels})
-    if not levels or not all(0 <= level <= 1e6 for level in levels):
+    if not levels or not all(0 <= level <= PURE_NOISE for level in levels):
         given = ", ".join(f"{level:g}" for level in noise_levels) or "none"
-        raise ModelError(f"noise levels must be 0 to 1e6, and at least one, got {given}")
+        raise ModelError(f"noise levels must be 0 to {PURE_NOISE:g}, and at least one, got {given}")
     return levels
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentguard.errors import ModelError
+from latentguard.verdict import PURE_NOISE
 
 if TYPE_CHECKING:
     from latentguard.evaluate.calibrate import Row
@@ -94,15 +95,19 @@ def plot_zeroshot(path: Path, result: ZeroShot) -> None:
 def plot_thresholds(path: Path, rows: Sequence[Row], title: str) -> None:
     """Calibrated thresholds over the noise level: a line for each concept, a panel for each rate.
 
-    At a single noise level: a point for each concept.
+    At a single noise level: a point for each concept. Pure noise stands beside the other levels.
     """
     rates = sorted({row.fpr for row in rows})
     figure, axes = _axes(len(rates), title)
     concepts = list(dict.fromkeys(row.concept for row in rows))
+    levels = sorted({row.noise_level for row in rows})
+    finite = [level for level in levels if level < PURE_NOISE]
+    # On a scale up to PURE_NOISE the levels that matter would lie on one another.
+    place = {level: level for level in finite} | {PURE_NOISE: 3 * max([1.0, *finite])}
     for axis, rate in zip(axes, rates, strict=True):
         for name, colour in zip(concepts, _colours(len(concepts)), strict=True):
             found = sorted(
-                (row.noise_level, row.margin)
+                (place[row.noise_level], row.margin)
                 for row in rows
                 if (row.concept, row.fpr) == (name, rate)
             )
@@ -110,13 +115,13 @@ def plot_thresholds(path: Path, rows: Sequence[Row], title: str) -> None:
             x, y = zip(*found, strict=True)
             axis.plot(x, y, style, marker="o", markersize=3, color=colour, label=name)
         axis.axhline(0, color="0.6", linewidth=1, linestyle=":", zorder=0)
-        levels = sorted({row.noise_level for row in rows})
         smallest = next((level for level in levels if level > 0), 1.0)
         axis.set_xscale("symlog", linthresh=smallest)
         shown = levels[:: -(-len(levels) // 10)]
-        axis.set_xticks(shown, [f"{level:g}" for level in shown])
+        names = ["pure noise" if level == PURE_NOISE else f"{level:g}" for level in shown]
+        axis.set_xticks([place[level] for level in shown], names)
         axis.minorticks_off()
-        axis.set_xlim(-0.2 * smallest, max(*levels, smallest) * 1.15)
+        axis.set_xlim(-0.2 * smallest, max(place[levels[-1]], smallest) * 1.15)
         axis.set(
             xlabel="noise-to-signal ratio",
             ylabel="threshold (margin)",

@@ -20,6 +20,7 @@ import numpy as np
 from latentguard.errors import LatentsError
 from latentguard.evaluate.calibrate import Margins
 from latentguard.policy import Policy
+from latentguard.verdict import PURE_NOISE
 
 SAME_LEVEL = 1e-4
 """Noise levels that differ by less, relatively, are one: the verdicts' own tolerance."""
@@ -55,8 +56,8 @@ def read_trajectories(
         policy: the one that the generations were scored under: its prompts are compared.
         model: (name, sha256) and `space` of the encoder, where the records do not say.
 
-    Steps whose noise level is infinite (pure noise) are left out. Where one image was scored twice
-    at a level, as second-order schedulers do, the higher margin counts.
+    An infinite noise level, where flow matching begins, is the level PURE_NOISE. Where one image
+    was scored twice at a level, as second-order schedulers do, the higher margin counts.
 
     Raises:
         LatentsError: an unreadable line, an error in place of scores, an image that was steered or
@@ -74,8 +75,6 @@ def read_trajectories(
                     f"{where}: {key} is {value!r}, in the records before {identity[key]!r}: "
                     "calibrate one model at a time"
                 )
-        if not math.isfinite(scored.noise_level):
-            continue
         images.add(scored.image)
         level = _known(levels, scored.noise_level)
         for concept, margin in scored.margins.items():
@@ -92,7 +91,7 @@ def read_trajectories(
             values = found.setdefault(concept, {}).setdefault(level, {})
             values[scored.image] = max(margin, values.get(scored.image, -math.inf))
     if not found:
-        raise LatentsError(f"no scores at a finite noise level in {', '.join(map(str, paths))}")
+        raise LatentsError(f"no scores in {', '.join(map(str, paths))}")
     return Margins(
         *_identity(identity, model, space),
         {
@@ -187,7 +186,7 @@ def _one(session: Mapping[str, Any], item: Mapping[str, Any], where: str, index:
         raise ValueError("margins must be finite")
     return Scored(
         (name, index),
-        math.inf if level is None else float(level),
+        PURE_NOISE if level is None else min(float(level), PURE_NOISE),
         {key: session[key] for key in IDENTITY if isinstance(session.get(key), str)},
         margins,
         {str(c["id"]): c["prompt"] for c in concepts if isinstance(c.get("prompt"), str)},
@@ -195,7 +194,7 @@ def _one(session: Mapping[str, Any], item: Mapping[str, Any], where: str, index:
 
 
 def _refuse_action(item: Mapping[str, Any], where: str) -> None:
-    if item.get("action", "none") not in ("none", "not scored"):
+    if item.get("action", "none") != "none":
         raise LatentsError(
             f"{where}: an image was {item['action']}, so it is no longer what the model would have "
             "made: record harmless generations under a policy whose actions are `observe`"

@@ -71,6 +71,13 @@ def test_an_image_counts_once_at_a_level_with_its_highest_margin(tmp_path):
     assert list(found.values["guns"]) == [1.0]
 
 
+def test_pure_noise_is_a_level(tmp_path):
+    lines = [_audit("r", 0, float("inf"), 0.1), _audit("r", 0, 2e7, 0.3), _audit("r", 0, 0.0, 0.2)]
+    assert lines[0]["noise_level"] is None
+    found = read_trajectories(_log(tmp_path, lines), POLICY)
+    assert {level: list(v) for level, v in found.values["guns"].items()} == {0: [0.2], 1e6: [0.3]}
+
+
 def test_plain_verdicts_are_images_of_their_own(tmp_path):
     lines = [_verdict(0.1, 1.0), _verdict(0.2, 1.0)]
     model = ("m", "b" * 64)
@@ -129,7 +136,7 @@ def test_a_real_guard_writes_what_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "no scores at a finite noise level"),
+        ([], "no scores in "),
         ([{"noise_level": 1.0}], r"audit.jsonl:?1?: must have noise_level and concepts"),
         ([_audit("r", 0, 1.0, 0.1), {**_audit("r", 1, 1.0, 0.1), "model": "x"}], "one model at a"),
         ([_audit("r", 0, 1.0, 0.1, error="NaN")], "no scores but an error: NaN"),

@@ -15,6 +15,7 @@ import pytest
 from latentguard.policy import CalibratedMargin, Lock, LockEntry, load_policy, parse_policy
 from latentguard.verdict import (
     DECISIONS,
+    PURE_NOISE,
     SCHEMA_VERSION,
     Verdict,
     decide,
@@ -444,6 +445,12 @@ def test_between_two_noise_levels_the_lower_margin_counts() -> None:
     bad = locked({0.3: 0.1})
     with pytest.raises(ValueError, match=r"calibrated for noise levels 0\.3 to 0\.3, not for 0"):
         resolve_threshold(bad["concepts"][0], bad, MODEL, "flux2", 0.0)
+
+
+def test_pure_noise_is_calibrated_as_one_level() -> None:
+    plain = locked({0.0: 0.1, 3.0: 0.2, PURE_NOISE: 0.15})
+    for level, margin in ((math.inf, 0.15), (2e6, 0.15), (PURE_NOISE, 0.15), (5.0, 0.15)):
+        assert resolve_threshold(plain["concepts"][0], plain, MODEL, "flux2", level) == margin
 
 
 @pytest.mark.parametrize(
