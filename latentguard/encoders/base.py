@@ -135,10 +135,12 @@ class Encoder(Protocol):
         """The coverage below which a prompt counts as not visible to this encoder."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the weights are; `features` takes latents there."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, in which `features` computes."""
 
     def features(
         self,
@@ -163,4 +165,5 @@ class Encoder(Protocol):
     def coverage(self, texts: Sequence[str]) -> Tensor:
         """How much of each text [P] this encoder can see, 0 (nothing) to 1."""
 
-    def to(self, device: torch.device | str) -> Self: ...
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the weights to a device, in place; returns the encoder."""
