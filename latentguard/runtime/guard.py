@@ -43,6 +43,8 @@ class Guard:
         providers: ONNX Runtime's execution providers, best first, a name or a name with options;
             None is CUDA where it can be used, then the CPU.
         threads: within one run on the CPU; None leaves it to ONNX Runtime.
+        spin: threads without work wait for it in a loop: the fastest where the cores are the
+            guard's alone, the slowest where they are not.
         batching: gather arrays of several threads into batches; None runs each by itself.
         warm_up: run once, so that the first request is as fast as the others, and the policy is
             known to fit the network.
@@ -60,6 +62,7 @@ class Guard:
         *,
         providers: Sequence[Provider] | None = None,
         threads: int | None = None,
+        spin: bool = True,
         batching: Batching | None = None,
         warm_up: bool = True,
         max_cells: int = MAX_CELLS,
@@ -71,7 +74,7 @@ class Guard:
         self._space = LatentSpace.get(self.metadata["space"])
         self._max_cells = max_cells
         self._names = [*OUTPUTS, HEATMAP] if artefact.heatmaps else [*OUTPUTS]
-        self._session = create_session(artefact, providers, threads)
+        self._session = create_session(artefact, providers, threads, spin)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         self._bind = self.providers[0] != "CPUExecutionProvider"
         self._lock = threading.Lock()

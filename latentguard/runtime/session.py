@@ -15,9 +15,12 @@ _DEFAULT = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def create_session(
-    artefact: Artefact, providers: Sequence[Provider] | None, threads: int | None
+    artefact: Artefact,
+    providers: Sequence[Provider] | None,
+    threads: int | None,
+    spin: bool = True,
 ) -> Any:
-    """An onnxruntime.InferenceSession; `providers` and `threads` as in `Guard`.
+    """An onnxruntime.InferenceSession; `providers`, `threads` and `spin` as in `Guard`.
 
     Raises ModelError where ONNX Runtime or a provider is missing, or it refuses the file.
     """
@@ -43,6 +46,8 @@ def create_session(
     options.log_severity_level = 4  # what it would log is raised
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if artefact.external:
         beside = artefact.external
         options.add_external_initializers_from_files_in_memory(

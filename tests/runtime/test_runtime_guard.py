@@ -222,6 +222,14 @@ def test_a_provider_with_options(artefact: Path, arrays: np.ndarray) -> None:
     assert guard.scan(arrays[:1])[0].error is None
 
 
+def test_threads_that_do_not_spin(artefact: Path, arrays: np.ndarray, guard: Guard) -> None:
+    still = Guard(artefact, threads=2, spin=False)
+    options = still._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    found = still.scores(arrays[:3])["margin"]
+    np.testing.assert_allclose(found, guard.scores(arrays[:3])["margin"], atol=MARGIN)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
