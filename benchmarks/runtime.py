@@ -34,6 +34,12 @@ from numpy.typing import NDArray
 RESULTS = Path(__file__).parent / "results"
 POLICY = "family"
 NANO, CLIPS = "nano-flux2", ("latent-clip-b8", "latent-clip-b4-plus")
+MERGING = (
+    "latent-clip-b8+merge=0.5",
+    *(f"latent-clip-b4-plus+merge={share}" for share in (0.25, 0.5, 0.75, 0.9)),
+)
+"""With token merging; agreement is measured against the model without."""
+MODELS = (NANO, *CLIPS, *MERGING)
 PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic")
 CLASSES = {"revolver": "firearms", "cannon": "military"}
 UNSURE = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -51,9 +57,18 @@ def exported(folder: Path, model: str, precision: str, cells: int) -> Path:
 def encoder(model: str) -> Any:
     """The bundled encoder, or a Latent-CLIP with random weights."""
     from latentguard.encoders import load_encoder
+    from latentguard.encoders.catalog import MERGE
     from latentguard.encoders.latent_clip import LatentCLIP
 
-    return LatentCLIP.random(model) if model in CLIPS else load_encoder(model, "cpu")
+    name, _, share = model.partition(MERGE)
+    if name in CLIPS:
+        return LatentCLIP.random(name, merge=float(share or 0))
+    return load_encoder(model, "cpu")
+
+
+def plain(model: str) -> str:
+    """The model without token merging."""
+    return model.partition("+merge=")[0]
 
 
 # --- export ---------------------------------------------------------------------------------------
@@ -67,9 +82,10 @@ def export(arguments: argparse.Namespace) -> None:
     arguments.exports.mkdir(parents=True, exist_ok=True)
     real = read_samples(arguments.latents, "flux2")
     real = real.pick(range(0, len(real), CALIBRATION))
-    for model, cells in ((NANO, 32), (NANO, 64), *((name, 64) for name in CLIPS)):
+    clips = ((name, 64) for name in (*CLIPS, *MERGING))
+    for model, cells in ((NANO, 32), (NANO, 64), *clips):
         chosen = resized(real, (cells, cells)) if model == NANO else drawn("sdxl", (64, 64), 32)
-        for precision in PRECISIONS:
+        for precision in ("fp32", "int8") if model in MERGING else PRECISIONS:
             path = exported(arguments.exports, model, precision, cells)
             if not path.exists():
                 made = export_onnx(
@@ -94,23 +110,27 @@ def agreement(arguments: argparse.Namespace) -> None:
 
     real = read_samples(arguments.latents, "flux2")
     judged = [row for row in range(len(real)) if row % CALIBRATION]
-    rows = compare(arguments.exports, NANO, real.pick(judged), 32)
-    for model, count in zip(CLIPS, (arguments.drawn, arguments.drawn // 2), strict=True):
-        # Another seed than the calibration's: `drawn` starts anew, so the first are left out.
-        rows += compare(arguments.exports, model, drawn("sdxl", (64, 64), 32 + count)[32:], 64)
+    rows = kept("runtime-agreement", arguments.only)
+    if NANO in arguments.only:
+        rows += compare(arguments.exports, NANO, real.pick(judged), 32)
+    for model in (*CLIPS, *MERGING):
+        if model in arguments.only:
+            count = arguments.drawn // (1 if "b8" in model else 2)
+            # Another seed than the calibration's: `drawn` starts anew, so the first are left out.
+            rows += compare(arguments.exports, model, drawn("sdxl", (64, 64), 32 + count)[32:], 64)
     save("runtime-agreement", {"machine": measured_on(), "rows": rows})
     print(agreement_table(rows))
 
 
 def compare(folder: Path, model: str, latents: Any, cells: int) -> list[dict[str, Any]]:
-    """One row for each precision of a model."""
+    """One row for each precision of a model, against PyTorch without token merging."""
     import torch
 
     from latentguard import Scorer
     from latentguard.runtime import Guard
     from latentguard.scorer import Scores
 
-    scorer = Scorer(POLICY, encoder(model))
+    scorer = Scorer(POLICY, encoder(plain(model)))
     concepts = [concept.id for concept in scorer.policy.concepts]
     parts = []
     with torch.inference_mode():
@@ -125,7 +145,8 @@ def compare(folder: Path, model: str, latents: Any, cells: int) -> list[dict[str
     for precision in PRECISIONS:
         path = exported(folder, model, precision, cells)
         if not path.exists():
-            print(f"{path} is missing, not compared", file=sys.stderr)
+            if model not in MERGING or precision in ("fp32", "int8"):
+                print(f"{path} is missing, not compared", file=sys.stderr)
             continue
         outputs: list[dict[str, Any]] = []
         with Guard(path, threads=1) as guard:
@@ -223,7 +244,8 @@ def contenders() -> list[tuple[str, str, int]]:
     """Model, engine (eager, or the precision of an export), latent cells a side."""
     engines = ("eager", "fp32", "int8", "int8-dynamic")
     shapes = [*((name, 64) for name in reversed(CLIPS)), (NANO, 32), (NANO, 64)]
-    return [(model, engine, cells) for model, cells in shapes for engine in engines]
+    merging = [(model, engine, 64) for model in MERGING for engine in ("fp32", "int8")]
+    return [*((model, engine, cells) for model, cells in shapes for engine in engines), *merging]
 
 
 def arrays(model: str, batch: int, cells: int) -> NDArray[np.float32]:
@@ -317,9 +339,7 @@ def speed(arguments: argparse.Namespace) -> None:
         row = measure(model, engine, int(cells), arguments.exports, arguments.repeat)
         print(json.dumps(row))
         return
-    path = RESULTS / "runtime-speed.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in before if row["model"] not in arguments.only]
+    rows = kept("runtime-speed", arguments.only)
     for model, engine, cells in contenders():
         missing = (
             engine != "eager" and not exported(arguments.exports, model, engine, cells).exists()
@@ -349,7 +369,7 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        ratio = base[row["model"], row["cells"]] / row["ms"]
+        ratio = base[plain(row["model"]), row["cells"]] / row["ms"]
         cells = [row["model"], str(8 * row["cells"]), row["engine"]]
         cells.append(f"{row['ms']:.1f} ({row['best']:.1f})")
         cells += [f"{ratio:.2f}", f"{row['batch16_per_s']:.1f}", f"{row['clients_per_s']:.1f}"]
@@ -376,9 +396,12 @@ def cost(arguments: argparse.Namespace) -> None:
         times = times[2:]
         print(json.dumps({"ms": min(times), "median": statistics.median(times)}))
         return
-    rows = []
+    rows = kept("runtime-cost", arguments.only)
     for model, engine, cells in contenders():
-        if engine != "eager" and not exported(arguments.exports, model, engine, cells).exists():
+        missing = (
+            engine != "eager" and not exported(arguments.exports, model, engine, cells).exists()
+        )
+        if model not in arguments.only or missing:
             continue
         command = [sys.executable, __file__, "cost", "--exports", str(arguments.exports)]
         command += ["--repeat", str(arguments.repeat), "--child", model, engine, str(cells)]
@@ -401,7 +424,7 @@ def cost_table(rows: Sequence[dict[str, Any]]) -> str:
         "| --- | ---: | --- | ---: | ---: |",
     ]
     for row in rows:
-        ratio = base[row["model"], row["cells"]] / row["ms"]
+        ratio = base[plain(row["model"]), row["cells"]] / row["ms"]
         cells = [row["model"], str(8 * row["cells"]), row["engine"], f"{row['ms']:.1f}"]
         cells.append(f"{ratio:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -440,11 +463,11 @@ def pareto(arguments: argparse.Namespace) -> None:
     )
     for model, colour in zip(CLIPS, ("#D55E00", "#009E73"), strict=True):
         for row in fidelity:
-            key = (model, row["precision"], 64)
-            if row["model"] == model and key in ms:
+            key = (row["model"], row["precision"], 64)
+            if plain(row["model"]) == model and key in ms:
                 place = (ms[key], max(1 - row["cosine_min"], 1e-7))
-                right.plot(*place, "o", color=colour)
-                name = f"{model.removeprefix('latent-clip-')} {row['precision']}"
+                right.plot(*place, "x" if row["model"] in MERGING else "o", color=colour)
+                name = f"{row['model'].removeprefix('latent-clip-')} {row['precision']}"
                 right.annotate(name, place, fontsize=7, xytext=(4, 3), **OFFSET)
         right.axvline(ms[model, "eager", 64], color=colour, linestyle=":", linewidth=1)
     figure.savefig(RESULTS / "runtime.png", dpi=120)
@@ -497,6 +520,13 @@ def measured_on() -> dict[str, Any]:
     return machine() | {"onnxruntime": onnxruntime.__version__}
 
 
+def kept(name: str, models: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of earlier results that are not of `models`."""
+    path = RESULTS / f"{name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["model"] not in models]
+
+
 def save(name: str, data: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -511,9 +541,10 @@ def main() -> None:
         if command is pareto:
             continue
         one.add_argument("--exports", type=Path, required=True)
+        if command is not export:
+            one.add_argument("--only", nargs="+", choices=MODELS, default=[*MODELS])
         if command in (speed, cost):
             one.add_argument("--repeat", type=int, default=15)
-            one.add_argument("--only", nargs="+", choices=(NANO, *CLIPS), default=[NANO, *CLIPS])
             one.add_argument("--child", nargs=3, help="internal")
         else:
             one.add_argument("latents", type=Path, nargs="+")

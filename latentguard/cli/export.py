@@ -102,6 +102,16 @@ def onnx_(
     heatmaps: Annotated[
         bool, typer.Option("--heatmaps", help="Also give margins over the encoder's grid.")
     ] = False,
+    merge_tokens: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Merge this share of a Latent-CLIP's tokens into like ones on the way (ToMe): "
+            "faster, and another model, whose distance is printed. Off by default; needs --height "
+            "and --width. The same as +merge=SHARE behind --model.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the SHA-256 only.")] = False,
 ) -> None:
     """Write a policy and a model as one .onnx file of standard operators.
@@ -127,7 +137,10 @@ def onnx_(
         _say(quiet, "no --calibration latents: the ranges of activations come from each input")
         dynamic_quantization = True
     from latentguard.encoders import load_encoder
+    from latentguard.encoders.catalog import MERGE
 
+    if merge_tokens is not None:
+        model = f"{model}{MERGE}{merge_tokens}"
     encoder = load_encoder(model, "cpu")
     result = export_onnx(
         policy,
@@ -268,6 +281,13 @@ def _print(result: Exported, quiet: bool) -> None:
         f"{checked.margin:.2g}, embeddings by {checked.embedding:.2g} (cosine "
         f"{checked.cosine:.6f}), {checked.same} of {checked.images} decisions are the same"
     )
+    if result.unmerged is not None:
+        far = result.unmerged
+        typer.echo(
+            f"compared with the model without merging: margins differ by at most "
+            f"{far.margin:.2g}, the smallest cosine of an embedding is {far.cosine:.6f}, "
+            f"{far.same} of {far.images} decisions are the same"
+        )
     if not checked.real:
         typer.echo(
             "latentguard: these latents are not of images; give real ones with --check before "

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from latentguard.errors import ModelError
 
 HUB = "https://huggingface.co"
+MERGE = "+merge="
+"""Behind a model's name or file: the share of its tokens that merge, as in `NAME+merge=0.5`."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from latentguard.encoders.base import Encoder
 from latentguard.encoders.catalog import (
     CATALOG,
     HUB,
+    MERGE,
     Entry,
     by_hand,
     cache_dir,
@@ -32,17 +33,35 @@ def load_encoder(name_or_path: str | Path, device: torch.device | str | None = N
     """An encoder by name (`latentguard models list`) or from a file.
 
     A path is an official Latent-CLIP checkpoint (.pt, .pth, .ckpt) or a .safetensors file that
-    latentguard wrote, whose metadata says what it is. `device` None is CUDA where there is one,
-    else the CPU. Raises ModelError for an unknown name, a model that is not on this machine (it
-    says how to get it), and a file that cannot be loaded.
+    latentguard wrote, whose metadata says what it is. `+merge=SHARE` behind either makes a
+    Latent-CLIP merge that share of its tokens (see `LatentCLIP.merge`). `device` None is CUDA where
+    there is one, else the CPU. Raises ModelError for an unknown name, a model that is not on this
+    machine (it says how to get it), and a file that cannot be loaded.
     """
     device = _device(device)
+    plain, found, share = str(name_or_path).rpartition(MERGE)
+    if found:
+        return _merging(load_encoder(plain, device), share)
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
         return _load_named(CATALOG[name_or_path], device)
     path = Path(name_or_path).expanduser()
     if not path.is_file():
         raise ModelError(_unknown(str(name_or_path)))
     return _load_file(path, device)
+
+
+def _merging(encoder: Encoder, share: str) -> Encoder:
+    from latentguard.encoders.latent_clip import LatentCLIP
+
+    if not isinstance(encoder, LatentCLIP):
+        raise ModelError(f"{encoder.name} has no tokens to merge: only the Latent-CLIP models have")
+    try:
+        encoder.merge = float(share)
+    except ValueError as error:
+        raise ModelError(
+            f"{encoder.name}{MERGE}{share}: the share of tokens that merge must be a number"
+        ) from error
+    return encoder
 
 
 def best_encoder(space: str) -> str:

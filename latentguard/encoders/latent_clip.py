@@ -12,8 +12,9 @@ from torch import Tensor
 
 from latentguard.encoders import checkpoint
 from latentguard.encoders.base import Features, Head
-from latentguard.encoders.catalog import CATALOG, LatentClipConfig, cache_dir
+from latentguard.encoders.catalog import CATALOG, MERGE, LatentClipConfig, cache_dir
 from latentguard.encoders.clip_text import ClipText
+from latentguard.encoders.merging import schedule
 from latentguard.encoders.resize import ADAPTERS, Adapter, Resize
 from latentguard.encoders.vit import LatentViT
 from latentguard.errors import LatentsError, ModelError
@@ -44,6 +45,10 @@ class LatentCLIP:
       it, after one view of the whole, pooled. `Features.tiles` counts them; an image's score is
       that of its strongest view. A place's token comes from the view whose centre is nearest.
       A side shorter than the trained one is continued by its last row or column.
+
+    `merge` is the share of the patches' tokens, 0 (none, the default) to less than 1, that merge
+    into like ones on the way through the image tower (see `merging`). That is faster and another
+    model: `name` ends in `+merge=SHARE`, so that calibrated thresholds and records tell them apart.
     """
 
     min_coverage = 0.5
@@ -56,16 +61,21 @@ class LatentCLIP:
     )
 
     def __init__(
-        self, weights: checkpoint.Weights, resize: Resize = "interpolate", name: str | None = None
+        self,
+        weights: checkpoint.Weights,
+        resize: Resize = "interpolate",
+        name: str | None = None,
+        merge: float = 0.0,
     ) -> None:
         """From checked weights; `load` and `random` are the usual ways."""
         self.config = weights.config
-        self.name = name or weights.name
+        self._name = name or weights.name
         self.sha256 = weights.sha256
         self.space = weights.config.space
         self.needs_scaled = weights.config.needs_scaled
         self.dim = weights.config.embed_dim
         self.resize = resize
+        self.merge = merge
         self.logit_scale = _logit_scale(weights)
         with torch.device("meta"):
             self.vit = LatentViT(weights.config)
@@ -91,6 +101,7 @@ class LatentCLIP:
         dtype: torch.dtype | None = None,
         resize: Resize = "interpolate",
         config: LatentClipConfig | None = None,
+        merge: float = 0.0,
     ) -> Self:
         """From an official checkpoint (.pt) or a converted file (.safetensors).
 
@@ -102,11 +113,15 @@ class LatentCLIP:
             weights = checkpoint.read_converted(path)
         else:
             weights = _converted_once(path, config)
-        return cls(weights, resize).to(device, dtype)
+        return cls(weights, resize, merge=merge).to(device, dtype)
 
     @classmethod
     def random(
-        cls, model: str | LatentClipConfig, seed: int = 0, resize: Resize = "interpolate"
+        cls,
+        model: str | LatentClipConfig,
+        seed: int = 0,
+        resize: Resize = "interpolate",
+        merge: float = 0.0,
     ) -> Self:
         """Random weights of a model's shape, for benchmarks and tests; its scores mean nothing.
 
@@ -122,7 +137,7 @@ class LatentCLIP:
             config, name = model, f"latent-clip-p{model.patch}-random"
         tensors = _random_tensors(config, seed)
         digest = checkpoint.weights_sha256(tensors)
-        return cls(checkpoint.Weights(tensors, config, name, digest, ""), resize)
+        return cls(checkpoint.Weights(tensors, config, name, digest, ""), resize, merge=merge)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -136,6 +151,30 @@ class LatentCLIP:
         return self
 
     # --- what it says of itself --------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """That of the weights; with merging, `+merge=SHARE` behind it."""
+        return f"{self._name}{MERGE}{self.merge}" if self.merge else self._name
+
+    @property
+    def merge(self) -> float:
+        """The share of the patches' tokens that merge; 0 is the model as it was published."""
+        return self._merge
+
+    @merge.setter
+    def merge(self, value: float) -> None:
+        if not 0 <= value < 1:  # NaN, too
+            raise ModelError(
+                f"the share of tokens that merge must be from 0 to less than 1, got {value}"
+            )
+        self._merge = float(value)
+
+    def tokens_left(self, height: int, width: int) -> tuple[int, int]:
+        """Patch tokens of latents of a size in cells, and how many are left in the last block."""
+        rows, columns = self._adapter(height, width).grid
+        patches = rows * columns
+        return patches, patches - sum(schedule(self.merge, patches, self.config.layers))
 
     @property
     def resize(self) -> Resize:
@@ -187,12 +226,13 @@ class LatentCLIP:
                 f"the predicted noise must have the shape of the latents, {list(latents.shape)}, "
                 f"got {list(noise.shape)}"
             )
-        adapt = self._adapter(latents)
+        adapt = self._adapter(*latents.shape[2:])
         tokens = self.vit(
             adapt(self._ready(latents)),
             None if noise is None else adapt(self._ready(noise)),
             self._level(alpha, adapt.tiles),
             self._level(sigma, adapt.tiles),
+            self.merge,
         )
         pooled, places = tokens[:, 0], tokens[:, 1:]
         return Features(pooled, adapt.stitch(places), adapt.grid, adapt.tiles, adapt.extent)
@@ -225,8 +265,7 @@ class LatentCLIP:
         latents = latents.to(self.device, wide).spatial()
         return (latents.scaled_() if self.needs_scaled else latents.raw()).tensor
 
-    def _adapter(self, latents: Tensor) -> Adapter:
-        height, width = latents.shape[2:]
+    def _adapter(self, height: int, width: int) -> Adapter:
         return ADAPTERS[self.resize](height, width, self.config.grid, self.config.patch)
 
     def _ready(self, tensor: Tensor) -> Tensor:

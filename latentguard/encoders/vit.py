@@ -6,6 +6,7 @@ Module names give the published checkpoint's keys once `visual.latent_vit.` is t
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from latentguard import ops
 from latentguard.encoders.catalog import LatentClipConfig
+from latentguard.encoders.merging import Tokens, merge, schedule
 from latentguard.encoders.resize import is_open
 
 HEAD_WIDTH = 64
@@ -27,15 +29,18 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] to [B, N, D]."""
+    def forward(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, N, D] to [B, N, D], and the keys [B, heads, N, 64].
+
+        A token counts as often as `size` [B, N, 1] says (1 where it is None).
+        """
         batch, count, _ = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         qkv = qkv.reshape(batch, count, 3, -1, HEAD_WIDTH)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, 64] each
-        out = F.scaled_dot_product_attention(q, k, v)
-        mixed: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return mixed
+        often = None if size is None else size.log().transpose(1, 2).unsqueeze(1)  # [B, 1, 1, N]
+        out = F.scaled_dot_product_attention(q, k, v, often)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), k
 
 
 class Block(nn.Module):
@@ -54,11 +59,13 @@ class Block(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] to [B, N, D]."""
-        x = x + self.attn(self.ln_1(x))
-        out: Tensor = x + self.mlp(self.ln_2(x))
-        return out
+    def forward(self, tokens: Tokens, count: int = 0) -> Tokens:
+        """The next tokens, `count` fewer."""
+        mixed, keys = self.attn(self.ln_1(tokens.values), tokens.size)
+        tokens = tokens._replace(values=tokens.values + mixed)
+        if count:
+            tokens = merge(tokens, keys, count)
+        return tokens._replace(values=tokens.values + self.mlp(self.ln_2(tokens.values)))
 
 
 class Transformer(nn.Module):
@@ -68,11 +75,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] to [B, N, D]."""
-        for block in self.resblocks:
-            x = block(x)
-        return x
+    def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """[B, N, D] to [B, N, D]; `counts` of them merge on the way, a number for each block."""
+        tokens = Tokens(x)
+        for block, count in zip(self.resblocks, counts or [0] * len(self.resblocks), strict=True):
+            tokens = block(tokens, count)
+        return tokens.restored()
 
 
 class LatentViT(nn.Module):
@@ -111,8 +119,12 @@ class LatentViT(nn.Module):
         noise: Tensor | None = None,
         alpha: Tensor | None = None,
         sigma: Tensor | None = None,
+        share: float = 0.0,
     ) -> Tensor:
-        """Tokens before `ln_post`, the class token first. H and W are multiples of the patch."""
+        """Tokens before `ln_post`, the class token first. H and W are multiples of the patch.
+
+        `share` of the patches' tokens have merged into others at the end; see `merging.schedule`.
+        """
         rows, columns = latents.shape[-2] // self.patch, latents.shape[-1] // self.patch
         tokens = ops.patch_embed(
             latents,
@@ -126,5 +138,7 @@ class LatentViT(nn.Module):
             alpha=alpha,
             sigma=sigma,
         )
-        out: Tensor = self.transformer(tokens)
+        blocks = len(self.transformer.resblocks)
+        counts = schedule(share, rows * columns, blocks) if share else None
+        out: Tensor = self.transformer(tokens, counts)
         return out

@@ -7,6 +7,8 @@ from typing import Any
 
 import onnx
 
+from latentguard.encoders import Encoder
+from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.runtime.artefact import DIGEST, METADATA, SCHEMA_VERSION, inner_digest
 from latentguard.scorer import Scorer
 from latentguard.spaces import LatentSpace
@@ -39,8 +41,17 @@ def describe(
         "height": None if size is None else size[0],
         "width": None if size is None else size[1],
         "calibration": calibration,
+        "merged": _merged(encoder, size),
         "files": {},
     }
+
+
+def _merged(encoder: Encoder, size: tuple[int, int] | None) -> dict[str, Any] | None:
+    """How many tokens of an image merge; None where none do."""
+    if not isinstance(encoder, LatentCLIP) or not encoder.merge or size is None:
+        return None
+    patches, left = encoder.tokens_left(*size)
+    return {"share": encoder.merge, "tokens": patches, "left": left}
 
 
 def write_metadata(model: onnx.ModelProto, metadata: dict[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import onnx
 import torch
 
 from latentguard.encoders import Encoder
+from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.errors import LatentsError, ModelError
 from latentguard.export.graph import attach_bank, bank_arrays, build, not_open
 from latentguard.export.metadata import describe, write_metadata
@@ -61,12 +63,16 @@ class Checked:
 
 @dataclass(frozen=True)
 class Exported:
-    """A written export: its path, the SHA-256 to pin, and the comparison."""
+    """A written export: its path, the SHA-256 to pin, and the comparison.
+
+    unmerged: the same with the model without token merging, where the export has it.
+    """
 
     path: Path
     sha256: str
     bytes: int
     checked: Checked
+    unmerged: Checked | None = None
 
 
 def export_onnx(
@@ -98,12 +104,20 @@ def export_onnx(
 
     Raises:
         ModelError: the model cannot be exported so, int8 without latents to calibrate on, or the
-            export differs too much from PyTorch (see `LARGEST` and `LEAST_COSINE`).
+            export differs too much from PyTorch (see `LARGEST` and `LEAST_COSINE`), or a model
+            that merges tokens without a size.
         LatentsError: latents of another space or size, or a space whose statistics are not known.
     """
     scorer = Scorer(policy, model, "cpu")
     if precision == "int8" and calibrate is None:
         raise ModelError("int8 needs latents to calibrate on (--calibrate); or use int8-dynamic")
+    merging = isinstance(scorer.encoder, LatentCLIP) and scorer.encoder.merge > 0
+    if merging and size is None:
+        raise ModelError(
+            f"{scorer.encoder.name} merges a share of its tokens, and how many that are is part of "
+            "the file: give height and width in latent cells (--height 64 --width 64 for 512 "
+            "pixels)"
+        )
     given, real = _to_check(check, scorer, scaled, size)
     progress(f"tracing {scorer.encoder.name}")
     graph = trace(scorer, given.height, given.width, scaled, heatmaps, dynamic=size is None)
@@ -135,12 +149,15 @@ def export_onnx(
             reason = str(error).removeprefix(f"{written[0]}: ")
             raise ModelError(f"{out}: not written, as the file {reason}") from error
         _accept(out, checked, precision)
+        unmerged = None
+        if merging:
+            progress(f"comparing it with the model without merging on {len(given)} latents")
+            unmerged = compare(written[0], scorer, given, real=real, merging=False)
         for file in reversed(written):
             os.replace(file, out.parent / file.name)
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    return Exported(
-        out, digest, sum((out.parent / f.name).stat().st_size for f in written), checked
-    )
+    written_bytes = sum((out.parent / file.name).stat().st_size for file in written)
+    return Exported(out, digest, written_bytes, checked, unmerged)
 
 
 def trace(
@@ -200,14 +217,16 @@ def write(model: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> list[
     return files
 
 
-def compare(path: Path, scorer: Scorer, latents: Latents, *, real: bool) -> Checked:
-    """An export against PyTorch, in batches of 16."""
+def compare(
+    path: Path, scorer: Scorer, latents: Latents, *, real: bool, merging: bool = True
+) -> Checked:
+    """An export against PyTorch, in batches of 16; there without token merging unless `merging`."""
     margin = embedding = 0.0
     cosine, same = 1.0, 0
     with Guard(path, providers=["CPUExecutionProvider"]) as guard:
         for begin in range(0, len(latents), 16):
             batch = latents[begin : begin + 16]
-            with torch.no_grad():
+            with torch.no_grad(), nullcontext() if merging else _whole(scorer.encoder):
                 scores = scorer.score(batch)
                 embedded = scorer.encoder.encode_latents(batch)
             outputs = guard.scores(batch.tensor.numpy())
@@ -222,6 +241,17 @@ def compare(path: Path, scorer: Scorer, latents: Latents, *, real: bool) -> Chec
                 for a, b in zip(verdicts, scorer.decide(scores), strict=True)
             )
     return Checked(len(latents), real, margin, embedding, cosine, same)
+
+
+@contextmanager
+def _whole(encoder: Encoder) -> Iterator[None]:
+    """A model without its token merging."""
+    assert isinstance(encoder, LatentCLIP)
+    share, encoder.merge = encoder.merge, 0.0
+    try:
+        yield
+    finally:
+        encoder.merge = share
 
 
 def _to_check(

@@ -16,7 +16,7 @@ import torch
 from latentguard.ops.reference import NORM_FLOOR
 
 OPSET = 18
-_FLOAT, _INT64 = 1, 7
+_FLOAT, _INT64, _BOOL = 1, 7, 9
 
 
 def _operators() -> Any:
@@ -184,13 +184,16 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Plain attention [..., N, D] with the key transposed once.
+    """Plain attention [..., N, D] with the key transposed once; a mask is added to the logits.
 
     torch.onnx's own translation goes through two reshapes of a shape computed at run time, which
     no engine fuses.
     """
-    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
-        raise NotImplementedError("the ONNX translation of attention has no mask and no dropout")
+    chosen = attn_mask is not None and _kind(attn_mask) == _BOOL
+    if chosen or dropout_p or is_causal or enable_gqa:
+        raise NotImplementedError(
+            "the ONNX translation of attention has no boolean or causal mask and no dropout"
+        )
     op = _operators()
     axes = list(range(len(key.shape)))
     factor = scale if scale is not None else int(query.shape[-1]) ** -0.5
@@ -198,7 +201,10 @@ def _attention(
     # The query is scaled before the product, which could overflow in half precision; CastLike
     # keeps that precision.
     scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
-    return op.MatMul(op.Softmax(op.MatMul(scaled, turned), axis=-1), value)
+    logits = op.MatMul(scaled, turned)
+    if attn_mask is not None:
+        logits = op.Add(logits, attn_mask)
+    return op.MatMul(op.Softmax(logits, axis=-1), value)
 
 
 def _gelu(x: Any, approximate: str = "none") -> Any:

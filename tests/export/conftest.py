@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 import pytest
-from export_helpers import SMALL_B4, SMALL_B8, photos, sdxl
+from export_helpers import DEEP_B4, SMALL_B4, SMALL_B8, photos, sdxl
 
 from latentguard.encoders import Encoder, load_encoder
 from latentguard.encoders.latent_clip import LatentCLIP
@@ -24,7 +24,8 @@ def traced_once() -> Iterator[None]:
 
     def once(scorer: Scorer, *options: Any, **more: Any) -> onnx.ModelProto:
         encoder = scorer.encoder
-        key = (encoder.sha256, getattr(encoder, "resize", None), *options, *more.items())
+        key = (encoder.sha256, encoder.name, getattr(encoder, "resize", None), *options)
+        key += (*more.items(),)
         if key not in kept:
             kept[key] = trace(scorer, *options, **more)
         copy = onnx.ModelProto()
@@ -46,6 +47,7 @@ def models() -> dict[str, Encoder]:
         "nano-sdxl": load_encoder("nano-sdxl", "cpu"),
         "b8": LatentCLIP.random(SMALL_B8),
         "b4": LatentCLIP.random(SMALL_B4),
+        "b4-merging": LatentCLIP.random(DEEP_B4, merge=0.5),
     }
 
 
@@ -69,6 +71,13 @@ def exports(
         "clip-int8": ("b8", {**clip, "precision": "int8", "calibrate": sdxl(16, (64, 64))}),
         "clip-dynamic": ("b8", {**clip, "precision": "int8-dynamic"}),
         "clip-open": ("b4", {"heatmaps": True}),
+        "merging": ("b4-merging", {**clip, "heatmaps": True}),
+        "merging-fp16": ("b4-merging", {**clip, "precision": "fp16"}),
+        "merging-int8": (
+            "b4-merging",
+            {**clip, "precision": "int8", "calibrate": sdxl(16, (64, 64))},
+        ),
+        "merging-dynamic": ("b4-merging", {**clip, "precision": "int8-dynamic"}),
     }
     made: dict[str, Exported] = {}
 

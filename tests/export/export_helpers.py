@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ SMALL_B8 = LatentClipConfig(
 SMALL_B4 = LatentClipConfig(
     patch=4, embed_dim=640, text_width=128, width=192, layers=2, text_layers=2
 )
+# Deep enough for tokens that merged to merge again.
+DEEP_B4 = replace(SMALL_B4, width=128, layers=3)
 
 
 def photos() -> Latents:

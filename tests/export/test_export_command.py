@@ -60,8 +60,12 @@ def test_a_model_file_and_drawn_latents(command: Command, tmp_path: Path) -> Non
     } | {"logit_scale": torch.tensor(4.0)}
     weights = checkpoint.Weights(tensors, SMALL_B8, "small", "", "")
     checkpoint.write(path, checkpoint.convert(weights))
-    ran = command("export", "onnx", "--model", path, "--height", 64, "--width", 64, "-o", out)
+    size = ("--height", 64, "--width", 64)
+    ran = command("export", "onnx", "--model", path, *size, "--merge-tokens", 0.5, "-o", out)
     assert ran.code == 0, ran.err
+    assert "compared with the model without merging: margins differ by at most" in ran.out
+    with Guard(out) as guard:
+        assert guard.metadata["model"]["name"] == "small+merge=0.5"
     assert "8 latents drawn with the space's statistics" in ran.out
     assert "give real ones with --check before" in ran.err
 
@@ -79,6 +83,7 @@ def test_a_model_file_and_drawn_latents(command: Command, tmp_path: Path) -> Non
         (("-o", "guard.onnx", "--policy", "no-such"), "no-such"),
         (("-o", "guard.onnx", "--model", "nano-flux3"), "did you mean nano-flux2?"),
         (("-o", "guard.onnx", "--check", "missing.pt"), "missing.pt"),
+        (("-o", "guard.onnx", "--merge-tokens", "0.5"), "nano-flux2 has no tokens to merge"),
     ],
 )
 def test_wrong_usage(
