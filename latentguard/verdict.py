@@ -21,6 +21,7 @@ DECISIONS = ("allow", "review", "steer", "block")
 """From the mildest to the strictest."""
 
 _ACTIONS = {"observe": "allow", "review": "review", "steer": "steer", "block": "block"}
+_MODEL = ("name", "sha256")
 _SEVERITIES = ("low", "medium", "high", "critical")
 # Rounding in half precision may push a cosine, and so a margin, a little past its bound.
 _SLACK = 0.01
@@ -63,6 +64,7 @@ class Verdict:
     decision: allow, review, steer or block. reason: one sentence. error: what kept the image from
     being judged, or None. noise_level: noise-to-signal ratio, 0 is clean, inf where it is infinite
     or unknown (null in JSON). concepts: every concept that could be scored, matched or not.
+    model: (name, sha256) of the encoder that scored it, None where none did or none was named.
     """
 
     schema_version: int
@@ -71,6 +73,7 @@ class Verdict:
     error: str | None
     noise_level: float
     concepts: tuple[ConceptScore, ...]
+    model: tuple[str, str] | None = None
 
     @property
     def matched(self) -> tuple[ConceptScore, ...]:
@@ -86,6 +89,7 @@ class Verdict:
         data = asdict(self)
         data["noise_level"] = self.noise_level if math.isfinite(self.noise_level) else None
         data["concepts"] = [dict(concept) for concept in data["concepts"]]
+        data["model"] = None if self.model is None else dict(zip(_MODEL, self.model, strict=True))
         return data
 
     @classmethod
@@ -110,6 +114,7 @@ class Verdict:
             error=_read(data, "error", str, or_none=True),
             noise_level=math.inf if noise_level is None else noise_level,
             concepts=tuple(_read_concept(item) for item in _read(data, "concepts", list)),
+            model=_read_model(data),
         )
 
 
@@ -124,6 +129,15 @@ def _read(data: Mapping[str, Any], key: str, kind: type, *, or_none: bool = Fals
     if kind is float or not isinstance(value, kind):
         raise ValueError(f"verdict: {key} must be of type {kind.__name__}, got {value!r}")
     return value
+
+
+def _read_model(data: Mapping[str, Any]) -> tuple[str, str] | None:
+    item = data.get("model")
+    if item is None:
+        return None
+    if isinstance(item, Mapping):
+        return _read(item, "name", str), _read(item, "sha256", str)
+    return _read(data, "model", str), _read(data, "model_sha256", str)  # as in audit logs
 
 
 def _read_concept(item: Any) -> ConceptScore:
@@ -433,6 +447,7 @@ class _Judge:
             error=error,
             noise_level=self.noise_level,
             concepts=tuple(scores),
+            model=self.model,
         )
 
     def _unreadable(self, k: int, p: float, m: float, best: int) -> str | None:

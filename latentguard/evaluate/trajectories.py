@@ -2,7 +2,8 @@
 
 Two forms are read: JSON lines, an object for each image and step, as a guard's audit log has them
 and `Verdict.to_dict` gives them ({"noise_level": ..., "concepts": [{"id": ..., "margin": ...}]},
-with `request_id`, `image`, `model`, `model_sha256` and `space` where they are known); and the JSON
+with `request_id`, `image`, `model`, `model_sha256` and `space` where they are known, and `model` as
+an object with `name` and `sha256` in verdicts); and the JSON
 of whole sessions (`guard.to_json()`), one or a list. One harmless generation is one sample.
 """
 
@@ -184,10 +185,13 @@ def _one(session: Mapping[str, Any], item: Mapping[str, Any], where: str, index:
     margins = {str(concept["id"]): float(concept["margin"]) for concept in concepts}
     if not all(map(math.isfinite, margins.values())):
         raise ValueError("margins must be finite")
+    identity = {key: session[key] for key in IDENTITY if isinstance(session.get(key), str)}
+    if isinstance(item.get("model"), Mapping):  # of a cascade, the model that this verdict is of
+        identity |= {"model": item["model"]["name"], "model_sha256": item["model"]["sha256"]}
     return Scored(
         (name, index),
         PURE_NOISE if level is None else min(float(level), PURE_NOISE),
-        {key: session[key] for key in IDENTITY if isinstance(session.get(key), str)},
+        identity,
         margins,
         {str(c["id"]): c["prompt"] for c in concepts if isinstance(c.get("prompt"), str)},
     )

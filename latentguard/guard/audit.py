@@ -18,9 +18,10 @@ class AuditLog:
     """Lines of JSON, appended to one file by any number of threads and processes.
 
     A line has: schema_version, time (UTC), request_id, policy, policy_version, policy_sha256,
-    model, model_sha256, space, image (its index), step, final, how, action, seconds, `extra` and
-    `prompt` if asked for, and the verdict (decision, reason, error, noise_level, concepts). The
-    prompts of concepts are the policy's; what a user wrote is not in it unless you ask.
+    model, model_sha256 (of a cascade's models the one that judged), space, image (its index), step,
+    final, how, action, seconds, `extra` and `prompt` if asked for, and the verdict (decision,
+    reason, error, noise_level, concepts). The prompts of concepts are the policy's; what a user
+    wrote is not in it unless you ask.
 
     A line that cannot be written raises OSError, which ends the generation: what cannot be audited
     is not let through.
@@ -82,6 +83,9 @@ class AuditLog:
             if verdict is None:
                 continue
             line = {**common, "image": index, "action": action, **verdict.to_dict()}
+            # Of a cascade's models, the one that judged this image at this step.
+            who = (common["model"], common["model_sha256"])
+            line["model"], line["model_sha256"] = verdict.model or who
             if self._prompts:
                 known = index < len(session.prompts)
                 line["prompt"] = session.prompts[index] if known else None

@@ -82,7 +82,7 @@ class Csv:
             if lead
             else "",
         ]
-        model = (record.model.name, record.model.sha256) if record.model else ("", "")
+        model = (record.judged_by.name, record.judged_by.sha256) if record.judged_by else ("", "")
         policy = record.policy
         seen = {c.id: f"{c.probability:.6f}" for c in verdict.concepts if c.covered}
         self._rows.writerow(

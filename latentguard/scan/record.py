@@ -48,7 +48,7 @@ class ScanRecord:
     id: the name that the file gives it, or None. Untrusted text, kept as it is.
     space: the latent space's name, or None where it is not known.
     verdict: decision, reason and scores; `verdict.error` says what could not be read or judged.
-    model: None where no model has judged it.
+    model: None where no model has judged it; of a cascade the second, see `judged_by`.
     size: rows and columns of the latent grid, or None.
     preview: uint8 [rows, columns, 3], the linear RGB view, where `previews=True` asked for it.
     heatmaps: concept id -> float32 [h, w] of margins, where `heatmaps=True` asked for them.
@@ -78,6 +78,11 @@ class ScanRecord:
         return self.ranked[0] if self.ranked and self.ranked[0].covered else None
 
     @property
+    def judged_by(self) -> ModelId | None:
+        """Of a cascade's models, the one that the verdict is of."""
+        return ModelId(*self.verdict.model) if self.verdict.model else self.model
+
+    @property
     def failed(self) -> bool:
         """Whether the input could not be read or judged."""
         return self.verdict.error is not None
@@ -90,7 +95,7 @@ class ScanRecord:
             "id": self.id,
             "space": self.space,
             **self.verdict.to_dict(),
-            "model": self.model.to_dict() if self.model else None,
+            "model": self.judged_by.to_dict() if self.judged_by else None,
             "policy": self.policy.to_dict(),
         }
 

@@ -43,8 +43,8 @@ class Summary:
     def add(self, record: ScanRecord) -> None:
         self.outcomes[record.outcome] += 1
         self.decisions[record.verdict.decision] += 1
-        if record.model is not None:
-            self.models[record.model] += 1
+        if record.judged_by is not None:
+            self.models[record.judged_by] += 1
 
     @property
     def images(self) -> int:

@@ -44,7 +44,7 @@ def _log(tmp_path, lines, name="audit.jsonl"):
 
 
 def _audit(request, image, level, margin, **more):
-    return {**WHO, "request_id": request, "image": image, **_verdict(margin, level), **more}
+    return {**_verdict(margin, level), **WHO, "request_id": request, "image": image, **more}
 
 
 def test_audit_log(tmp_path):
@@ -104,6 +104,19 @@ def test_sessions_as_json(tmp_path):
     found = read_trajectories([path, other], POLICY)
     assert sorted(found.values["guns"][2.0]) == [0.1, 0.1, 0.2, 0.2]
     assert sorted(found.values["guns"][0.0]) == [0.3, 0.3, 0.4, 0.4]
+
+
+def test_records_of_a_cascade_are_told_apart(tmp_path):
+    """The verdict says which of two models scored an image; their margins do not mix."""
+    first = _verdict(0.1, 2.0) | {"model": {"name": "first", "sha256": "b" * 64}}
+    history = [
+        {"step": i, "noise_level": 2.0, "images": [{"action": "none", "verdict": verdict}]}
+        for i, verdict in enumerate((first, _verdict(0.2, 2.0)))
+    ]
+    path = tmp_path / "session.json"
+    path.write_text(json.dumps({**WHO, "request_id": "r", "history": history}))
+    with pytest.raises(LatentsError, match="model is 'test-model', in the records before 'first'"):
+        read_trajectories([path], POLICY)
 
 
 def test_a_real_guard_writes_what_is_read(tmp_path):

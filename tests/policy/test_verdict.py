@@ -354,6 +354,7 @@ def test_dictionaries_round_trip_through_json() -> None:
         "error",
         "noise_level",
         "concepts",
+        "model",
     }
     # a scan's records hold more
     assert Verdict.from_dict({**data, "source": "x.pt", "index": 3}) == verdict
@@ -445,6 +446,22 @@ def test_between_two_noise_levels_the_lower_margin_counts() -> None:
     bad = locked({0.3: 0.1})
     with pytest.raises(ValueError, match=r"calibrated for noise levels 0\.3 to 0\.3, not for 0"):
         resolve_threshold(bad["concepts"][0], bad, MODEL, "flux2", 0.0)
+
+
+def test_a_verdict_names_the_model_that_scored_it() -> None:
+    plain = locked({0.0: 0.15})
+    verdict = judge(*scores_of(guns=(0.9, 0.15)), policy=plain, model=MODEL, space="flux2")
+    assert verdict.model == MODEL
+    data = json.loads(json.dumps(verdict.to_dict()))
+    assert data["model"] == {"name": "nano", "sha256": "ab" * 32}
+    assert Verdict.from_dict(data) == verdict
+    line = {**data, "model": "nano", "model_sha256": "ab" * 32}  # as in audit logs
+    assert Verdict.from_dict(line) == verdict
+    del data["model"]
+    assert Verdict.from_dict(data).model is None
+    for bad in ({"model": {"name": "nano"}}, {"model": "nano"}, {"model": 3}):
+        with pytest.raises(ValueError, match=r"^verdict: (sha256|model)"):
+            Verdict.from_dict({**data, **bad})
 
 
 def test_pure_noise_is_calibrated_as_one_level() -> None:
