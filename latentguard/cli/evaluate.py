@@ -142,6 +142,8 @@ def detect_(
 ) -> None:
     """How well a concept's scores tell images that show it from images that do not.
 
+    One model is measured: of a policy's cascade the second, or the one that --model names.
+
     Example: latentguard evaluate detect --positives guns/ --negatives others/ --policy weapons
     --concept handguns --plot handguns.png
     """

@@ -95,7 +95,7 @@ def detect(
     Args:
         positives, negatives: paths as `files.read_latents` takes them; every image counts, one
             that cannot be read is an error.
-        policy, model, device: as for `Scorer`.
+        policy, model, device: as for `Scorer`. One model is measured, whatever `cascade` says.
         concept: the id of one of the policy's concepts.
         space, scaled: what the files do not say themselves.
         resamples, seed: of the bootstrap.
@@ -165,12 +165,15 @@ def measured(
 
 
 def only(policy: Policy, concept: str) -> Policy:
-    """The policy with one of its concepts; PolicyError lists the ids where there is no such one."""
+    """The policy with one of its concepts, for one model: without a cascade.
+
+    PolicyError lists the ids where there is no such concept.
+    """
     kept = tuple(c for c in policy.concepts if c.id == concept)
     if not kept:
         ids = ", ".join(c.id for c in policy.concepts)
         raise PolicyError(f"policy '{policy.name}' has no concept {concept!r}: choose from {ids}")
-    return policy.model_copy(update={"concepts": kept})
+    return policy.model_copy(update={"concepts": kept, "cascade": None})
 
 
 @torch.inference_mode()
