@@ -1,81 +1,97 @@
-"""Cascades: a cheap model judges first, and a better one only where the first is not sure."""
+"""Cascades: a cheap model judges first, and a better one only where the first is not sure.
+
+PyTorch's Scorer and the runtime's Guard judge by the same rule, this one; plain data, no torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
-from latentguard.encoders import load_encoder
 from latentguard.errors import ModelError
-from latentguard.policy import Policy
-from latentguard.spaces import Latents
 from latentguard.verdict import Verdict, resolve_threshold
 
-if TYPE_CHECKING:
-    import torch
-
-    from latentguard.scorer import Scorer
+_MARK = "the first model of the cascade)"
 
 
-class FirstStage:
-    """The first model of a policy's `cascade`.
+class Cascade:
+    """What a policy's first model may decide, and what it passes on.
 
     It is sure of an image where every concept's margin is further from its threshold than the
     policy's `unsure`, and nothing went wrong; its verdict stands then.
 
     Args:
-        policy: with a `cascade`. space: of the second model, whose latents it has to read.
+        policy: `Policy.plain()`, with a `cascade`.
+        model, space, logit_scale, covered: of the first model: (name, sha256), what it reads, and
+            which of the policy's concepts it sees.
+        reads: the space of the second model.
 
-    Raises ModelError where it reads another space, or cannot see all concepts: it would then be
-    sure of nothing, and cost time for every image.
+    Raises ModelError where the first model reads another space, or cannot see all concepts: it
+    would then be sure of nothing, and cost time for every image.
     """
 
-    def __init__(self, policy: Policy, space: str, device: torch.device | str | None) -> None:
-        from latentguard.scorer import Scorer
-
-        assert policy.cascade is not None
-        self._unsure = policy.cascade.unsure
-        encoder = load_encoder(policy.cascade.first, device)
-        what = f"policy '{policy.name}': cascade.first {encoder.name}"
-        if encoder.space != space:
-            raise ModelError(f"{what} reads {encoder.space} latents, the second model {space}")
-        self._scorer: Scorer = Scorer(policy.model_copy(update={"cascade": None}), encoder)
-        hidden = [
-            concept.id
-            for concept, seen in zip(policy.concepts, self._scorer.bank.covered, strict=True)
-            if not seen
-        ]
+    def __init__(
+        self,
+        policy: Mapping[str, Any],
+        model: tuple[str, str],
+        space: str,
+        logit_scale: float,
+        covered: Sequence[bool],
+        *,
+        reads: str,
+    ) -> None:
+        self._policy = policy
+        self._concepts = {concept["id"]: concept for concept in policy["concepts"]}
+        self._unsure = float(policy["cascade"]["unsure"])
+        self._model, self._space, self._logit_scale = model, space, logit_scale
+        what = f"policy '{policy['name']}': cascade.first {model[0]}"
+        if space != reads:
+            raise ModelError(f"{what} reads {space} latents, the second model {reads}")
+        pairs = zip(policy["concepts"], covered, strict=True)
+        hidden = [concept["id"] for concept, seen in pairs if not seen]
         if hidden:
             raise ModelError(
                 f"{what} cannot see {', '.join(hidden)}, so the second model would judge every "
                 "image: take these concepts out, or the cascade"
             )
 
-    def verdicts(
-        self, latents: Latents, noise_level: float, final: bool
-    ) -> tuple[list[Verdict], list[int]]:
-        """Its verdicts, and the indices of the images that it is not sure of."""
-        verdicts = self._scorer.verdicts(latents, noise_level, final)
-        unsure = [i for i, one in enumerate(verdicts) if not self._sure(one)]
-        by = f" (by {self._scorer.encoder.name}, the first model of the cascade)"
-        return [replace(one, reason=one.reason + by) for one in verdicts], unsure
+    def judge(
+        self, first: Sequence[Verdict], second: Callable[[list[int]], Sequence[Verdict]]
+    ) -> list[Verdict]:
+        """The verdicts that stand.
+
+        first: the first model's. second: gives the second model's for some of these images, by
+        their indices; it is not called where the first model is sure of all.
+        """
+        by = f" (by {self._model[0]}, {_MARK}"
+        verdicts = [replace(verdict, reason=verdict.reason + by) for verdict in first]
+        unsure = [index for index, verdict in enumerate(first) if not self._sure(verdict)]
+        if unsure:
+            for index, verdict in zip(unsure, second(unsure), strict=True):
+                verdicts[index] = verdict
+        return verdicts
 
     def _sure(self, verdict: Verdict) -> bool:
         if verdict.error is not None:
             return False
-        plain, encoder = self._scorer.plain, self._scorer.encoder
-        concepts = {concept["id"]: concept for concept in plain["concepts"]}
         for score in verdict.concepts:
             if not score.judged:
                 continue
             limit = resolve_threshold(
-                concepts[score.id],
-                plain,
-                (encoder.name, encoder.sha256),
-                encoder.space,
+                self._concepts[score.id],
+                self._policy,
+                self._model,
+                self._space,
                 verdict.noise_level,
-                logit_scale=encoder.logit_scale,
+                logit_scale=self._logit_scale,
             )
-            if abs(score.margin - limit) <= self._unsure:
+            # Not "<=": a NaN is never sure.
+            if not abs(score.margin - limit) > self._unsure:
                 return False
         return True
+
+
+def by_first(verdict: Verdict) -> bool:
+    """Whether the first model of a cascade decided."""
+    return verdict.reason.endswith(_MARK)

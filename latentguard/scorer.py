@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentguard import ops
-from latentguard.cascade import FirstStage
+from latentguard.cascade import Cascade
 from latentguard.concepts import ConceptBank
 from latentguard.encoders import Encoder, Features, best_encoder, load_encoder, strongest_view
 from latentguard.errors import LatentsError, ModelError
@@ -81,9 +81,21 @@ class Scorer:
             )
         with self._exactly():
             self.bank = ConceptBank.build(self.policy, self.encoder)
-        self._first: FirstStage | None = None
+        self.first: Scorer | None = None
+        """Of the first model of the policy's `cascade`."""
+        self._cascade: Cascade | None = None
         if self.policy.cascade is not None:
-            self._first = FirstStage(self.policy, self.encoder.space, self.encoder.device)
+            alone = self.policy.model_copy(update={"cascade": None})
+            first = load_encoder(self.policy.cascade.first, self.encoder.device)
+            self.first = Scorer(alone, first)
+            self._cascade = Cascade(
+                self.plain,
+                (first.name, first.sha256),
+                first.space,
+                first.logit_scale,
+                self.first.bank.covered,
+                reads=self.encoder.space,
+            )
         self._features: Callable[[Tensor], Features] = self.encoder.features
 
     def compile(self, mode: str = "default") -> None:
@@ -114,15 +126,12 @@ class Scorer:
         `noise_level` is the noise-to-signal ratio (0 is clean); `final` says that nothing follows
         these latents. Raises LatentsError when they are of another space than the encoder's.
         """
-        if self._first is None:
+        if self.first is None or self._cascade is None:
             return self.decide(self.score(latents, noise_level), final)
-        verdicts, unsure = self._first.verdicts(latents, noise_level, final)
-        if unsure:
-            rest = latents.pick(unsure)
-            again = self.decide(self.score(rest, noise_level), final)
-            for index, verdict in zip(unsure, again, strict=True):
-                verdicts[index] = verdict
-        return verdicts
+        return self._cascade.judge(
+            self.first.verdicts(latents, noise_level, final),
+            lambda rest: self.decide(self.score(latents.pick(rest), noise_level), final),
+        )
 
     def decide(self, scores: Scores, final: bool = True) -> list[Verdict]:
         """The verdicts that the policy gives scores."""

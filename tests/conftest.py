@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
 from latentguard import cli
+
+if TYPE_CHECKING:
+    from latentguard.export import Exported
 
 
 @dataclass
@@ -38,3 +42,25 @@ def command(
         return Ran(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def traced_once() -> Iterator[None]:
+    """See `exported.tracing_once`; the rooms that export share what was traced."""
+    for package in ("torch", "onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason=f"exporting a model needs {package}")
+    from exported import tracing_once
+
+    with tracing_once():
+        yield
+
+
+@pytest.fixture(scope="session")
+def cascade(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """nano-flux2 first, then a small Latent-CLIP with random weights, as two files."""
+    from exported import second, two_stages
+
+    from latentguard.export import export_onnx
+
+    out = tmp_path_factory.mktemp("cascade") / "guard.onnx"
+    return export_onnx(two_stages(), second(), out, size=(32, 32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -58,6 +58,13 @@ def onnx_(
             "--dynamic-quantization)."
         ),
     ] = Precision.fp32,
+    first_precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Of the first model of a policy's cascade, int8 as above. [that of --precision]",
+            show_default=False,
+        ),
+    ] = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
@@ -120,6 +127,9 @@ def onnx_(
     turns it into verdicts with NumPy and ONNX Runtime alone. Before it is written its scores and
     verdicts are compared with PyTorch's on real latents. Pin the SHA-256 that is printed.
 
+    Where the policy has a cascade, its first model is written to NAME.first.onnx beside it, which
+    the SHA-256 pins, too.
+
     Example: latentguard export onnx --policy family --model nano-flux2 --height 64 --width 64
     -o guard.onnx
     """
@@ -128,12 +138,13 @@ def onnx_(
 
     if (height is None) != (width is None):
         raise ModelError("give both --height and --width, or neither")
-    if precision is not Precision.int8 and (calibration or dynamic_quantization):
+    int8 = Precision.int8 in (precision, first_precision)
+    if not int8 and (calibration or dynamic_quantization):
         raise ModelError(
             f"--calibration and --dynamic-quantization are of --precision int8, not {precision}"
         )
     _check_target(out)
-    if precision is Precision.int8 and not calibration and not dynamic_quantization:
+    if int8 and not calibration and not dynamic_quantization:
         _say(quiet, "no --calibration latents: the ranges of activations come from each input")
         dynamic_quantization = True
     from latentguard.encoders import load_encoder
@@ -146,7 +157,10 @@ def onnx_(
         policy,
         encoder,
         out,
-        precision="int8-dynamic" if dynamic_quantization else precision.value,
+        precision=_precision(precision, dynamic_quantization),
+        first_precision=(
+            None if first_precision is None else _precision(first_precision, dynamic_quantization)
+        ),
         size=None if height is None or width is None else (height, width),
         scaled=scaled,
         heatmaps=heatmaps,
@@ -174,7 +188,7 @@ def swap(
     """Give an exported file another policy, without exporting the model again.
 
     Takes seconds: the concept bank, the thresholds and the hashes change, the network does not.
-    The new file has another SHA-256 to pin.
+    The new file has another SHA-256 to pin. Both files of a cascade change.
 
     Example: latentguard export swap guard.onnx --policy stricter.yaml -o stricter.onnx
     """
@@ -250,6 +264,10 @@ def triton(
         typer.echo(f"serve it: tritonserver --model-repository={written.path}")
 
 
+def _precision(given: Precision, dynamic: bool) -> Literal["fp32", "fp16", "int8", "int8-dynamic"]:
+    return "int8-dynamic" if dynamic and given is Precision.int8 else given.value
+
+
 def _latents(paths: list[Path] | None, space: str) -> Latents | None:
     from latentguard.export.samples import read_samples
 
@@ -274,13 +292,9 @@ def _print(result: Exported, quiet: bool) -> None:
     if quiet:
         typer.echo(result.sha256)
         return
-    checked = result.checked
-    kind = "real latents" if checked.real else "latents drawn with the space's statistics"
-    typer.echo(
-        f"compared with PyTorch on {checked.images} {kind}: margins differ by at most "
-        f"{checked.margin:.2g}, embeddings by {checked.embedding:.2g} (cosine "
-        f"{checked.cosine:.6f}), {checked.same} of {checked.images} decisions are the same"
-    )
+    if result.first is not None:
+        typer.echo(f"first model: {_compared(result.first)}")
+    typer.echo(_compared(result))
     if result.unmerged is not None:
         far = result.unmerged
         typer.echo(
@@ -288,11 +302,24 @@ def _print(result: Exported, quiet: bool) -> None:
             f"{far.margin:.2g}, the smallest cosine of an embedding is {far.cosine:.6f}, "
             f"{far.same} of {far.images} decisions are the same"
         )
-    if not checked.real:
+    if not result.checked.real:
         typer.echo(
             "latentguard: these latents are not of images; give real ones with --check before "
             "you rely on it",
             err=True,
         )
-    typer.echo(f"wrote {result.path} ({result.bytes / 1e6:.1f} MB)")
+    for exported in (result.first, result):
+        if exported is not None:
+            typer.echo(f"wrote {exported.path} ({exported.bytes / 1e6:.1f} MB)")
     typer.echo(f"sha256 {result.sha256}")
+
+
+def _compared(result: Exported) -> str:
+    checked = result.checked
+    kind = "real latents" if checked.real else "latents drawn with the space's statistics"
+    passed = f"; the first model passed on {checked.sent}" if checked.sent is not None else ""
+    return (
+        f"compared with PyTorch on {checked.images} {kind}: margins differ by at most "
+        f"{checked.margin:.2g}, embeddings by {checked.embedding:.2g} (cosine "
+        f"{checked.cosine:.6f}), {checked.same} of {checked.images} decisions are the same{passed}"
+    )

@@ -21,8 +21,12 @@ def describe(
     precision: str,
     size: tuple[int, int] | None,
     calibration: str | None,
+    first: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The metadata of an export; `size` in latent cells, None where height and width are open."""
+    """The metadata of an export; `size` in latent cells, None where height and width are open.
+
+    first: name and SHA-256 of the file of a cascade's first model.
+    """
     encoder = scorer.encoder
     space = LatentSpace.get(encoder.space)
     return {
@@ -43,6 +47,7 @@ def describe(
         "calibration": calibration,
         "merged": _merged(encoder, size),
         "files": {},
+        "first": None if first is None else {"file": first[0], "sha256": first[1]},
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -10,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from latentguard.concepts import ConceptBank
 from latentguard.encoders import Encoder, load_encoder
 from latentguard.errors import ModelError, PolicyError
 from latentguard.export.graph import attach_bank
 from latentguard.export.metadata import describe
-from latentguard.export.write import write
+from latentguard.export.write import first_name, sha256_of, write
 from latentguard.policy import Policy, load_policy
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import open_artefact
+from latentguard.runtime.artefact import Artefact, open_artefact
 from latentguard.scorer import Scorer
 
 
@@ -32,44 +30,78 @@ def swap_policy(
 ) -> str:
     """Write `source` with another policy to `out`; the SHA-256 of the new file.
 
-    model: the model of `source`, which embeds the prompts; None takes it by its name.
+    With a `cascade` in the policy the file of the first model is written, too, beside `out`.
+
+    model: the model of `source`, which embeds the prompts; None takes it by its name. The first
+    model of a cascade is the policy's.
     sha256: the pinned digest of `source`.
 
     Raises ModelError where `source` is not an export, or `model` is not the one in it (another
-    name, digest or dimension), PolicyError for a policy that cannot be used.
+    name, digest or dimension), or the policy has a cascade whose first model `source` lacks;
+    PolicyError for a policy that cannot be used.
     """
     artefact = open_artefact(source, sha256)
     before = artefact.metadata
-    name, digest = before["model"]["name"], before["model"]["sha256"]
+    name = before["model"]["name"]
     encoder = model if isinstance(model, Encoder) else load_encoder(model or name, "cpu")
-    if (encoder.name, encoder.sha256, encoder.dim) != (name, digest, before["dim"]):
-        raise ModelError(
-            f"{source}: was exported from {name} ({digest[:12]}, {before['dim']} dimensions), and "
-            f"cannot take a bank of {encoder.name} ({encoder.sha256[:12]}, {encoder.dim})"
-        )
+    _check_model(artefact, encoder)
     rules = load_policy(policy)
     if rules.space not in (None, before["space"]):
         raise PolicyError(f"policy '{rules.name}' is for {rules.space}, not {before['space']}")
-    scorer = Scorer(rules, encoder)
-    assert isinstance(scorer.bank, ConceptBank)
+    scorer, out = Scorer(rules, encoder), Path(out)
+    if scorer.first is not None and artefact.first is None:
+        raise ModelError(
+            f"{source}: has no first model, which policy '{rules.name}' asks for by its cascade: "
+            "export it anew with this policy"
+        )
+    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
+        first: Path | None = None
+        files: list[Path] = []
+        if scorer.first is not None and artefact.first is not None:
+            _check_model(artefact.first, scorer.first.encoder)
+            first = Path(folder, first_name(out))
+            files = _swapped(artefact.first, scorer.first, first)
+        main = _swapped(artefact, scorer, Path(folder, out.name), first)
+        with Guard(main[0], providers=["CPUExecutionProvider"]) as guard:
+            size = (before["height"] or 32, before["width"] or 32)
+            found = guard.scores(np.ones((1, before["channels"], *size), np.float32))["margin"]
+            if found.shape != (1, len(rules.concepts)):
+                raise ModelError(
+                    f"{out}: not written, the new bank gives scores {list(found.shape)}"
+                )
+            digest = guard.sha256
+        for file in (*reversed(files), *reversed(main)):
+            os.replace(file, out.parent / file.name)
+    return digest
+
+
+def _check_model(artefact: Artefact, encoder: Encoder) -> None:
+    """Raise ModelError where a file was exported from another model."""
+    name, digest = artefact.metadata["model"]["name"], artefact.metadata["model"]["sha256"]
+    dim = artefact.metadata["dim"]
+    if (encoder.name, encoder.sha256, encoder.dim) != (name, digest, dim):
+        raise ModelError(
+            f"{artefact.path}: was exported from {name} ({digest[:12]}, {dim} dimensions), and "
+            f"cannot take a bank of {encoder.name} ({encoder.sha256[:12]}, {encoder.dim})"
+        )
+
+
+def _swapped(
+    artefact: Artefact, scorer: Scorer, path: Path, first: Path | None = None
+) -> list[Path]:
+    """The files of `artefact` with the policy of `scorer`, at `path`, which comes first.
+
+    first: the file of the cascade's first model, beside `path`.
+    """
+    before = artefact.metadata
     graph = onnx.load(artefact.path)
     attach_bank(graph, scorer)
-    size = None if before["height"] is None else (before["height"], before["width"])
     metadata = describe(
         scorer,
         scaled=before["scaled"],
         precision=before["precision"],
-        size=size,
+        size=None if before["height"] is None else (before["height"], before["width"]),
         calibration=before.get("calibration"),
+        first=None if first is None else (first.name, sha256_of(first)),
     )
-    out = Path(out)
-    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
-        files = write(graph, metadata, Path(folder, out.name))
-        with Guard(files[0], providers=["CPUExecutionProvider"]) as guard:
-            shape = (1, before["channels"], *(size or (32, 32)))
-            found = guard.scores(np.ones(shape, np.float32))["margin"].shape
-            if found != (1, len(rules.concepts)):
-                raise ModelError(f"{out}: not written, the new bank gives scores {list(found)}")
-        for file in reversed(files):
-            os.replace(file, out.parent / file.name)
-    return hashlib.sha256(out.read_bytes()).hexdigest()
+    return write(graph, metadata, path)

@@ -60,11 +60,17 @@ def export_triton(
         options: names, version, batching, instances.
         sha256: the pinned digest of `source`.
 
-    Raises ModelError where `source` is no export or ONNX Runtime refuses it, and where `out` holds
-    this version already.
+    Raises ModelError where `source` is no export, ONNX Runtime refuses it, or its policy has a
+    `cascade`, and where `out` holds this version already.
     """
     options = options or TritonOptions()
     artefact = open_artefact(source, sha256)
+    if artefact.first is not None:
+        raise ModelError(
+            f"{source}: holds a cascade, and a Triton ensemble runs all of its models on every "
+            "image: give it a policy without `cascade` (latentguard export swap), so that the "
+            "second model judges all"
+        )
     inputs, outputs = _tensors(artefact)
     rules = _rules(artefact)
     out = Path(out)

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import torch
 
+from latentguard.cascade import by_first
 from latentguard.encoders import Encoder
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.errors import LatentsError, ModelError
@@ -25,6 +26,7 @@ from latentguard.export.quantize import convert
 from latentguard.export.samples import bundled, drawn, resized
 from latentguard.policy import Policy
 from latentguard.runtime import Guard
+from latentguard.runtime.artefact import plain
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
 from latentguard.verdict import Verdict
@@ -50,7 +52,8 @@ class Checked:
 
     margin, embedding: the largest absolute differences. cosine: the smallest of an embedding with
     PyTorch's. same: images with the same decision and matches. real: whether the latents were real
-    ones, and not drawn with a space's statistics.
+    ones, and not drawn with a space's statistics. sent: images that the first model of a cascade
+    passed on; decisions are those of the whole cascade, scores those of the second model.
     """
 
     images: int
@@ -59,6 +62,7 @@ class Checked:
     embedding: float
     cosine: float
     same: int
+    sent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,14 @@ class Exported:
     """A written export: its path, the SHA-256 to pin, and the comparison.
 
     unmerged: the same with the model without token merging, where the export has it.
+    first: of the first model of the policy's cascade. The file holds its SHA-256, and so pins it.
     """
 
     path: Path
     sha256: str
     bytes: int
     checked: Checked
+    first: Exported | None = None
     unmerged: Checked | None = None
 
 
@@ -81,6 +87,7 @@ def export_onnx(
     out: str | Path,
     *,
     precision: Precision = "fp32",
+    first_precision: Precision | None = None,
     size: tuple[int, int] | None = None,
     scaled: bool = True,
     heatmaps: bool = False,
@@ -90,10 +97,13 @@ def export_onnx(
 ) -> Exported:
     """Write a policy and a model as an .onnx file of standard operators.
 
+    The first model of a policy's `cascade` is written beside it, as NAME.first.onnx.
+
     Args:
         policy, model: as for `Scorer`.
         out: the file; nothing is written there before the check has passed.
         precision: fp32, fp16, int8 (calibrated) or int8-dynamic.
+        first_precision: of the first model of a cascade; None is that of the second.
         size: height and width in latent cells; None leaves them open.
         scaled: whether the file reads latents as a pipeline denoises them, or raw ones.
         heatmaps: give heat maps, too.
@@ -104,60 +114,127 @@ def export_onnx(
 
     Raises:
         ModelError: the model cannot be exported so, int8 without latents to calibrate on, or the
-            export differs too much from PyTorch (see `LARGEST` and `LEAST_COSINE`), or a model
-            that merges tokens without a size.
+            export differs too much from PyTorch (see `LARGEST` and `LEAST_COSINE`); a model that
+            merges tokens without a size; a `first_precision` where the policy has no cascade.
         LatentsError: latents of another space or size, or a space whose statistics are not known.
     """
-    scorer = Scorer(policy, model, "cpu")
-    if precision == "int8" and calibrate is None:
+    scorer, out = Scorer(policy, model, "cpu"), Path(out)
+    if first_precision is not None and scorer.first is None:
+        raise ModelError(f"policy '{scorer.policy.name}' has no cascade, and so no first model")
+    first_precision = first_precision or precision
+    if "int8" in (precision, first_precision) and calibrate is None:
         raise ModelError("int8 needs latents to calibrate on (--calibrate); or use int8-dynamic")
-    merging = isinstance(scorer.encoder, LatentCLIP) and scorer.encoder.merge > 0
-    if merging and size is None:
-        raise ModelError(
-            f"{scorer.encoder.name} merges a share of its tokens, and how many that are is part of "
-            "the file: give height and width in latent cells (--height 64 --width 64 for 512 "
-            "pixels)"
-        )
+    if size is None:
+        for one in (scorer.first, scorer):
+            if one is not None and _merges(one):
+                raise ModelError(
+                    f"{one.encoder.name} merges a share of its tokens, and how many that are is "
+                    "part of the file: give height and width in latent cells (--height 64 "
+                    "--width 64 for 512 pixels)"
+                )
     given, real = _to_check(check, scorer, scaled, size)
-    progress(f"tracing {scorer.encoder.name}")
-    graph = trace(scorer, given.height, given.width, scaled, heatmaps, dynamic=size is None)
-    out = Path(out)
+    way = _Way(out.parent, size, scaled, given, real, calibrate, progress)
+    first: Exported | None = None
     with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
-        calibration = None
-        if precision != "fp32":
-            batches = None
-            if calibrate is not None and precision != "fp16":
-                chosen = _as(calibrate, scorer, scaled, size)
-                batches = _batches(chosen, scorer)
-                calibration = f"{len(chosen)} latents of {scorer.encoder.space}"
-            progress(f"making it {precision}" + (f" with {calibration}" if calibration else ""))
-            source, target = Path(folder, "source.onnx"), Path(folder, "target.onnx")
-            onnx.save(graph, source)
-            convert(source, target, precision, batches, keep=list(bank_arrays(scorer)))
-            graph = onnx.load(target)
+        files: list[Path] = []
+        if scorer.first is not None:
+            beside = Path(folder, first_name(out))
+            files, first = way.make(scorer.first, beside, first_precision)
+        written, made = way.make(scorer, Path(folder, out.name), precision, heatmaps, first)
+        # The file that names the others comes last.
+        for file in (*reversed(files), *reversed(written)):
+            os.replace(file, out.parent / file.name)
+    return made
+
+
+def first_name(out: Path) -> str:
+    """The name of the first model's file beside that of a cascade. Raises ModelError without one.
+
+    An export names the files beside it, and a Guard opens plain names only.
+    """
+    name = out.with_suffix(".first.onnx").name
+    if not plain(name):
+        raise ModelError(
+            f"{out}: the file of a cascade must have a name of letters, digits, '_', '.' and '-', "
+            "so that it can name its first model's"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What the exports of one call have in common; see `export_onnx`.
+
+    folder: where the files will be.
+    """
+
+    folder: Path
+    size: tuple[int, int] | None
+    scaled: bool
+    given: Latents
+    real: bool
+    calibrate: Latents | None
+    progress: Callable[[str], None]
+
+    def make(
+        self,
+        scorer: Scorer,
+        path: Path,
+        precision: Precision,
+        heatmaps: bool = False,
+        first: Exported | None = None,
+    ) -> tuple[list[Path], Exported]:
+        """The files of one model at `path`, which comes first, and what will be where they belong.
+
+        first: of the cascade's first model, which lies beside `path`.
+        """
+        given, size, name = self.given, self.size, scorer.encoder.name
+        out = self.folder / path.name
+        self.progress(f"tracing {name}")
+        graph = trace(scorer, given.height, given.width, self.scaled, heatmaps, size is None)
+        graph, calibration = self._converted(graph, scorer, precision, path.parent)
         attach_bank(graph, scorer)
         metadata = describe(
-            scorer, scaled=scaled, precision=precision, size=size, calibration=calibration
+            scorer,
+            scaled=self.scaled,
+            precision=precision,
+            size=size,
+            calibration=calibration,
+            first=None if first is None else (first.path.name, first.sha256),
         )
-        written = write(graph, metadata, Path(folder, out.name))
-        progress(f"comparing it with PyTorch on {len(given)} latents")
+        written = write(graph, metadata, path)
+        self.progress(f"comparing it with PyTorch on {len(given)} latents")
         if size is None:
-            _accept_sizes(written[0], scorer, given, precision)
+            _accept_sizes(path, scorer, given, precision)
         try:
-            checked = compare(written[0], scorer, given, real=real)
+            checked = compare(path, scorer, given, real=self.real)
         except ModelError as error:
-            reason = str(error).removeprefix(f"{written[0]}: ")
+            reason = str(error).removeprefix(f"{path}: ")
             raise ModelError(f"{out}: not written, as the file {reason}") from error
         _accept(out, checked, precision)
         unmerged = None
-        if merging:
-            progress(f"comparing it with the model without merging on {len(given)} latents")
-            unmerged = compare(written[0], scorer, given, real=real, merging=False)
-        for file in reversed(written):
-            os.replace(file, out.parent / file.name)
-    digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    written_bytes = sum((out.parent / file.name).stat().st_size for file in written)
-    return Exported(out, digest, written_bytes, checked, unmerged)
+        if _merges(scorer):
+            self.progress(f"comparing it with the model without merging on {len(given)} latents")
+            unmerged = compare(path, scorer, given, real=self.real, merging=False)
+        bytes_ = sum(file.stat().st_size for file in written)
+        return written, Exported(out, sha256_of(path), bytes_, checked, first, unmerged)
+
+    def _converted(
+        self, graph: onnx.ModelProto, scorer: Scorer, precision: Precision, folder: Path
+    ) -> tuple[onnx.ModelProto, str | None]:
+        """The graph in a precision, and what it was calibrated on."""
+        if precision == "fp32":
+            return graph, None
+        batches = calibration = None
+        if self.calibrate is not None and precision != "fp16":
+            chosen = _as(self.calibrate, scorer, self.scaled, self.size)
+            batches = _batches(chosen, scorer)
+            calibration = f"{len(chosen)} latents of {scorer.encoder.space}"
+        self.progress(f"making it {precision}" + (f" with {calibration}" if calibration else ""))
+        source, target = folder / "source.onnx", folder / "target.onnx"
+        onnx.save(graph, source)
+        convert(source, target, precision, batches, keep=list(bank_arrays(scorer)))
+        return onnx.load(target), calibration
 
 
 def trace(
@@ -210,8 +287,7 @@ def write(model: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> list[
             size_threshold=EXTERNAL_TENSOR,
         )
         model = onnx.load(path, load_external_data=False)
-        with beside.open("rb") as file:
-            metadata = {**metadata, "files": {beside.name: _sha256(file)}}
+        metadata = {**metadata, "files": {beside.name: sha256_of(beside)}}
         files.append(beside)
     path.write_bytes(write_metadata(model, metadata))
     return files
@@ -220,15 +296,19 @@ def write(model: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> list[
 def compare(
     path: Path, scorer: Scorer, latents: Latents, *, real: bool, merging: bool = True
 ) -> Checked:
-    """An export against PyTorch, in batches of 16; there without token merging unless `merging`."""
+    """An export against PyTorch, in batches of 16; of a cascade the verdicts of both models.
+
+    merging: whether tokens merge in PyTorch's second model, where they do in the file.
+    """
     margin = embedding = 0.0
-    cosine, same = 1.0, 0
+    cosine, same, sure = 1.0, 0, 0
     with Guard(path, providers=["CPUExecutionProvider"]) as guard:
         for begin in range(0, len(latents), 16):
             batch = latents[begin : begin + 16]
             with torch.no_grad(), nullcontext() if merging else _whole(scorer.encoder):
                 scores = scorer.score(batch)
                 embedded = scorer.encoder.encode_latents(batch)
+                decided = scorer.decide(scores) if scorer.first is None else scorer.verdicts(batch)
             outputs = guard.scores(batch.tensor.numpy())
             # NumPy's extremes keep a NaN.
             margin = float(np.maximum(margin, _largest(outputs["margin"], scores.margin)))
@@ -236,11 +316,14 @@ def compare(
             cosines = (outputs["embedding"] * embedded.numpy()).sum(1)
             cosine = float(np.minimum(cosine, cosines.min()))
             verdicts = guard.scan(batch.tensor.numpy())
-            same += sum(
-                _outcome(a) == _outcome(b)
-                for a, b in zip(verdicts, scorer.decide(scores), strict=True)
-            )
-    return Checked(len(latents), real, margin, embedding, cosine, same)
+            same += sum(_outcome(a) == _outcome(b) for a, b in zip(verdicts, decided, strict=True))
+            sure += sum(map(by_first, verdicts))
+    sent = None if scorer.first is None else len(latents) - sure
+    return Checked(len(latents), real, margin, embedding, cosine, same, sent)
+
+
+def _merges(scorer: Scorer) -> bool:
+    return isinstance(scorer.encoder, LatentCLIP) and scorer.encoder.merge > 0
 
 
 @contextmanager
@@ -298,5 +381,7 @@ def _outcome(verdict: Verdict) -> tuple[str, tuple[str, ...]]:
     return verdict.decision, tuple(score.id for score in verdict.matched)
 
 
-def _sha256(file: Any) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path) -> str:
+    """Of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

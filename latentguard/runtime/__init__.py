@@ -1,7 +1,7 @@
 """Verdicts in production: ONNX Runtime and NumPy, nothing else.
 
 Reading order: artefact.py (what is in the file, and what is refused) with wire.py -> session.py ->
-guard.py -> batching.py.
+network.py (scores and verdicts of one file) -> guard.py (one network, or a cascade) -> batching.py.
 
 from latentguard.runtime import Guard
 

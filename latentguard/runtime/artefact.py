@@ -16,7 +16,7 @@ import json
 import os
 import re
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "files": (dict,),
 }
 _POLICY = ("name", "version", "sha256")
+# What the two files of a cascade have in common: they read the same arrays.
+_SHARED = ("space", "scaled", "channels", "packed_patch", "height", "width")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Artefact:
     sha256: of the file; its metadata hold those of the external data, so it pins them, too.
     heatmaps: whether it makes heat maps.
     data: the bytes of the file. external: those of the files beside it, by name.
+    first: of the first model of the policy's cascade, which lies beside it; pinned in the same way.
     """
 
     path: Path
@@ -74,10 +77,14 @@ class Artefact:
     heatmaps: bool
     data: bytes = field(repr=False)
     external: dict[str, bytes] = field(repr=False)
+    first: Artefact | None = None
 
 
 def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
-    """Look into a file. Raises ModelError, naming the file, for whatever is wrong with it."""
+    """Look into a file, and into those beside it that it names.
+
+    Raises ModelError, naming the file, for whatever is wrong with one.
+    """
     path = Path(path)
     if path.suffix != ".onnx" and "\0" not in str(path) and not path.exists():
         raise ModelError(f"{path}: is not a file; give one that `latentguard export onnx` wrote")
@@ -85,12 +92,38 @@ def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and not hmac.compare_digest(digest.encode(), _pin(sha256)):
         raise ModelError(f"{path}: has SHA-256 {digest}, not the pinned {sha256}")
+    found = _look(path, digest, data)
+    named = found.metadata["first"]
+    return found if named is None else replace(found, first=_first(found, **named))
+
+
+def _look(path: Path, digest: str, data: bytes) -> Artefact:
     try:
         return _inspect(path, digest, data)
     except ModelError:
         raise
     except (ValueError, RecursionError) as error:  # of the wire format, of JSON, of its numbers
         raise ModelError(f"{path}: is no readable .onnx file ({error})") from error
+
+
+def _first(main: Artefact, file: str, sha256: str) -> Artefact:
+    """The first model of the cascade in `main`: another export for the same arrays and policy."""
+    data = _beside(main.path, file, sha256, _MAX_FILE)
+    first = _look(main.path.parent / file, sha256, data)
+    for key in _SHARED:
+        ours, theirs = main.metadata[key], first.metadata[key]
+        if ours != theirs:
+            raise ModelError(
+                f"{main.path}: has {key} {ours}, and its first model {file} {theirs}: export both "
+                "anew"
+            )
+    # Without the cascade, and so with another digest.
+    own = {"cascade": None, "sha256": None}
+    if main.metadata["policy"] | own != first.metadata["policy"] | {"sha256": None}:
+        raise ModelError(
+            f"{main.path}: its first model {file} judges by another policy: export both anew"
+        )
+    return first
 
 
 def inner_digest(data: bytes | memoryview) -> str:
@@ -164,7 +197,9 @@ def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
             f"{path}: must have the input {INPUT} and the outputs {', '.join(OUTPUTS)}, has "
             f"{', '.join(names.inputs)} and {', '.join(names.outputs)}"
         )
-    external = {name: _external(path, name, sha) for name, sha in found["files"].items()}
+    external = {
+        name: _beside(path, name, sha, _MAX_EXTERNAL) for name, sha in found["files"].items()
+    }
     return Artefact(path, digest, found, HEATMAP in names.outputs, data, external)
 
 
@@ -187,6 +222,7 @@ def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, An
         if type(found.get(key, ...)) not in kinds:
             raise ModelError(f"{path}: its metadata have no valid {key}")
     _check_values(path, found)
+    _check_cascade(path, found)
     return found
 
 
@@ -212,6 +248,26 @@ def _check_values(path: Path, found: dict[str, Any]) -> None:
     for key, good in sound.items():
         if not good:
             raise ModelError(f"{path}: its metadata have no valid {key}")
+
+
+def _check_cascade(path: Path, found: dict[str, Any]) -> None:
+    """A policy's cascade needs the file of its first model, and the other way round."""
+    cascade, first = found["policy"].get("cascade"), found.setdefault("first", None)
+    if cascade is not None:
+        unsure: Any = cascade.get("unsure") if type(cascade) is dict else None
+        if not (type(unsure) in (int, float) and 0 <= unsure <= 2):
+            raise ModelError(f"{path}: its metadata have no valid cascade")
+    if first is not None and not (
+        type(first) is dict
+        and set(first) == {"file", "sha256"}
+        and all(type(value) is str for value in first.values())
+    ):
+        raise ModelError(f"{path}: its metadata have no valid first")
+    if (cascade is None) != (first is None):
+        raise ModelError(
+            f"{path}: its policy {'has a' if first is None else 'has no'} cascade, and it names "
+            f"{'no' if first is None else 'a'} file of a first model: export it anew"
+        )
 
 
 def _refuse_constant(name: str) -> None:
@@ -310,20 +366,25 @@ def _check_domain(path: Path, domain: str, verb: str) -> None:
         )
 
 
-def _external(path: Path, name: str, sha256: Any) -> bytes:
-    """External data: they lie beside the file, under a plain name, and are what was exported."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}", name):
+def _beside(path: Path, name: str, sha256: Any, limit: int) -> bytes:
+    """A file that `path` names: it lies beside it, and is what was exported."""
+    if not plain(name):
         raise ModelError(
-            f"{path}: external data must lie beside it under a plain name, not {name!r}"
+            f"{path}: a file that it names must lie beside it under a plain name, not {name!r}"
         )
     beside = path.parent / name
     if beside.is_symlink():
-        raise ModelError(f"{beside}: is a link, external data must be a plain file")
-    data = _read(beside, _MAX_EXTERNAL)
+        raise ModelError(f"{beside}: is a link, the files of {path.name} must be plain files")
+    data = _read(beside, limit)
     digest = hashlib.sha256(data).hexdigest()
     if type(sha256) is not str or not hmac.compare_digest(digest.encode(), sha256.encode()):
         raise ModelError(f"{beside}: does not have the SHA-256 that {path.name} states")
     return data
+
+
+def plain(name: str) -> bool:
+    """Whether `name` is one that a file beside an export may have."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}", name) is not None
 
 
 def _name(item: Field) -> str:

@@ -1,9 +1,8 @@
-"""Guard: an exported .onnx file, latents in, verdicts out."""
+"""Guard: an exported .onnx file, latents in, verdicts out; one network, or a cascade of two."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,13 +11,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from latentguard.cascade import Cascade
 from latentguard.errors import LatentsError, ModelError
-from latentguard.runtime.artefact import HEATMAP, INPUT, OUTPUTS, open_artefact
-from latentguard.runtime.batching import Batcher, Batching, Outputs, Overloaded
-from latentguard.runtime.session import Provider, create_session, first_line
+from latentguard.runtime.artefact import HEATMAP, open_artefact
+from latentguard.runtime.batching import Batching, Outputs, Overloaded
+from latentguard.runtime.network import Network
+from latentguard.runtime.session import Provider
 from latentguard.spaces import LatentSpace
 from latentguard.spaces.arrays import LatentArray, unpack, widened
-from latentguard.verdict import Verdict, decide, failed
+from latentguard.verdict import Verdict, failed
 
 logger = logging.getLogger("latentguard.runtime")
 logger.addHandler(logging.NullHandler())
@@ -27,18 +28,16 @@ Array = NDArray[Any]
 
 MAX_CELLS = 256 * 256
 """Latent cells of one image by default: 2,048 x 2,048 pixels."""
-RUN_CELLS = 16 * 64 * 64
-"""Latent cells of one run: 16 images of 512 x 512 pixels. Larger arrays are run in pieces, so that
-memory does not grow with their length."""
 
 
 class Guard:
-    """An exported policy and model.
+    """An exported policy and model; where the policy has a `cascade`, with its first model.
 
     Thread-safe: one Guard serves a process. Without torch.
 
     Args:
-        path: a file that `latentguard export onnx` wrote.
+        path: a file that `latentguard export onnx` wrote. The first model of a cascade lies beside
+            it.
         sha256: of that file; pin it where the file comes from elsewhere.
         providers: ONNX Runtime's execution providers, best first, a name or a name with options;
             None is CUDA where it can be used, then the CPU.
@@ -73,14 +72,17 @@ class Guard:
         self.metadata = artefact.metadata
         self._space = LatentSpace.get(self.metadata["space"])
         self._max_cells = max_cells
-        self._names = [*OUTPUTS, HEATMAP] if artefact.heatmaps else [*OUTPUTS]
-        self._session = create_session(artefact, providers, threads, spin)
-        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
-        self._bind = self.providers[0] != "CPUExecutionProvider"
-        self._lock = threading.Lock()
-        if warm_up:
-            self._check_run()
-        self._batcher = None if batching is None else Batcher(self._run, batching)
+        self._main = Network(artefact, providers, threads, spin, warm_up)
+        self.providers: tuple[str, ...] = self._main.providers
+        self._first: Network | None = None
+        self._cascade: Cascade | None = None
+        if artefact.first is not None:
+            self._first = Network(artefact.first, providers, threads, spin, warm_up)
+            self._cascade = self._rule(self._first.metadata)
+        self._networks = [self._main] if self._first is None else [self._first, self._main]
+        if batching is not None:
+            for network in self._networks:
+                network.gather(batching)
 
     # -- what it is --------------------------------------------------------------------------
 
@@ -92,8 +94,13 @@ class Guard:
 
     @property
     def model(self) -> tuple[str, str]:
-        """Name and SHA-256 of the encoder."""
-        return self.metadata["model"]["name"], self.metadata["model"]["sha256"]
+        """Name and SHA-256 of the encoder; of a cascade, of the second one."""
+        return self._main.model
+
+    @property
+    def first_model(self) -> tuple[str, str] | None:
+        """Name and SHA-256 of a cascade's first encoder."""
+        return None if self._first is None else self._first.model
 
     @property
     def space(self) -> str:
@@ -118,6 +125,9 @@ class Guard:
     ) -> list[Verdict]:
         """One verdict for each image.
 
+        With a `cascade` in the policy its first model judges, and the other one what that is unsure
+        of; the reason says where the first decided.
+
         Args:
             latents: [B, C, H, W] float16, float32 or float64, in the space and scaling of the file;
                 packed tokens [B, H/2 * W/2, 4 C] with `height` and `width` in latent cells; or a
@@ -134,7 +144,7 @@ class Guard:
         """
         array = self._input(latents, height, width)
         try:
-            outputs = self._outputs(array)
+            return self._verdicts(array, noise_level, final)
         except Overloaded:
             raise
         # Fail closed: none of these images has been judged.
@@ -142,17 +152,16 @@ class Guard:
             logger.exception("%d images could not be judged", len(array))
             verdict = failed(f"{type(error).__name__}: {error}", self.policy, noise_level)
             return [verdict] * len(array)
-        return self._decide(outputs, noise_level, final)
 
     def scores(
         self, latents: Array | LatentArray, *, height: int | None = None, width: int | None = None
     ) -> Outputs:
         """probability, margin, best_prompt [B, K] and embedding [B, dim], as the graph gives them.
 
-        Rows of images that are not finite are NaN. Raises as `scan` does, and whatever ONNX Runtime
-        raises.
+        Of a cascade these are the second model's, of every image. Rows of images that are not
+        finite are NaN. Raises as `scan` does, and whatever ONNX Runtime raises.
         """
-        return self._outputs(self._input(latents, height, width))
+        return self._main.outputs(self._input(latents, height, width))
 
     def embed(
         self, latents: Array | LatentArray, *, height: int | None = None, width: int | None = None
@@ -168,15 +177,15 @@ class Guard:
 
         Raises ModelError where the file was exported without them, and as `scores` does.
         """
-        if HEATMAP not in self._names:
+        if HEATMAP not in self._main.names:
             raise ModelError(f"{self.path}: was exported without heat maps: use --heatmaps")
         outputs = self.scores(latents, height=height, width=width)
         return outputs[HEATMAP].astype(np.float32, copy=False)
 
     def close(self) -> None:
-        """Answer what waits, and stop the batching thread."""
-        if self._batcher is not None:
-            self._batcher.close()
+        """Answer what waits, and stop the batching threads."""
+        for network in self._networks:
+            network.close()
 
     def __enter__(self) -> Self:
         return self
@@ -234,59 +243,26 @@ class Guard:
             )
         return widened((latents.standard() if self.scaled else latents.raw()).array)
 
-    def _outputs(self, array: NDArray[np.float32]) -> Outputs:
-        finite = np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
-        # Clips in a network can hide a NaN; no image gets its score from one.
-        safe = array if finite.all() else np.where(finite[:, None, None, None], array, 0)
-        run = self._run if self._batcher is None else self._batcher
-        step = max(1, RUN_CELLS // (array.shape[2] * array.shape[3]))
-        parts = [run(safe[begin : begin + step]) for begin in range(0, len(array), step)]
-        outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for name, value in outputs.items():
-            if len(value) != len(array):
-                raise RuntimeError(f"{self.path.name} gives {len(value)} rows of {name}")
-            if name != "best_prompt":
-                value[~finite] = np.nan
-        return outputs
-
-    def _run(self, array: NDArray[np.float32]) -> Outputs:
-        if not self._bind:
-            values = self._session.run(self._names, {INPUT: array})
-        else:
-            binding = self._session.io_binding()
-            binding.bind_cpu_input(INPUT, array)
-            for name in self._names:
-                binding.bind_output(name)
-            # Two runs at a time would share the stream, and the memory of a captured graph.
-            with self._lock:
-                self._session.run_with_iobinding(binding)
-            values = binding.copy_outputs_to_cpu()
-        return dict(zip(self._names, values, strict=True))
-
-    def _decide(self, outputs: Outputs, noise_level: float, final: bool) -> list[Verdict]:
-        return decide(
-            outputs["probability"],
-            outputs["margin"],
-            outputs["best_prompt"],
-            policy=self.policy,
-            prompts=self.metadata["prompts"],
-            covered=self.metadata["covered"],
-            noise_level=noise_level,
-            final=final,
-            model=self.model,
-            space=self.space,
+    def _verdicts(self, array: Array, noise_level: float, final: bool) -> list[Verdict]:
+        if self._first is None or self._cascade is None:
+            return self._main.verdicts(array, noise_level, final)
+        return self._cascade.judge(
+            self._first.verdicts(array, noise_level, final),
+            lambda rest: self._main.verdicts(array[rest], noise_level, final),
         )
 
-    def _check_run(self) -> None:
-        """Raise ModelError where the network does not run, or its scores are not the policy's."""
-        sides = self.metadata["height"] or 32, self.metadata["width"] or 32
-        shape = (1, self.metadata["channels"], *sides)
-        array = np.random.default_rng(0).standard_normal(shape, np.float32)
+    def _rule(self, first: dict[str, Any]) -> Cascade:
+        """By what the first model passes images on. Raises ModelError where it cannot be one."""
         try:
-            outputs = self._run(array)
-        except Exception as error:
-            raise ModelError(f"{self.path}: does not run: {first_line(error)}") from error
-        verdicts = self._decide(outputs, 0.0, True)
-        # A threshold that lacks a calibration is an error of that noise level, not of the file.
-        if len(verdicts) != 1 or not verdicts[0].concepts:
-            raise ModelError(f"{self.path}: does not fit its policy: {verdicts[0].error}")
+            return Cascade(
+                self.policy,
+                (first["model"]["name"], first["model"]["sha256"]),
+                first["space"],
+                first["logit_scale"],
+                first["covered"],
+                reads=self.space,
+            )
+        except ModelError as error:
+            raise ModelError(f"{self.path}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:  # of a policy that cannot be read
+            raise ModelError(f"{self.path}: does not fit its policy: {error!r:.300}") from error

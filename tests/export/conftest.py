@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import onnx
 import pytest
-from export_helpers import DEEP_B4, SMALL_B4, SMALL_B8, photos, sdxl
+from export_helpers import DEEP_B4, SMALL_B4, SMALL_B8, sdxl
+from exported import photos
 
 from latentguard.encoders import Encoder, load_encoder
 from latentguard.encoders.latent_clip import LatentCLIP
-from latentguard.export import Exported, export_onnx, write
-from latentguard.scorer import Scorer
+from latentguard.export import Exported, export_onnx
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Each model and shape is traced once; all that follows tracing is done anew each time."""
-    kept: dict[tuple[Any, ...], onnx.ModelProto] = {}
-    trace = write.trace
-
-    def once(scorer: Scorer, *options: Any, **more: Any) -> onnx.ModelProto:
-        encoder = scorer.encoder
-        key = (encoder.sha256, encoder.name, getattr(encoder, "resize", None), *options)
-        key += (*more.items(),)
-        if key not in kept:
-            kept[key] = trace(scorer, *options, **more)
-        copy = onnx.ModelProto()
-        copy.CopyFrom(kept[key])
-        return copy
-
-    # pytest would format and keep each of the many messages of torch's tracer.
-    logging.getLogger("torch.__trace").propagate = False
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "trace", once)
-        yield
+def traced(traced_once: None) -> None:
+    """In this room, always."""
 
 
 @pytest.fixture(scope="session")

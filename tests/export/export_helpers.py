@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,8 @@ from onnx import numpy_helper
 
 from latentguard.encoders.catalog import LatentClipConfig
 from latentguard.export.samples import drawn
-from latentguard.files import load_latents
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
-
-EXAMPLES = Path(__file__).parents[2] / "examples" / "latents.pt"
 
 # The published sizes but for depth and width, which only cost time here.
 SMALL_B8 = LatentClipConfig(
@@ -29,11 +25,6 @@ SMALL_B4 = LatentClipConfig(
 )
 # Deep enough for tokens that merged to merge again.
 DEEP_B4 = replace(SMALL_B4, width=128, layers=3)
-
-
-def photos() -> Latents:
-    """The 25 bundled latents, real ones."""
-    return load_latents(EXAMPLES)
 
 
 def sdxl(count: int, size: tuple[int, int], scaled: bool = True) -> Latents:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from export_helpers import differences, expected, photos, sdxl
+from export_helpers import differences, expected, sdxl
+from exported import photos
 
 from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError

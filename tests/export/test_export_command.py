@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from export_helpers import EXAMPLES, SMALL_B8, photos, sdxl
+from export_helpers import SMALL_B8, sdxl
+from exported import EXAMPLES, photos
 
 from latentguard.encoders import checkpoint
 from latentguard.files import save_latents

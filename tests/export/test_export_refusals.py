@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_helpers import SMALL_B8, photos, sdxl
+from export_helpers import SMALL_B8, sdxl
+from exported import photos
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor

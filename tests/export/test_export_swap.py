@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from export_helpers import SMALL_B8, constants, differences, expected, photos, sdxl
+from export_helpers import SMALL_B8, constants, differences, expected, sdxl
+from exported import photos
 
 from latentguard.encoders import Encoder
 from latentguard.encoders.latent_clip import LatentCLIP

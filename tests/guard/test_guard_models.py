@@ -131,12 +131,12 @@ def test_a_first_model_that_fails_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     guard = LatentGuard(cascade(0.0, RARELY), LinearEncoder("flux2", 32))
     pipe = small.flux2()
     pipe.callback_on_step_end = guard
-    first = next(iter(guard._scorers.values()))._first
+    first = next(iter(guard._scorers.values())).first
     assert first is not None
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(first._scorer, "_features", fails)
+    monkeypatch.setattr(first, "_features", fails)
     assert not pipe(**small.flux2_arguments(2)).images.any()
     assert "out of memory" in (guard.verdicts[0].error or "")

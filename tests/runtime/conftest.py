@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artefact(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nano-flux2 with the policy `family` and heat maps, exported by latentguard itself."""
     out = tmp_path_factory.mktemp("export") / "guard.onnx"
     export_onnx("family", "nano-flux2", out, size=(32, 32), heatmaps=True)

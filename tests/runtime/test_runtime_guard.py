@@ -11,39 +11,21 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from runtime_helpers import ROOT
+from runtime_helpers import MARGIN, ROOT, same
 
 from latentguard import Scorer, load_policy
 from latentguard.errors import LatentsError, ModelError
 from latentguard.files import read_arrays
 from latentguard.runtime import Batching, Guard
-from latentguard.runtime import guard as guard_module
+from latentguard.runtime import network as network_module
+from latentguard.runtime.network import Network
 from latentguard.spaces import SPACES, LatentArray, Latents
 from latentguard.verdict import Verdict
-
-# Sums run in another order: measured worst 4.8e-7 on these latents, the export's own limit is 1e-4.
-MARGIN = 1e-5
 
 
 @pytest.fixture(scope="module")
 def expected(latents: Latents) -> list[Verdict]:
     return Scorer(load_policy("family"), "nano-flux2", "cpu").verdicts(latents)
-
-
-def same(found: list[Verdict], expected: list[Verdict]) -> None:
-    """Equal but for the last digits of scores."""
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert (one.decision, one.error) == (other.decision, other.error)
-        assert [c.id for c in one.matched] == [c.id for c in other.matched]
-        for a, b in zip(one.concepts, other.concepts, strict=True):
-            assert (a.id, a.prompt, a.covered, a.threshold) == (
-                b.id,
-                b.prompt,
-                b.covered,
-                b.threshold,
-            )
-            assert a.margin == pytest.approx(b.margin, abs=MARGIN)
 
 
 def test_pytorchs_verdicts(guard: Guard, arrays: np.ndarray, expected: list[Verdict]) -> None:
@@ -141,10 +123,10 @@ def test_scores_embeddings_and_heat_maps(
 def test_an_array_larger_than_a_run(
     guard: Guard, arrays: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard_module, "RUN_CELLS", 3 * 32 * 32 + 5)
+    monkeypatch.setattr(network_module, "RUN_CELLS", 3 * 32 * 32 + 5)
     pieces: list[int] = []
-    run = guard._run
-    monkeypatch.setattr(guard, "_run", lambda part: pieces.append(len(part)) or run(part))
+    run = guard._main._run
+    monkeypatch.setattr(guard._main, "_run", lambda part: pieces.append(len(part)) or run(part))
     margins = guard.scores(arrays[:8])["margin"]
     assert pieces == [3, 3, 2]
     monkeypatch.undo()
@@ -174,17 +156,20 @@ def test_many_threads_get_the_verdicts_of_their_own_images(
             same(verdicts, expected[start : start + count])
 
 
-def test_a_warm_guard_has_run_before_the_first_request(artefact: Path) -> None:
+def test_a_warm_guard_has_run_before_the_first_request(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran: list[int] = []
+    run = Network._run
 
-    class Counted(Guard):
-        def _run(self, array: np.ndarray) -> dict[str, np.ndarray]:
-            ran.append(len(array))
-            return super()._run(array)
+    def counted(self: Network, array: np.ndarray) -> dict[str, np.ndarray]:
+        ran.append(len(array))
+        return run(self, array)
 
-    Counted(artefact, threads=1)
+    monkeypatch.setattr(Network, "_run", counted)
+    Guard(artefact, threads=1)
     assert ran == [1]
-    Counted(artefact, threads=1, warm_up=False)
+    Guard(artefact, threads=1, warm_up=False)
     assert ran == [1]
 
 
@@ -224,7 +209,7 @@ def test_a_provider_with_options(artefact: Path, arrays: np.ndarray) -> None:
 
 def test_threads_that_do_not_spin(artefact: Path, arrays: np.ndarray, guard: Guard) -> None:
     still = Guard(artefact, threads=2, spin=False)
-    options = still._session.get_session_options()
+    options = still._main._session.get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     found = still.scores(arrays[:3])["margin"]
     np.testing.assert_allclose(found, guard.scores(arrays[:3])["margin"], atol=MARGIN)
@@ -265,7 +250,7 @@ def test_pytorchs_verdicts_on_openvino(
 def test_the_path_that_binds_outputs(artefact: Path, arrays: np.ndarray) -> None:
     """The code of GPU providers, on the CPU: same numbers, from many threads."""
     plain, bound = Guard(artefact, threads=1), Guard(artefact, threads=1)
-    bound._bind = True
+    bound._main._bind = True
     expected = plain.scores(arrays[:3])
     with ThreadPoolExecutor(8) as pool:
         for outputs in pool.map(bound.scores, [arrays[:3]] * 16):

@@ -21,7 +21,7 @@ from latentguard import cli
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.files import save_latents
 from latentguard.policy import load_policy
-from latentguard.runtime import Guard
+from latentguard.runtime.network import Network
 from latentguard.scan import Scan, ScanRecord, Summary
 from latentguard.scan.onnx import _providers
 from latentguard.spaces import Latents
@@ -270,9 +270,9 @@ def test_files_that_cannot_be_judged_are_the_same_errors(
 
 
 def test_an_image_that_fails_fails_alone(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Guard._run
+    run = Network._run
 
-    def fails(self: Guard, array: np.ndarray) -> Any:
+    def fails(self: Network, array: np.ndarray) -> Any:
         if len(array) > 1 or array.std() == pytest.approx(marked, abs=1e-6):
             raise RuntimeError("out of something")
         return run(self, array)
@@ -281,7 +281,7 @@ def test_an_image_that_fails_fails_alone(artefact: Path, monkeypatch: pytest.Mon
     first = next(iter(Scan(EXAMPLES, model=artefact, runtime="onnx")._records)).latents
     assert first is not None
     marked = first.array.astype(np.float32).std()
-    monkeypatch.setattr(Guard, "_run", fails)
+    monkeypatch.setattr(Network, "_run", fails)
     records = list(scan)
     assert [r.failed for r in records] == [True] + [False] * 24
     assert records[0].verdict.decision == "block"
@@ -290,7 +290,7 @@ def test_an_image_that_fails_fails_alone(artefact: Path, monkeypatch: pytest.Mon
 
 def test_a_file_without_heat_maps_says_so(artefact: Path) -> None:
     run = Scan(EXAMPLES, model=artefact, runtime="onnx", heatmaps=True)
-    run._judge._model._guard._names.remove("heatmap")  # type: ignore[attr-defined]
+    run._judge._model._guard._main.names.remove("heatmap")  # type: ignore[attr-defined]
     records = list(run)
     assert all(record.heatmaps is None and not record.failed for record in records)
     assert len(run.notes) == 1

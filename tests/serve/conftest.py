@@ -16,10 +16,8 @@ sys.path.insert(0, str(EXAMPLES / "serve"))
 
 
 @pytest.fixture(scope="session")
-def guard_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def guard_file(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nano-flux2 under the family policy, as one .onnx file for latents of 32x32 cells."""
-    for package in ("torch", "onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(package, reason=f"exporting a model needs {package}")
     from latentguard.export import export_onnx
 
     path = tmp_path_factory.mktemp("export") / "guard.onnx"

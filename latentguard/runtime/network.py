@@ -1,0 +1,124 @@
+"""The network of one exported file, in a session: arrays in, scores and verdicts out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentguard.errors import ModelError
+from latentguard.runtime.artefact import HEATMAP, INPUT, OUTPUTS, Artefact
+from latentguard.runtime.batching import Array, Batcher, Batching, Outputs
+from latentguard.runtime.session import Provider, create_session, first_line
+from latentguard.verdict import Verdict, decide
+
+RUN_CELLS = 16 * 64 * 64
+"""Latent cells of one run: 16 images of 512 x 512 pixels. Larger arrays are run in pieces, so that
+memory does not grow with their length."""
+
+
+class Network:
+    """A network and the policy that its scores are judged by. Thread-safe.
+
+    Args and errors: as of `latentguard.runtime.Guard`.
+    """
+
+    def __init__(
+        self,
+        artefact: Artefact,
+        providers: Sequence[Provider] | None,
+        threads: int | None,
+        spin: bool,
+        warm_up: bool,
+    ) -> None:
+        self.path = artefact.path
+        self.metadata = artefact.metadata
+        self.names = [*OUTPUTS, HEATMAP] if artefact.heatmaps else [*OUTPUTS]
+        self._session = create_session(artefact, providers, threads, spin)
+        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+        self._bind = self.providers[0] != "CPUExecutionProvider"
+        self._lock = threading.Lock()
+        if warm_up:
+            self._check_run()
+        self._batcher: Batcher | None = None
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """Name and SHA-256 of the encoder."""
+        return self.metadata["model"]["name"], self.metadata["model"]["sha256"]
+
+    def verdicts(self, array: Array, noise_level: float, final: bool) -> list[Verdict]:
+        """One for each image. Raises as `outputs` does."""
+        return self._decide(self.outputs(array), noise_level, final)
+
+    def outputs(self, array: Array) -> Outputs:
+        """What the graph gives for [B, C, H, W]; rows of images that are not finite are NaN.
+
+        Raises Overloaded, and whatever ONNX Runtime raises.
+        """
+        finite = np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
+        # Clips in a network can hide a NaN; no image gets its score from one.
+        safe = array if finite.all() else np.where(finite[:, None, None, None], array, 0)
+        run = self._run if self._batcher is None else self._batcher
+        step = max(1, RUN_CELLS // (array.shape[2] * array.shape[3]))
+        parts = [run(safe[begin : begin + step]) for begin in range(0, len(array), step)]
+        outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for name, value in outputs.items():
+            if len(value) != len(array):
+                raise RuntimeError(f"{self.path.name} gives {len(value)} rows of {name}")
+            if name != "best_prompt":
+                value[~finite] = np.nan
+        return outputs
+
+    def gather(self, batching: Batching) -> None:
+        """From now on, make batches of the arrays of several threads."""
+        self._batcher = Batcher(self._run, batching)
+
+    def close(self) -> None:
+        """Answer what waits, and stop the batching thread."""
+        if self._batcher is not None:
+            self._batcher.close()
+
+    def _run(self, array: NDArray[np.float32]) -> Outputs:
+        if not self._bind:
+            values = self._session.run(self.names, {INPUT: array})
+        else:
+            binding = self._session.io_binding()
+            binding.bind_cpu_input(INPUT, array)
+            for name in self.names:
+                binding.bind_output(name)
+            # Two runs at a time would share the stream, and the memory of a captured graph.
+            with self._lock:
+                self._session.run_with_iobinding(binding)
+            values = binding.copy_outputs_to_cpu()
+        return dict(zip(self.names, values, strict=True))
+
+    def _decide(self, outputs: Outputs, noise_level: float, final: bool) -> list[Verdict]:
+        return decide(
+            outputs["probability"],
+            outputs["margin"],
+            outputs["best_prompt"],
+            policy=self.metadata["policy"],
+            prompts=self.metadata["prompts"],
+            covered=self.metadata["covered"],
+            noise_level=noise_level,
+            final=final,
+            model=self.model,
+            space=self.metadata["space"],
+        )
+
+    def _check_run(self) -> None:
+        """Raise ModelError where the network does not run, or its scores are not the policy's."""
+        sides = self.metadata["height"] or 32, self.metadata["width"] or 32
+        shape = (1, self.metadata["channels"], *sides)
+        array = np.random.default_rng(0).standard_normal(shape, np.float32)
+        try:
+            outputs = self._run(array)
+        except Exception as error:
+            raise ModelError(f"{self.path}: does not run: {first_line(error)}") from error
+        verdicts = self._decide(outputs, 0.0, True)
+        # A threshold that lacks a calibration is an error of that noise level, not of the file.
+        if len(verdicts) != 1 or not verdicts[0].concepts:
+            raise ModelError(f"{self.path}: does not fit its policy: {verdicts[0].error}")
