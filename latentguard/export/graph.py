@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentguard import ops
+from latentguard.encoders import Encoder
+from latentguard.encoders.latent_clip import LatentCLIP
+from latentguard.encoders.nano import NanoEncoder
 from latentguard.errors import ModelError
 from latentguard.ops.onnx import OPSET, translations
 from latentguard.scorer import Scorer
@@ -76,16 +79,16 @@ def build(
     latents = torch.zeros(2, LatentSpace.get(encoder.space).channels, height, width)
     # Example sizes of 1 would be taken for constants.
     arguments = (latents, *(_at_least_two(tensor) for tensor in _tensors(scorer)))
-    concepts = torch.export.Dim("concepts", min=1)
     sides: dict[int, Any] = {0: torch.export.Dim("images", min=1)}
     if dynamic:
         sides |= {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
     shapes = (
         sides,
         {0: torch.export.Dim("prompts", min=1)},
-        {0: concepts},
+        {0: torch.export.Dim("concepts", min=1)},
         {0: torch.export.Dim("contrast", min=1)},
-        {0: concepts},
+        # As many as there are concepts. To name the axis twice would be a warning.
+        {0: torch.export.Dim.AUTO},
     )
     names = ["probability", "margin", "best_prompt", "embedding"]
     try:
@@ -128,6 +131,12 @@ def _check_open(model: onnx.ModelProto, name: str, dynamic: bool) -> None:
     for bank in model.graph.input[1:]:
         if not bank.type.tensor_type.shape.dim[0].dim_param:
             raise ModelError(f"{name} cannot be exported with a concept bank of any size")
+
+
+def reads_by_size(encoder: Encoder) -> bool:
+    """Whether a model is known to read latents of different sizes in different ways."""
+    resize = encoder.resize if isinstance(encoder, LatentCLIP) else "interpolate"
+    return isinstance(encoder, NanoEncoder) or resize != "interpolate"
 
 
 def not_open(name: str) -> str:

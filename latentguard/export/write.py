@@ -19,7 +19,7 @@ from latentguard.cascade import by_first
 from latentguard.encoders import Encoder
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.errors import LatentsError, ModelError
-from latentguard.export.graph import attach_bank, bank_arrays, build, not_open
+from latentguard.export.graph import attach_bank, bank_arrays, build, not_open, reads_by_size
 from latentguard.export.metadata import describe, write_metadata
 from latentguard.export.optimize import optimize
 from latentguard.export.quantize import convert
@@ -115,7 +115,7 @@ def export_onnx(
     Raises:
         ModelError: the model cannot be exported so, int8 without latents to calibrate on, or the
             export differs too much from PyTorch (see `LARGEST` and `LEAST_COSINE`); a model that
-            merges tokens without a size; a `first_precision` where the policy has no cascade.
+            needs a size and is given none; a `first_precision` where the policy has no cascade.
         LatentsError: latents of another space or size, or a space whose statistics are not known.
     """
     scorer, out = Scorer(policy, model, "cpu"), Path(out)
@@ -126,12 +126,8 @@ def export_onnx(
         raise ModelError("int8 needs latents to calibrate on (--calibrate); or use int8-dynamic")
     if size is None:
         for one in (scorer.first, scorer):
-            if one is not None and _merges(one):
-                raise ModelError(
-                    f"{one.encoder.name} merges a share of its tokens, and how many that are is "
-                    "part of the file: give height and width in latent cells (--height 64 "
-                    "--width 64 for 512 pixels)"
-                )
+            if one is not None:
+                _check_open(one.encoder)
     given, real = _to_check(check, scorer, scaled, size)
     way = _Way(out.parent, size, scaled, given, real, calibrate, progress)
     first: Exported | None = None
@@ -213,7 +209,7 @@ class _Way:
             raise ModelError(f"{out}: not written, as the file {reason}") from error
         _accept(out, checked, precision)
         unmerged = None
-        if _merges(scorer):
+        if _merges(scorer.encoder):
             self.progress(f"comparing it with the model without merging on {len(given)} latents")
             unmerged = compare(path, scorer, given, real=self.real, merging=False)
         bytes_ = sum(file.stat().st_size for file in written)
@@ -235,6 +231,17 @@ class _Way:
         onnx.save(graph, source)
         convert(source, target, precision, batches, keep=list(bank_arrays(scorer)))
         return onnx.load(target), calibration
+
+
+def _check_open(encoder: Encoder) -> None:
+    """Raise ModelError for a model that is known to need a fixed height and width."""
+    if reads_by_size(encoder):
+        raise ModelError(not_open(encoder.name))
+    if _merges(encoder):
+        raise ModelError(
+            f"{encoder.name} merges a share of its tokens, and how many that are is part of the "
+            "file: give height and width in latent cells (--height 64 --width 64 for 512 pixels)"
+        )
 
 
 def trace(
@@ -322,8 +329,8 @@ def compare(
     return Checked(len(latents), real, margin, embedding, cosine, same, sent)
 
 
-def _merges(scorer: Scorer) -> bool:
-    return isinstance(scorer.encoder, LatentCLIP) and scorer.encoder.merge > 0
+def _merges(encoder: Encoder) -> bool:
+    return isinstance(encoder, LatentCLIP) and encoder.merge > 0
 
 
 @contextmanager

@@ -81,6 +81,8 @@ def test_a_model_file_and_drawn_latents(command: Command, tmp_path: Path) -> Non
             ("-o", "guard.onnx", "--calibration", str(EXAMPLES)),
             "--calibration and --dynamic-quantization are of --precision int8, not fp32",
         ),
+        (("-o", "guard.onnx"), "give them in latent cells (--height 64 --width 64 for 512 pixels)"),
+        (("-o", "guard.onnx", "--first-precision", "int8"), "policy 'default' has no cascade"),
         (("-o", "guard.onnx", "--policy", "no-such"), "no-such"),
         (("-o", "guard.onnx", "--model", "nano-flux3"), "did you mean nano-flux2?"),
         (("-o", "guard.onnx", "--check", "missing.pt"), "missing.pt"),

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from latentguard.encoders import Encoder, Features
 from latentguard.encoders.latent_clip import LatentCLIP
-from latentguard.encoders.resize import Resize
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.export import export_onnx, write
 from latentguard.export.quantize import convert
@@ -107,9 +106,13 @@ def test_latents_of_another_size(models: Models, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("resize", ["pool", "tile"])
-def test_no_open_size_where_sizes_are_read_differently(resize: Resize, tmp_path: Path) -> None:
-    encoder = LatentCLIP.random(SMALL_B8, resize=resize)
+@pytest.mark.parametrize("which", ["pool", "tile", "nano-flux2", "nano-sdxl"])
+def test_no_open_size_where_sizes_are_read_differently(
+    which: Any, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known from the model: nothing is traced for it."""
+    encoder = models.get(which) or LatentCLIP.random(SMALL_B8, resize=which)
+    monkeypatch.setattr(write, "trace", lambda *_: pytest.fail("traced"))
     with pytest.raises(ModelError, match=r"reads latents of different sizes .* \(--height 64"):
         export_onnx("family", encoder, tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
