@@ -1,0 +1,134 @@
+"""A cascade of one model with itself: nano-flux2 in int8 first, in fp32 where that is not sure.
+
+    python benchmarks/cascade.py export LATENTS --exports DIR
+    python benchmarks/cascade.py measure LATENTS --exports DIR
+
+LATENTS: real ones of FLUX.2, of one size. int8 is calibrated on the first of them, the others are
+judged, one after the other. The guards take turns, so that ratios hold where the machine's speed
+changes. Decisions are compared with PyTorch's by the model alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import machine
+from runtime import NANO, POLICY, RESULTS, THREADS
+
+from latentguard import Latents, Scorer, load_encoder
+from latentguard.cascade import by_first
+from latentguard.export import export_onnx, swap_policy
+from latentguard.files import load_latents
+from latentguard.policy import Policy, load_policy
+from latentguard.policy.models import Cascade
+from latentguard.runtime import Guard
+from latentguard.verdict import Verdict
+
+CALIBRATION = 100
+UNSURE = (0.02, 0.05, 0.1)
+
+
+def rules(unsure: float | None) -> Policy:
+    """The policy without the concepts that a cascade cannot have, since the model sees none."""
+    policy = load_policy(POLICY)
+    seen = Scorer(policy, load_encoder(NANO, "cpu")).bank.covered
+    kept = tuple(c for c, visible in zip(policy.concepts, seen, strict=True) if visible)
+    cascade = None if unsure is None else Cascade(first=NANO, unsure=unsure)
+    return policy.model_copy(update={"concepts": kept, "cascade": cascade})
+
+
+def file(folder: Path, unsure: float) -> Path:
+    return folder / f"cascade-{unsure}.onnx"
+
+
+def export(folder: Path, latents: Latents) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    first = file(folder, UNSURE[0])
+    export_onnx(
+        *(rules(UNSURE[0]), NANO, first),
+        size=(latents.height, latents.width),
+        first_precision="int8",
+        calibrate=latents[:CALIBRATION],
+        progress=print,
+    )
+    for unsure in UNSURE[1:]:
+        swap_policy(first, rules(unsure), file(folder, unsure))
+    swap_policy(first, rules(None), folder / "fp32.onnx")
+
+
+def measure(folder: Path, latents: Latents, turns: int) -> dict[str, Any]:
+    rest = latents[CALIBRATION:]
+    scorer = Scorer(rules(None), NANO, "cpu")
+    wanted: list[Verdict] = []
+    for begin in range(0, len(rest), 50):
+        wanted += scorer.verdicts(rest[begin : begin + 50].to(torch.float32))
+    images = rest.tensor.float().numpy()
+    # A first file is a guard by itself.
+    paths = {"fp32 alone": folder / "fp32.onnx"}
+    paths["int8 alone"] = file(folder, UNSURE[0]).with_suffix(".first.onnx")
+    paths |= {f"int8, then fp32 within {unsure}": file(folder, unsure) for unsure in UNSURE}
+    guards = {name: Guard(path, threads=THREADS) for name, path in paths.items()}
+    times: dict[str, list[float]] = {name: [] for name in guards}
+    found: dict[str, list[Verdict]] = {}
+    for _ in range(turns):
+        for name, guard in guards.items():
+            start = time.perf_counter()
+            found[name] = [guard.scan(image[None])[0] for image in images]
+            times[name].append(1e3 * (time.perf_counter() - start) / len(images))
+    rows = [
+        {
+            "guard": name,
+            "sent": None
+            if guards[name].first_model is None
+            else float(np.mean([not by_first(verdict) for verdict in verdicts])),
+            "ms": statistics.median(times[name]),
+            "same": sum(a.decision == b.decision for a, b in zip(verdicts, wanted, strict=True)),
+        }
+        for name, verdicts in found.items()
+    ]
+    return {"machine": machine(), "threads": THREADS, "images": len(images), "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"{result['machine']['cpu']}, {result['threads']} threads, {result['images']} photos, one "
+        "at a time.",
+        "",
+        "| nano-flux2 in | passed on | ms an image | same decision as PyTorch |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        sent = "-" if row["sent"] is None else f"{100 * row['sent']:.1f} %"
+        same = f"{row['same']} of {result['images']}"
+        lines.append(f"| {row['guard']} | {sent} | {row['ms']:.1f} | {same} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("step", choices=("export", "measure"))
+    parser.add_argument("latents", type=Path)
+    parser.add_argument("--exports", type=Path, required=True)
+    parser.add_argument("--turns", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    latents = load_latents(given.latents)
+    if given.step == "export":
+        export(given.exports, latents)
+        return
+    result = measure(given.exports, latents, given.turns)
+    (RESULTS / "cascade.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "cascade.md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
