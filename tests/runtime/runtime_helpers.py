@@ -25,7 +25,7 @@ def same(found: list[Verdict], expected: list[Verdict]) -> None:
     """Equal but for the last digits of scores."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        assert (one.decision, one.error) == (other.decision, other.error)
+        assert (one.decision, one.error, one.model) == (other.decision, other.error, other.model)
         assert [c.id for c in one.matched] == [c.id for c in other.matched]
         for a, b in zip(one.concepts, other.concepts, strict=True):
             assert (a.id, a.prompt, a.covered, a.threshold) == (
