@@ -427,9 +427,10 @@ class Call:
         images = outputs.images_of(output)
         if self._argument("output_type") == "latent" and isinstance(images, Tensor):
             images = self._judged_latents(images)
-        elif not self._decoded and not self._is_untouched():
+        else:
+            unseen = not self._decoded and not self._is_untouched()
             for session in self._sessions:
-                if not session.stopped:
+                if not session.stopped and (unseen or not session.finished):
                     session.fail("what was decoded was never seen", final=True)
         if not self._sessions:
             # Nothing was seen at all, not even how many images there are.
@@ -444,7 +445,7 @@ class Call:
         blocked = self._blocked()
         if not blocked:
             return output
-        images = outputs.blanked(images, blocked, [s.verdicts for s in self._sessions])
+        images = outputs.blanked(images, blocked, [s.verdicts for s in self._sessions if s.blocked])
         output = outputs.with_images(output, images)
         for guard, session in zip(self.guards, self._sessions, strict=True):
             output = guard.answer(session, images, output)

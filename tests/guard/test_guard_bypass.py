@@ -6,6 +6,7 @@ docs/threat-model.md lists them, with those of test_guard_changes.py and test_gu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import inspect
 import pickle
@@ -655,6 +656,34 @@ def test_a_decode_that_is_not_seen_gives_what_was_judged() -> None:
     pipe = guarded()
     pipe.vae.decode = inspect.unwrap(type(pipe.vae).decode).__get__(pipe.vae)
     assert not pipe(**small.sdxl_arguments()).images.any()
+
+
+def test_a_decode_before_the_end_is_not_the_end() -> None:
+    """A preview from within the model is judged; so is what a decode that is not seen draws."""
+
+    class Bar(contextlib.nullcontext[Any]):
+        def __enter__(self) -> Any:
+            return self
+
+        def update(self) -> None:  # after the callback of the first step
+            pipe._interrupt = True
+
+    pipe = small.sdxl()
+    pipe.progress_bar = lambda *args, **kwargs: Bar()
+    end = latents_of(pipe)
+    drawn = (
+        torch.randn(end.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(100)
+    )
+    preview = min(drawn, key=margin)
+    pipe.callback_on_step_end = choosy(preview, end)
+
+    def before(*args: Any) -> None:
+        type(pipe.vae).decode(pipe.vae, preview)
+
+    pipe.unet.register_forward_pre_hook(before)
+    pipe.vae.decode = inspect.unwrap(type(pipe.vae).decode).__get__(pipe.vae)
+    assert not pipe(**small.sdxl_arguments()).images.any()
+    assert "never seen" in pipe.callback_on_step_end.verdicts[0].reason
 
 
 def test_decoding_latents_by_hand_gives_nothing_of_the_image() -> None:

@@ -113,7 +113,8 @@ def test_a_call_that_failed_is_told_of_too() -> None:
     with pytest.raises(RuntimeError, match="mine"):
         guarded(guard)(**small.sdxl_arguments(), callback_on_step_end=fails)
     assert [record.final for record in guard.history] == [False, False]
-    assert guard.verdicts[0].decision == "allow"
+    assert guard.verdicts[0].decision == "block"
+    assert "the final latents were never scored" in guard.verdicts[0].reason
     assert guard.last is not None
     assert not guard.last.finished
 
@@ -424,6 +425,17 @@ def test_metrics_count_errors(reader: Any) -> None:
     labels = {"policy": "metrics-error"}
     assert counted(reader, "latentguard.errors", **labels) == 1
     assert counted(reader, "latentguard.images", "decision", **labels) == {"block": 1}
+
+
+def test_a_call_that_failed_has_no_image_that_was_allowed(reader: Any) -> None:
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("mine")
+
+    guard = LatentGuard(named("metrics-failed", NEVER), XL)
+    with pytest.raises(RuntimeError, match="mine"):
+        guarded(guard)(**small.sdxl_arguments(2), callback_on_step_end=fails)
+    found = counted(reader, "latentguard.images", "decision", policy="metrics-failed")
+    assert found == {"block": 2}
 
 
 def test_an_image_that_is_judged_twice_counts_once(reader: Any) -> None:
