@@ -23,7 +23,7 @@ from latentguard.errors import LatentsError
 from latentguard.guard import output as outputs
 from latentguard.guard.attachment import CALLBACK, INPUTS
 from latentguard.guard.layout import forms, packed_size, read, same
-from latentguard.guard.patches import current, decoder_of, wrap_components
+from latentguard.guard.patches import current, decoder_of, waiting, wrap_components
 from latentguard.guard.sessions import Session
 from latentguard.spaces import Latents
 
@@ -241,7 +241,7 @@ class Call:
         self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]
     ) -> dict[str, Any]:
         # Their own pipeline calls and decodes, previews for one, are not part of this call.
-        token = current.set(None)
+        token, outer = current.set(None), waiting.set((*waiting.get(), self))
         try:
             for callback in self._callbacks:
                 own = getattr(callback, "tensor_inputs", self._asked())
@@ -254,6 +254,7 @@ class Call:
                 values.update(got)
         finally:
             current.reset(token)
+            waiting.reset(outer)
         return values
 
     def _step(self, tensor: Tensor, estimate: Denoised | None, error: str, last: bool) -> Latents:
