@@ -3,6 +3,7 @@
     python benchmarks/runtime.py export LATENTS... --exports DIR
     python benchmarks/runtime.py agreement LATENTS... --exports DIR
     python benchmarks/runtime.py speed --exports DIR
+    python benchmarks/runtime.py turns --exports DIR
     python benchmarks/runtime.py cost --exports DIR
     python benchmarks/runtime.py pareto
 
@@ -10,7 +11,8 @@ export: int8 is calibrated on every 16th of the latents (random ones for Latent-
 measured on the others: nano-flux2 under the family policy on real latents, whose ids (`class/name`,
 see caltech.py) tell revolvers and cannons from the rest; Latent-CLIP with random weights on random
 latents, where only margins and embeddings mean something. speed: every contender in a process of
-its own, one model's all in one run, so that ratios hold. pareto: both as tables and a plot.
+its own. turns: the times at batch 1 anew, a model's contenders in one process, so that ratios hold.
+pareto: all as tables and a plot.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +363,28 @@ def speed(arguments: argparse.Namespace) -> None:
     print(speed_table(rows))
 
 
+def turns(arguments: argparse.Namespace) -> None:
+    """Batch 1 anew, a model's contenders in one process: they take turns, so that ratios hold where
+    the machine's speed changes. Goes into the rows that `speed` has written."""
+    rows = json.loads((RESULTS / "runtime-speed.json").read_text())["rows"]
+    for group in dict.fromkeys((plain(model), cells) for model, _, cells in contenders()):
+        found = [row for row in rows if (plain(row["model"]), row["cells"]) == group]
+        if group[0] not in arguments.only or not found:
+            continue
+        model, cells = group
+        one = arrays(model, 1, cells)
+        runs = [runner(row["model"], row["engine"], cells, arguments.exports) for row in found]
+        times: list[list[float]] = [[] for _ in runs]
+        for _ in range(5):
+            for run, taken in zip(runs, times, strict=True):
+                taken += timed(partial(run, one), arguments.repeat // 5, warm=1)
+        for row, taken in zip(found, times, strict=True):
+            row["ms"], row["best"] = 1e3 * statistics.median(taken), 1e3 * min(taken)
+            print(row, file=sys.stderr, flush=True)
+        save("runtime-speed", {"machine": measured_on(), "rows": rows})
+    print(speed_table(rows))
+
+
 def speed_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     base = {(r["model"], r["cells"]): r["ms"] for r in rows if r["engine"] == "eager"}
@@ -368,7 +393,8 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
         "8 clients | memory, MB | peak, MB |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in rows:
+    order = contenders()
+    for row in sorted(rows, key=lambda r: order.index((r["model"], r["engine"], r["cells"]))):
         ratio = base[plain(row["model"]), row["cells"]] / row["ms"]
         cells = [row["model"], str(8 * row["cells"]), row["engine"]]
         cells.append(f"{row['ms']:.1f} ({row['best']:.1f})")
@@ -535,7 +561,7 @@ def save(name: str, data: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for command in (export, agreement, speed, cost, pareto):
+    for command in (export, agreement, speed, turns, cost, pareto):
         one = commands.add_parser(command.__name__, help=command.__doc__)
         one.set_defaults(run=command)
         if command is pareto:
@@ -543,9 +569,10 @@ def main() -> None:
         one.add_argument("--exports", type=Path, required=True)
         if command is not export:
             one.add_argument("--only", nargs="+", choices=MODELS, default=[*MODELS])
-        if command in (speed, cost):
+        if command in (speed, turns, cost):
             one.add_argument("--repeat", type=int, default=15)
-            one.add_argument("--child", nargs=3, help="internal")
+            if command is not turns:
+                one.add_argument("--child", nargs=3, help="internal")
         else:
             one.add_argument("latents", type=Path, nargs="+")
         if command is agreement:
