@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentsError
-from latentguard.guard.patches import current
+from latentguard.guard.patches import current, waiting
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
@@ -31,6 +31,17 @@ def guards_in(callback: Any) -> list[LatentGuard]:
     from latentguard.guard.adapter import LatentGuard
 
     return [part for part in parts(callback) if isinstance(part, LatentGuard)]
+
+
+def guards_of(pipe: Any) -> list[LatentGuard]:
+    """The guards of a pipeline's next call, whatever that is given: those which are attached, and
+    those of its calls that are running, from a callback of which it may be called again."""
+    return [*guards_in(getattr(pipe, CALLBACK, None)), *_running(pipe)]
+
+
+def _running(pipe: Any) -> list[LatentGuard]:
+    calls = [call for call in (current.get(), *waiting.get()) if call is not None]
+    return [guard for call in calls if call.pipe is pipe for guard in call.guards]
 
 
 def parts(callback: Any) -> Iterator[Any]:
@@ -102,14 +113,14 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
         with outer.entering(original):
             return original(pipe, *args, **kwargs)  # a subclass calls its parent
     attached = getattr(pipe, CALLBACK, None)
-    guarded = attached is not None or inside
+    guarded = attached is not None or inside or bool(_running(pipe))
     if not guarded and not holds_guard([*args, *kwargs.values()]):
         return original(pipe, *args, **kwargs)
     signature = inspect.signature(original)
     if not _takes_callbacks(signature.parameters):
         _check_places(type(pipe).__name__, {k: v for k, v in kwargs.items() if k != CALLBACK})
         check_pipeline(pipe)
-        guards = [*guards_in(attached), *guards_in(kwargs.get(CALLBACK))]
+        guards = [*guards_of(pipe), *guards_in(kwargs.get(CALLBACK))]
         return _handed_on(original, pipe, args, kwargs, guards)
     bound = signature.bind(pipe, *args, **kwargs)
     rest = {k: v for k, v in bound.arguments.items() if k not in (CALLBACK, "self")}
@@ -127,10 +138,8 @@ def _guarded(
     from latentguard.guard.adapter import LatentGuard
     from latentguard.guard.call import Call
 
-    callbacks = [*parts(attached), *parts(arguments.get(CALLBACK))]
-    outer = current.get()
-    if outer is not None and outer.pipe is pipe:
-        callbacks += outer.guards  # a generation within a guarded one is guarded as well
+    # A generation within a guarded one is guarded as well.
+    callbacks = [*parts(attached), *parts(arguments.get(CALLBACK)), *_running(pipe)]
     guards = list(dict.fromkeys(part for part in callbacks if isinstance(part, LatentGuard)))
     others = [part for part in callbacks if not isinstance(part, LatentGuard)]
     if any(holds_guard(other) for other in others):

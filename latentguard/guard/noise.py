@@ -19,9 +19,9 @@ from torch import Tensor
 
 from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError
+from latentguard.guard.attachment import guards_of, holds_guard
 from latentguard.guard.layout import packed_size, read, space_of
 from latentguard.guard.output import images_of
-from latentguard.guard.patches import unguarded
 from latentguard.policy import Policy
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents, LatentSpace
@@ -133,9 +133,14 @@ def optimize_noise(
         call: further arguments of the pipeline.
 
     Raises:
-        LatentsError: the pipeline's space is not known, or it cannot be run with gradients.
+        LatentsError: a guard is attached to the pipeline, or given in `call`; the pipeline's space
+            is not known, or it cannot be run with gradients.
+        ValueError: iterations below 0.
         ModelError, PolicyError: as `Scorer` does.
     """
+    if iterations < 0:
+        raise ValueError(f"iterations must be at or above 0, got {iterations}")
+    _check_unguarded(pipe, call)
     found = space_of(pipe, space)
     scorer = Scorer(policy, model, pipe._execution_device, found.name)
     rewards: list[Reward] = [Safety(scorer)]
@@ -151,8 +156,19 @@ def optimize_noise(
     given = None if call.get("prompt_embeds") is not None else prompt
     arguments = {**call, "prompt": given, "height": size[0], "width": size[1]}
     generate = _Generate(pipe, found, arguments, seed)
-    with _frozen(pipe), unguarded(pipe), torch.inference_mode(False), torch.enable_grad():
+    with _frozen(pipe), torch.inference_mode(False), torch.enable_grad():
         return _ascend(generate, scorer, rewards, noise, iterations, learning_rate, seed)
+
+
+def _check_unguarded(pipe: Any, call: Mapping[str, Any]) -> None:
+    """No guard that would be gone past: rewards and callbacks see latents before any is judged."""
+    if guards_of(pipe) or holds_guard(list(call.values())):
+        name = type(pipe).__name__
+        raise LatentsError(
+            f"this {name} has a guard, and optimize_noise would run past it: search with a "
+            f"pipeline of the same parts that has none, {name}(**pipe.components), and give the "
+            "noise that is found to the guarded one"
+        )
 
 
 def _ascend(

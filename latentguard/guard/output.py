@@ -72,15 +72,15 @@ def replaced(images: Any, rows: Iterable[int], by: Any) -> Any:
 def blanked(images: Any, rows: Sequence[int], verdicts: Sequence[list[Verdict]]) -> Any:
     """`images` with blanks in some rows.
 
-    verdicts: of each guard. Raises GenerationBlocked where it is not plain which images these are.
+    verdicts: of each guard that blocks some. Raises GenerationBlocked where it is not plain which
+    images these are.
     """
     try:
         if len(images) == len(verdicts[0]):
             return replaced(images, rows, lambda row: blank(images[row]))
     except (TypeError, IndexError, AttributeError):
         pass
-    blocking = (some for some in verdicts if any(v.decision == "block" for v in some))
-    raise GenerationBlocked(next(blocking, verdicts[0]))
+    raise GenerationBlocked(verdicts[0])
 
 
 def output_class(pipe: Any) -> type | None:

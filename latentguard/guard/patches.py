@@ -17,8 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,7 +27,8 @@ _MARK = "_latentguard_wrapper"
 _lock = threading.RLock()
 current: ContextVar[Any] = ContextVar("latentguard_call", default=None)
 """The guarded call (`latentguard.guard.call.Call`) that runs in this thread, or None."""
-_unguarded: ContextVar[Any] = ContextVar("latentguard_unguarded", default=None)
+waiting: ContextVar[tuple[Any, ...]] = ContextVar("latentguard_waiting", default=())
+"""The calls in this thread that wait for a callback of the user's, outermost first."""
 
 
 def wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
@@ -80,16 +80,6 @@ def decoder_of(pipe: Any) -> Any:
     return getattr(vae, "_orig_mod", vae)
 
 
-@contextmanager
-def unguarded(pipe: Any) -> Iterator[None]:
-    """Let loops of a pipeline run past its guard: their outcome is judged by other means."""
-    token = _unguarded.set(pipe)
-    try:
-        yield
-    finally:
-        _unguarded.reset(token)
-
-
 def _step(original: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
     call = current.get()
     if call is None or call.pipe.scheduler is not scheduler:
@@ -119,11 +109,11 @@ def _decode(original: Callable[..., Any], vae: Any, args: Any, kwargs: Any) -> A
 
 def _loop(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     """`progress_bar`, which every denoising loop of diffusers begins with."""
-    from latentguard.guard.attachment import guards_in
+    from latentguard.guard.attachment import guards_of
 
     call = current.get()
-    inside = (call is not None and call.pipe is pipe) or _unguarded.get() is pipe
-    if not inside and guards_in(getattr(pipe, StepCallback.NAME, None)):
+    inside = call is not None and call.pipe is pipe
+    if not inside and guards_of(pipe):
         raise LatentsError(
             f"a guard is attached to this {type(pipe).__name__}, but its loop runs outside of a "
             "guarded call (was __call__ replaced or unwrapped?): attach the guard again, or "

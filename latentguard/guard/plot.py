@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentsError, ModelError
+from latentguard.guard.record import StepRecord
 from latentguard.guard.sessions import Session
 from latentguard.verdict import ConceptScore
 
@@ -18,9 +19,9 @@ _SHOWN = 6
 def plot(session: Session) -> Figure:
     """Probability over noise level, one panel a concept that came close, one line an image.
 
-    The noise level runs from left (pure noise) to right (clean); the dashed line is the threshold,
-    as a probability; a cross marks a match for which an image was blocked, a triangle one for which
-    it was steered.
+    The noise level runs from left (an infinite one is at the edge) to right (clean); the dashed
+    line is the threshold, as a probability, where the concept is judged; a cross marks a match for
+    which an image was blocked, a triangle one for which it was steered.
     Raises LatentsError where no step was scored, ModelError without matplotlib.
     """
     try:
@@ -43,7 +44,7 @@ def plot(session: Session) -> Figure:
     scale = panels[-1]
     scale.set_xscale("symlog", linthresh=0.2)
     # From noise to clean, with room for the marks at both ends.
-    scale.set_xlim(1.15 * max(0.2, *_levels(session)), -0.02)
+    scale.set_xlim(1.15 * max(0.2, *(_level(record, session) for record in history)), -0.02)
     scale.set_xlabel("noise level (noise-to-signal ratio)")
     panels[0].legend(fontsize=8, ncols=4, frameon=False)
     identity = session.identity
@@ -56,9 +57,9 @@ def _line(axes: Any, session: Session, concept: str, image: int) -> None:
     for record in session.history:
         verdict = record.verdicts[image]
         score = None if verdict is None else _score(verdict.concepts, concept)
-        if score is None or record.noise_level == float("inf"):
+        if score is None:
             continue
-        xs.append(record.noise_level)
+        xs.append(_level(record, session))
         ys.append(score.probability)
         limits.append(_limit(score, session))
         marks.append(record.actions[image])
@@ -72,9 +73,10 @@ def _line(axes: Any, session: Session, concept: str, image: int) -> None:
         axes.plot([xs[i] for i in at], [ys[i] for i in at], marker, color=color, markersize=9)
 
 
-def _levels(session: Session) -> list[float]:
-    """The finite noise levels that were scored."""
-    return [r.noise_level for r in session.history if r.noise_level != float("inf")]
+def _level(record: StepRecord, session: Session) -> float:
+    """Where a step stands on the axis: pure noise at its left end."""
+    levels = [r.noise_level for r in session.history if math.isfinite(r.noise_level)]
+    return record.noise_level if math.isfinite(record.noise_level) else 2 * max([1.0, *levels])
 
 
 def _score(concepts: tuple[ConceptScore, ...], name: str) -> ConceptScore | None:
@@ -82,12 +84,22 @@ def _score(concepts: tuple[ConceptScore, ...], name: str) -> ConceptScore | None
 
 
 def _limit(score: ConceptScore, session: Session) -> float:
-    """The threshold as a probability."""
+    """The threshold as a probability, NaN where the concept is not judged."""
+    if not score.judged:
+        return math.nan
     value = float(score.threshold["value"])
     if score.threshold["kind"] == "probability":
         return value
     margin = float(score.threshold.get("margin", value))
-    return 1 / (1 + math.exp(-session.scorer.encoder.logit_scale * margin))
+    return 1 / (1 + math.exp(-_logit_scale(score, session) * margin))
+
+
+def _logit_scale(score: ConceptScore, session: Session) -> float:
+    """That of the model which judged: in a cascade the score itself tells it."""
+    p = score.probability
+    if session.scorer.policy.cascade is None or not score.margin or not 0 < p < 1:
+        return float(session.scorer.encoder.logit_scale)
+    return math.log(p / (1 - p)) / score.margin
 
 
 def _closest(session: Session) -> list[str]:
@@ -96,7 +108,7 @@ def _closest(session: Session) -> list[str]:
     for record in session.history:
         for verdict in record.verdicts:
             for score in () if verdict is None else verdict.concepts:
-                if score.covered:
+                if score.covered and score.judged:
                     gap = score.probability - _limit(score, session)
                     best[score.id] = max(gap, best.get(score.id, -1.0))
     chosen = sorted(best, key=lambda name: best[name], reverse=True)[:_SHOWN]

@@ -244,13 +244,21 @@ class Session:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """The verdict on each image as it stands: that which blocked it, or its latest.
+        """The verdict on each image: that which blocked it, or that on its final latents.
 
-        An image that was never judged is not safe: its verdict says so, by the policy's `on_error`.
+        As long as the session is not `finished`, an image that is not blocked was not judged: its
+        verdict says so, by the policy's `on_error`, however its earlier steps were judged. How it
+        stood at each step is in `StepResult.verdicts` and in `history`.
         """
         self._resolve()
         missing = failed("the final latents were never scored", self._plain)
-        return [verdict or missing for verdict in self._state.latest]
+        done = self.finished
+        return [
+            one
+            if one is not None and (done or one.error is not None or one.decision == "block")
+            else missing
+            for one in self._state.latest
+        ]
 
     @property
     def history(self) -> list[StepRecord]:
@@ -270,7 +278,10 @@ class Session:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to be judged: the final latents were, or all is blocked."""
+        """Whether nothing is left to be judged: the final latents were, or all is blocked.
+
+        A loop that ends without it gave out what was never judged: see `verdicts`.
+        """
         return self._state.finished or self.stopped
 
     @property

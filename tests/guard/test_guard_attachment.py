@@ -429,7 +429,10 @@ def test_two_guards_on_one_call_both_judge() -> None:
     first, second = guard_for("sdxl", action="observe"), guard_for("sdxl", ALWAYS)
     pipe.callback_on_step_end = first
     assert not pipe(**small.sdxl_arguments(), callback_on_step_end=second).images.any()
-    assert first.verdicts[0].decision == "allow"
+    (record,) = first.history
+    assert record.verdicts[0] is not None
+    assert record.verdicts[0].decision == "allow"
+    assert first.verdicts[0].error == "the final latents were never scored"  # the other ended it
     assert second.verdicts[0].decision == "block"
 
 

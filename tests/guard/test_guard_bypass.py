@@ -6,6 +6,7 @@ docs/threat-model.md lists them, with those of test_guard_changes.py and test_gu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import inspect
 import pickle
@@ -35,7 +36,7 @@ from diffusers.callbacks import MultiPipelineCallbacks
 from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
 from guard_traps import FINAL_ONLY, XL, blocking, blocking_late, guarded, latents_of
 
-from latentguard import LatentGuard, Latents, Scorer
+from latentguard import LatentGuard, Latents, Scorer, optimize_noise
 from latentguard.errors import LatentGuardError, LatentsError
 from latentguard.guard import AuditLog, GenerationBlocked, Limits
 
@@ -308,7 +309,8 @@ def test_a_callback_that_changes_the_batch(rows: int) -> None:
     assert "began with 2 images" in guard.verdicts[0].reason
 
 
-def test_a_generation_within_a_callback_is_guarded_too() -> None:
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_generation_within_a_callback_is_guarded_too(attached: bool) -> None:
     inner = []
 
     def nested(pipe: Any, index: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -320,8 +322,64 @@ def test_a_generation_within_a_callback_is_guarded_too() -> None:
             pipe.scheduler = scheduler
         return given
 
-    assert not guarded()(**small.sdxl_arguments(), callback_on_step_end=nested).images.any()
+    pipe, guard = small.sdxl(), blocking_late()
+    callback: Any = nested
+    if attached:
+        pipe.callback_on_step_end = guard
+    else:
+        callback = MultiPipelineCallbacks([nested, guard])
+    assert not pipe(**small.sdxl_arguments(), callback_on_step_end=callback).images.any()
     assert not inner[1].any()
+
+
+def test_a_generation_within_that_of_another_pipeline_is_guarded_too() -> None:
+    """By the guard of a call of the same pipeline, further out."""
+    pipe, other, inner = small.sdxl(), small.sdxl(), []
+
+    def again(*args: Any) -> Any:
+        if not inner:
+            inner.append(None)
+            inner.append(other(**small.sdxl_arguments(), callback_on_step_end=within).images)
+        return args[3]
+
+    def within(*args: Any) -> Any:
+        if len(inner) == 1:
+            scheduler, pipe.scheduler = pipe.scheduler, DDIMScheduler(**small.BETAS)
+            inner.append(pipe(**small.sdxl_arguments(seed=5)).images)
+            pipe.scheduler = scheduler
+        return args[3]
+
+    callbacks = MultiPipelineCallbacks([again, blocking_late()])
+    assert not pipe(**small.sdxl_arguments(), callback_on_step_end=callbacks).images.any()
+    assert not inner[1].any()
+    assert inner[2].any()  # the other pipeline has no guard
+    assert pipe(**small.sdxl_arguments()).images.any()  # nor has this one any more
+
+
+def test_the_search_for_a_noise_does_not_go_past_a_guard() -> None:
+    pipe = guarded()
+    arguments = small.sdxl_arguments(steps=1)
+    del arguments["generator"], arguments["output_type"]
+    options = {"model": XL, "iterations": 0, **arguments}
+    with pytest.raises(LatentsError, match="optimize_noise would run past it"):
+        optimize_noise(pipe, None, policy(), **options)
+    plain = small.sdxl()
+    with pytest.raises(LatentsError, match="optimize_noise would run past it"):
+        optimize_noise(plain, None, policy(), **options, callback_on_step_end=blocking_late())
+    found: list[Any] = []
+
+    def search(pipe: Any, index: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        found.append(optimize_noise(pipe, None, policy(), **options))
+        return given
+
+    callbacks = MultiPipelineCallbacks([search, blocking_late()])
+    with pytest.raises(LatentsError, match="optimize_noise would run past it"):
+        plain(**small.sdxl_arguments(), callback_on_step_end=callbacks)
+    assert not found
+    bare = type(pipe)(**pipe.components, add_watermarker=False)
+    bare.set_progress_bar_config(disable=True)
+    noise = optimize_noise(bare, None, policy(), **options).noise
+    assert not latents_of(pipe, latents=noise).any()
 
 
 def test_the_legacy_callback_sees_blanks() -> None:
@@ -655,6 +713,34 @@ def test_a_decode_that_is_not_seen_gives_what_was_judged() -> None:
     pipe = guarded()
     pipe.vae.decode = inspect.unwrap(type(pipe.vae).decode).__get__(pipe.vae)
     assert not pipe(**small.sdxl_arguments()).images.any()
+
+
+def test_a_decode_before_the_end_is_not_the_end() -> None:
+    """A preview from within the model is judged; so is what a decode that is not seen draws."""
+
+    class Bar(contextlib.nullcontext[Any]):
+        def __enter__(self) -> Any:
+            return self
+
+        def update(self) -> None:  # after the callback of the first step
+            pipe._interrupt = True
+
+    pipe = small.sdxl()
+    pipe.progress_bar = lambda *args, **kwargs: Bar()
+    end = latents_of(pipe)
+    drawn = (
+        torch.randn(end.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(100)
+    )
+    preview = min(drawn, key=margin)
+    pipe.callback_on_step_end = choosy(preview, end)
+
+    def before(*args: Any) -> None:
+        type(pipe.vae).decode(pipe.vae, preview)
+
+    pipe.unet.register_forward_pre_hook(before)
+    pipe.vae.decode = inspect.unwrap(type(pipe.vae).decode).__get__(pipe.vae)
+    assert not pipe(**small.sdxl_arguments()).images.any()
+    assert "never seen" in pipe.callback_on_step_end.verdicts[0].reason
 
 
 def test_decoding_latents_by_hand_gives_nothing_of_the_image() -> None:

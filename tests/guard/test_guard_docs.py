@@ -14,6 +14,9 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 import guard_pipelines as small
 from diffusers import EulerAncestralDiscreteScheduler
+from guard_helpers import ALWAYS, LinearEncoder, policy
+
+from latentguard import Scorer
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "guard.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
@@ -61,3 +64,15 @@ def test_a_loop_of_ones_own() -> None:
     x, verdicts = found["generate"](lambda x, sigma: clean, start, sigmas, "request-1")
     assert [verdict.decision for verdict in verdicts] == ["allow", "allow"]
     assert torch.allclose(x, clean, atol=1e-5)
+
+
+def test_a_loop_of_ones_own_that_ends_above_zero_is_judged_at_its_end() -> None:
+    found: dict[str, Any] = {}
+    exec(block("session("), found)
+    rule = policy(ALWAYS, concept="noise_window: [0, 0.01]")
+    found["scorer"] = Scorer(rule, LinearEncoder("sdxl", 4))
+    clean = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    sigmas = torch.tensor([10.0, 0.5, 0.03])
+    x, (verdict,) = found["generate"](lambda x, sigma: clean, 10 * clean, sigmas, "request-1")
+    assert "matched" in verdict.reason
+    assert not x.any()

@@ -22,8 +22,12 @@ from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
 from guard_traps import FINAL_ONLY, XL, blocking, guarded
 
 from latentguard import LatentGuard, Latents, Scorer
+from latentguard.encoders import load_encoder
 from latentguard.errors import LatentsError
 from latentguard.guard import AuditLog, Session
+from latentguard.guard.plot import plot
+from latentguard.policy.lock import Lock
+from latentguard.policy.models import Threshold
 from latentguard.verdict import SCHEMA_VERSION, Verdict
 
 
@@ -113,7 +117,8 @@ def test_a_call_that_failed_is_told_of_too() -> None:
     with pytest.raises(RuntimeError, match="mine"):
         guarded(guard)(**small.sdxl_arguments(), callback_on_step_end=fails)
     assert [record.final for record in guard.history] == [False, False]
-    assert guard.verdicts[0].decision == "allow"
+    assert guard.verdicts[0].decision == "block"
+    assert "the final latents were never scored" in guard.verdicts[0].reason
     assert guard.last is not None
     assert not guard.last.finished
 
@@ -189,6 +194,65 @@ def test_a_call_without_scores_cannot_be_plotted() -> None:
     guarded(guard)(**small.sdxl_arguments(), latents=torch.full((1, 4, 8, 8), math.nan))
     with pytest.raises(LatentsError, match="no step of this session has scores"):
         guard.plot()
+
+
+def test_a_block_on_pure_noise_is_plotted_at_the_left_edge() -> None:
+    """As FLUX and SD3 begin: an infinite noise-to-signal ratio."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    session = Session(Scorer(policy(ALWAYS), XL))
+    session.step(latents(1), noise_level=math.inf)
+    (panel,) = plot(session).axes
+    crosses = [line for line in panel.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert len(crosses) == 1
+    left, right = panel.get_xlim()
+    assert left > crosses[0].get_xdata()[0] > right
+
+
+def test_a_rate_that_is_not_judged_yet_has_no_threshold_in_the_plot() -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    rule = policy(concept="noise_window: [0, 1]")
+    concept = rule.concepts[0].model_copy(update={"threshold": Threshold(fpr=0.01)})
+    entry = {
+        "model": XL.name,
+        "model_sha256": XL.sha256,
+        "space": "sdxl",
+        "concept": "guns",
+        "noise_level": 0.0,
+        "prompts_sha256": rule.prompts_sha256(concept),
+        "margins": [{"fpr": 0.01, "margin": 0.9}],
+    }
+    rule = rule.model_copy(update={"concepts": (concept,)})
+    rule._lock = Lock.model_validate({"schema_version": 1, "entries": [entry]})
+    session = Session(Scorer(rule, XL))
+    session.step(latents(1), noise_level=4.0)
+    with pytest.raises(LatentsError, match="no step of this session has scores"):
+        plot(session)
+    session.step(latents(1), noise_level=0.0, final=True)
+    (panel,) = plot(session).axes
+    (dashed,) = [line for line in panel.lines if line.get_linestyle() == "--"]
+    first, last = dashed.get_ydata()
+    assert math.isnan(first)
+    assert last == pytest.approx(1 / (1 + math.exp(-XL.logit_scale * 0.9)))
+
+
+def test_the_threshold_of_a_cascade_is_that_of_the_model_which_judged() -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    found = {}
+    for unsure in (1e-9, 2):  # sure of everything, and of nothing
+        rule = policy(extra=f"cascade: {{first: nano-flux2, unsure: {unsure}}}")
+        concept = rule.concepts[0].model_copy(update={"threshold": Threshold(margin=0.05)})
+        rule = rule.model_copy(update={"concepts": (concept,)})
+        session = Session(Scorer(rule, LinearEncoder("flux2", 32)))
+        generator = torch.Generator().manual_seed(0)
+        given = Latents(torch.randn(1, 32, 8, 8, generator=generator), "flux2", True)
+        session.step(given, noise_level=0.0, final=True)
+        (panel,) = plot(session).axes
+        (dashed,) = [line for line in panel.lines if line.get_linestyle() == "--"]
+        (found[unsure],) = dashed.get_ydata()
+    scales = {1e-9: load_encoder("nano-flux2", "cpu").logit_scale, 2: 10.0}
+    for unsure, scale in scales.items():
+        expected = 1 / (1 + math.exp(-scale * 0.05))
+        assert found[unsure] == pytest.approx(expected, rel=1e-3)
 
 
 # -- the audit log -----------------------------------------------------------------------------
@@ -424,6 +488,17 @@ def test_metrics_count_errors(reader: Any) -> None:
     labels = {"policy": "metrics-error"}
     assert counted(reader, "latentguard.errors", **labels) == 1
     assert counted(reader, "latentguard.images", "decision", **labels) == {"block": 1}
+
+
+def test_a_call_that_failed_has_no_image_that_was_allowed(reader: Any) -> None:
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("mine")
+
+    guard = LatentGuard(named("metrics-failed", NEVER), XL)
+    with pytest.raises(RuntimeError, match="mine"):
+        guarded(guard)(**small.sdxl_arguments(2), callback_on_step_end=fails)
+    found = counted(reader, "latentguard.images", "decision", policy="metrics-failed")
+    assert found == {"block": 2}
 
 
 def test_an_image_that_is_judged_twice_counts_once(reader: Any) -> None:

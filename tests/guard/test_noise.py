@@ -153,3 +153,5 @@ def test_what_cannot_be_optimised_is_an_error() -> None:
     pipe, encoder = _turbo(), LinearEncoder("sdxl", 4)
     with pytest.raises(LatentsError, match="agreement needs one prompt, given as text"):
         optimize_noise(pipe, policy=policy(), model=encoder, agreement=1.0, **_one_step())
+    with pytest.raises(ValueError, match="iterations must be at or above 0, got -1"):
+        optimize_noise(pipe, policy=policy(), model=encoder, iterations=-1, **_one_step())

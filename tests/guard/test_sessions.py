@@ -185,11 +185,31 @@ def test_an_image_that_was_never_judged_is_not_safe() -> None:
     assert not guard.finished
 
 
+@pytest.mark.parametrize("decision", ["block", "review", "allow"])
+def test_an_image_whose_end_was_never_judged_is_not_safe(decision: str) -> None:
+    latents = batch()
+    limit, (worst,) = threshold_between(latents)
+    guard = Session(scorer(limit, extra=f"on_error: {decision}"))
+    result = guard.step(latents, noise_level=0.03)
+    assert [verdict.decision for verdict in result.verdicts].count("allow") == 2
+    for i, verdict in enumerate(guard.verdicts):
+        if i == worst:
+            assert "matched" in verdict.reason
+        else:
+            assert verdict.decision == decision
+            assert verdict.error == "the final latents were never scored"
+    assert guard.to_dict()["verdicts"] == [verdict.to_dict() for verdict in guard.verdicts]
+    guard.step(latents, noise_level=0.03, final=True)
+    assert [verdict.error for verdict in guard.verdicts] == [None] * 3
+
+
 def test_a_loop_that_goes_on_after_its_end_is_not_finished() -> None:
     guard = Session(scorer())
     guard.step(batch(), noise_level=0.0, final=True)
+    assert [verdict.decision for verdict in guard.verdicts] == ["allow"] * 3
     guard.step(batch(), noise_level=0.0)
     assert not guard.finished
+    assert [verdict.decision for verdict in guard.verdicts] == ["block"] * 3
 
 
 # -- deferral ----------------------------------------------------------------------------------
@@ -221,9 +241,11 @@ def test_reading_the_history_makes_the_verdicts_at_once() -> None:
     guard.step(batch(), noise_level=4.0)
     assert [record.step for record in guard.history] == [0]
     guard.step(batch(), noise_level=2.0)
-    assert [verdict.noise_level for verdict in guard.verdicts] == [2.0] * 3
+    assert guard.verdicts[0].error == "the final latents were never scored"
+    assert [record.noise_level for record in guard.history] == [4.0, 2.0]
     guard.step(batch(), noise_level=0.0, final=True)
     assert [record.step for record in guard.history] == [0, 1, 2]
+    assert [verdict.decision for verdict in guard.verdicts] == ["review"] * 3
 
 
 def test_deferred_scores_are_those_of_a_session_that_does_not_defer() -> None:
