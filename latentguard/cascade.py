@@ -27,8 +27,9 @@ class Cascade:
             which of the policy's concepts it sees.
         reads: the space of the second model.
 
-    Raises ModelError where the first model reads another space, or cannot see all concepts: it
-    would then be sure of nothing, and cost time for every image.
+    Raises ModelError where the first model reads another space, cannot see all concepts, or has
+    no calibrated threshold for one that asks for a false-positive rate: it would then be sure of
+    nothing, and cost time for every image.
     """
 
     def __init__(
@@ -54,6 +55,20 @@ class Cascade:
             raise ModelError(
                 f"{what} cannot see {', '.join(hidden)}, so the second model would judge every "
                 "image: take these concepts out, or the cascade"
+            )
+        lock = policy.get("lock") or {"entries": ()}
+        keys = ("model", "model_sha256", "space", "concept")
+        calibrated = {tuple(entry[key] for key in keys) for entry in lock["entries"]}
+        missing = [
+            concept["id"]
+            for concept in policy["concepts"]
+            if concept["threshold"]["kind"] == "fpr"
+            and (*model, space, concept["id"]) not in calibrated
+        ]
+        if missing:
+            raise ModelError(
+                f"{what} has no calibrated threshold for {', '.join(missing)}, so the second model "
+                f"would judge every image: run latentguard calibrate with --model {model[0]}, too"
             )
 
     def judge(

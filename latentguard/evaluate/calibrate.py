@@ -107,7 +107,7 @@ def measure(
 
     Args:
         paths: latents files, folders or shards; every image counts.
-        policy, model, device: as for `Scorer`.
+        policy, model, device: as for `Scorer`. One model is measured, whatever `cascade` says.
         noise_levels: noise-to-signal ratios, 0 is the image as it is.
         estimate: what is scored at a level r above 0. "none": x_t itself, as variance-preserving
             schedules have it, (x0 + r noise) / sqrt(1 + r^2). "wiener": the Wiener estimate of x0,
@@ -143,7 +143,8 @@ def measure(
         denoise = Wiener.fit(whole[::SPECTRUM_SHARE])
         rest = whole[torch.arange(len(whole)) % SPECTRUM_SHARE != 0]
         kept = [Latents(part, read[0].space, True) for part in rest.split(batch_size)]
-    scorer = Scorer(load_policy(policy), model, device, kept[0].space.name)
+    alone = load_policy(policy).model_copy(update={"cascade": None})
+    scorer = Scorer(alone, model, device, kept[0].space.name)
     count = sum(map(len, kept))
     margins = {level: [] for level in levels}  # type: dict[float, list[Array]]
     generator = torch.Generator().manual_seed(seed)

@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 from guard_helpers import ALWAYS, LinearEncoder, policy
 
-from latentguard import Latents, Scorer, load_encoder
+from latentguard import Latents, Scorer, load_encoder, load_policy
 from latentguard.errors import ModelError, PolicyError
+from latentguard.evaluate.calibrate import entries, measure, merge
 from latentguard.files import load_latents
-from latentguard.policy import Policy
+from latentguard.policy import Policy, write_lock
+from latentguard.policy.lock import lock_path
 
+RATES = """
+schema_version: 1
+name: rates
+version: "1"
+contrast: [dog, house, landscape]
+cascade: {first: nano-flux2, unsure: 0.1}
+concepts:
+  - {id: guns, category: weapons, prompts: [revolver], threshold: {fpr: 0.1}, action: block}
+"""
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "latents.pt"
 
 
@@ -70,6 +81,26 @@ def test_a_first_model_that_cannot_see_everything_is_refused() -> None:
     )
     with pytest.raises(ModelError, match="cannot see hate"):
         Scorer(text, LinearEncoder("flux2", 32))
+
+
+def test_a_first_model_that_is_not_calibrated_is_refused(tmp_path: Path) -> None:
+    """And once both models are, each image is judged by the thresholds of the one that decides."""
+    path = tmp_path / "rates.yaml"
+    path.write_text(RATES)
+    second = LinearEncoder("flux2", 32)
+    chosen = load_policy(path)
+    with pytest.raises(ModelError, match=r"nano-flux2 has no calibrated threshold for guns.*, too"):
+        Scorer(chosen, second)
+    lock = None
+    for model in ("nano-flux2", second):
+        margins = measure([EXAMPLES], chosen, model)
+        lock = merge(lock, chosen, entries(chosen, margins, [0.1]))
+    assert lock is not None
+    write_lock(lock_path(path), lock)
+    verdicts = Scorer(load_policy(path), second).verdicts(load_latents(EXAMPLES))
+    assert {verdict.error for verdict in verdicts} == {None}
+    limits = {verdict.model: verdict.concepts[0].threshold["margin"] for verdict in verdicts}
+    assert len(limits) == len(set(limits.values())) == 2
 
 
 def test_unsure_is_a_margin() -> None:
