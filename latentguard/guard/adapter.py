@@ -36,6 +36,13 @@ logger = logging.getLogger("latentguard.guard")
 install()
 
 
+def _compile_modes() -> list[str]:
+    """Those of this torch."""
+    import torch._inductor
+
+    return list(torch._inductor.list_mode_options())
+
+
 class LatentGuard(PipelineCallback):
     """Scores a pipeline's latents while it denoises, and steers or blocks as the policy says.
 
@@ -48,7 +55,8 @@ class LatentGuard(PipelineCallback):
     Args:
         policy: a Policy, the name of a shipped one, or a path.
         model: an Encoder, its name or path, or "auto" for the best one of the pipeline's space.
-        space: the latent space, where the pipeline's VAE does not tell it.
+        space: the latent space, where the pipeline's VAE does not tell it; one that is not the
+            VAE's is refused.
         device: where the encoder runs; None is the device of the latents.
         on_block: for `on_block: callback`: called with (index, verdict, blank image) for each
             blocked image, returns what takes its place.
@@ -61,6 +69,7 @@ class LatentGuard(PipelineCallback):
 
     Raises:
         PolicyError, ModelError: policy or model cannot be used, here or when it is attached.
+        ValueError: `compile` is no mode of torch.compile.
         LatentsError: when it is attached: the pipeline's latent space is not known, or it has no
             step callback.
     """
@@ -80,6 +89,8 @@ class LatentGuard(PipelineCallback):
         compile: str | None = None,
     ) -> None:
         super().__init__()
+        if compile is not None and compile not in (modes := _compile_modes()):
+            raise ValueError(f"compile must be None or one of {', '.join(modes)}, got {compile!r}")
         self._policy = load_policy(policy)
         if (self.policy.on_block == "callback") != (on_block is not None):
             raise PolicyError(

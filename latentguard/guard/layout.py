@@ -24,23 +24,40 @@ _BY_CLASS = (
 
 
 def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
-    """The latent space of a pipeline: `given`, or what its VAE says, with the VAE's own numbers.
+    """The latent space of a pipeline: what its VAE says, with the VAE's own numbers, or `given`.
 
-    Raises LatentsError, naming the pipeline, where it cannot be known.
+    Raises LatentsError, naming the pipeline, where it cannot be known, and where `given` is another
+    than the VAE's.
     """
     vae = getattr(pipe, "vae", None)
-    if given is not None:
-        return _complete(LatentSpace.get(given), vae)
     name = type(pipe).__name__
     config = getattr(vae, "config", None)
+    told: LatentSpace | LatentsError | None = None
+    if config is not None and not _is_tiny(vae):
+        try:
+            told = LatentSpace.from_vae_config(config)
+        except LatentsError as error:
+            told = error
+    if given is not None:
+        space = LatentSpace.get(given)
+        if isinstance(told, LatentSpace) and told.name != space.name:
+            raise LatentsError(
+                f"space is given as {space}, but the VAE of this {name} is of {told} latents: "
+                "leave space out"
+            )
+        return _complete(space, vae)
+    if isinstance(told, LatentSpace):
+        return _complete(told, vae)
+    if told is not None:
+        raise LatentsError(f"{name}: {told}") from told
     if config is None:
         raise LatentsError(f"{name} has no VAE that tells its latent space: give space=...")
-    if type(vae).__name__ == "AutoencoderTiny" or "latent_magnitude" in config:
-        return _by_class(pipe)
-    try:
-        return _complete(LatentSpace.from_vae_config(config), vae)
-    except LatentsError as error:
-        raise LatentsError(f"{name}: {error}") from error
+    return _by_class(pipe)
+
+
+def _is_tiny(vae: Any) -> bool:
+    """Whether a VAE is an AutoencoderTiny, which decodes several spaces."""
+    return type(vae).__name__ == "AutoencoderTiny" or "latent_magnitude" in vae.config
 
 
 def _complete(space: LatentSpace, vae: Any) -> LatentSpace:

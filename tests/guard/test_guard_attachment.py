@@ -311,6 +311,15 @@ def test_an_unknown_space_is_refused_at_attachment() -> None:
     pipe.callback_on_step_end = LatentGuard(policy(NEVER), space="sdxl")
 
 
+def test_a_space_that_is_not_the_vaes_is_refused_at_attachment() -> None:
+    pipe = small.sdxl()
+    for wrong in ("sd1", "flux2"):
+        message = f"space is given as {wrong}, but the VAE of this StableDiffusionXL.*of sdxl lat"
+        with pytest.raises(LatentsError, match=message):
+            pipe.callback_on_step_end = LatentGuard(policy(NEVER), space=wrong)
+    pipe.callback_on_step_end = LatentGuard(policy(NEVER), space="sdxl")
+
+
 def test_an_unknown_scheduler_is_refused() -> None:
     from diffusers import IPNDMScheduler
 

@@ -60,10 +60,11 @@ def test_a_compiled_encoder_judges_and_steers_as_an_eager_one(action: str) -> No
     assert actions[0] == (("steered",) * 2 if action == "steer" else ("none",) * 2)
 
 
-def test_a_mode_that_does_not_exist_is_refused_at_attachment() -> None:
-    pipe = small.sdxl()
-    with pytest.raises(RuntimeError, match="fastest"):
-        pipe.callback_on_step_end = LatentGuard(policy(), XL, compile="fastest")
+def test_a_mode_that_does_not_exist_is_refused_at_once() -> None:
+    with pytest.raises(
+        ValueError, match=r"compile must be None or one of default, .*got 'fastest'"
+    ):
+        LatentGuard(policy(), XL, compile="fastest")
 
 
 # -- cascades ----------------------------------------------------------------------------------
