@@ -58,7 +58,7 @@ class Limits:
         still scored. None is no limit.
     steps: steps that it takes before it fails.
 
-    Raises ValueError for a limit that would never hold.
+    Raises ValueError for a limit that is no number, or that would never hold.
     """
 
     timeout: float | None = None
@@ -67,10 +67,14 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in (("timeout", self.timeout), ("budget", self.budget)):
-            if value is not None and not value >= 0:
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number of seconds or None, got {value!r}")
+            if not value >= 0:
                 raise ValueError(f"{name} must be at or above 0, got {value:g}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if type(self.steps) is not int or self.steps < 1:
+            raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
 
 
 @dataclass
@@ -104,6 +108,9 @@ class Session:
     Where the policy can neither block nor steer before the end (its concepts only observe or ask
     for review), scores of earlier steps stay on their device and become verdicts at the final step,
     so that no step waits for the device. Reading `history` or `verdicts` makes them at once.
+
+    What is blocked comes back as zeros, whatever the policy's `on_block` says: `raise` and
+    `callback` are about what a pipeline returns, and a loop looks at `verdicts` and `stopped`.
 
     A session is not for several threads at a time; make one for each request.
     """
@@ -310,6 +317,12 @@ class Session:
             raise LatentsError(
                 f"this session began with {state.count} images, step {state.step - 1} has "
                 f"{len(latents)} latents and {len(judged)} estimates: use a session a request"
+            )
+        ours, its = ((x.space.name, x.scaled, x.height, x.width) for x in (latents, judged))
+        if ours != its:
+            raise LatentsError(
+                f"x0 must be of the space, scaling and size of the latents, {latents!r}, got "
+                f"{judged!r}"
             )
         if state.step > limits.steps:
             raise LatentsError(f"more than {limits.steps} steps in one session")

@@ -383,7 +383,11 @@ def test_a_loop_without_end_fails() -> None:
         ({"timeout": math.nan}, "timeout must be at or above 0, got nan"),
         ({"timeout": -1.0}, "timeout must be at or above 0, got -1"),
         ({"budget": math.nan}, "budget must be at or above 0, got nan"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"timeout": "5"}, "timeout must be a number of seconds or None, got '5'"),
+        ({"budget": True}, "budget must be a number of seconds or None, got True"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 2.5}, r"steps must be a whole number of at least 1, got 2\.5"),
+        ({"steps": None}, "steps must be a whole number of at least 1, got None"),
     ],
 )
 def test_limits_that_would_never_hold_are_refused(limits: Any, message: str) -> None:
@@ -460,6 +464,24 @@ def test_a_batch_of_another_size_is_zeroed(which: str) -> None:
     assert not result.latents.tensor.any()
     assert "this session began with 3 images" in guard.verdicts[0].reason
     assert "use a session a request" in guard.verdicts[0].reason
+
+
+@pytest.mark.parametrize("action", ["block", "steer", "observe"])
+@pytest.mark.parametrize(
+    "x0",
+    [
+        Latents(torch.randn(3, 4, 8, 8), "sd1", scaled=False),
+        Latents(torch.randn(3, 4, 8, 8), "sdxl", scaled=True),
+        Latents(torch.randn(3, 4, 16, 8), "sd1", scaled=True),
+    ],
+    ids=["scaling", "space", "size"],
+)
+def test_an_estimate_in_another_convention_blocks(action: str, x0: Latents) -> None:
+    guard = Session(scorer(action=action))
+    result = guard.step(batch(), x0, noise_level=1.0)
+    assert result.stop
+    assert not result.latents.tensor.any()
+    assert "x0 must be of the space, scaling and size of the latents" in guard.verdicts[0].reason
 
 
 def test_a_batch_of_another_size_after_one_was_blocked() -> None:
