@@ -3,7 +3,7 @@
     python benchmarks/guard.py steering LATENTS   # a folder that benchmarks/caltech.py filled
     python benchmarks/guard.py directions LATENTS
     python benchmarks/guard.py noise LATENTS
-    python benchmarks/guard.py overhead           # builds SDXL's UNet: 10 GB of memory
+    python benchmarks/guard.py overhead           # builds SDXL's UNet: 13 GB of memory
 
 steering: the SDXL and FLUX.2 pipelines of diffusers around the exact denoiser of a set of photos
 (latentguard.evaluate.exact), asked for the forbidden class and for others, without a guard, with
@@ -52,12 +52,14 @@ concepts:
     contrast: [power drill, hair dryer, screwdriver, hammer, can opener, stapler]
     threshold: {{probability: 0.5}}
     action: {action}
-    steer: {{strength: {strength}}}
 """
 
 
 def policy(action: str, strength: float = 1.0) -> Policy:
-    return parse_policy(POLICY.format(action=action, strength=strength).encode(), "guns")
+    text = POLICY.format(action=action)
+    if action == "steer":
+        text += f"    steer: {{strength: {strength}}}\n"
+    return parse_policy(text.encode(), "guns")
 
 
 # -- steering ----------------------------------------------------------------------------------

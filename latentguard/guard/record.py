@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from latentguard.verdict import SCHEMA_VERSION, Verdict
 
-Action = Literal["none", "steered", "blocked", "already blocked", "not scored"]
+Action = Literal["none", "steered", "blocked", "already blocked"]
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Concept(Frozen):
     severity: Literal["low", "medium", "high", "critical"] = "medium"
     """How bad it is, for reports; among matches of one action the most severe gives the reason."""
     steer: Steer | None = None
-    """Settings of the action `steer`."""
+    """Settings of the action `steer`; not allowed with another one."""
     noise_window: NoiseWindow = (0.0, None)
     """[low, high] noise levels (noise-to-signal ratio, 0 is clean) at which it is judged during
     denoising; null is no upper end. Final latents are always judged."""
@@ -117,6 +117,16 @@ class Concept(Frozen):
     @model_validator(mode="after")
     def _contrast_differs(self) -> Self:
         _check_contrast(self.prompts, self.contrast, "contrast")
+        return self
+
+    @model_validator(mode="after")
+    def _steer_is_used(self) -> Self:
+        if self.steer is not None and self.action != "steer":
+            raise rule(
+                f"has settings of the action steer, and this concept's action is {self.action}: "
+                "write action: steer, or leave it out",
+                "steer",
+            )
         return self
 
 
@@ -127,7 +137,8 @@ class Schedule(Frozen):
     """[low, high] noise levels (noise-to-signal ratio, 0 is clean) at which steps are scored;
     null is no upper end."""
     every: Every = 1
-    """Score every n-th step within that range, 1 is each."""
+    """Score every n-th step of the generation, counted from its first, where it lies within that
+    range; 1 is each."""
 
     def due(self, step: int, noise_level: float) -> bool:
         """Whether to score at `step` (counted from 0), where the noise level is `noise_level`."""
@@ -237,8 +248,8 @@ class Policy(Frozen):
     def plain(self) -> dict[str, Any]:
         """The policy as JSON-able data, complete with `sha256` and `lock`.
 
-        Each concept's `threshold` is {"kind", "value"}, and `steer` is {"strength"} exactly where
-        the action is steer, else None.
+        Each concept's `threshold` is {"kind", "value"}, and `steer` is {"strength", "iterations"}
+        exactly where the action is steer, else None.
         """
         data = self.model_dump(mode="json")
         for concept, model in zip(data["concepts"], self.concepts, strict=True):

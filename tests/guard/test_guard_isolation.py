@@ -21,6 +21,7 @@ LEVELS = (1.5, 0.2, 0.0)
 
 def rule(name: str, action: str) -> Policy:
     """Some of the pictures match each of these, and some none."""
+    steer = "steer: {iterations: 1}" if action == "steer" else ""
     return parse_policy(
         f"""
 schema_version: 1
@@ -34,7 +35,7 @@ concepts:
     prompts: [revolver]
     threshold: {{probability: 0.5}}
     action: {action}
-    steer: {{iterations: 1}}
+    {steer}
   - id: drinks
     category: alcohol
     prompts: [beer glass, wine bottle]

@@ -19,6 +19,7 @@ from latentguard.policy import Policy
 
 RARELY, MOSTLY = 0.999, 0.001
 """Probabilities with finite margins, which a first model can be unsure of."""
+ONCE = "steer: {iterations: 1}"
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="torch.compile needs a C++ compiler",
@@ -40,9 +41,7 @@ def test_a_compiled_encoder_judges_and_steers_as_an_eager_one(action: str) -> No
     torch.compiler.reset()
     found = []
     for mode in (None, "default"):
-        rule = policy(
-            ALWAYS if action == "steer" else NEVER, action, concept="steer: {iterations: 1}"
-        )
+        rule = policy(ALWAYS, action, concept=ONCE) if action == "steer" else policy(NEVER)
         guard = LatentGuard(rule, Pure("sdxl", 4), compile=mode)
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         pipe = small.sdxl()
@@ -72,7 +71,7 @@ def test_a_mode_that_does_not_exist_is_refused_at_once() -> None:
 
 def cascade(unsure: float, threshold: float, action: str = "block") -> Policy:
     extra = f"cascade: {{first: nano-flux2, unsure: {unsure}}}"
-    return policy(threshold, action, extra=extra, concept="steer: {iterations: 1}")
+    return policy(threshold, action, extra=extra, concept=ONCE if action == "steer" else "")
 
 
 def run(guard: LatentGuard) -> Any:

@@ -223,6 +223,12 @@ def test_the_good_one_is_good() -> None:
             "p.yaml:22: concepts[1].steer.strength must be above 0 and below 100, got 0",
         ),
         (
+            "severity: low",
+            "steer: {strength: 3}",
+            "p.yaml:22: concepts[1].steer has settings of the action steer, and this concept's "
+            "action is review: write action: steer, or leave it out",
+        ),
+        (
             "  every: 2",
             "  every: 0",
             "p.yaml:25: schedule.every must be a whole number from 1 to 1000, got 0",
