@@ -270,7 +270,7 @@ def _levels(noise_levels: Sequence[float]) -> list[float]:
     levels = sorted({float(level) for level in noise_levels})
     if not levels or not all(0 <= level <= PURE_NOISE for level in levels):
         given = ", ".join(f"{level:g}" for level in noise_levels) or "none"
-        raise ModelError(f"noise levels must be 0 to {PURE_NOISE:g}, and at least one, got {given}")
+        raise ModelError(f"noise levels must be 0 to 1e6, and at least one, got {given}")
     return levels
 
 
