@@ -87,6 +87,8 @@ def export(arguments: argparse.Namespace) -> None:
     real = real.pick(range(0, len(real), CALIBRATION))
     clips = ((name, 64) for name in (*CLIPS, *MERGING))
     for model, cells in ((NANO, 32), (NANO, 64), *clips):
+        if model not in arguments.only:
+            continue
         chosen = resized(real, (cells, cells)) if model == NANO else drawn("sdxl", (64, 64), 32)
         for precision in ("fp32", "int8") if model in MERGING else PRECISIONS:
             path = exported(arguments.exports, model, precision, cells)
@@ -567,8 +569,7 @@ def main() -> None:
         if command is pareto:
             continue
         one.add_argument("--exports", type=Path, required=True)
-        if command is not export:
-            one.add_argument("--only", nargs="+", choices=MODELS, default=[*MODELS])
+        one.add_argument("--only", nargs="+", choices=MODELS, default=[*MODELS])
         if command in (speed, turns, cost):
             one.add_argument("--repeat", type=int, default=15)
             if command is not turns:
