@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from latentguard.errors import ModelError
 from latentguard.ops.reference import NORM_FLOOR
 
 OPSET = 18
@@ -191,8 +192,8 @@ def _attention(
     """
     chosen = attn_mask is not None and _kind(attn_mask) == _BOOL
     if chosen or dropout_p or is_causal or enable_gqa:
-        raise NotImplementedError(
-            "the ONNX translation of attention has no boolean or causal mask and no dropout"
+        raise ModelError(
+            "attention is exported without dropout, and with masks that are added to its logits"
         )
     op = _operators()
     axes = list(range(len(key.shape)))
@@ -213,7 +214,7 @@ def _gelu(x: Any, approximate: str = "none") -> Any:
     torch.onnx's own translation halves the bracket first; ONNX Runtime then makes five passes.
     """
     if approximate != "none":
-        raise NotImplementedError("the ONNX translation of GELU is the exact one")
+        raise ModelError(f"GELU is exported in its exact form, not as approximate={approximate!r}")
     op = _operators()
     root, one, half = (
         op.CastLike(op.Constant(value_float=number), x) for number in (2**0.5, 1.0, 0.5)

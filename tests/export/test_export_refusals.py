@@ -21,6 +21,7 @@ from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.export import export_onnx, write
 from latentguard.export.quantize import convert
+from latentguard.ops.onnx import OPSET, translations
 from latentguard.spaces import Latents
 
 Models = dict[str, Encoder]
@@ -134,6 +135,32 @@ def test_a_choice_by_size_that_the_tracer_hides_is_found(
     with pytest.raises(ModelError, match="reads latents of different sizes"):
         export_onnx("family", encoder, tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class _Causal(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [(_Causal(), "masks that are added"), (torch.nn.GELU("tanh"), "approximate='tanh'")],
+)
+def test_operators_of_other_kinds_are_refused(module: torch.nn.Module, text: str) -> None:
+    with pytest.raises(torch.onnx.OnnxExporterError) as caught:
+        torch.onnx.export(
+            module.eval(),
+            (torch.ones(1, 2, 4, 64),),
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=translations(),
+            verbose=False,
+        )
+    error: BaseException | None = caught.value
+    while error is not None and not isinstance(error, ModelError):
+        error = error.__cause__
+    assert error is not None
+    assert text in str(error)
 
 
 def test_images_in_tiles_cannot_be_exported(tmp_path: Path) -> None:
