@@ -1,0 +1,117 @@
+"""Cascades: a cheap model judges first, and a better one only where the first is not sure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Generic, TypeVar
+
+from latentguard.errors import ModelError
+from latentguard.judge.protocol import Judge, Judged
+from latentguard.judge.rules import BoundRules
+from latentguard.judge.verdict import Verdict
+
+_MARK = "the first model of the cascade)"
+
+Batch = TypeVar("Batch")
+
+
+class CascadeJudge(Generic[Batch]):
+    """Two judges of one policy, itself a judge.
+
+    The first is sure of an image where every concept's margin is further from its threshold than
+    the policy's `unsure`, and nothing went wrong; its verdict stands then.
+
+    Args:
+        first, second: the judges; both are bound to the same rules, which have a `cascade`.
+        pick: some images of a batch, by their indices.
+
+    Raises ModelError where the first judge reads another space, cannot see all concepts, or has no
+    calibrated threshold for one that asks for a false-positive rate: it would then be sure of
+    nothing, and cost time for every image.
+    """
+
+    def __init__(
+        self,
+        first: Judge[Batch],
+        second: Judge[Batch],
+        pick: Callable[[Batch, list[int]], Batch],
+    ) -> None:
+        self.first, self.second, self._pick = first, second, pick
+        _check_first(first.bound, second.bound)
+
+    @property
+    def bound(self) -> BoundRules:
+        """The second judge's, whose verdicts are the better ones."""
+        return self.second.bound
+
+    def judge(
+        self,
+        latents: Batch,
+        noise_level: float = 0.0,
+        final: bool = True,
+        heatmaps: bool = False,
+    ) -> Judged:
+        """As `Judge.judge`; heat maps are the second model's, of every image."""
+        by_first = self.first.judge(latents, noise_level, final)
+        unsure = [i for i, verdict in enumerate(by_first.verdicts) if not self.is_sure(verdict)]
+        verdicts = [self._named(verdict) for verdict in by_first.verdicts]
+        second = None
+        if heatmaps:
+            second = self.second.judge(latents, noise_level, final, heatmaps=True)
+            for i in unsure:
+                verdicts[i] = second.verdicts[i]
+        elif unsure:
+            some = self.second.judge(self._pick(latents, unsure), noise_level, final)
+            for i, verdict in zip(unsure, some.verdicts, strict=True):
+                verdicts[i] = verdict
+        asked = set(unsure)
+        return Judged(
+            verdicts,
+            None if second is None else second.heatmaps,
+            tuple(i in asked for i in range(len(verdicts))),
+        )
+
+    def _named(self, verdict: Verdict) -> Verdict:
+        model = self.first.bound.model
+        return replace(verdict, reason=f"{verdict.reason} (by {model and model.name}, {_MARK}")
+
+    def is_sure(self, verdict: Verdict) -> bool:
+        """Whether a verdict of the first judge stands."""
+        bound = self.first.bound
+        cascade = bound.rules.cascade
+        if verdict.error is not None or cascade is None:
+            return False
+        for score in verdict.concepts:
+            if not score.judged:
+                continue
+            limit = bound.limit(bound.rules.ids.index(score.id), verdict.noise_level)
+            # Not "<=": a NaN is never sure.
+            if not abs(score.margin - limit) > cascade.unsure:
+                return False
+        return True
+
+
+def _check_first(first: BoundRules, second: BoundRules) -> None:
+    rules, model = first.rules, first.model
+    assert model is not None
+    what = f"policy '{rules.policy.name}': cascade.first {model.name}"
+    if first.space != second.space:
+        raise ModelError(f"{what} reads {first.space} latents, the second model {second.space}")
+    hidden = [name for name, seen in zip(rules.ids, first.covered, strict=True) if not seen]
+    if hidden:
+        raise ModelError(
+            f"{what} cannot see {', '.join(hidden)}, so the second model would judge every "
+            "image: take these concepts out, or the cascade"
+        )
+    missing = [
+        rule.id
+        for rule in rules.concepts
+        if rule.threshold.kind == "fpr"
+        and (*model, first.space, rule.id) not in (rules.locked or {})
+    ]
+    if missing:
+        raise ModelError(
+            f"{what} has no calibrated threshold for {', '.join(missing)}, so the second model "
+            f"would judge every image: run latentguard calibrate with --model {model.name}, too"
+        )

@@ -1,0 +1,308 @@
+"""A policy as the judge reads it: typed, frozen, and checked once.
+
+`Rules.of` reads what `Policy.plain()` gives, which is also what an exported file carries, so that
+judging needs neither pydantic nor torch. `Rules.bind` adds the model that the scores come from;
+from then on every threshold is a margin that can be looked up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from latentguard.judge.model_id import ModelId, PolicyId
+from latentguard.judge.verdict import ACTIONS, SCHEMA_VERSION, SEVERITIES, listed
+
+PURE_NOISE = 1e6
+"""Noise levels from here on are one: nothing of an image is left, where flow matching begins at
+infinity. Locks, which hold finite levels, have it as this one."""
+# Schedulers compute noise levels in float32; calibrated ones are written with few digits.
+_NOISE_TOLERANCE = 1e-4
+_KINDS = ("probability", "margin", "fpr")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """From which score on a concept matches.
+
+    kind: probability, margin, or fpr, whose margin a calibration holds. value: in that unit.
+    """
+
+    kind: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Steer:
+    """How strongly and how often an image is moved away from a concept at one step."""
+
+    strength: float
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a policy says of one concept.
+
+    noise_window: the noise levels at which it is judged before the end, both included.
+    steer: only where the action is steer.
+    """
+
+    id: str
+    category: str
+    description: str
+    action: str
+    severity: str
+    prompts: tuple[str, ...]
+    threshold: Threshold
+    noise_window: tuple[float, float]
+    steer: Steer | None
+
+    @classmethod
+    def of(cls, concept: Mapping[str, Any]) -> Rule:
+        """Read a concept of `Policy.plain()`. Raises ValueError where it cannot be judged by."""
+        name = str(concept["id"])
+        kind, value = concept["threshold"]["kind"], float(concept["threshold"]["value"])
+        if kind not in _KINDS or not math.isfinite(value):
+            raise ValueError(f"concept '{name}' has no readable threshold: {kind} {value}")
+        action, severity = concept["action"], concept.get("severity", "medium")
+        if action not in ACTIONS:
+            raise ValueError(f"concept '{name}' has no known action: {action}")
+        if severity not in SEVERITIES:
+            raise ValueError(f"concept '{name}' has no known severity: {severity}")
+        low, high = concept["noise_window"]
+        steer = concept.get("steer")
+        return cls(
+            id=name,
+            category=str(concept["category"]),
+            description=str(concept.get("description") or ""),
+            action=action,
+            severity=severity,
+            prompts=tuple(str(prompt) for prompt in concept["prompts"]),
+            threshold=Threshold(kind, value),
+            noise_window=(float(low), math.inf if high is None else float(high)),
+            steer=None if steer is None else Steer(float(steer["strength"]), steer["iterations"]),
+        )
+
+    def judged_at(self, noise_level: float) -> bool:
+        """Whether a noise level lies in the concept's window."""
+        return self.noise_window[0] <= noise_level <= self.noise_window[1]
+
+
+@dataclass(frozen=True)
+class Escalation:
+    """A policy's `cascade`: which model judges first, and within which distance from a threshold
+    (in margin) it is not sure."""
+
+    first: str
+    unsure: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The margins of one concept under one model, as a lock holds them.
+
+    levels: (noise level, {false-positive rate: margin}), sorted by level.
+    """
+
+    levels: tuple[tuple[float, Mapping[float, float]], ...]
+
+    def margin(self, rate: float, noise_level: float, asked: str) -> float:
+        """The margin of a rate at a noise level.
+
+        At a calibrated level it is that level's; between two, the lower of their margins, so that
+        no calibrated level is judged more mildly than it asks for; outside of them there is none,
+        because nothing was measured there. Raises ValueError, which begins with `asked`.
+        """
+        near = self._near(min(noise_level, PURE_NOISE))
+        if not near:
+            first, last = self.levels[0][0], self.levels[-1][0]
+            raise ValueError(
+                f"{asked}, which is calibrated for noise levels {first:g} to {last:g}, "
+                f"not for {noise_level:g}"
+            )
+        margins = []
+        for level, by_rate in near:
+            match = [margin for fpr, margin in by_rate.items() if math.isclose(fpr, rate)]
+            if not match:
+                known = ", ".join(f"{fpr:g}" for fpr in by_rate)
+                raise ValueError(
+                    f"{asked}, but at noise level {level:g} only {known} is calibrated"
+                )
+            margins.append(match[0])
+        return min(margins)
+
+    def _near(self, noise_level: float) -> list[tuple[float, Mapping[float, float]]]:
+        """The calibrated level that this is, or those directly below and above it, or none."""
+        for entry in self.levels:
+            if math.isclose(
+                entry[0], noise_level, rel_tol=_NOISE_TOLERANCE, abs_tol=_NOISE_TOLERANCE
+            ):
+                return [entry]
+        below = [entry for entry in self.levels if entry[0] < noise_level]
+        above = [entry for entry in self.levels if entry[0] > noise_level]
+        return [below[-1], above[0]] if below and above else []
+
+
+_Key = tuple[str, str, str, str]  # model, its SHA-256, space, concept
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A whole policy, as the judge reads it.
+
+    on_error: the decision on an image that could not be judged. uncovered: `warn` where the policy
+    accepts that a model does not see all of its prompts. locked: calibrated margins by (model, its
+    SHA-256, space, concept), None where the policy has no lock file.
+    """
+
+    policy: PolicyId
+    on_error: str
+    uncovered: str
+    concepts: tuple[Rule, ...]
+    cascade: Escalation | None = None
+    locked: Mapping[_Key, Calibrated] | None = None
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Rules:
+        """Read `Policy.plain()`.
+
+        Raises ValueError for an unknown schema_version and for whatever cannot be judged by.
+        """
+        version = plain.get("schema_version")
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise ValueError(f"policy: schema_version must be {SCHEMA_VERSION}, got {version!r}")
+        try:
+            cascade, lock = plain.get("cascade"), plain.get("lock")
+            rules = cls(
+                policy=PolicyId(str(plain["name"]), str(plain["version"]), str(plain["sha256"])),
+                on_error=on_error_of(plain),
+                uncovered=str(plain.get("uncovered", "error")),
+                concepts=tuple(Rule.of(concept) for concept in plain["concepts"]),
+                cascade=cascade and Escalation(cascade["first"], float(cascade["unsure"])),
+                locked=None if lock is None else _locked(lock["entries"]),
+            )
+        except (KeyError, TypeError) as error:
+            kind = type(error).__name__
+            raise ValueError(f"policy: cannot be read ({kind}: {error})") from error
+        if not rules.concepts:
+            raise ValueError("policy: has no concepts")
+        return rules
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """The concepts' ids, in the policy's order."""
+        return tuple(rule.id for rule in self.concepts)
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of all concepts, concept after concept."""
+        return tuple(prompt for rule in self.concepts for prompt in rule.prompts)
+
+    def __getitem__(self, concept: str) -> Rule:
+        """A concept by its id."""
+        return self.concepts[self.ids.index(concept)]
+
+    def bind(
+        self,
+        model: ModelId | None = None,
+        space: str | None = None,
+        logit_scale: float | None = None,
+        covered: Sequence[bool] | None = None,
+    ) -> BoundRules:
+        """The rules for scores of one model.
+
+        covered: whether the model sees each concept; None is all of them.
+        Raises ValueError where it does not see one and the policy does not say `uncovered: warn`,
+        or where it sees none.
+        """
+        count = len(self.concepts)
+        seen = (True,) * count if covered is None else tuple(bool(flag) for flag in covered)
+        if len(seen) != count:
+            raise ValueError(
+                f"covered must have one value for each of {count} concepts, got {len(seen)}"
+            )
+        hidden = [name for name, flag in zip(self.ids, seen, strict=True) if not flag]
+        if hidden and self.uncovered != "warn":
+            raise ValueError(
+                f"the model does not see {listed(hidden)}, and the policy says uncovered: error"
+            )
+        if len(hidden) == count:
+            raise ValueError("the model sees none of the policy's concepts")
+        return BoundRules(
+            self, None if model is None else ModelId(*model), space, logit_scale, seen
+        )
+
+
+@dataclass(frozen=True)
+class BoundRules:
+    """Rules, and the model whose scores are judged by them.
+
+    model, space: where calibrated margins are looked up. logit_scale: turns probabilities into
+    margins. covered: whether the model sees each concept.
+    """
+
+    rules: Rules
+    model: ModelId | None
+    space: str | None
+    logit_scale: float | None
+    covered: tuple[bool, ...]
+
+    def calibrated(self, k: int, noise_level: float) -> float:
+        """The margin of concept k, whose threshold is a false-positive rate.
+
+        Raises ValueError where it was not calibrated.
+        """
+        rule = self.rules.concepts[k]
+        rate = rule.threshold.value
+        asked = f"concept '{rule.id}' asks for a false-positive rate of {rate:g}"
+        if self.rules.locked is None:
+            raise ValueError(f"{asked}, but the policy has no lock file with calibrated margins")
+        if self.model is None or self.space is None:
+            raise ValueError(f"{asked}, but the model and latent space of the scores are not given")
+        found = self.rules.locked.get((*self.model, self.space, rule.id))
+        if found is None:
+            raise ValueError(
+                f"{asked}, but the lock file has none for model {self.model.name} "
+                f"({self.model.sha256[:12]}) on {self.space} latents"
+            )
+        return found.margin(rate, noise_level, asked)
+
+    def limit(self, k: int, noise_level: float = 0.0) -> float:
+        """The margin from which on concept k matches, whatever its threshold's kind.
+
+        That of a probability p is logit(p) / logit_scale: -inf for 0, inf for 1.
+        Raises ValueError where it cannot be known.
+        """
+        threshold = self.rules.concepts[k].threshold
+        if threshold.kind == "margin":
+            return threshold.value
+        if threshold.kind == "fpr":
+            return self.calibrated(k, noise_level)
+        scale, p = self.logit_scale, threshold.value
+        if scale is None or not scale > 0:
+            raise ValueError(f"the margin of a probability needs a logit_scale > 0, got {scale}")
+        if not 0 < p < 1:
+            return math.inf if p >= 1 else -math.inf
+        return math.log(p / (1 - p)) / scale
+
+
+def on_error_of(plain: Any) -> str:
+    """What a policy says of errors; block where it does not say, or cannot be read."""
+    try:
+        decision = plain["on_error"]
+    except Exception:
+        return "block"
+    return decision if decision in ("block", "review", "allow") else "block"
+
+
+def _locked(entries: Iterable[Mapping[str, Any]]) -> dict[_Key, Calibrated]:
+    levels: dict[_Key, dict[float, dict[float, float]]] = {}
+    for entry in entries:
+        key = (entry["model"], entry["model_sha256"], entry["space"], entry["concept"])
+        margins = {float(item["fpr"]): float(item["margin"]) for item in entry["margins"]}
+        levels.setdefault(key, {})[float(entry["noise_level"])] = margins
+    return {key: Calibrated(tuple(sorted(found.items()))) for key, found in levels.items()}

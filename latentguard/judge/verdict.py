@@ -1,0 +1,177 @@
+"""Verdict: what is decided about one image, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from latentguard.judge.model_id import ModelId
+
+SCHEMA_VERSION = 1
+
+DECISIONS = ("allow", "review", "steer", "block")
+"""From the mildest to the strictest."""
+ACTIONS = {"observe": "allow", "review": "review", "steer": "steer", "block": "block"}
+"""What a policy asks for where a concept matches, and the decision that it makes; from the mildest
+to the strictest."""
+SEVERITIES = ("low", "medium", "high", "critical")
+
+
+@dataclass(frozen=True)
+class ConceptScore:
+    """What one concept scored on one image.
+
+    margin: best cosine over the concept's prompts minus best over its contrast prompts.
+    probability: sigmoid(logit scale x margin).
+    threshold: {"kind", "value"}; with the kind fpr also {"margin"}, the calibrated one in use.
+    prompt: the prompt that matched best.
+    covered: whether the model can see the concept at all.
+    judged: whether this noise level lies in the concept's window.
+    matched: covered, judged, and at or above the threshold.
+    """
+
+    id: str
+    category: str
+    action: str
+    margin: float
+    probability: float
+    threshold: dict[str, str | float]
+    prompt: str
+    covered: bool
+    judged: bool
+    matched: bool
+
+    @property
+    def unit(self) -> str:
+        """What the threshold is compared with: `probability`, or `margin` (a difference of
+        cosines)."""
+        return "probability" if self.threshold["kind"] == "probability" else "margin"
+
+    @property
+    def score(self) -> float:
+        """The score in the unit of the threshold."""
+        return self.probability if self.unit == "probability" else self.margin
+
+    @property
+    def limit(self) -> float:
+        """The threshold in the same unit; NaN where none could be resolved."""
+        key = "margin" if self.threshold["kind"] == "fpr" else "value"
+        return float(self.threshold.get(key, math.nan))
+
+    @property
+    def gap(self) -> float:
+        """How far the score is above the threshold; NaN where that is not known."""
+        return self.score - self.limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is decided about one image.
+
+    decision: allow, review, steer or block. reason: one sentence. error: what kept the image from
+    being judged, or None. noise_level: noise-to-signal ratio, 0 is clean, inf where it is infinite
+    or unknown (null in JSON). concepts: every concept that could be scored, matched or not.
+    model: the encoder that scored it, None where none did or none was named.
+    """
+
+    schema_version: int
+    decision: str
+    reason: str
+    error: str | None
+    noise_level: float
+    concepts: tuple[ConceptScore, ...]
+    model: ModelId | None = None
+
+    @property
+    def matched(self) -> tuple[ConceptScore, ...]:
+        """The concepts that matched, `observe` included."""
+        return tuple(concept for concept in self.concepts if concept.matched)
+
+    def at_least(self, decision: str) -> bool:
+        """Whether the decision is `decision` or a stricter one."""
+        return DECISIONS.index(self.decision) >= DECISIONS.index(decision)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON-able data."""
+        data = asdict(self)
+        data["noise_level"] = self.noise_level if math.isfinite(self.noise_level) else None
+        data["concepts"] = [dict(concept) for concept in data["concepts"]]
+        data["model"] = None if self.model is None else self.model.to_dict()
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
+        """The verdict that `to_dict` gave; other keys, as in a scan's records, are left alone.
+
+        Raises ValueError for an unknown schema_version and for missing or ill-typed values.
+        """
+        version = data.get("schema_version")
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise ValueError(f"verdict: schema_version must be {SCHEMA_VERSION}, got {version!r}")
+        noise_level = _read(data, "noise_level", float, or_none=True)
+        decision = _read(data, "decision", str)
+        if decision not in DECISIONS:
+            raise ValueError(
+                f"verdict: decision must be one of {', '.join(DECISIONS)}, got {decision!r}"
+            )
+        return cls(
+            schema_version=version,
+            decision=decision,
+            reason=_read(data, "reason", str),
+            error=_read(data, "error", str, or_none=True),
+            noise_level=math.inf if noise_level is None else noise_level,
+            concepts=tuple(_read_concept(item) for item in _read(data, "concepts", list)),
+            model=_read_model(data),
+        )
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """A few names in quotes, and how many more there are."""
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _read(data: Mapping[str, Any], key: str, kind: type, *, or_none: bool = False) -> Any:
+    if key not in data:
+        raise ValueError(f"verdict: {key} is missing")
+    value = data[key]
+    if or_none and value is None:
+        return None
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind is float or not isinstance(value, kind):
+        raise ValueError(f"verdict: {key} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _read_model(data: Mapping[str, Any]) -> ModelId | None:
+    item = data.get("model")
+    if item is None:
+        return None
+    if isinstance(item, Mapping):
+        return ModelId(_read(item, "name", str), _read(item, "sha256", str))
+    # As in audit logs.
+    return ModelId(_read(data, "model", str), _read(data, "model_sha256", str))
+
+
+def _read_concept(item: Any) -> ConceptScore:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"verdict: concepts must hold mappings, got {item!r}")
+    threshold = _read(item, "threshold", dict)
+    limits = {"kind": _read(threshold, "kind", str), "value": _read(threshold, "value", float)}
+    if "margin" in threshold:
+        limits["margin"] = _read(threshold, "margin", float)
+    return ConceptScore(
+        id=_read(item, "id", str),
+        category=_read(item, "category", str),
+        action=_read(item, "action", str),
+        margin=_read(item, "margin", float),
+        probability=_read(item, "probability", float),
+        threshold=limits,
+        prompt=_read(item, "prompt", str),
+        covered=_read(item, "covered", bool),
+        judged=_read(item, "judged", bool),
+        matched=_read(item, "matched", bool),
+    )
