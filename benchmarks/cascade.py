@@ -23,13 +23,12 @@ from machine import machine
 from runtime import NANO, POLICY, RESULTS, THREADS
 
 from latentguard import Latents, Scorer, load_encoder
-from latentguard.cascade import by_first
 from latentguard.export import export_onnx, swap_policy
 from latentguard.files import load_latents
+from latentguard.judge import Verdict
 from latentguard.policy import Policy, load_policy
 from latentguard.policy.models import Cascade
 from latentguard.runtime import Guard
-from latentguard.verdict import Verdict
 
 CALIBRATION = 100
 UNSURE = (0.02, 0.05, 0.1)
@@ -77,23 +76,22 @@ def measure(folder: Path, latents: Latents) -> dict[str, Any]:
     paths |= {f"int8, then fp32 within {unsure}": file(folder, unsure) for unsure in UNSURE}
     times: dict[str, list[float]] = {name: [] for name in paths}
     found: dict[str, list[Verdict]] = {}
-    whole: dict[str, bool] = {}
+    sent: dict[str, list[bool]] = {}
     for _ in range(ROUNDS):
         for name, path in paths.items():
             # One at a time: threads of several guards would wait for work on the same cores.
             with Guard(path, threads=THREADS) as guard:
-                whole[name] = guard.first_model is not None
-                found[name] = []
+                found[name], sent[name] = [], []
                 for image in images:
                     start = time.perf_counter()
-                    found[name] += guard.scan(image[None])
+                    judged = guard.judge(image[None])
                     times[name].append(1e3 * (time.perf_counter() - start))
+                    found[name] += judged.verdicts
+                    sent[name] += judged.escalated or ()
     rows = [
         {
             "guard": name,
-            "sent": float(np.mean([not by_first(verdict) for verdict in verdicts]))
-            if whole[name]
-            else None,
+            "sent": float(np.mean(sent[name])) if sent[name] else None,
             "ms": statistics.fmean(times[name]),
             "same": sum(a.decision == b.decision for a, b in zip(verdicts, wanted, strict=True)),
         }

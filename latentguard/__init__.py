@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentguard.encoders import load_encoder
     from latentguard.guard import LatentGuard, optimize_noise
+    from latentguard.judge import Verdict
     from latentguard.policy import Policy, load_policy
     from latentguard.scan import scan_files
     from latentguard.scorer import Scorer
     from latentguard.spaces import Latents, LatentSpace
-    from latentguard.verdict import Verdict
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ _HOME = {
     "LatentSpace": "latentguard.spaces",
     "Policy": "latentguard.policy",
     "Scorer": "latentguard.scorer",
-    "Verdict": "latentguard.verdict",
+    "Verdict": "latentguard.judge",
     "load_encoder": "latentguard.encoders",
     "load_policy": "latentguard.policy",
     "optimize_noise": "latentguard.guard",

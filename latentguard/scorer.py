@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from latentguard import ops
-from latentguard.cascade import Cascade
 from latentguard.concepts import ConceptBank
 from latentguard.encoders import Encoder, Features, best_encoder, load_encoder, strongest_view
-from latentguard.errors import LatentsError, ModelError
+from latentguard.errors import LatentsError, ModelError, PolicyError
+from latentguard.judge import (
+    BoundRules,
+    CascadeJudge,
+    Heatmaps,
+    Judge,
+    Judged,
+    ModelId,
+    Rules,
+    Verdict,
+    decide,
+)
 from latentguard.policy import Policy, load_policy
 from latentguard.spaces import Latents, LatentSpace
-from latentguard.verdict import Verdict, decide
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,8 +73,8 @@ class Scorer:
         space: LatentSpace | str | None = None,
     ) -> None:
         self.policy = load_policy(policy)
-        self.plain = self.policy.plain()
-        """The policy as `latentguard.verdict` takes it."""
+        self.rules = Rules.of(self.policy.plain())
+        """The policy as the judge reads it."""
         if model == "auto" and self.policy.model is not None:
             model = self.policy.model
         wanted = self.policy.space if space is None else LatentSpace.get(space).name
@@ -81,22 +90,18 @@ class Scorer:
             )
         with self._exactly():
             self.bank = ConceptBank.build(self.policy, self.encoder)
+        self.bound = self._bound()
+        """The policy's rules for this model's scores."""
+        self._features: Callable[[Tensor], Features] = self.encoder.features
         self.first: Scorer | None = None
         """Of the first model of the policy's `cascade`."""
-        self._cascade: Cascade | None = None
+        self._judge: Judge[Latents] = _Alone(self)
         if self.policy.cascade is not None:
             alone = self.policy.model_copy(update={"cascade": None})
             first = load_encoder(self.policy.cascade.first, self.encoder.device)
             self.first = Scorer(alone, first)
-            self._cascade = Cascade(
-                self.plain,
-                (first.name, first.sha256),
-                first.space,
-                first.logit_scale,
-                self.first.bank.covered,
-                reads=self.encoder.space,
-            )
-        self._features: Callable[[Tensor], Features] = self.encoder.features
+            unsure = self.policy.cascade.unsure
+            self._judge = CascadeJudge(self.first._judge, self._judge, unsure, Latents.pick)
 
     def compile(self, mode: str = "default") -> None:
         """Compile the encoder with torch.compile: `mode` as there ("reduce-overhead" records CUDA
@@ -108,13 +113,7 @@ class Scorer:
 
         Raises LatentsError when the latents are of another space than the encoder's.
         """
-        encoder = self.encoder
-        with self._exactly():
-            features = self._features(self._input(latents))
-            probability, margin, best = ops.concept_similarity(
-                features.pooled.contiguous(), *self._head(), *self._bank(), encoder.logit_scale
-            )
-        return Scores(*strongest_view(features.tiles, probability, margin, best), noise_level)
+        return self._scores(self._seen(latents), noise_level)
 
     @torch.no_grad()
     def verdicts(
@@ -122,30 +121,35 @@ class Scorer:
     ) -> list[Verdict]:
         """One verdict for each image; what cannot be judged gets the policy's `on_error`.
 
+        As `judge`, without the rest of what that tells.
+        """
+        return list(self.judge(latents, noise_level, final).verdicts)
+
+    @torch.no_grad()
+    def judge(
+        self,
+        latents: Latents,
+        noise_level: float = 0.0,
+        final: bool = True,
+        heatmaps: bool = False,
+    ) -> Judged:
+        """Verdicts, and heat maps from the same pass through the encoder where they are asked for.
+
         With a `cascade` in the policy its first model judges, and this one what that is unsure of.
         `noise_level` is the noise-to-signal ratio (0 is clean); `final` says that nothing follows
         these latents. Raises LatentsError when they are of another space than the encoder's.
         """
-        if self.first is None or self._cascade is None:
-            return self.decide(self.score(latents, noise_level), final)
-        return self._cascade.judge(
-            self.first.verdicts(latents, noise_level, final),
-            lambda rest: self.decide(self.score(latents.pick(rest), noise_level), final),
-        )
+        return self._judge.judge(latents, noise_level, final, heatmaps)
 
     def decide(self, scores: Scores, final: bool = True) -> list[Verdict]:
-        """The verdicts that the policy gives scores."""
+        """The verdicts that the policy gives scores of this model."""
         return decide(
             scores.probability.cpu().numpy(),
             scores.margin.cpu().numpy(),
             scores.best_prompt.cpu().numpy(),
-            policy=self.plain,
-            prompts=self.bank.prompts,
-            covered=self.bank.covered,
-            noise_level=scores.noise_level,
-            final=final,
-            model=(self.encoder.name, self.encoder.sha256),
-            space=self.encoder.space,
+            self.bound,
+            scores.noise_level,
+            final,
         )
 
     @torch.no_grad()
@@ -155,12 +159,35 @@ class Scorer:
         Each cell is scored as if it were the image, so values compare with margins. Not available
         (LatentsError) where an encoder reads the image in tiles.
         """
-        encoder = self.encoder
+        return self._heatmaps(self._seen(latents))
+
+    def _bound(self) -> BoundRules:
+        encoder, rules = self.encoder, self.rules
+        model = ModelId(encoder.name, encoder.sha256)
+        try:
+            return rules.bind(model, encoder.space, encoder.logit_scale, self.bank.covered)
+        except ValueError as error:
+            raise PolicyError(f"policy '{rules.policy.name}': {error}") from error
+
+    def _seen(self, latents: Latents) -> Features:
         with self._exactly():
-            features = encoder.features(self._input(latents))
+            return self._features(self._input(latents))
+
+    def _scores(self, features: Features, noise_level: float) -> Scores:
+        with self._exactly():
+            probability, margin, best = ops.concept_similarity(
+                features.pooled.contiguous(),
+                *self._head(),
+                *self._bank(),
+                self.encoder.logit_scale,
+            )
+        return Scores(*strongest_view(features.tiles, probability, margin, best), noise_level)
+
+    def _heatmaps(self, features: Features) -> NDArray[np.float32]:
         if features.tiles != 1:
             raise LatentsError("heat maps need an encoder that reads an image in one view")
-        margin = ops.concept_heatmap(features.tokens.contiguous(), *self._head(), *self._bank())
+        with self._exactly():
+            margin = ops.concept_heatmap(features.tokens.contiguous(), *self._head(), *self._bank())
         found: NDArray[np.float32] = (
             margin.reshape(*margin.shape[:2], *features.grid).float().cpu().numpy()
         )
@@ -187,6 +214,34 @@ class Scorer:
     def _bank(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bank = self.bank
         return bank.embeddings, bank.segments, bank.contrast, bank.contrast_segments
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A scorer without its cascade, as a judge."""
+
+    scorer: Scorer
+
+    @property
+    def bound(self) -> BoundRules:
+        return self.scorer.bound
+
+    def judge(
+        self,
+        latents: Latents,
+        noise_level: float = 0.0,
+        final: bool = True,
+        heatmaps: bool = False,
+    ) -> Judged:
+        features = self.scorer._seen(latents)
+        verdicts = self.scorer.decide(self.scorer._scores(features, noise_level), final)
+        return Judged(verdicts, self._maps(features) if heatmaps else None)
+
+    def _maps(self, features: Features) -> Heatmaps:
+        try:
+            return Heatmaps(self.scorer._heatmaps(features))
+        except Exception as error:  # they are an addition: the verdicts stand without them
+            return Heatmaps(problem=str(error) or type(error).__name__)
 
 
 def _encoder(

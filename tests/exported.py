@@ -15,6 +15,7 @@ from latentguard.encoders.catalog import LatentClipConfig
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.export import write
 from latentguard.files import load_latents
+from latentguard.judge import Verdict
 from latentguard.policy import Policy, parse_policy
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
@@ -37,6 +38,11 @@ SECOND = LatentClipConfig(
 
 UNSURE = 0.17
 """Of the bundled latents nano-flux2 passes on some with it; none of them is within 0.001 of it."""
+
+
+def by_first(verdict: Verdict) -> bool:
+    """Whether the first model of a cascade decided: the reason says so."""
+    return verdict.reason.endswith("the first model of the cascade)")
 
 
 @contextmanager

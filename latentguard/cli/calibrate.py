@@ -170,7 +170,7 @@ def _print(policy: Policy, margins: Margins, table: list[Row]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from latentguard.verdict import PURE_NOISE
+    from latentguard.judge import PURE_NOISE
 
     rates = sorted({row.fpr for row in table})
     name, digest = margins.model

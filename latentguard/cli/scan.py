@@ -131,7 +131,7 @@ def scan(
         sha256=sha256,
     )
     summary = Summary(run.policy_id)
-    page = Report(run.plain, report_limit) if report else None
+    page = Report(run.rules, report_limit) if report else None
     try:
         _run(run, summary, page, output_format, output, quiet)
         if page is not None and report is not None and summary.images:
@@ -187,7 +187,7 @@ def _sink(output_format: Format, file: TextIO, run: Scan) -> Sink:
     if output_format is Format.json:
         return JsonLines(file)
     if output_format is Format.csv:
-        return Csv(file, run.plain)
+        return Csv(file, run.rules)
     from latentguard.scan.table import Table
 
     return Table(file)
@@ -258,7 +258,7 @@ def _conclude(summary: Summary, report: Path | None, to_stdout: bool) -> None:
 
 def _exit_code(summary: Summary, fail_on: FailOn) -> int:
     from latentguard.cli import EXIT_MATCH, EXIT_UNREADABLE
-    from latentguard.verdict import DECISIONS
+    from latentguard.judge import DECISIONS
 
     if summary.outcomes["error"]:
         return EXIT_UNREADABLE

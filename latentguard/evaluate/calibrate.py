@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from latentguard.errors import LatentsError, ModelError
+from latentguard.judge import PURE_NOISE
 from latentguard.policy import CalibratedMargin, Lock, LockEntry, Policy, load_policy
-from latentguard.verdict import PURE_NOISE
 
 if TYPE_CHECKING:
     from latentguard.encoders import Encoder

@@ -15,10 +15,10 @@ from latentguard.encoders import Encoder
 from latentguard.errors import ModelError, PolicyError
 from latentguard.evaluate.metrics import Estimate, Separation, separation, wilson
 from latentguard.evaluate.reading import batches
+from latentguard.judge import ModelId, Rules
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
-from latentguard.verdict import resolve_threshold
 
 RESAMPLES = 1000
 
@@ -134,16 +134,12 @@ def measured(
 ) -> Detection:
     """A Detection from margins; `scorer` holds the one concept of `policy` that they are of."""
     encoder = scorer.encoder
-    plain = policy.plain()
-    concept = next(c for c in plain["concepts"] if c["id"] == scorer.policy.concepts[0].id)
+    model = ModelId(encoder.name, encoder.sha256)
+    concept = scorer.policy.concepts[0].id
+    rules = Rules.of(policy.plain())
+    bound = rules.bind(model, encoder.space, encoder.logit_scale)
     try:
-        threshold = resolve_threshold(
-            concept,
-            plain,
-            (encoder.name, encoder.sha256),
-            encoder.space,
-            logit_scale=encoder.logit_scale,
-        )
+        threshold = bound.limit(rules.ids.index(concept))
     except ValueError:
         operating = None
     else:
@@ -153,9 +149,9 @@ def measured(
             wilson(int((negatives >= threshold).sum()), len(negatives)),
         )
     return Detection(
-        concept["id"],
+        concept,
         {"name": policy.name, "version": policy.version, "sha256": policy.sha256},
-        {"name": encoder.name, "sha256": encoder.sha256},
+        model.to_dict(),
         positives,
         negatives,
         separation(positives, negatives, resamples, seed),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentguard.errors import ModelError
-from latentguard.verdict import PURE_NOISE
+from latentguard.judge import PURE_NOISE
 
 if TYPE_CHECKING:
     from latentguard.evaluate.calibrate import Row

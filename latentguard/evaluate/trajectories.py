@@ -20,8 +20,8 @@ import numpy as np
 
 from latentguard.errors import LatentsError
 from latentguard.evaluate.calibrate import Margins
+from latentguard.judge import PURE_NOISE
 from latentguard.policy import Policy
-from latentguard.verdict import PURE_NOISE
 
 SAME_LEVEL = 1e-4
 """Noise levels that differ by less, relatively, are one: the verdicts' own tolerance."""

@@ -31,7 +31,7 @@ def describe(
     space = LatentSpace.get(encoder.space)
     return {
         "schema_version": SCHEMA_VERSION,
-        "policy": scorer.plain,
+        "policy": scorer.policy.plain(),
         "prompts": list(scorer.bank.prompts),
         "covered": list(scorer.bank.covered),
         "model": {"name": encoder.name, "sha256": encoder.sha256, "notes": encoder.notes},

@@ -139,15 +139,15 @@ def _write_scores(folder: Path, artefact: Artefact) -> None:
 
 
 def _write_decision(folder: Path, rules: dict[str, Any]) -> None:
-    """model.py, the rules, and verdict.py: it needs NumPy, and latentguard not installed."""
+    """model.py, the rules, and the judge: it needs NumPy, and latentguard not installed."""
     package = folder / "latentguard"
-    package.mkdir(parents=True)
+    (package / "judge").mkdir(parents=True)
     ours = resources.files("latentguard")
     (folder / "model.py").write_text(
         (ours / "export" / "triton_decision.py").read_text(encoding="utf-8"), encoding="utf-8"
     )
     (package / "__init__.py").write_text('"""The part of latentguard that decides."""\n')
-    (package / "verdict.py").write_text(
-        (ours / "verdict.py").read_text(encoding="utf-8"), encoding="utf-8"
-    )
+    parts = [part for part in (ours / "judge").iterdir() if part.name.endswith(".py")]
+    for part, name in ((ours / "errors.py", "errors.py"), *((p, f"judge/{p.name}") for p in parts)):
+        (package / name).write_text(part.read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "rules.json").write_text(json.dumps(rules, sort_keys=True, allow_nan=False))

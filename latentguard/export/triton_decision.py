@@ -1,6 +1,6 @@
 """Scores to verdicts, as a step of a Triton ensemble. Needs NumPy alone.
 
-`latentguard export triton` writes this file as model.py, with rules.json and latentguard/verdict.py
+`latentguard export triton` writes this file as model.py, with rules.json and latentguard/judge
 beside it.
 """
 
@@ -18,7 +18,7 @@ _HERE = Path(__file__).parent
 # Before whatever latentguard is installed: the verdicts are those of the export.
 sys.path.insert(0, str(_HERE))
 
-from latentguard.verdict import decide  # noqa: E402
+from latentguard.judge import ModelId, Rules, decide  # noqa: E402
 
 
 class TritonPythonModel:
@@ -27,10 +27,12 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the rules. Whatever cannot be read keeps Triton from serving the model."""
-        self._rules: dict[str, Any] = json.loads((_HERE / "rules.json").read_text("utf-8"))
-        concepts = len(self._rules["policy"]["concepts"])
-        if concepts == 0 or concepts != len(self._rules["covered"]):
-            raise ValueError("rules.json: the policy and the covered concepts do not fit")
+        given: dict[str, Any] = json.loads((_HERE / "rules.json").read_text("utf-8"))
+        rules = Rules.of(given["policy"])
+        if list(rules.prompts) != given["prompts"]:
+            raise ValueError("rules.json: the policy and the prompts do not fit")
+        model = ModelId(given["model"]["name"], given["model"]["sha256"])
+        self._bound = rules.bind(model, given["space"], covered=given["covered"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response for each request: verdicts, or an error. Never an answer without either."""
@@ -59,16 +61,7 @@ class TritonPythonModel:
             np.where(finite[:, None], scores, np.nan).astype(scores.dtype)
             for scores in (probability, margin)
         )
-        verdicts = decide(
-            probability,
-            margin,
-            best,
-            policy=self._rules["policy"],
-            prompts=self._rules["prompts"],
-            covered=self._rules["covered"],
-            model=(self._rules["model"]["name"], self._rules["model"]["sha256"]),
-            space=self._rules["space"],
-        )
+        verdicts = decide(probability, margin, best, self._bound)
         if len(verdicts) != len(latents):
             raise ValueError(f"{len(verdicts)} verdicts on {len(latents)} images")
         texts = [json.dumps(verdict.to_dict(), allow_nan=False) for verdict in verdicts]

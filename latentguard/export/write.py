@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import torch
 
-from latentguard.cascade import by_first
 from latentguard.encoders import Encoder
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.errors import LatentsError, ModelError
@@ -24,12 +23,12 @@ from latentguard.export.metadata import describe, write_metadata
 from latentguard.export.optimize import optimize
 from latentguard.export.quantize import convert
 from latentguard.export.samples import bundled, drawn, resized
+from latentguard.judge import Verdict
 from latentguard.policy import Policy
 from latentguard.runtime import Guard
 from latentguard.runtime.artefact import plain
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
-from latentguard.verdict import Verdict
 
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 
@@ -308,7 +307,7 @@ def compare(
     merging: whether tokens merge in PyTorch's second model, where they do in the file.
     """
     margin = embedding = 0.0
-    cosine, same, sure = 1.0, 0, 0
+    cosine, same, sent = 1.0, 0, 0
     with Guard(path, providers=["CPUExecutionProvider"]) as guard:
         for begin in range(0, len(latents), 16):
             batch = latents[begin : begin + 16]
@@ -322,11 +321,12 @@ def compare(
             embedding = float(np.maximum(embedding, _largest(outputs["embedding"], embedded)))
             cosines = (outputs["embedding"] * embedded.numpy()).sum(1)
             cosine = float(np.minimum(cosine, cosines.min()))
-            verdicts = guard.scan(batch.tensor.numpy())
-            same += sum(_outcome(a) == _outcome(b) for a, b in zip(verdicts, decided, strict=True))
-            sure += sum(map(by_first, verdicts))
-    sent = None if scorer.first is None else len(latents) - sure
-    return Checked(len(latents), real, margin, embedding, cosine, same, sent)
+            judged = guard.judge(batch.tensor.numpy())
+            pairs = zip(judged.verdicts, decided, strict=True)
+            same += sum(_outcome(a) == _outcome(b) for a, b in pairs)
+            sent += sum(judged.escalated or ())
+    escalated = None if scorer.first is None else sent
+    return Checked(len(latents), real, margin, embedding, cosine, same, escalated)
 
 
 def _merges(encoder: Encoder) -> bool:

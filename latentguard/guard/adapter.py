@@ -23,10 +23,10 @@ from latentguard.guard.output import GenerationBlocked
 from latentguard.guard.patches import install
 from latentguard.guard.record import StepRecord
 from latentguard.guard.sessions import Limits, Session
+from latentguard.judge import Verdict
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer
 from latentguard.spaces import LatentSpace
-from latentguard.verdict import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from typing import Any
 
 from latentguard.guard.record import StepRecord
 from latentguard.guard.sessions import Session
-from latentguard.verdict import SCHEMA_VERSION
+from latentguard.judge import SCHEMA_VERSION
 
 
 class AuditLog:

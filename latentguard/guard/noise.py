@@ -22,10 +22,10 @@ from latentguard.errors import LatentsError
 from latentguard.guard.attachment import guards_of, holds_guard
 from latentguard.guard.layout import packed_size, read, space_of
 from latentguard.guard.output import images_of
+from latentguard.judge import Verdict
 from latentguard.policy import Policy
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents, LatentSpace
-from latentguard.verdict import Verdict, resolve_threshold
 
 Reward = Callable[[Latents], Tensor]
 """From clean latents [B, ...] to one number an image [B], differentiable; larger is better."""
@@ -63,17 +63,11 @@ class Safety:
 
     def __init__(self, scorer: Scorer, slack: float = 0.02) -> None:
         self._scorer = scorer
-        encoder, plain = scorer.encoder, scorer.policy.plain()
-        model = (encoder.name, encoder.sha256)
-        acting = [c for c in plain["concepts"] if c["action"] in ("block", "steer")]
-        self._columns = [plain["concepts"].index(concept) for concept in acting]
-        limits = [
-            resolve_threshold(
-                concept, plain, model, encoder.space, 0.0, logit_scale=encoder.logit_scale
-            )
-            for concept in acting
-        ]
-        self._limits = torch.tensor(limits, device=encoder.device) - slack
+        concepts = scorer.rules.concepts
+        acting = ("block", "steer")
+        self._columns = [k for k, rule in enumerate(concepts) if rule.action in acting]
+        limits = [scorer.bound.limit(k) for k in self._columns]
+        self._limits = torch.tensor(limits, device=scorer.encoder.device) - slack
 
     def __call__(self, latents: Latents) -> Tensor:
         margin = self._scorer.score(latents).margin[:, self._columns]

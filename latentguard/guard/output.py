@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from latentguard.errors import LatentGuardError
-from latentguard.verdict import Verdict
+from latentguard.judge import Verdict
 
 
 class GenerationBlocked(LatentGuardError):  # noqa: N818 (an outcome, not a fault)

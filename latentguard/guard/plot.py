@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from latentguard.errors import LatentsError, ModelError
 from latentguard.guard.record import StepRecord
 from latentguard.guard.sessions import Session
-from latentguard.verdict import ConceptScore
+from latentguard.judge import ConceptScore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from latentguard.verdict import SCHEMA_VERSION, Verdict
+from latentguard.judge import SCHEMA_VERSION, Verdict
 
 Action = Literal["none", "steered", "blocked", "already blocked"]
 

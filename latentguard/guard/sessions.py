@@ -22,10 +22,10 @@ from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError, PolicyError
 from latentguard.guard.record import Action, Steering, StepRecord, session_data
 from latentguard.guard.steering import Steerer
+from latentguard.judge import Verdict, failed
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer, Scores
 from latentguard.spaces import Latents
-from latentguard.verdict import Verdict, failed
 
 logger = logging.getLogger("latentguard.guard")
 
@@ -129,7 +129,6 @@ class Session:
         """The text of each image, for audit logs that ask for it; nothing else reads it."""
         self.limits = limits or Limits()
         self._on_record = on_record
-        self._plain = scorer.plain
         acts = any(c.action in ("block", "steer") for c in scorer.policy.concepts)
         self._defers = not acts and scorer.policy.cascade is None
         self._steerer = Steerer(scorer)
@@ -258,7 +257,7 @@ class Session:
         stood at each step is in `StepResult.verdicts` and in `history`.
         """
         self._resolve()
-        missing = failed("the final latents were never scored", self._plain)
+        missing = failed("the final latents were never scored", self.scorer.rules)
         done = self.finished
         return [
             one
@@ -354,7 +353,7 @@ class Session:
 
     def _failed(self, error: Exception, level: float) -> list[Verdict | None]:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        verdict = failed(f"{kind}{error}", self._plain, level)
+        verdict = failed(f"{kind}{error}", self.scorer.rules, level)
         blocked = self._state.blocked
         return [None if i in blocked else verdict for i in range(self._state.count)]
 
@@ -478,7 +477,7 @@ class Session:
             state.unrecorded = False
 
     def _current(self) -> tuple[Verdict, ...]:
-        missing = failed("not scored yet", self._plain)
+        missing = failed("not scored yet", self.scorer.rules)
         return tuple(verdict or missing for verdict in self._state.latest)
 
     def _result(self, latents: Latents, verdicts: tuple[Verdict, ...]) -> StepResult:

@@ -26,7 +26,6 @@ from torch import Tensor
 from latentguard.guard.record import Steering
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
-from latentguard.verdict import resolve_threshold
 
 FADE = 0.5
 """Share of what is left of the matched content that one step fades."""
@@ -52,7 +51,7 @@ class Steerer:
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-        self._plain = scorer.plain
+        self._concepts = scorer.rules.concepts
 
     def __call__(
         self,
@@ -83,24 +82,14 @@ class Steerer:
 
     def limits(self, concepts: Sequence[set[str]], noise_level: float) -> Tensor:
         """The margins [B, K] under which steered images have to come, inf for other concepts."""
-        encoder = self._scorer.encoder
-        model = (encoder.name, encoder.sha256)
         wanted = set().union(*concepts)
         limits = [
-            resolve_threshold(
-                concept,
-                self._plain,
-                model,
-                encoder.space,
-                noise_level,
-                logit_scale=encoder.logit_scale,
-            )
-            if concept["id"] in wanted
-            else math.inf
-            for concept in self._plain["concepts"]
+            self._scorer.bound.limit(k, noise_level) if rule.id in wanted else math.inf
+            for k, rule in enumerate(self._concepts)
         ]
         asked = self._asked(concepts)
-        found = torch.tensor(limits).expand(asked.shape) - RELEASE / encoder.logit_scale
+        release = RELEASE / self._scorer.encoder.logit_scale
+        found = torch.tensor(limits).expand(asked.shape) - release
         return found.masked_fill(~asked, math.inf)
 
     def above(
@@ -114,7 +103,7 @@ class Steerer:
         for row, limit in zip(margins, limits, strict=True):
             k = int((row - limit).argmax())
             found.append(
-                f"concept '{self._plain['concepts'][k]['id']}' was steered away from, and its "
+                f"concept '{self._concepts[k].id}' was steered away from, and its "
                 f"margin of {row[k]:.3f} is not under {limit[k]:.3f}, where it was to come"
                 if row[k] > limit[k]
                 else None
@@ -135,8 +124,7 @@ class Steerer:
         start = x0.tensor.detach().clone().float()
         device = start.device
         limits = self.limits(concepts, noise_level).to(device)
-        steers = [concept["steer"] or {"strength": 0.0} for concept in self._plain["concepts"]]
-        strengths = torch.tensor([float(steer["strength"]) for steer in steers])
+        strengths = torch.tensor([r.steer.strength if r.steer else 0.0 for r in self._concepts])
         weights = (strengths * self._asked(concepts)).to(device)
         iterations = self._iterations(concepts, device)
         moving = start.clone()
@@ -171,12 +159,12 @@ class Steerer:
         return moved, self._records(limits, first, last, taken)
 
     def _asked(self, concepts: Sequence[set[str]]) -> Tensor:
-        ids = [concept["id"] for concept in self._plain["concepts"]]
+        ids = self._scorer.rules.ids
         return torch.tensor([[name in names for name in ids] for names in concepts])
 
     def _iterations(self, concepts: Sequence[set[str]], device: torch.device) -> Tensor:
         """How many steps each image may take, [B]."""
-        allowed = {c["id"]: c["steer"]["iterations"] for c in self._plain["concepts"] if c["steer"]}
+        allowed = {rule.id: rule.steer.iterations for rule in self._concepts if rule.steer}
         return torch.tensor([max(allowed[name] for name in names) for names in concepts]).to(device)
 
     def _records(
@@ -192,9 +180,8 @@ class Steerer:
             (last <= limits).all(1).tolist(),
             strict=True,
         )
-        names = [concept["id"] for concept in self._plain["concepts"]]
         return [
-            Steering(names[k], count, a, b, done) if count else None
+            Steering(self._concepts[k].id, count, a, b, done) if count else None
             for k, count, a, b, done in rows
         ]
 

@@ -20,10 +20,11 @@ class CascadeJudge(Generic[Batch]):
     """Two judges of one policy, itself a judge.
 
     The first is sure of an image where every concept's margin is further from its threshold than
-    the policy's `unsure`, and nothing went wrong; its verdict stands then.
+    `unsure`, and nothing went wrong; its verdict stands then.
 
     Args:
-        first, second: the judges; both are bound to the same rules, which have a `cascade`.
+        first, second: the judges, of one policy.
+        unsure: the policy's, a distance in margins.
         pick: some images of a batch, by their indices.
 
     Raises ModelError where the first judge reads another space, cannot see all concepts, or has no
@@ -35,9 +36,11 @@ class CascadeJudge(Generic[Batch]):
         self,
         first: Judge[Batch],
         second: Judge[Batch],
+        unsure: float,
         pick: Callable[[Batch, list[int]], Batch],
     ) -> None:
-        self.first, self.second, self._pick = first, second, pick
+        self.first, self.second = first, second
+        self._unsure, self._pick = unsure, pick
         _check_first(first.bound, second.bound)
 
     @property
@@ -79,15 +82,14 @@ class CascadeJudge(Generic[Batch]):
     def is_sure(self, verdict: Verdict) -> bool:
         """Whether a verdict of the first judge stands."""
         bound = self.first.bound
-        cascade = bound.rules.cascade
-        if verdict.error is not None or cascade is None:
+        if verdict.error is not None:
             return False
         for score in verdict.concepts:
             if not score.judged:
                 continue
             limit = bound.limit(bound.rules.ids.index(score.id), verdict.noise_level)
             # Not "<=": a NaN is never sure.
-            if not abs(score.margin - limit) > cascade.unsure:
+            if not abs(score.margin - limit) > self._unsure:
                 return False
         return True
 

@@ -154,12 +154,13 @@ _Key = tuple[str, str, str, str]  # model, its SHA-256, space, concept
 class Rules:
     """A whole policy, as the judge reads it.
 
-    on_error: the decision on an image that could not be judged. uncovered: `warn` where the policy
-    accepts that a model does not see all of its prompts. locked: calibrated margins by (model, its
-    SHA-256, space, concept), None where the policy has no lock file.
+    description: for people. on_error: the decision on an image that could not be judged.
+    uncovered: `warn` where the policy accepts that a model does not see all of its concepts.
+    locked: calibrated margins by (model, its SHA-256, space, concept), None without a lock file.
     """
 
     policy: PolicyId
+    description: str
     on_error: str
     uncovered: str
     concepts: tuple[Rule, ...]
@@ -172,6 +173,8 @@ class Rules:
 
         Raises ValueError for an unknown schema_version and for whatever cannot be judged by.
         """
+        if not isinstance(plain, Mapping):
+            raise ValueError(f"policy: must be a mapping, got {type(plain).__name__}")
         version = plain.get("schema_version")
         if type(version) is not int or version != SCHEMA_VERSION:
             raise ValueError(f"policy: schema_version must be {SCHEMA_VERSION}, got {version!r}")
@@ -179,6 +182,7 @@ class Rules:
             cascade, lock = plain.get("cascade"), plain.get("lock")
             rules = cls(
                 policy=PolicyId(str(plain["name"]), str(plain["version"]), str(plain["sha256"])),
+                description=str(plain.get("description") or ""),
                 on_error=on_error_of(plain),
                 uncovered=str(plain.get("uncovered", "error")),
                 concepts=tuple(Rule.of(concept) for concept in plain["concepts"]),

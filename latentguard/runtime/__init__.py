@@ -1,7 +1,7 @@
 """Verdicts in production: ONNX Runtime and NumPy, nothing else.
 
 Reading order: artefact.py (what is in the file, and what is refused) with wire.py -> session.py ->
-network.py (scores and verdicts of one file) -> guard.py (one network, or a cascade) -> batching.py.
+network.py (scores and verdicts of one file) -> scorer.py (one, or a cascade) -> batching.py.
 
 from latentguard.runtime import Guard
 
@@ -13,14 +13,15 @@ for verdict in guard.scan(latents):
 from __future__ import annotations
 
 from latentguard.errors import LatentsError, ModelError
+from latentguard.judge import ConceptScore, Judged, Verdict
 from latentguard.runtime.batching import Batching, Overloaded
-from latentguard.runtime.guard import Guard
-from latentguard.verdict import ConceptScore, Verdict
+from latentguard.runtime.scorer import Guard
 
 __all__ = [
     "Batching",
     "ConceptScore",
     "Guard",
+    "Judged",
     "LatentsError",
     "ModelError",
     "Overloaded",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
+from latentguard.judge import BoundRules, Heatmaps, Judged, ModelId, Rules, decide
 from latentguard.runtime.artefact import HEATMAP, INPUT, OUTPUTS, Artefact
 from latentguard.runtime.batching import Array, Batcher, Batching, Outputs
 from latentguard.runtime.session import Provider, create_session, first_line
-from latentguard.verdict import Verdict, decide
 
 RUN_CELLS = 16 * 64 * 64
 """Latent cells of one run: 16 images of 512 x 512 pixels. Larger arrays are run in pieces, so that
@@ -35,33 +36,64 @@ class Network:
     ) -> None:
         self.path = artefact.path
         self.metadata = artefact.metadata
-        self.names = [*OUTPUTS, HEATMAP] if artefact.heatmaps else [*OUTPUTS]
+        self.has_heatmaps = artefact.heatmaps
+        self.bound = _bound(artefact)
         self._session = create_session(artefact, providers, threads, spin)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         self._bind = self.providers[0] != "CPUExecutionProvider"
         self._lock = threading.Lock()
+        self._batcher: Batcher | None = None
         if warm_up:
             self._check_run()
-        self._batcher: Batcher | None = None
 
     @property
-    def model(self) -> tuple[str, str]:
+    def model(self) -> ModelId:
         """Name and SHA-256 of the encoder."""
-        return self.metadata["model"]["name"], self.metadata["model"]["sha256"]
+        return _model(self.metadata)
 
-    def verdicts(self, array: Array, noise_level: float, final: bool) -> list[Verdict]:
-        """One for each image. Raises as `outputs` does."""
-        return self._decide(self.outputs(array), noise_level, final)
+    def judge(
+        self,
+        latents: Array,
+        noise_level: float = 0.0,
+        final: bool = True,
+        heatmaps: bool = False,
+    ) -> Judged:
+        """Verdicts on [B, C, H, W]; heat maps from the same run. Raises as `outputs` does."""
+        with_maps = heatmaps and self.has_heatmaps
+        outputs = self.outputs(latents, with_maps)
+        verdicts = decide(
+            outputs["probability"],
+            outputs["margin"],
+            outputs["best_prompt"],
+            self.bound,
+            noise_level,
+            final,
+        )
+        if not heatmaps:
+            return Judged(verdicts)
+        if not with_maps:
+            return Judged(verdicts, Heatmaps(problem=self.no_heatmaps))
+        return Judged(verdicts, Heatmaps(outputs[HEATMAP].astype(np.float32, copy=False)))
 
-    def outputs(self, array: Array) -> Outputs:
+    @property
+    def no_heatmaps(self) -> str:
+        """What a file without heat maps is told by."""
+        return f"{self.path}: was exported without heat maps: use --heatmaps"
+
+    def outputs(self, array: Array, heatmaps: bool = False) -> Outputs:
         """What the graph gives for [B, C, H, W]; rows of images that are not finite are NaN.
 
-        Raises Overloaded, and whatever ONNX Runtime raises.
+        Heat maps are computed where they are asked for, and never together with other threads'
+        arrays. Raises Overloaded, and whatever ONNX Runtime raises.
         """
         finite = np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
         # Clips in a network can hide a NaN; no image gets its score from one.
         safe = array if finite.all() else np.where(finite[:, None, None, None], array, 0)
-        run = self._run if self._batcher is None else self._batcher
+        run: Callable[[Array], Outputs] = self._run
+        if heatmaps:
+            run = self._run_with_heatmaps
+        elif self._batcher is not None:
+            run = self._batcher
         step = max(1, RUN_CELLS // (array.shape[2] * array.shape[3]))
         parts = [run(safe[begin : begin + step]) for begin in range(0, len(array), step)]
         outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -82,32 +114,24 @@ class Network:
             self._batcher.close()
 
     def _run(self, array: NDArray[np.float32]) -> Outputs:
+        return self._run_for(array, OUTPUTS)
+
+    def _run_with_heatmaps(self, array: NDArray[np.float32]) -> Outputs:
+        return self._run_for(array, (*OUTPUTS, HEATMAP))
+
+    def _run_for(self, array: NDArray[np.float32], names: Sequence[str]) -> Outputs:
         if not self._bind:
-            values = self._session.run(self.names, {INPUT: array})
+            values = self._session.run(list(names), {INPUT: array})
         else:
             binding = self._session.io_binding()
             binding.bind_cpu_input(INPUT, array)
-            for name in self.names:
+            for name in names:
                 binding.bind_output(name)
             # Two runs at a time would share the stream, and the memory of a captured graph.
             with self._lock:
                 self._session.run_with_iobinding(binding)
             values = binding.copy_outputs_to_cpu()
-        return dict(zip(self.names, values, strict=True))
-
-    def _decide(self, outputs: Outputs, noise_level: float, final: bool) -> list[Verdict]:
-        return decide(
-            outputs["probability"],
-            outputs["margin"],
-            outputs["best_prompt"],
-            policy=self.metadata["policy"],
-            prompts=self.metadata["prompts"],
-            covered=self.metadata["covered"],
-            noise_level=noise_level,
-            final=final,
-            model=self.model,
-            space=self.metadata["space"],
-        )
+        return dict(zip(names, values, strict=True))
 
     def _check_run(self) -> None:
         """Raise ModelError where the network does not run, or its scores are not the policy's."""
@@ -115,10 +139,28 @@ class Network:
         shape = (1, self.metadata["channels"], *sides)
         array = np.random.default_rng(0).standard_normal(shape, np.float32)
         try:
-            outputs = self._run(array)
+            verdicts = self.judge(array).verdicts
         except Exception as error:
             raise ModelError(f"{self.path}: does not run: {first_line(error)}") from error
-        verdicts = self._decide(outputs, 0.0, True)
         # A threshold that lacks a calibration is an error of that noise level, not of the file.
         if len(verdicts) != 1 or not verdicts[0].concepts:
             raise ModelError(f"{self.path}: does not fit its policy: {verdicts[0].error}")
+
+
+def _model(metadata: dict[str, Any]) -> ModelId:
+    return ModelId(metadata["model"]["name"], metadata["model"]["sha256"])
+
+
+def _bound(artefact: Artefact) -> BoundRules:
+    """The file's policy for its model's scores. Raises ModelError where the two do not fit."""
+    metadata = artefact.metadata
+    try:
+        rules = Rules.of(metadata["policy"])
+        if list(metadata["prompts"]) != list(rules.prompts):
+            raise ValueError("its prompts are not those of the policy")
+        return rules.bind(
+            _model(metadata), metadata["space"], metadata["logit_scale"], metadata["covered"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ModelError(f"{artefact.path}: does not fit its policy: {kind}{error}") from error

@@ -6,8 +6,9 @@ lines.py (JSON lines, CSV), table.py, report.py with page.py and card.py. text.p
 text harmless in all of them.
 """
 
+from latentguard.judge import ModelId, PolicyId
 from latentguard.scan.engine import Scan, scan_files
-from latentguard.scan.record import ModelId, PolicyId, ScanRecord
+from latentguard.scan.record import ScanRecord
 from latentguard.scan.report import Report
 from latentguard.scan.summary import ModelInfo, Summary
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from latentguard.scan.image import data_uri, heat_png, outline
 from latentguard.scan.markup import Html, el, join
-from latentguard.scan.record import ScanRecord, score_of, threshold_of
+from latentguard.scan.record import ScanRecord
 
 if TYPE_CHECKING:
+    from latentguard.judge import ConceptScore
     from latentguard.scan.report import Card
-    from latentguard.verdict import ConceptScore
 
 ROWS = 4
 """Concepts shown at once; the rest unfold."""
@@ -180,7 +180,7 @@ def _scores(item: Card, scales: Scales) -> Html | None:
 def _row(concept: ConceptScore, scales: Scales, group: str, heat: int | None) -> Html:
     """A bar from the low end of the axis to the score, with a mark at the threshold."""
     kind = concept.threshold["kind"]
-    score, limit = score_of(concept), threshold_of(concept)
+    score, limit = concept.score, concept.limit
     at = scales.place(score, str(kind))
     mark = None
     if np.isfinite(limit):

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latentguard.errors import LatentGuardError, LatentsError, ModelError
 from latentguard.files import ArrayRecord, read_arrays
+from latentguard.judge import Heatmaps, ModelId, PolicyId, Rules, Verdict, failed
 from latentguard.policy import Policy
-from latentguard.scan.judging import Judge, Model
-from latentguard.scan.record import ModelId, PolicyId, ScanRecord, rank
+from latentguard.scan.judges import Judges, SpaceJudge
+from latentguard.scan.record import ScanRecord, rank
 from latentguard.scan.summary import ModelInfo
-from latentguard.verdict import Verdict, failed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,55 +114,54 @@ class Scan:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         self._records = read_arrays(self.paths, self.space, self.scaled)
-        self._judge = self._make_judge()
-        self._severity = {c["id"]: c.get("severity", "medium") for c in self.plain["concepts"]}
+        self._judges = self._make_judges()
 
-    def _make_judge(self) -> Judge:
+    def _make_judges(self) -> Judges:
         if self.runtime == "onnx":
-            from latentguard.scan.onnx import OnnxJudge
+            from latentguard.scan.judges import OnnxJudges
 
             if not isinstance(self.model, (str, Path)) or str(self.model) == "auto":
                 raise ModelError("the onnx runtime needs --model FILE.onnx, an exported file")
             device = None if self.device is None else str(self.device)
-            return OnnxJudge(self.model, self.policy, device, self.space, self.sha256)
-        from latentguard.scan.scoring import ScorerJudge
+            return OnnxJudges(self.model, self.policy, device, self.space, self.sha256)
+        from latentguard.scan.judges import TorchJudges
 
         if self.sha256 is not None:
             raise ModelError("--sha256 pins an exported file: give --runtime onnx, too")
         if isinstance(self.model, (str, Path)) and str(self.model).endswith(".onnx"):
             raise ModelError(f"{self.model} is an exported file: give --runtime onnx, too")
         policy = "default" if self.policy is None else self.policy
-        return ScorerJudge(policy, self.model, self.device, self.space)
+        return TorchJudges(policy, self.model, self.device, self.space)
 
     @property
-    def plain(self) -> dict[str, Any]:
-        """The policy as plain data."""
-        return self._judge.plain
+    def rules(self) -> Rules:
+        """The policy as the judge reads it."""
+        return self._judges.rules
 
     @property
     def policy_id(self) -> PolicyId:
         """Name, version and SHA-256 of the policy."""
-        return self._judge.policy_id
+        return self.rules.policy
 
     @property
     def models(self) -> list[ModelInfo]:
         """Which models took part; grows while iterating, one for each latent space met."""
-        return self._judge.models
+        return self._judges.models
 
     @property
     def notes(self) -> list[str]:
         """Sentences for people: which model was chosen, what is missing."""
-        return self._judge.notes
+        return self._judges.notes
 
     def __iter__(self) -> Iterator[ScanRecord]:
         chunks = _chunks(self._records, self.batch_size)
         while True:
-            begun, loading = perf_counter(), self._judge.loading
+            begun, loading = perf_counter(), self._judges.loading
             chunk = next(chunks, None)
             if chunk is None:
                 return
             records = self._judged(chunk)
-            self.seconds += perf_counter() - begun - (self._judge.loading - loading)
+            self.seconds += perf_counter() - begun - (self._judges.loading - loading)
             yield from records
 
     # -- images ------------------------------------------------------------------------------
@@ -171,41 +170,41 @@ class Scan:
         """The chunk's records in its order; images of one shape are scored together."""
         done: dict[int, ScanRecord] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
-        models: dict[tuple[Any, ...], Model] = {}
+        judges: dict[tuple[Any, ...], SpaceJudge] = {}
         for place, record in enumerate(chunk):
             latents = record.latents
             if latents is None:
                 done[place] = self._unreadable(record, record.error or "cannot be read")
                 continue
-            model = self._judge.model_of(latents.space.name)
-            if isinstance(model, str):
-                done[place] = self._unreadable(record, model)
+            judge = self._judges.of(latents.space.name)
+            if isinstance(judge, str):
+                done[place] = self._unreadable(record, judge)
                 continue
             array = latents.array
             key = (latents.space, latents.scaled, array.shape[2:], array.dtype)
             groups.setdefault(key, []).append(place)
-            models[key] = model
+            judges[key] = judge
         for key, places in groups.items():
             members = [chunk[place] for place in places]
-            done.update(zip(places, self._scored(members, models[key]), strict=True))
+            done.update(zip(places, self._scored(members, judges[key]), strict=True))
         return [done[place] for place in range(len(chunk))]
 
-    def _scored(self, members: Sequence[ArrayRecord], model: Model) -> list[ScanRecord]:
+    def _scored(self, members: Sequence[ArrayRecord], judge: SpaceJudge) -> list[ScanRecord]:
         """Records of images of one shape; if they fail together they are tried one by one."""
         from latentguard.spaces import LatentArray
 
-        identity = model.info.id
+        identity = judge.info.id
         try:
             latents = LatentArray.cat([r.latents for r in members if r.latents is not None])
-            verdicts = model.verdicts(latents)
-            if len(verdicts) != len(members):
-                raise RuntimeError(f"{len(verdicts)} verdicts for {len(members)} images")
+            judged = judge.judge(latents, self.heatmaps)
+            if len(judged.verdicts) != len(members):
+                raise RuntimeError(f"{len(judged.verdicts)} verdicts for {len(members)} images")
         except Exception as error:  # fail closed, but for no image but the one that caused it
             if len(members) > 1:
-                return [self._scored([record], model)[0] for record in members]
-            return [self._record(members[0], failed(_sentence(error), self.plain), identity)]
+                return [self._scored([record], judge)[0] for record in members]
+            return [self._record(members[0], failed(_sentence(error), self.rules), identity)]
         pictures = self._previews(latents) if self.previews else None
-        heats = self._heats(model, latents) if self.heatmaps else None
+        heats = self._heats(judged.heatmaps)
         return [
             self._record(
                 record,
@@ -214,12 +213,12 @@ class Scan:
                 None if pictures is None else pictures[i],
                 None if heats is None else heats[i],
             )
-            for i, (record, verdict) in enumerate(zip(members, verdicts, strict=True))
+            for i, (record, verdict) in enumerate(zip(members, judged.verdicts, strict=True))
         ]
 
     def _unreadable(self, record: ArrayRecord, error: str) -> ScanRecord:
         """Block, whatever `on_error` says: there is no image that could be let pass."""
-        return self._record(record, failed(error, {**self.plain, "on_error": "block"}))
+        return self._record(record, failed(error, "block"))
 
     def _record(
         self,
@@ -230,7 +229,6 @@ class Scan:
         heats: np.ndarray | None = None,
     ) -> ScanRecord:
         latents = record.latents
-        ids = [concept["id"] for concept in self.plain["concepts"]]
         return ScanRecord(
             source=record.source,
             index=record.index,
@@ -241,8 +239,8 @@ class Scan:
             model=model,
             size=(latents.height, latents.width) if latents is not None else None,
             preview=preview,
-            heatmaps=None if heats is None else dict(zip(ids, heats, strict=True)),
-            ranked=tuple(rank(verdict.concepts, self._severity)),
+            heatmaps=None if heats is None else dict(zip(self.rules.ids, heats, strict=True)),
+            ranked=tuple(rank(verdict.concepts, self.rules)),
         )
 
     def _previews(self, latents: LatentArray) -> np.ndarray | None:
@@ -254,12 +252,12 @@ class Scan:
             self._note(f"no pictures of some images: {error}")
             return None
 
-    def _heats(self, model: Model, latents: LatentArray) -> np.ndarray | None:
-        try:
-            return model.heatmaps(latents)
-        except LatentGuardError as error:
-            self._note(f"no heat maps of some images: {error}")
+    def _heats(self, heatmaps: Heatmaps | None) -> np.ndarray | None:
+        if heatmaps is None:
             return None
+        if heatmaps.problem is not None:
+            self._note(f"no heat maps of some images: {heatmaps.problem}")
+        return heatmaps.margins
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
-from latentguard.scan.record import ScanRecord, score_of, threshold_of
+from latentguard.judge import Rules
+from latentguard.scan.record import ScanRecord
 from latentguard.scan.text import spreadsheet_cell
 
 
@@ -62,9 +62,9 @@ class Csv:
         "policy_sha256",
     )
 
-    def __init__(self, file: TextIO, policy: Mapping[str, Any]) -> None:
+    def __init__(self, file: TextIO, rules: Rules) -> None:
         self._file = file
-        self._concepts = [concept["id"] for concept in policy["concepts"]]
+        self._concepts = rules.ids
         self._rows = csv.writer(file, quoting=csv.QUOTE_MINIMAL, lineterminator="\r\n")
         self._rows.writerow([*self.COLUMNS, *[f"p:{name}" for name in self._concepts]])
 
@@ -78,9 +78,7 @@ class Csv:
             " ".join(c.id for c in record.ranked if c.matched),
             lead.id if lead else "",
             lead.prompt if lead else "",
-            ("probability" if lead.threshold["kind"] == "probability" else "margin")
-            if lead
-            else "",
+            lead.unit if lead else "",
         ]
         model = (record.judged_by.name, record.judged_by.sha256) if record.judged_by else ("", "")
         policy = record.policy
@@ -91,8 +89,8 @@ class Csv:
                 record.index,
                 spreadsheet_cell(record.id or ""),
                 *[spreadsheet_cell(value) for value in text],
-                f"{score_of(lead):.6f}" if lead else "",
-                f"{threshold_of(lead):.6f}" if lead else "",
+                f"{lead.score:.6f}" if lead else "",
+                f"{lead.limit:.6f}" if lead else "",
                 " ".join(c.id for c in verdict.concepts if not c.covered),
                 *[
                     spreadsheet_cell(value)

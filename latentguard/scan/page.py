@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentguard import __version__
+from latentguard.judge import Rule
 from latentguard.scan.card import BADGES, Scales, badge, card, number
 from latentguard.scan.image import ramp
 from latentguard.scan.markup import Html, el, join
@@ -30,7 +31,7 @@ def page(report: Report, models: Sequence[ModelInfo], summary: Summary, date: da
     cards = report.cards()
     scales = _scales(report, models)
     heats = any(item.heats for item in cards)
-    name = f"Scan with policy {report.policy['name']}"
+    name = f"Scan with policy {report.rules.policy.name}"
     head = el(
         "head",
         el("meta", charset="utf-8"),
@@ -106,9 +107,9 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _header(report: Report, models: Sequence[ModelInfo], summary: Summary, date: datetime) -> Html:
-    policy = report.policy
+    policy = report.rules.policy
     facts = [
-        _fact("Policy", f"{policy['name']} {policy['version']}", str(policy["sha256"])),
+        _fact("Policy", f"{policy.name} {policy.version}", policy.sha256),
         *[_fact(f"Model for {m.space}", m.id.name, m.id.sha256) for m in models],
         _fact("Date", date.strftime("%Y-%m-%d %H:%M UTC"), ""),
     ]
@@ -190,7 +191,7 @@ def _fact(name: str, value: str, digest: str) -> Html:
 def _limits(report: Report, models: Sequence[ModelInfo]) -> Html | None:
     """The box that says what an "allowed" does not mean."""
     parts = []
-    total = len(report.policy["concepts"])
+    total = len(report.rules.concepts)
     for model in models:
         if not model.uncovered and not model.notes:
             continue
@@ -218,10 +219,7 @@ def _limits(report: Report, models: Sequence[ModelInfo]) -> Html | None:
 
 def _concepts(report: Report, models: Sequence[ModelInfo], scales: Scales) -> Html:
     columns = ("Concept", "Action", "Matched", "Scores of all images", "Highest", "Threshold")
-    rows = [
-        _concept(concept, report.tallies[concept["id"]], scales)
-        for concept in report.policy["concepts"]
-    ]
+    rows = [_concept(rule, report.tallies[rule.id], scales) for rule in report.rules.concepts]
     table = el(
         "table",
         el("thead", el("tr", *[el("th", name, scope="col") for name in columns])),
@@ -238,16 +236,16 @@ def _concepts(report: Report, models: Sequence[ModelInfo], scales: Scales) -> Ht
     )
 
 
-def _concept(concept: dict[str, object], tally: Tally, scales: Scales) -> Html:
-    category = el("small", f" {concept['category']}")
+def _concept(rule: Rule, tally: Tally, scales: Scales) -> Html:
+    category = el("small", f" {rule.category}")
     name = el(
         "th",
-        el("b", str(concept["id"])),
+        el("b", rule.id),
         category,
         scope="row",
-        title=str(concept["description"]) or None,
+        title=rule.description or None,
     )
-    action = el("td", str(concept["action"]), class_=f"action {concept['action']}")
+    action = el("td", rule.action, class_=f"action {rule.action}")
     if not tally.judged:
         unseen = el("td", el("span", class_="swatch"), "not checked", colspan=4, class_="unseen")
         return el("tr", name, action, unseen)
@@ -258,9 +256,9 @@ def _concept(concept: dict[str, object], tally: Tally, scales: Scales) -> Html:
         el(
             "td",
             f"{tally.matched:,}",
-            class_=f"n some {concept['action']}" if tally.matched else "n",
+            class_=f"n some {rule.action}" if tally.matched else "n",
         ),
-        el("td", _histogram(tally, scales), class_=f"plot {concept['action']}"),
+        el("td", _histogram(tally, scales), class_=f"plot {rule.action}"),
         el("td", number(tally.highest), class_="n"),
         el("td", number(tally.threshold), class_="n"),
     )
@@ -322,10 +320,9 @@ def _toolbar(report: Report, summary: Summary, heats: bool, scales: Scales) -> H
         for o in BADGES
         if summary.outcomes[o]
     ]
-    concepts = [c for c in report.policy["concepts"] if report.tallies[c["id"]].judged]
+    concepts = [name for name in report.rules.ids if report.tallies[name].judged]
     options = [
-        el("option", f"{c['id']} ({report.tallies[c['id']].matched})", value=c["id"])
-        for c in concepts
+        el("option", f"{name} ({report.tallies[name].matched})", value=name) for name in concepts
     ]
     find = el(
         "div",
@@ -404,7 +401,7 @@ def _omitted(report: Report, summary: Summary, shown: int) -> Html | None:
 
 
 def _footer(report: Report, models: Sequence[ModelInfo], heats: bool) -> Html:
-    policy = report.policy
+    policy = report.rules.policy
     kinds = {t.kind for t in report.tallies.values()}
     lines = [
         "Pictures are a linear RGB view of the latents, one pixel a cell: no decoder has run, so "
@@ -426,15 +423,15 @@ def _footer(report: Report, models: Sequence[ModelInfo], heats: bool) -> Html:
             "A heat map scores each place of the latent grid on its own. It shows what the model "
             "went by; the decision comes from the score of the whole image."
         )
-    digests = [("policy " + policy["name"], policy["sha256"])]
+    digests = [("policy " + policy.name, policy.sha256)]
     digests += [(m.id.name, m.id.sha256) for m in models]
     rows = [el("tr", el("th", name, scope="row"), el("td", el("code", d))) for name, d in digests]
-    about = [el("p", line) for line in _paragraphs(str(policy.get("description") or ""))]
+    about = [el("p", line) for line in _paragraphs(report.rules.description)]
     return el(
         "footer",
         el("h2", "How to read this page"),
         el("ul", *[el("li", line) for line in lines]),
-        el("h2", f"Policy {policy['name']} {policy['version']}") if about else None,
+        el("h2", f"Policy {policy.name} {policy.version}") if about else None,
         *about,
         el("h2", "SHA-256"),
         el("div", el("table", *rows, class_="digests"), class_="scroll"),

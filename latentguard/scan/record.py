@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from latentguard.judge.verdict import ACTIONS, SEVERITIES
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from latentguard.verdict import ConceptScore, Verdict
+    from latentguard.judge import ConceptScore, ModelId, PolicyId, Rules, Verdict
 
-_ACTIONS = ("observe", "review", "steer", "block")
-_SEVERITIES = ("low", "medium", "high", "critical")
-
-
-@dataclass(frozen=True)
-class ModelId:
-    """Which weights scored an image."""
-
-    name: str
-    sha256: str
-
-    def to_dict(self) -> dict[str, str]:
-        return {"name": self.name, "sha256": self.sha256}
-
-
-@dataclass(frozen=True)
-class PolicyId:
-    """Which policy judged it, down to the bytes."""
-
-    name: str
-    version: str
-    sha256: str
-
-    def to_dict(self) -> dict[str, str]:
-        return {"name": self.name, "version": self.version, "sha256": self.sha256}
+_WEIGHT = tuple(ACTIONS)
 
 
 @dataclass(frozen=True)
@@ -80,7 +58,7 @@ class ScanRecord:
     @property
     def judged_by(self) -> ModelId | None:
         """Of a cascade's models, the one that the verdict is of."""
-        return ModelId(*self.verdict.model) if self.verdict.model else self.model
+        return self.verdict.model or self.model
 
     @property
     def failed(self) -> bool:
@@ -100,29 +78,18 @@ class ScanRecord:
         }
 
 
-def score_of(concept: ConceptScore) -> float:
-    """A concept's score in the unit of its threshold: a probability, or a margin of cosines."""
-    return concept.probability if concept.threshold["kind"] == "probability" else concept.margin
-
-
-def threshold_of(concept: ConceptScore) -> float:
-    """A concept's threshold in the same unit as `score_of`; NaN where none could be resolved."""
-    key = "margin" if concept.threshold["kind"] == "fpr" else "value"
-    return float(concept.threshold.get(key, math.nan))
-
-
-def rank(concepts: Sequence[ConceptScore], severity: Mapping[str, str]) -> list[ConceptScore]:
+def rank(concepts: Sequence[ConceptScore], rules: Rules) -> list[ConceptScore]:
     """The concepts with the one that decided first, and what the model cannot see last.
 
-    Matched ones come in the order in which a verdict's reason names them: action, severity (by
-    concept id), probability. Then the others, the closest to its threshold first.
+    Matched ones come in the order in which a verdict's reason names them: action, severity (of
+    the policy), probability. Then the others, the closest to its threshold first.
     """
 
     def weight(concept: ConceptScore) -> tuple[bool, bool, int, int, float]:
         if concept.matched:
-            grave = _SEVERITIES.index(severity.get(concept.id, "medium"))
-            return False, False, -_ACTIONS.index(concept.action), -grave, -concept.probability
-        gap = threshold_of(concept) - score_of(concept)
+            grave = SEVERITIES.index(rules[concept.id].severity)
+            return False, False, -_WEIGHT.index(concept.action), -grave, -concept.probability
+        gap = -concept.gap
         return not concept.covered, True, 0, 0, gap if math.isfinite(gap) else math.inf
 
     return sorted(concepts, key=weight)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from latentguard.judge import Rules
 from latentguard.scan.image import rgb_png
-from latentguard.scan.record import ScanRecord, score_of, threshold_of
+from latentguard.scan.record import ScanRecord
 from latentguard.scan.shortlist import Shortlist
 from latentguard.scan.summary import ModelInfo, Summary
 
@@ -54,11 +54,11 @@ class Report:
     and says how many it leaves out.
     """
 
-    def __init__(self, policy: Mapping[str, Any], limit: int = 1000) -> None:
-        self.policy = policy
+    def __init__(self, rules: Rules, limit: int = 1000) -> None:
+        self.rules = rules
         self.tallies = {
-            c["id"]: Tally("probability" if c["threshold"]["kind"] == "probability" else "margin")
-            for c in policy["concepts"]
+            rule.id: Tally("probability" if rule.threshold.kind == "probability" else "margin")
+            for rule in rules.concepts
         }
         self._kept = Shortlist(limit)
         self._pictures: dict[int, tuple[bytes | None, dict[str, np.ndarray]]] = {}
@@ -95,12 +95,12 @@ class Report:
             tally = self.tallies.get(concept.id)
             if tally is None or not concept.covered:
                 continue
-            score = score_of(concept)
+            score = concept.score
             tally.judged += 1
             tally.matched += concept.matched
             tally.highest = max(tally.highest, score)
             tally.lowest = min(tally.lowest, score)
-            tally.threshold = threshold_of(concept)
+            tally.threshold = concept.limit
             tally.scores[min(max(int((score + 2) / 4 * BINS), 0), BINS - 1)] += 1
 
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from latentguard.scan.record import ModelId, PolicyId, ScanRecord
+from latentguard.judge import ModelId, PolicyId
+from latentguard.scan.record import ScanRecord
 
 
 @dataclass(frozen=True)

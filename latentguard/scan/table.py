@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from latentguard.scan.record import ScanRecord, score_of, threshold_of
+from latentguard.scan.record import ScanRecord
 from latentguard.scan.shortlist import Shortlist
 from latentguard.scan.text import visible
 
@@ -89,7 +89,7 @@ def _cells(record: ScanRecord, with_source: bool) -> tuple[Text, Text, Text, Tex
         return _image(record, with_source), decision, kind, Text(), why
     others = sum(c.matched for c in record.ranked) - 1
     concept = Text(lead.id + (f" +{others}" if others > 0 else ""))
-    score = Text(f"{score_of(lead):.3f} {'≥' if lead.matched else '<'} {threshold_of(lead):.3f}")
+    score = Text(f"{lead.score:.3f} {'≥' if lead.matched else '<'} {lead.limit:.3f}")
     why = Text(f"{'matches' if lead.matched else 'closest:'} {visible(lead.prompt, 80)}")
     if not lead.matched:
         for text in (concept, score, why):

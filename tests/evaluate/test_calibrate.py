@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judging import decided
 
 from latentguard.errors import LatentsError, ModelError
 from latentguard.evaluate.calibrate import (
@@ -19,7 +20,6 @@ from latentguard.evaluate.calibrate import (
     threshold,
 )
 from latentguard.policy import Lock, load_policy, lock_path, write_lock
-from latentguard.verdict import decide
 
 MODEL = ("test-model", "a" * 64)
 
@@ -155,11 +155,9 @@ def test_lock_loads_and_the_policy_decides(policy_path):
     assert len(locked.lock.entries) == 4
     limits = [threshold(margins.values[name][0.0], 0.1) for name in ("guns", "knives")]
     just_under = [float(np.nextafter(np.float32(limit), np.float32(-1))) for limit in limits]
-    common = {"policy": locked.plain(), "prompts": ["a revolver", "a knife"]}
-    common |= {"model": MODEL, "space": "flux2"}
     margin = np.array([limits, just_under, [limits[0], just_under[1]]])
     best = np.array([[0, 1]] * 3)
-    found = decide(np.full((3, 2), 0.5), margin, best, **common)
+    found = decided(np.full((3, 2), 0.5), margin, best, locked.plain(), model=MODEL, space="flux2")
     assert [v.error for v in found] == [None] * 3
     assert [[c.matched for c in v.concepts] for v in found] == [
         [True, True], [False, False], [True, False],

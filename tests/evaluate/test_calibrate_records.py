@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from judging import decided
 
 from latentguard.errors import LatentsError
 from latentguard.evaluate.trajectories import read_trajectories
 from latentguard.policy import parse_policy
-from latentguard.verdict import decide
 
 POLICY = parse_policy(
     """
@@ -29,10 +29,9 @@ WHO = {"model": "test-model", "model_sha256": "a" * 64, "space": "flux2"}
 
 
 def _verdict(margin, level, prompt=0):
-    found = decide(
-        [[0.4]], [[margin]], [[prompt]], policy=POLICY.plain(),
-        prompts=["a revolver", "a pistol"], noise_level=level, final=level == 0,
-    )  # fmt: skip
+    found = decided(
+        [[0.4]], [[margin]], [[prompt]], POLICY.plain(), noise_level=level, final=level == 0
+    )
     assert found[0].error is None
     return found[0].to_dict()
 

@@ -11,9 +11,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from exported import SECOND, photos, second, two_stages
+from exported import SECOND, by_first, photos, second, two_stages
 
-from latentguard.cascade import by_first
 from latentguard.encoders import checkpoint
 from latentguard.errors import ModelError
 from latentguard.export import Exported, export_onnx, export_triton, swap_policy

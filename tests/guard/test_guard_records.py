@@ -26,9 +26,9 @@ from latentguard.encoders import load_encoder
 from latentguard.errors import LatentsError
 from latentguard.guard import AuditLog, Session
 from latentguard.guard.plot import plot
+from latentguard.judge import SCHEMA_VERSION, Verdict
 from latentguard.policy.lock import Lock
 from latentguard.policy.models import Threshold
-from latentguard.verdict import SCHEMA_VERSION, Verdict
 
 
 def strict(text: str) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from judging import decided
 
 from latentguard.policy import (
     Concept,
@@ -19,7 +20,6 @@ from latentguard.policy import (
     shipped_policies,
 )
 from latentguard.policy import yaml_nodes as bounds
-from latentguard.verdict import decide
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text()
 EXAMPLE, LOCK = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
@@ -32,8 +32,7 @@ def test_the_examples_are_valid() -> None:
 
 def test_the_quoted_reason() -> None:
     policy = parse_policy(EXAMPLE).plain()
-    prompts = [prompt for concept in policy["concepts"] for prompt in concept["prompts"]]
-    (verdict,) = decide([[0.93, 0.1]], [[0.1, 0.0]], [[0, 3]], policy=policy, prompts=prompts)
+    (verdict,) = decided([[0.93, 0.1]], [[0.1, 0.0]], [[0, 3]], policy)
     assert f"    {verdict.reason}\n" in TEXT
 
 

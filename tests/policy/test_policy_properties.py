@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from judging import decided
 
 from latentguard.errors import PolicyError
+from latentguard.judge import DECISIONS, ConceptScore, Verdict
 from latentguard.policy import load_policy, parse_policy
 from latentguard.policy.lock import parse_lock
-from latentguard.verdict import DECISIONS, ConceptScore, Verdict, decide
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -124,7 +125,6 @@ concepts:
 - {id: b, category: c, prompts: [z], threshold: {margin: 0.1}, action: observe}
 """
 ).plain()
-PROMPTS = ["x", "y", "z"]
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4) | st.sampled_from(
     [(1, 2), (3, 2)]
@@ -146,12 +146,12 @@ ARRAYS = hnp.arrays(
 def test_any_arrays_give_verdicts(
     probability: Any, margin: Any, best: Any, noise_level: float, final: bool, covered: Any
 ) -> None:
-    verdicts = decide(
+    assume(covered is None or (len(covered) == 2 and all(covered)))
+    verdicts = decided(
         probability,
         margin,
         best,
-        policy=PLAIN,
-        prompts=PROMPTS,
+        PLAIN,
         covered=covered,
         noise_level=noise_level,
         final=final,
@@ -172,7 +172,7 @@ SCORE = st.floats(0, 1) | st.sampled_from([math.nan, math.inf, -math.inf])
 def test_nan_never_becomes_allow(rows: list[tuple[float, ...]]) -> None:
     scores = np.array(rows)
     best = np.tile([1, 2], (len(rows), 1))
-    verdicts = decide(scores[:, :2], scores[:, 2:], best, policy=PLAIN, prompts=PROMPTS)
+    verdicts = decided(scores[:, :2], scores[:, 2:], best, PLAIN)
     assert len(verdicts) == len(rows)
     for row, verdict in zip(rows, verdicts, strict=True):
         finite = all(math.isfinite(value) for value in row)

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from judging import decided, limit_of
 
-from latentguard.policy import CalibratedMargin, Lock, LockEntry, load_policy, parse_policy
-from latentguard.verdict import (
+from latentguard.judge import (
     DECISIONS,
     PURE_NOISE,
     SCHEMA_VERSION,
+    Rules,
     Verdict,
-    decide,
     failed,
-    resolve_threshold,
 )
+from latentguard.policy import CalibratedMargin, Lock, LockEntry, load_policy, parse_policy
 
 POLICY = """\
 schema_version: 1
@@ -65,7 +65,7 @@ def judge(
     policy: dict[str, Any] = PLAIN,
     **more: Any,
 ) -> Verdict:
-    (verdict,) = decide([probability], [margin], [best], policy=policy, prompts=PROMPTS, **more)
+    (verdict,) = decided([probability], [margin], [best], policy, **more)
     return verdict
 
 
@@ -159,9 +159,7 @@ def test_a_concept_is_judged_in_its_noise_window_only() -> None:
 def test_no_concept_at_this_noise_level() -> None:
     policy = parse_policy(POLICY.replace("action:", "noise_window: [0, 1]\n    action:", 1))
     plain = policy.model_copy(update={"concepts": policy.concepts[:1]}).plain()
-    (verdict,) = decide(
-        [[0.99]], [[0.5]], [[0]], policy=plain, prompts=PROMPTS[:2], noise_level=9, final=False
-    )
+    (verdict,) = decided([[0.99]], [[0.5]], [[0]], plain, noise_level=9, final=False)
     assert (verdict.decision, verdict.reason) == (
         "allow",
         "allow: no concept is judged at noise level 9",
@@ -187,17 +185,17 @@ def test_uncovered_concepts_never_match_and_are_marked() -> None:
 
 
 def test_uncovered_concepts_are_an_error_where_the_policy_says_so() -> None:
-    verdict = judge(covered=[True, False, True, True])
-    assert verdict.decision == "block"
-    assert verdict.error == (
-        "the model does not see 'knives', and the policy says uncovered: error"
-    )
+    with pytest.raises(
+        ValueError, match="the model does not see 'knives', and the policy says uncovered: error"
+    ):
+        judge(covered=[True, False, True, True])
 
 
 def test_a_model_that_sees_nothing_allows_nothing() -> None:
-    verdict = judge(policy={**PLAIN, "uncovered": "warn"}, covered=[False] * 4)
-    assert verdict.decision == "block"
-    assert verdict.error == "the model sees none of the policy's concepts"
+    with pytest.raises(ValueError, match="the model sees none of the policy's concepts"):
+        judge(policy={**PLAIN, "uncovered": "warn"}, covered=[False] * 4)
+    with pytest.raises(ValueError, match="one value for each of 4 concepts, got 3"):
+        judge(covered=[True] * 3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -217,7 +215,7 @@ def test_scores_that_are_not_finite_fail_closed(bad: float, where: int) -> None:
 def test_one_bad_image_leaves_the_others_alone() -> None:
     probability = np.array([QUIET[0], (np.nan,) * 4, QUIET[0]], np.float32)
     margin = np.array([QUIET[1]] * 3, np.float32)
-    verdicts = decide(probability, margin, [BEST] * 3, policy=PLAIN, prompts=PROMPTS)
+    verdicts = decided(probability, margin, [BEST] * 3, PLAIN)
     assert [verdict.decision for verdict in verdicts] == ["allow", "block", "allow"]
 
 
@@ -265,21 +263,17 @@ def test_scores_that_cannot_be_right_fail_closed(
 
 
 def test_shapes_that_disagree_give_a_verdict_for_each_image() -> None:
-    verdicts = decide(
-        np.zeros((3, 4)), np.zeros((2, 4)), np.zeros((3, 4), int), policy=PLAIN, prompts=PROMPTS
-    )
+    verdicts = decided(np.zeros((3, 4)), np.zeros((2, 4)), np.zeros((3, 4), int), PLAIN)
     assert [verdict.decision for verdict in verdicts] == ["block"] * 3
     for shape in ((4,), (), (1, 2, 4)):
-        verdicts = decide(
-            np.zeros(shape), np.zeros(shape), np.zeros(shape, int), policy=PLAIN, prompts=PROMPTS
-        )
+        verdicts = decided(np.zeros(shape), np.zeros(shape), np.zeros(shape, int), PLAIN)
         assert verdicts
         assert {verdict.decision for verdict in verdicts} == {"block"}
 
 
 def test_an_empty_batch_has_no_verdicts() -> None:
     empty = np.zeros((0, 4))
-    assert decide(empty, empty, empty.astype(int), policy=PLAIN, prompts=PROMPTS) == []
+    assert decided(empty, empty, empty.astype(int), PLAIN) == []
 
 
 @pytest.mark.parametrize("level", [math.nan, -0.1, "loud", None])
@@ -309,21 +303,13 @@ def test_noise_levels_that_cannot_be_read_fail_closed(level: Any) -> None:
         None,
     ],
 )
-def test_policies_that_cannot_be_read_fail_closed(policy: Any) -> None:
-    verdict = judge((0.99,) * 4, (0.5,) * 4, policy=policy)
-    assert verdict.decision == "block"
-    assert verdict.error
-
-
-def test_prompts_that_are_not_the_policys_fail_closed() -> None:
-    verdicts = decide([QUIET[0]], [QUIET[1]], [BEST], policy=PLAIN, prompts=PROMPTS[:-1])
-    assert verdicts[0].error == (
-        "prompts must be those of the policy's 4 concepts, 6 in all, got 5"
-    )
+def test_policies_that_cannot_be_read_judge_nothing(policy: Any) -> None:
+    with pytest.raises(ValueError, match=r"^(policy|concept)\b"):
+        Rules.of(policy)
 
 
 def test_failed() -> None:
-    verdict = failed("the file is\ntruncated", PLAIN, 0.5)
+    verdict = failed("the file is\ntruncated", Rules.of(PLAIN), 0.5)
     assert verdict == Verdict(
         schema_version=SCHEMA_VERSION,
         decision="block",
@@ -332,9 +318,10 @@ def test_failed() -> None:
         noise_level=0.5,
         concepts=(),
     )
-    assert failed("x", {"on_error": "review"}).decision == "review"
-    assert failed("x", {}).decision == "block"
-    assert failed("", {}).error
+    assert failed("x", Rules.of({**PLAIN, "on_error": "review"})).decision == "review"
+    assert failed("x", Rules.of({**PLAIN, "on_error": "shrug"})).decision == "block"
+    assert failed("x").decision == "block"
+    assert failed("").error
 
 
 def test_at_least() -> None:
@@ -361,12 +348,11 @@ def test_dictionaries_round_trip_through_json() -> None:
 
 
 def test_float32_scores_become_plain_numbers() -> None:
-    verdicts = decide(
+    verdicts = decided(
         np.array([QUIET[0]], np.float16),
         np.array([QUIET[1]], np.float32),
         np.array([BEST], np.int32),
-        policy=PLAIN,
-        prompts=np.array(PROMPTS),
+        PLAIN,
     )
     score = verdicts[0].concepts[0]
     assert [type(v) for v in (score.margin, score.probability)] == [float, float]
@@ -432,7 +418,7 @@ def test_between_two_noise_levels_the_lower_margin_counts() -> None:
     plain = locked({0.0: 0.1, 0.5: 0.3, 1.0: 0.2})
 
     def margin(level: float) -> float:
-        return resolve_threshold(plain["concepts"][0], plain, MODEL, "flux2", level)
+        return limit_of(plain["concepts"][0], plain, MODEL, "flux2", level)
 
     assert margin(0.0) == 0.1
     assert margin(0.5) == 0.3
@@ -445,7 +431,7 @@ def test_between_two_noise_levels_the_lower_margin_counts() -> None:
             margin(level)
     bad = locked({0.3: 0.1})
     with pytest.raises(ValueError, match=r"calibrated for noise levels 0\.3 to 0\.3, not for 0"):
-        resolve_threshold(bad["concepts"][0], bad, MODEL, "flux2", 0.0)
+        limit_of(bad["concepts"][0], bad, MODEL, "flux2", 0.0)
 
 
 def test_a_verdict_names_the_model_that_scored_it() -> None:
@@ -467,7 +453,7 @@ def test_a_verdict_names_the_model_that_scored_it() -> None:
 def test_pure_noise_is_calibrated_as_one_level() -> None:
     plain = locked({0.0: 0.1, 3.0: 0.2, PURE_NOISE: 0.15})
     for level, margin in ((math.inf, 0.15), (2e6, 0.15), (PURE_NOISE, 0.15), (5.0, 0.15)):
-        assert resolve_threshold(plain["concepts"][0], plain, MODEL, "flux2", level) == margin
+        assert limit_of(plain["concepts"][0], plain, MODEL, "flux2", level) == margin
 
 
 @pytest.mark.parametrize(
@@ -487,7 +473,7 @@ def test_a_rate_that_is_not_calibrated_fails_closed(
     plain: dict[str, Any], model: Any, space: Any, level: float, expected: str
 ) -> None:
     with pytest.raises(ValueError, match=expected):
-        resolve_threshold(plain["concepts"][0], plain, model, space, level)
+        limit_of(plain["concepts"][0], plain, model, space, level)
     verdict = judge(policy=plain, model=model, space=space, noise_level=level)
     assert verdict.decision == "block"
     assert verdict.error is not None
@@ -503,31 +489,26 @@ def test_a_rate_that_is_not_needed_is_not_looked_up() -> None:
     assert verdict.concepts[0].threshold == {"kind": "fpr", "value": 0.01}
 
 
-def test_resolve_threshold() -> None:
+def test_limit_of() -> None:
     guns, knives = PLAIN["concepts"][:2]
-    assert resolve_threshold(knives, PLAIN) == 0.02
-    assert resolve_threshold(guns, PLAIN, logit_scale=100.0) == 0.0
+    assert limit_of(knives, PLAIN) == 0.02
+    assert limit_of(guns, PLAIN, logit_scale=100.0) == 0.0
     high = {**guns, "threshold": {"kind": "probability", "value": 0.9}}
-    assert resolve_threshold(high, PLAIN, logit_scale=10.0) == pytest.approx(math.log(9) / 10)
+    assert limit_of(high, PLAIN, logit_scale=10.0) == pytest.approx(math.log(9) / 10)
     with pytest.raises(ValueError, match="needs a logit_scale > 0, got None"):
-        resolve_threshold(guns, PLAIN)
+        limit_of(guns, PLAIN)
     for value, margin in ((0.0, -math.inf), (1.0, math.inf)):
         end = {**guns, "threshold": {"kind": "probability", "value": value}}
-        assert resolve_threshold(end, PLAIN, logit_scale=1.0) == margin
+        assert limit_of(end, PLAIN, logit_scale=1.0) == margin
 
 
 def test_shipped_policies_are_all_that_decide_needs() -> None:
     for name in ("default", "family", "i2p", "observe", "weapons"):
         plain = json.loads(json.dumps(load_policy(name).plain()))
-        prompts = [prompt for concept in plain["concepts"] for prompt in concept["prompts"]]
         begins = np.cumsum([0] + [len(c["prompts"]) for c in plain["concepts"]])[:-1]
         shape = (2, len(plain["concepts"]))
-        low = decide(
-            np.zeros(shape), np.full(shape, -0.5), [begins] * 2, policy=plain, prompts=prompts
-        )
-        high = decide(
-            np.ones(shape), np.full(shape, 0.5), [begins] * 2, policy=plain, prompts=prompts
-        )
+        low = decided(np.zeros(shape), np.full(shape, -0.5), [begins] * 2, plain)
+        high = decided(np.ones(shape), np.full(shape, 0.5), [begins] * 2, plain)
         assert {verdict.decision for verdict in low} == {"allow"}
         assert {verdict.decision for verdict in high} == {"allow" if name == "observe" else "block"}
         assert all(score.matched for score in high[0].concepts)
@@ -535,7 +516,7 @@ def test_shipped_policies_are_all_that_decide_needs() -> None:
 
 def test_needs_numpy_alone() -> None:
     code = (
-        "import sys, latentguard.verdict;"
+        "import sys, latentguard.judge;"
         "heavy = {'torch', 'pydantic', 'yaml'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

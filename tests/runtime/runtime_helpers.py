@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from latentguard.verdict import Verdict
+from latentguard.judge import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,7 +22,7 @@ from latentguard.errors import ModelError
 from latentguard.export import write as write_module
 from latentguard.export.metadata import write_metadata
 from latentguard.runtime import Guard
-from latentguard.runtime import guard as guard_module
+from latentguard.runtime import scorer as guard_module
 from latentguard.runtime.artefact import _KEYS, DIGEST, METADATA, open_artefact
 
 Edit = Callable[[onnx.ModelProto, dict[str, Any]], None]

@@ -14,18 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
-from exported import EXAMPLES, UNSURE, second, two_stages
+from exported import EXAMPLES, UNSURE, by_first, second, two_stages
 from runtime_helpers import MARGIN, run_without_torch, same
 
 from latentguard import Scorer
-from latentguard.cascade import by_first
 from latentguard.errors import ModelError
 from latentguard.export.metadata import write_metadata
+from latentguard.judge import Verdict
 from latentguard.runtime import Batching, Guard
 from latentguard.runtime.artefact import METADATA
 from latentguard.scan import Scan
 from latentguard.spaces import Latents
-from latentguard.verdict import Verdict
 
 if TYPE_CHECKING:
     from latentguard.export import Exported
@@ -191,7 +190,7 @@ def test_scores_that_cannot_be_go_to_the_second_model(
         return outputs | {"margin": np.full_like(outputs["margin"], score)}
 
     monkeypatch.setattr(guard._first, "_run", impossible)
-    same(guard.scan(arrays[:5]), guard._main.verdicts(arrays[:5], 0.0, True))
+    same(guard.scan(arrays[:5]), list(guard._main.judge(arrays[:5]).verdicts))
 
 
 # -- files -----------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ from runtime_helpers import MARGIN, ROOT, same
 from latentguard import Scorer, load_policy
 from latentguard.errors import LatentsError, ModelError
 from latentguard.files import read_arrays
+from latentguard.judge import Verdict
 from latentguard.runtime import Batching, Guard
 from latentguard.runtime import network as network_module
 from latentguard.runtime.network import Network
 from latentguard.spaces import SPACES, LatentArray, Latents
-from latentguard.verdict import Verdict
 
 
 @pytest.fixture(scope="module")

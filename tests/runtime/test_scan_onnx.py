@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latentguard.scan.judges import _providers
 from runtime_helpers import ROOT, command_without_torch
 
 from latentguard import cli
@@ -23,7 +25,6 @@ from latentguard.files import save_latents
 from latentguard.policy import load_policy
 from latentguard.runtime.network import Network
 from latentguard.scan import Scan, ScanRecord, Summary
-from latentguard.scan.onnx import _providers
 from latentguard.spaces import Latents
 
 EXAMPLES = ROOT / "examples" / "latents.pt"
@@ -96,7 +97,7 @@ def test_the_same_of_models_and_policy(
 ) -> None:
     one, torch_records, other, onnx_records = both
     assert one.policy_id == other.policy_id
-    assert one.plain == other.plain
+    assert one.rules == other.rules
     (a,), (b,) = one.models, other.models
     assert (a.id, a.space, a.notes, a.uncovered) == (b.id, b.space, b.notes, b.uncovered)
     assert a.limits == pytest.approx(b.limits)
@@ -218,7 +219,10 @@ def test_another_policy_is_named_with_the_way_to_it(artefact: Path) -> None:
         Scan(EXAMPLES, "weapons", artefact, runtime="onnx")
     # The one that it was exported with may be said.
     assert Scan(EXAMPLES, "family", artefact, runtime="onnx").policy_id.name == "family"
-    assert Scan(EXAMPLES, load_policy("family"), artefact, runtime="onnx").plain["name"] == "family"
+    assert (
+        Scan(EXAMPLES, load_policy("family"), artefact, runtime="onnx").rules.policy.name
+        == "family"
+    )
 
 
 def test_wrong_options_raise_at_once(artefact: Path) -> None:
@@ -290,7 +294,8 @@ def test_an_image_that_fails_fails_alone(artefact: Path, monkeypatch: pytest.Mon
 
 def test_a_file_without_heat_maps_says_so(artefact: Path) -> None:
     run = Scan(EXAMPLES, model=artefact, runtime="onnx", heatmaps=True)
-    run._judge._model._guard._main.names.remove("heatmap")  # type: ignore[attr-defined]
+    guard = inspect.getclosurevars(run._judges.of("flux2").judge).nonlocals["guard"]
+    guard._main.has_heatmaps = False
     records = list(run)
     assert all(record.heatmaps is None and not record.failed for record in records)
     assert len(run.notes) == 1

@@ -59,7 +59,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         previews=True,
         heatmaps=True,
     )
-    page, summary = Report(run.plain), Summary(run.policy_id)
+    page, summary = Report(run.rules), Summary(run.policy_id)
     for record in run:
         page.add(record)
         summary.add(record)

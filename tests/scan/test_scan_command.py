@@ -18,8 +18,8 @@ import pytest
 import torch
 from scan_helpers import ALWAYS, NEVER, latents_of, write_latents
 
+from latentguard.judge import Verdict
 from latentguard.policy import load_policy
-from latentguard.verdict import Verdict
 
 KEYS = {
     "source",

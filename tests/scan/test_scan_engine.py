@@ -17,12 +17,12 @@ from scan_helpers import ALWAYS, NEVER, latents_of, write_latents
 from latentguard import load_encoder, scan_files
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.files import ArrayRecord, save_latents
+from latentguard.judge import Verdict
 from latentguard.policy import load_policy
 from latentguard.scan import Scan
 from latentguard.scan import engine as engine_module
 from latentguard.scan.engine import _chunks
 from latentguard.spaces import SPACES, LatentArray, Latents
-from latentguard.verdict import Verdict
 
 
 def test_one_record_per_image_in_the_order_of_the_paths(tmp_path: Path, calm: Path) -> None:

@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judging import decided
 from scan_helpers import HOSTILE, NEVER, policy_text
 
+from latentguard.judge import Rules, failed
 from latentguard.policy import parse_policy
-from latentguard.scan import ModelId, ModelInfo, PolicyId, Report, ScanRecord, Summary
+from latentguard.scan import ModelId, ModelInfo, Report, ScanRecord, Summary
 from latentguard.scan.lines import Csv, JsonLines
 from latentguard.scan.record import rank
 from latentguard.scan.table import Table
-from latentguard.verdict import decide, failed
 
-RULES = parse_policy(policy_text(("revolver", "block", 0.0), ("wine bottle", "review", NEVER)))
-PLAIN = RULES.plain()
-POLICY = PolicyId(RULES.name, RULES.version, RULES.sha256)
+PLAIN = parse_policy(
+    policy_text(("revolver", "block", 0.0), ("wine bottle", "review", NEVER))
+).plain()
+RULES = Rules.of(PLAIN)
+POLICY = RULES.policy
 MODEL = ModelId("nano-flux2", "ab" * 32)
 ANY_TEXT = st.text(st.characters(categories=None), max_size=80) | st.sampled_from(HOSTILE)
 
@@ -38,14 +41,13 @@ def record(
     pictures: bool = False,
 ) -> ScanRecord:
     if error is not None:
-        verdict = failed(error, PLAIN)
+        verdict = failed(error, RULES)
         return ScanRecord(source, order, name, None, verdict, POLICY)
-    verdict = decide(
+    verdict = decided(
         [[0.9 if margin >= 0 else 0.1, 0.2]],
         [[margin, -0.7]],
         [[0, 1]],
-        policy=PLAIN,
-        prompts=["revolver", "wine bottle"],
+        PLAIN,
     )[0]
     heat = np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)
     return ScanRecord(
@@ -59,12 +61,12 @@ def record(
         (16, 24),
         preview=np.full((16, 24, 3), 90, np.uint8) if pictures else None,
         heatmaps={"revolver": heat, "wine-bottle": -heat} if pictures else None,
-        ranked=tuple(rank(verdict.concepts, {})),
+        ranked=tuple(rank(verdict.concepts, RULES)),
     )
 
 
 def rendered(*records: ScanRecord, limit: int = 1000, **info: Any) -> str:
-    report, summary = Report(PLAIN, limit), Summary(POLICY)
+    report, summary = Report(RULES, limit), Summary(POLICY)
     for one in records:
         report.add(one)
         summary.add(one)
@@ -140,7 +142,7 @@ def test_json_keeps_every_name_in_one_ascii_line(source: str, name: str) -> None
 @given(ANY_TEXT, ANY_TEXT)
 def test_csv_stays_one_row_without_formulas(source: str, name: str) -> None:
     file = io.StringIO(newline="")
-    sink = Csv(file, PLAIN)
+    sink = Csv(file, RULES)
     sink.add(record(0, source, name, 0.5))
     sink.add(record(1, source, name, error=name))
     sink.close()
@@ -216,7 +218,7 @@ def test_the_table_keeps_what_matters_and_says_what_it_left_out() -> None:
 
 
 def test_records_in_memory_carry_no_pictures() -> None:
-    report = Report(PLAIN, 10)
+    report = Report(RULES, 10)
     report.add(record(0, pictures=True))
     (card,) = report.cards()
     assert card.record.preview is None
@@ -229,15 +231,14 @@ def test_records_in_memory_carry_no_pictures() -> None:
 def test_histograms_hold_every_image(kind: str) -> None:
     text = policy_text(("revolver", "block", 0.0)).replace("margin: 0.0", f"{kind}: 0.5")
     plain = parse_policy(text).plain()
-    report = Report(plain)
+    report = Report(Rules.of(plain))
     margins = np.linspace(-1, 1, 21)
     probabilities = 1 / (1 + np.exp(-3 * margins))
-    verdicts = decide(
+    verdicts = decided(
         probabilities[:, None],
         margins[:, None],
         np.zeros((21, 1), int),
-        policy=plain,
-        prompts=["revolver"],
+        plain,
     )
     for n, verdict in enumerate(verdicts):
         report.add(

@@ -11,15 +11,23 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.cascade import Cascade
 from latentguard.errors import LatentsError, ModelError
+from latentguard.judge import (
+    BoundRules,
+    CascadeJudge,
+    Judge,
+    Judged,
+    ModelId,
+    Rules,
+    Verdict,
+    failed,
+)
 from latentguard.runtime.artefact import HEATMAP, open_artefact
 from latentguard.runtime.batching import Batching, Outputs, Overloaded
 from latentguard.runtime.network import Network
 from latentguard.runtime.session import Provider
 from latentguard.spaces import LatentSpace
 from latentguard.spaces.arrays import LatentArray, unpack, widened
-from latentguard.verdict import Verdict, failed
 
 logger = logging.getLogger("latentguard.runtime")
 logger.addHandler(logging.NullHandler())
@@ -74,11 +82,11 @@ class Guard:
         self._max_cells = max_cells
         self._main = Network(artefact, providers, threads, spin, warm_up)
         self.providers: tuple[str, ...] = self._main.providers
+        self._judge: Judge[Array] = self._main
         self._first: Network | None = None
-        self._cascade: Cascade | None = None
         if artefact.first is not None:
             self._first = Network(artefact.first, providers, threads, spin, warm_up)
-            self._cascade = self._rule(self._first.metadata)
+            self._judge = self._cascade(self._first)
         self._networks = [self._main] if self._first is None else [self._first, self._main]
         if batching is not None:
             for network in self._networks:
@@ -93,12 +101,22 @@ class Guard:
         return policy
 
     @property
-    def model(self) -> tuple[str, str]:
+    def bound(self) -> BoundRules:
+        """The policy's rules for the model's scores; of a cascade, for the second one's."""
+        return self._main.bound
+
+    @property
+    def rules(self) -> Rules:
+        """The policy as the judge reads it."""
+        return self.bound.rules
+
+    @property
+    def model(self) -> ModelId:
         """Name and SHA-256 of the encoder; of a cascade, of the second one."""
         return self._main.model
 
     @property
-    def first_model(self) -> tuple[str, str] | None:
+    def first_model(self) -> ModelId | None:
         """Name and SHA-256 of a cascade's first encoder."""
         return None if self._first is None else self._first.model
 
@@ -144,14 +162,27 @@ class Guard:
         """
         array = self._input(latents, height, width)
         try:
-            return self._verdicts(array, noise_level, final)
+            return list(self._judge.judge(array, noise_level, final).verdicts)
         except Overloaded:
             raise
         # Fail closed: none of these images has been judged.
         except Exception as error:
             logger.exception("%d images could not be judged", len(array))
-            verdict = failed(f"{type(error).__name__}: {error}", self.policy, noise_level)
+            verdict = failed(f"{type(error).__name__}: {error}", self.rules, noise_level)
             return [verdict] * len(array)
+
+    def judge(
+        self,
+        latents: Array | LatentArray,
+        noise_level: float = 0.0,
+        final: bool = True,
+        heatmaps: bool = False,
+    ) -> Judged:
+        """Verdicts, and heat maps from the same run where they are asked for.
+
+        Takes latents as `scan` does, and raises what goes wrong instead of judging by `on_error`.
+        """
+        return self._judge.judge(self._input(latents, None, None), noise_level, final, heatmaps)
 
     def scores(
         self, latents: Array | LatentArray, *, height: int | None = None, width: int | None = None
@@ -177,9 +208,9 @@ class Guard:
 
         Raises ModelError where the file was exported without them, and as `scores` does.
         """
-        if HEATMAP not in self._main.names:
-            raise ModelError(f"{self.path}: was exported without heat maps: use --heatmaps")
-        outputs = self.scores(latents, height=height, width=width)
+        if not self._main.has_heatmaps:
+            raise ModelError(self._main.no_heatmaps)
+        outputs = self._main.outputs(self._input(latents, height, width), heatmaps=True)
         return outputs[HEATMAP].astype(np.float32, copy=False)
 
     def close(self) -> None:
@@ -243,26 +274,11 @@ class Guard:
             )
         return widened((latents.standard() if self.scaled else latents.raw()).array)
 
-    def _verdicts(self, array: Array, noise_level: float, final: bool) -> list[Verdict]:
-        if self._first is None or self._cascade is None:
-            return self._main.verdicts(array, noise_level, final)
-        return self._cascade.judge(
-            self._first.verdicts(array, noise_level, final),
-            lambda rest: self._main.verdicts(array[rest], noise_level, final),
-        )
-
-    def _rule(self, first: dict[str, Any]) -> Cascade:
-        """By what the first model passes images on. Raises ModelError where it cannot be one."""
+    def _cascade(self, first: Network) -> CascadeJudge[Array]:
+        """The judge that asks `first` first. Raises ModelError where it cannot be one."""
+        cascade = self.rules.cascade
+        assert cascade is not None  # the artefact was checked
         try:
-            return Cascade(
-                self.policy,
-                (first["model"]["name"], first["model"]["sha256"]),
-                first["space"],
-                first["logit_scale"],
-                first["covered"],
-                reads=self.space,
-            )
+            return CascadeJudge(first, self._main, cascade.unsure, lambda array, rows: array[rows])
         except ModelError as error:
             raise ModelError(f"{self.path}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:  # of a policy that cannot be read
-            raise ModelError(f"{self.path}: does not fit its policy: {error!r:.300}") from error

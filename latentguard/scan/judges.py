@@ -1,0 +1,235 @@
+"""Who judges the images of a scan: for each latent space that occurs, a policy bound to a model.
+
+The engine knows no more of it than `Judges.of`; torch and the ONNX runtime differ in how a judge is
+found, and in nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from latentguard.errors import ModelError, PolicyError
+from latentguard.judge import BoundRules, Judged, Rules
+from latentguard.policy import Policy, load_policy
+from latentguard.scan.summary import ModelInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentguard.encoders import Encoder
+    from latentguard.runtime import Guard
+    from latentguard.spaces import LatentArray, LatentSpace
+
+
+@dataclass(frozen=True)
+class SpaceJudge:
+    """The judge of one latent space.
+
+    info: which model it is, and what it cannot do. judge: (latents, whether to make heat maps) to
+    what is judged; what it raises is an error of these images.
+    """
+
+    info: ModelInfo
+    judge: Callable[[LatentArray, bool], Judged]
+
+
+class Judges(ABC):
+    """The judges of a scan, by latent space.
+
+    rules: the policy. models: those that took part so far. notes: sentences for people. loading:
+    seconds that loading models took so far.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.models: list[ModelInfo] = []
+        self.notes: list[str] = []
+        self.loading = 0.0
+
+    @abstractmethod
+    def of(self, space: str) -> SpaceJudge | str:
+        """The judge of a space's latents, or why there is none."""
+
+    def _reading(self, judge: SpaceJudge, space: str) -> SpaceJudge | str:
+        """A judge that was named, where it reads the space."""
+        if judge.info.space == space:
+            return judge
+        return f"model {judge.info.id.name} reads {judge.info.space} latents, not {space}"
+
+    def _joined(
+        self, bound: BoundRules, notes: str, judge: Callable[[LatentArray, bool], Judged]
+    ) -> SpaceJudge:
+        """Remember a model. Raises PolicyError for a threshold that it lacks."""
+        found = SpaceJudge(_info(bound, notes), judge)
+        self.models.append(found.info)
+        return found
+
+
+class TorchJudges(Judges):
+    """Judges with one model, or (`auto`) with the one that the policy names, or with the best one
+    on this machine for each space.
+
+    Raises as `scan_files` does.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | str | Path,
+        model: Encoder | str | Path,
+        device: torch.device | str | None,
+        space: str | LatentSpace | None,
+    ) -> None:
+        loaded = load_policy(policy)
+        super().__init__(Rules.of(loaded.plain()))
+        self._policy, self._device = loaded, device
+        _check_device(device)
+        self._judges: dict[str, SpaceJudge | str] = {}
+        if model == "auto" and loaded.model is not None:
+            model = loaded.model
+        self._named = None if model == "auto" else self._load(model, space)
+
+    def of(self, space: str) -> SpaceJudge | str:
+        if self._named is not None:
+            return self._reading(self._named, space)
+        if space not in self._judges:
+            self._judges[space] = self._choose(space)
+        return self._judges[space]
+
+    def _load(self, model: Encoder | str | Path, space: str | LatentSpace | None) -> SpaceJudge:
+        from latentguard.scorer import Scorer
+
+        begun = perf_counter()
+        scorer = Scorer(self._policy, model, self._device, space)
+
+        def judge(latents: LatentArray, heatmaps: bool) -> Judged:
+            return scorer.judge(latents.torch(), heatmaps=heatmaps)
+
+        found = self._joined(scorer.bound, str(getattr(scorer.encoder, "notes", "") or ""), judge)
+        self.loading += perf_counter() - begun
+        return found
+
+    def _choose(self, space: str) -> SpaceJudge | str:
+        from latentguard.encoders import best_encoder
+
+        policy = self._policy
+        if policy.space not in (None, space):
+            return f"policy '{policy.name}' is written for {policy.space}, not {space}"
+        try:
+            name = best_encoder(space)
+        except ModelError as error:
+            return str(error)
+        self._note_bundled(name, space)
+        return self._load(name, space)
+
+    def _note_bundled(self, name: str, space: str) -> None:
+        from latentguard.encoders.catalog import CATALOG
+
+        if not CATALOG[name].bundled:
+            return
+        better = next((e.name for e in CATALOG.values() if e.space == space and not e.bundled), "")
+        hint = f"; for a stronger one: latentguard models get {better}" if better else ""
+        self.notes.append(f"{space} latents are judged by the bundled model {name}{hint}")
+
+
+class OnnxJudges(Judges):
+    """Judges with the policy and the model of one exported file, without torch.
+
+    policy: None, or one that must be the file's own.
+
+    Raises ModelError and LatentsError for a file, a device or a space that cannot be used,
+    PolicyError for another policy than the file's.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        policy: Policy | str | Path | None,
+        device: str | None,
+        space: str | LatentSpace | None,
+        sha256: str | None,
+    ) -> None:
+        from latentguard.files.bounds import MAX_IMAGE_CELLS
+        from latentguard.runtime import Guard
+
+        begun = perf_counter()
+        guard = Guard(path, sha256, providers=_providers(device), max_cells=MAX_IMAGE_CELLS)
+        super().__init__(guard.rules)
+        if policy is not None:
+            self._check_policy(path, policy)
+        if space is not None and _name(space) != guard.space:
+            raise ModelError(f"{path} reads {guard.space} latents, not {_name(space)}")
+        self._judge = self._joined(guard.bound, _notes(guard), _judging(guard))
+        self.loading += perf_counter() - begun
+
+    def of(self, space: str) -> SpaceJudge | str:
+        return self._reading(self._judge, space)
+
+    def _check_policy(self, path: str | Path, policy: Policy | str | Path) -> None:
+        given, own = load_policy(policy), self.rules.policy
+        if given.sha256 != own.sha256:
+            raise PolicyError(
+                f"{path} was exported with policy '{own.name}' ({own.sha256[:12]}) and judges by "
+                f"no other: give it '{given.name}' ({given.sha256[:12]}) with "
+                "`latentguard export swap`"
+            )
+
+
+def _judging(guard: Guard) -> Callable[[LatentArray, bool], Judged]:
+    def judge(latents: LatentArray, heatmaps: bool) -> Judged:
+        return guard.judge(latents, heatmaps=heatmaps)
+
+    return judge
+
+
+def _notes(guard: Guard) -> str:
+    return str(guard.metadata["model"].get("notes") or "")
+
+
+def _info(bound: BoundRules, notes: str) -> ModelInfo:
+    assert bound.model is not None
+    assert bound.space is not None
+    rules, limits = bound.rules, {}
+    for k, name in enumerate(rules.ids):
+        if bound.covered[k]:
+            try:
+                limits[name] = bound.limit(k)
+            except ValueError as error:  # every image would be an error
+                raise PolicyError(f"policy '{rules.policy.name}': {error}") from error
+    unseen = tuple(name for k, name in enumerate(rules.ids) if not bound.covered[k])
+    return ModelInfo(bound.model, bound.space, notes, unseen, limits)
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """Raises ModelError for a device that this machine does not have."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        raise ModelError(f"device {str(device)!r} cannot be used: {first[:300]}") from error
+
+
+def _providers(device: str | None) -> list[str | tuple[str, dict[str, str]]] | None:
+    """`cpu`, `cuda` or `cuda:1` as ONNX Runtime calls them."""
+    if device is None:
+        return None
+    name, _, index = str(device).partition(":")
+    if name == "cpu" and not index:
+        return ["CPUExecutionProvider"]
+    if name == "cuda" and (not index or index.isdigit()):
+        return [("CUDAExecutionProvider", {"device_id": index or "0"}), "CPUExecutionProvider"]
+    raise ModelError(f"device {str(device)!r} cannot be used: with ONNX Runtime it is cpu or cuda")
+
+
+def _name(space: str | LatentSpace) -> str:
+    from latentguard.spaces import LatentSpace
+
+    return LatentSpace.get(space).name
