@@ -10,48 +10,88 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentguard.encoders import load_encoder
-    from latentguard.guard import LatentGuard, optimize_noise
+    from latentguard.encoders import Encoder, load_encoder
+    from latentguard.errors import (
+        LatentGuardError,
+        LatentsError,
+        MissingExtraError,
+        ModelError,
+        PolicyError,
+    )
+    from latentguard.files import load_latents
+    from latentguard.guard import GenerationBlocked, LatentGuard, optimize_noise
     from latentguard.judge import Verdict
     from latentguard.policy import Policy, load_policy
-    from latentguard.scan import scan_files
+    from latentguard.scan import ScanRecord, scan_files
     from latentguard.scorer import Scorer
     from latentguard.spaces import Latents, LatentSpace
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Encoder": "latentguard.encoders",
+    "GenerationBlocked": "latentguard.guard",
     "LatentGuard": "latentguard.guard",
-    "Latents": "latentguard.spaces",
+    "LatentGuardError": "latentguard.errors",
     "LatentSpace": "latentguard.spaces",
+    "Latents": "latentguard.spaces",
+    "LatentsError": "latentguard.errors",
+    "MissingExtraError": "latentguard.errors",
+    "ModelError": "latentguard.errors",
     "Policy": "latentguard.policy",
+    "PolicyError": "latentguard.errors",
+    "ScanRecord": "latentguard.scan",
     "Scorer": "latentguard.scorer",
     "Verdict": "latentguard.judge",
     "load_encoder": "latentguard.encoders",
+    "load_latents": "latentguard.files",
     "load_policy": "latentguard.policy",
     "optimize_noise": "latentguard.guard",
     "scan_files": "latentguard.scan",
 }
 
 __all__ = [
+    "Encoder",
+    "GenerationBlocked",
     "LatentGuard",
+    "LatentGuardError",
     "LatentSpace",
     "Latents",
+    "LatentsError",
+    "MissingExtraError",
+    "ModelError",
     "Policy",
+    "PolicyError",
+    "ScanRecord",
     "Scorer",
     "Verdict",
     "__version__",
     "load_encoder",
+    "load_latents",
     "load_policy",
     "optimize_noise",
     "scan_files",
 ]
 
+# The extra that brings what a room imports at its top.
+_EXTRAS = {"torch": "torch", "safetensors": "torch", "diffusers": "diffusers"}
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'latentguard' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        from latentguard.errors import MissingExtraError
+
+        raise MissingExtraError(
+            f"latentguard.{name} needs {package}, which is not installed: "
+            f"pip install 'latentguard[{_EXTRAS[package]}]'"
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -26,3 +26,8 @@ class LatentsError(LatentGuardError, ValueError):
 
 class ModelError(LatentGuardError, ValueError):
     """An encoder that cannot be found, loaded, or used with this policy or space."""
+
+
+class MissingExtraError(LatentGuardError, ImportError):
+    """Something that is asked for needs packages which are not installed; the message says which
+    extra brings them."""
