@@ -10,11 +10,8 @@ import sys
 import typer
 
 from latentguard import __version__
+from latentguard.cli.exit_codes import EXIT_USAGE
 from latentguard.errors import LatentGuardError
-
-EXIT_MATCH = 1
-EXIT_USAGE = 2
-EXIT_UNREADABLE = 3
 
 app = typer.Typer(
     name="latentguard",

@@ -88,7 +88,7 @@ def check(
     files: list[str] = typer.Argument(help="Files of policies, or names of shipped ones."),
 ) -> None:
     """Check policies: every error of every file, with its line. Exit code 2 when there is any."""
-    from latentguard.cli import EXIT_USAGE
+    from latentguard.cli.exit_codes import EXIT_USAGE
     from latentguard.errors import PolicyError
     from latentguard.policy import load_policy
 

@@ -257,7 +257,7 @@ def _conclude(summary: Summary, report: Path | None, to_stdout: bool) -> None:
 
 
 def _exit_code(summary: Summary, fail_on: FailOn) -> int:
-    from latentguard.cli import EXIT_MATCH, EXIT_UNREADABLE
+    from latentguard.cli.exit_codes import EXIT_MATCH, EXIT_UNREADABLE
     from latentguard.judge import DECISIONS
 
     if summary.outcomes["error"]:
@@ -290,7 +290,7 @@ def _check_targets(
 
 
 def _usage(message: str) -> typer.Exit:
-    from latentguard.cli import EXIT_USAGE
+    from latentguard.cli.exit_codes import EXIT_USAGE
 
     typer.echo(f"latentguard: {message}", err=True)
     return typer.Exit(EXIT_USAGE)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latentguard.scan.judges import _providers
 from runtime_helpers import ROOT, command_without_torch
 
 from latentguard import cli
@@ -25,6 +24,7 @@ from latentguard.files import save_latents
 from latentguard.policy import load_policy
 from latentguard.runtime.network import Network
 from latentguard.scan import Scan, ScanRecord, Summary
+from latentguard.scan.judges import _providers
 from latentguard.spaces import Latents
 
 EXAMPLES = ROOT / "examples" / "latents.pt"
