@@ -25,12 +25,12 @@ MAX_INFLATED = 4096 * MIB
 MAX_AXES = 8
 # Text that says something about latents: a shard's KEY.json, a tar extension header.
 MAX_METADATA = MIB
+# A .pt inside a shard is read as a whole; a shard holds an image or a few per member.
+MAX_SHARD_TORCH_MEMBER = 256 * MIB
+# An image's name; longer ones would swamp every report.
+MAX_ID = 1024
 # Empty and damaged blocks of a shard, which are searched for further members: an archive ends with
 # some kilobytes of them, and damage to the header of a large member leaves its data.
 MAX_SHARD_GAPS = 256 * MIB
 # Latents of one key of a shard, which are kept until the key's KEY.json has been met.
 MAX_SHARD_SAMPLE = 4096
-# A .pt inside a shard is read as a whole; a shard holds an image or a few per member.
-MAX_SHARD_TORCH_MEMBER = 256 * MIB
-# An image's name; longer ones would swamp every report.
-MAX_ID = 1024
