@@ -11,9 +11,11 @@ import fnmatch
 import glob
 import os
 import stat
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from latentguard.errors import LatentsError
@@ -47,7 +49,8 @@ def expand(path: str | Path, passed: PassedOver) -> Iterator[Path | Unreadable]:
     text = os.fspath(path)
     try:
         if os.path.isdir(text):
-            found = _Folders(passed).files(text)
+            folders = _Folders(passed)
+            found = chain(folders.files(text), folders.linked_files())
             nothing = f"is a folder without latents files ({', '.join(SUFFIXES)})"
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = _matches(text, passed)
@@ -85,9 +88,14 @@ class _Folders:
     def __init__(self, passed: PassedOver) -> None:
         self._passed = passed
         self._seen: set[tuple[int, int]] = set()
+        self._links: deque[str] = deque()
 
     def files(self, folder: str) -> Iterator[Path | Unreadable]:
-        """The latents files below a folder: its own, then those of each folder in it."""
+        """The latents files below a folder: its own, then those of each folder in it.
+
+        Folders behind links come with `linked_files`, so that what is there without them keeps the
+        name that it has without them.
+        """
         for _, listed in self.below(folder):
             yield from listed.broken
             for path in listed.files:
@@ -95,26 +103,47 @@ class _Folders:
                 if found is not None:
                     yield found
 
-    def below(self, folder: str) -> Iterator[tuple[str, _Folder]]:
-        """A folder and all below it, those behind links last."""
-        waiting, links = [folder], list[str]()
-        while waiting or links:
-            linked = not waiting
-            path = links.pop() if linked else waiting.pop()
+    def add_link(self, folder: str) -> None:
+        """Read a folder that a link leads to with the others of its kind."""
+        self._links.append(folder)
+
+    def linked_files(self) -> Iterator[Path | Unreadable]:
+        """The latents files behind the links met so far, and behind those met there."""
+        while self._links:
+            folder = self._links.popleft()
+            if self._first_time(folder):
+                yield from self.files(folder)
+            else:
+                self._passed.links += 1
+
+    def below(self, folder: str, links: bool = False) -> Iterator[tuple[str, _Folder]]:
+        """A folder and all below it, with `links` also those behind links, these last."""
+        waiting = [folder]
+        while waiting or (links and self._links):
+            path = waiting.pop() if waiting else self._links.popleft()
             try:
-                state = os.stat(path)
-                if (state.st_dev, state.st_ino) in self._seen:
-                    if linked:
-                        self._passed.links += 1
+                if not self._mark(path):
                     continue
-                self._seen.add((state.st_dev, state.st_ino))
                 listed = _listed(path)
             except OSError as error:
                 yield path, _Folder(broken=[_unlisted(path, error)])
                 continue
             waiting += reversed(listed.folders)
-            links[:0] = reversed(listed.links)
+            self._links += listed.links
             yield path, listed
+
+    def _first_time(self, path: str) -> bool:
+        try:
+            return _identity(path) not in self._seen
+        except OSError:
+            return True  # listing it says what is wrong
+
+    def _mark(self, path: str) -> bool:
+        """Whether a folder was not walked yet; from now on it is."""
+        identity = _identity(path)
+        new = identity not in self._seen
+        self._seen.add(identity)
+        return new
 
     def _judged(self, path: str) -> Path | Unreadable | None:
         """A file that is read, or why it cannot be; None where it holds no latents."""
@@ -135,6 +164,11 @@ class _Folders:
             return Unreadable(path, f"could hold latents, but {_reason(error)}")
         self._passed.add_file(name)
         return None
+
+
+def _identity(path: str) -> tuple[int, int]:
+    state = os.stat(path)
+    return state.st_dev, state.st_ino
 
 
 def _listed(folder: str) -> _Folder:
@@ -194,14 +228,28 @@ def _matches(pattern: str, passed: PassedOver) -> Iterator[Path | Unreadable]:
     for part in parts:
         found = [path for base in found for path in _matching(base, part, broken)]
     yield from broken.values()
-    folders = _Folders(passed)
-    given: set[Path] = set()
-    for match in sorted(set(found)):
-        for item in folders.files(match) if os.path.isdir(match) else [Path(match)]:
-            if isinstance(item, Path):
-                if item in given:
-                    continue
-                given.add(item)
+    yield from _once(_files_of(sorted(set(found)), _Folders(passed)))
+
+
+def _files_of(matches: list[str], folders: _Folders) -> Iterator[Path | Unreadable]:
+    for match in matches:
+        if os.path.isdir(match) and os.path.islink(match):
+            folders.add_link(match)
+    for match in matches:
+        if not os.path.isdir(match):
+            yield Path(match)
+        elif not os.path.islink(match):
+            yield from folders.files(match)
+    yield from folders.linked_files()
+
+
+def _once(found: Iterator[Path | Unreadable]) -> Iterator[Path | Unreadable]:
+    """Each file once: a pattern may match a folder and what is in it."""
+    seen = set()
+    for item in found:
+        source = item.source if isinstance(item, Unreadable) else str(item)
+        if source not in seen:
+            seen.add(source)
             yield item
 
 
@@ -210,7 +258,7 @@ def _matching(base: str, part: str, broken: dict[str, Unreadable]) -> Iterator[s
     here = base or os.curdir
     if part == "**":
         if os.path.isdir(here):
-            for path, listed in _Folders(PassedOver()).below(here):
+            for path, listed in _Folders(PassedOver()).below(here, links=True):
                 broken.update({item.source: item for item in listed.broken if item.source == path})
                 yield path if base else os.path.relpath(path)
         return
