@@ -47,6 +47,7 @@ def expand(path: str | Path, passed: PassedOver) -> Iterator[Path | Unreadable]:
         passed: counts the files of folders that cannot hold latents.
     """
     text = os.fspath(path)
+    found: Iterator[Path | Unreadable]
     try:
         if os.path.isdir(text):
             folders = _Folders(passed)
