@@ -229,6 +229,8 @@ def _matches(pattern: str, passed: PassedOver) -> Iterator[Path | Unreadable]:
     for part in parts:
         found = [path for base in found for path in _matching(base, part, broken)]
     yield from broken.values()
+    if rest.endswith(("/", os.sep)):
+        found = [path for path in found if os.path.isdir(path)]
     yield from _once(_files_of(sorted(set(found)), _Folders(passed)))
 
 
@@ -271,7 +273,7 @@ def _matching(base: str, part: str, broken: dict[str, Unreadable]) -> Iterator[s
         else:
             os.lstat(os.path.join(base, part))
             yield os.path.join(base, part)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a NUL byte
         return
     except OSError as error:
         broken[here] = _unlisted(here, error)

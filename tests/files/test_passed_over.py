@@ -50,7 +50,7 @@ def write(folder: Path, *names: str, data: bytes = NUMBERS) -> None:
         ("001.latents.npy", NUMBERS),
         ("001.npy", NUMBERS),
         ("001.vae_latent.pt", torch_bytes(flux2_batch(1))),
-        ("001.latent.npy.gz", gzip.compress(NUMBERS)),
+        ("001.latent.npy.gz", gzip.compress(NUMBERS, mtime=0)),
         ("001.latent.npy ", NUMBERS),
         ("001.LATENT", b"x"),
         ("001.pickle", b"x"),
@@ -118,7 +118,7 @@ def test_numbers_behind_the_name_of_a_mac_file_are_read(tmp_path: Path) -> None:
         ("numbers", NUMBERS),
         ("numbers.npy.old", NUMBERS),
         ("tensors", b"\x10\0\0\0\0\0\0\0{}              "),
-        ("packed.gz", gzip.compress(b"x")),
+        ("packed.gz", gzip.compress(b"x", mtime=0)),
         ("dump", b"\x80\x04N."),
         ("._numbers", NUMBERS),
     ],
@@ -269,3 +269,10 @@ def test_files_read_by_pattern_are_whole_folders_too(tmp_path: Path) -> None:
     write(tmp_path, "d/b.npy", "d/c.latent")
     records, _ = read(f"{tmp_path}/*")
     assert places(records, tmp_path) == ["a.npy", "d/b.npy", "! d/c.latent"]
+    records, _ = read(f"{tmp_path}/*/")
+    assert places(records, tmp_path) == ["d/b.npy", "! d/c.latent"]
+
+
+def test_a_pattern_with_a_nul_matches_nothing(tmp_path: Path) -> None:
+    (record,), _ = read(f"{tmp_path}/a\0b/*.npy")
+    assert record.error == "matches no file"
