@@ -130,7 +130,7 @@ def scan(
         runtime=runtime.value,
         sha256=sha256,
     )
-    summary = Summary(run.policy_id)
+    summary = Summary(run.policy_id, passed=run.passed)
     page = Report(run.plain, report_limit) if report else None
     try:
         _run(run, summary, page, output_format, output, quiet)
@@ -251,7 +251,8 @@ def _progress(shown: bool) -> Iterator[_Step]:
 def _conclude(summary: Summary, report: Path | None, to_stdout: bool) -> None:
     from latentguard.scan.text import visible
 
-    typer.echo(visible(summary.line(), 2000), err=not to_stdout)
+    for line in filter(None, (summary.passed.line(), summary.line())):
+        typer.echo(visible(line, 2000), err=not to_stdout)
     if report is not None:
         typer.echo(f"report: {visible(report.resolve(), 2000)}", err=not to_stdout)
 

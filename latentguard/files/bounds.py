@@ -39,3 +39,8 @@ TENSOR_COST = 1024
 MAX_GATHERED = 256 * MIB
 # An image's name; longer ones would swamp every report.
 MAX_ID = 1024
+# Empty and damaged blocks of a shard, which are searched for further members: an archive ends with
+# some kilobytes of them, and damage to the header of a large member leaves its data.
+MAX_SHARD_GAPS = 256 * MIB
+# Latents of one key of a shard, which are kept until the key's KEY.json has been met.
+MAX_SHARD_SAMPLE = 4096

@@ -124,6 +124,7 @@ def _header(report: Report, models: Sequence[ModelInfo], summary: Summary, date:
         el("h1", _headline(summary)),
         _tiles(summary),
         el("dl", *facts, class_="facts"),
+        el("p", passed, class_="passed") if (passed := summary.passed.line()) else None,
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from latentguard.files import PassedOver
 from latentguard.scan.record import ModelId, PolicyId, ScanRecord
 
 
@@ -31,7 +32,7 @@ class Summary:
     """Counts of a scan, one `add` per image.
 
     outcomes: allow, review, steer, block or error, each image once. decisions: those of the errors
-    too. seconds: set by whoever runs the scan (`Scan.seconds`).
+    too. seconds, passed: set by whoever runs the scan (`Scan.seconds`, `Scan.passed`).
     """
 
     policy: PolicyId
@@ -39,6 +40,7 @@ class Summary:
     models: Counter[ModelId] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    passed: PassedOver = field(default_factory=PassedOver)
 
     def add(self, record: ScanRecord) -> None:
         self.outcomes[record.outcome] += 1

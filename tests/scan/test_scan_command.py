@@ -19,6 +19,7 @@ import torch
 from scan_helpers import ALWAYS, NEVER, latents_of, write_latents
 
 from latentguard.policy import load_policy
+from latentguard.scan import Scan
 from latentguard.verdict import Verdict
 
 KEYS = {
@@ -230,6 +231,45 @@ def test_the_table_says_what_was_decided_and_why(
     assert "3 images: 0 allowed, 0 review, 2 blocked, 1 error" in lines[-1]
     assert "policy made 7" in lines[-1]
     assert "\x1b" not in ran.out + ran.err
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A folder with latents, and with files that hold none."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_latents(folder / "a.pt", 1)
+    for name in ("a.json", "b.json", "readme.md"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_what_is_passed_over_is_counted_and_named(mixed: Path, calm: Path, command: Any) -> None:
+    said = "passed over, as no latents: 3 files (.json 2, .md 1)"
+    table = command("scan", mixed, "--policy", calm)
+    assert (table.code, table.out.splitlines()[-2]) == (0, said)
+    report = mixed.parent / "report.html"
+    lines = command("scan", mixed, "--policy", calm, "--format", "json", "--report", report)
+    assert (lines.code, len(lines.out.splitlines())) == (0, 1)
+    assert said in lines.err.splitlines()
+    assert said in report.read_text(encoding="utf-8")
+    assert said not in command("scan", mixed, "--policy", calm, "--quiet").out
+    run = Scan(mixed, calm)
+    assert len(list(run)) == 1
+    assert run.passed.files == {".json": 2, ".md": 1}
+
+
+def test_a_file_that_could_hold_latents_is_not_passed_over(
+    mixed: Path, calm: Path, command: Any
+) -> None:
+    (mixed / "ComfyUI_00001_.latent").write_bytes(b"x")
+    ran = command("scan", mixed, "--policy", calm, "--format", "json")
+    assert ran.code == 3
+    failed, good = (json.loads(line) for line in ran.out.splitlines())
+    assert failed["source"] == str(mixed / "ComfyUI_00001_.latent")
+    assert failed["decision"] == "block"
+    assert "could hold latents, but is of a type that is not read" in failed["error"]
+    assert good["error"] is None
 
 
 def test_output_and_report_go_to_files(tmp_path: Path, calm: Path, command: Any) -> None:
