@@ -93,7 +93,9 @@ def read_arrays(
         paths: files (.pt, .pth, .safetensors, .npy, .npz, .tar), folders (searched recursively,
             sorted by name), and glob patterns.
         space, scaled: what the files do not say themselves. A file that says otherwise is an
-            error, and one that says nothing is recognised by its statistics or is an error.
+            error, and one that says nothing is recognised by its statistics or is an error. A
+            scaling that is not the space's usual one comes with `space` alone: a file that declares
+            one of its own is an error.
 
     Yields:
         ArrayRecords. Whatever is wrong with a file or an image becomes a record with an error, and
@@ -269,10 +271,11 @@ def _images(
     """The records of one payload: its convention is settled first, then image after image."""
     given = Claims(space=None if space is None else space.name, scaled=scaled)
     claims = payload.claims.merged(given, "the file", "the option given")
-    known = claims.latent_space()
-    if space is not None and claims.scale is None and claims.shift is None:
-        known = space  # the caller's may have a scaling of its own, or flux2's statistics
+    # The operator's may have a scaling of its own, or flux2's statistics.
+    known = space if space is not None or claims.space is None else LatentSpace.get(claims.space)
     settled = _settle(payload, claims, known)
+    if settled is not None:
+        claims.check_scaling(*settled)
     count = 0
     for number, image in enumerate(payload.images()):
         count = number + 1
