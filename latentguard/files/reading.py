@@ -23,6 +23,7 @@ from latentguard.files.torch_files import open_torch
 from latentguard.spaces import Latents, LatentSpace, recognise
 from latentguard.spaces.arrays import LatentArray, unpack, widened
 from latentguard.spaces.statistics import MAX_IMAGES
+from latentguard.spaces.tokens import check_size
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".npy", ".npz", ".tar")
 # Found in a folder, these are reported rather than passed over: they may well hold latents.
@@ -276,6 +277,7 @@ def _images(
     settled = _settle(payload, claims, known)
     if settled is not None:
         claims.check_scaling(*settled)
+        _check_size(payload, claims, settled[0])
     count = 0
     for number, image in enumerate(payload.images()):
         count = number + 1
@@ -283,6 +285,23 @@ def _images(
         yield _record(source, first + number, name, image, settled, claims)
     if claims.ids is not None and len(claims.ids) != count:
         raise LatentsError(f"has {len(claims.ids)} ids for {count} images")
+
+
+def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
+    """One size is said for all packed images of a file, so the first of them speak for the rest.
+
+    Raises LatentsError where the numbers of one deny it.
+    """
+    if claims.height is None or claims.width is None:
+        return
+    for image in itertools.islice(payload.images(), MAX_IMAGES):
+        if isinstance(image, LatentsError) or image.ndim != 2:
+            continue
+        try:
+            space.size((1, *image.shape), "packed", claims.height, claims.width)
+        except LatentsError:
+            continue  # an image of another size is an error of its own
+        check_size(widened(image)[None], space, claims.height, claims.width)
 
 
 def _settle(
