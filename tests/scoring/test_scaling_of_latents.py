@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from latentguard import Latents, LatentSpace, Scorer, load_encoder
+from latentguard.encoders.catalog import LatentClipConfig
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.files import load_latents
 from latentguard.spaces import SPACES, rgb_preview
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "latents.pt"
+SMALL = LatentClipConfig(patch=8, embed_dim=512, text_width=128, width=128, layers=2, text_layers=2)
 PLAYGROUND = LatentSpace.get("sdxl-playground25")
 
 
@@ -46,7 +48,7 @@ def test_nano_sdxl_decides_alike_in_every_scaling(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("needs_scaled", [True, False])
 def test_latent_clip_reads_the_usual_scaling_or_raw(needs_scaled: bool) -> None:
-    encoder = LatentCLIP.random()
+    encoder = LatentCLIP.random(SMALL)
     encoder.needs_scaled = needs_scaled
     raw = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0)) * 5
     expected = SPACES["sdxl"].to_scaled(raw) if needs_scaled else raw
