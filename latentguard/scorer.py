@@ -124,8 +124,11 @@ class Scorer:
 
         With a `cascade` in the policy its first model judges, and this one what that is unsure of.
         `noise_level` is the noise-to-signal ratio (0 is clean); `final` says that nothing follows
-        these latents. Raises LatentsError when they are of another space than the encoder's.
+        these latents. Raises LatentsError when they are of another space than the encoder's, and
+        when final packed ones are of another size than they say (`Latents.check_size`).
         """
+        if final:
+            latents.check_size()
         if self.first is None or self._cascade is None:
             return self.decide(self.score(latents, noise_level), final)
         return self._cascade.judge(
@@ -176,8 +179,7 @@ class Scorer:
             raise LatentsError(
                 f"model {encoder.name} reads {encoder.space} latents, got {latents.space.name}"
             )
-        spatial = latents.spatial()
-        converted = spatial.scaled_() if encoder.needs_scaled else spatial.raw()
+        converted = latents.spatial().standard(encoder.needs_scaled)
         return converted.tensor.to(encoder.device, encoder.dtype)
 
     def _head(self) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:

@@ -263,7 +263,7 @@ class LatentCLIP:
             )
         wide = torch.promote_types(latents.tensor.dtype, self.dtype)
         latents = latents.to(self.device, wide).spatial()
-        return (latents.scaled_() if self.needs_scaled else latents.raw()).tensor
+        return latents.standard(self.needs_scaled).tensor
 
     def _adapter(self, height: int, width: int) -> Adapter:
         return ADAPTERS[self.resize](height, width, self.config.grid, self.config.patch)

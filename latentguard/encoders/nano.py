@@ -126,7 +126,7 @@ class NanoEncoder(nn.Module):
             raise LatentsError(
                 f"model {self.name} reads {self.space} latents, got {latents.space.name}"
             )
-        tensor = latents.spatial().scaled_().tensor
+        tensor = latents.spatial().standard().tensor
         return self.features(tensor.to(self.device)).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:

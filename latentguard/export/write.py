@@ -365,7 +365,7 @@ def _as(latents: Latents, scorer: Scorer, scaled: bool, size: tuple[int, int] | 
             f"model {encoder.name} reads {encoder.space} latents, got {latents.space.name}"
         )
     spatial = latents.spatial().to("cpu", torch.float32)
-    converted = spatial.scaled_() if scaled else spatial.raw()
+    converted = spatial.standard(scaled)
     if size is not None and (converted.height, converted.width) != size:
         raise LatentsError(
             f"the export reads {size[0]}x{size[1]} latent cells, the latents given for it have "

@@ -25,6 +25,7 @@ from latentguard.files.torch_files import open_torch
 from latentguard.spaces import Latents, LatentSpace, recognise
 from latentguard.spaces.arrays import LatentArray, unpack, widened
 from latentguard.spaces.statistics import MAX_IMAGES
+from latentguard.spaces.tokens import check_size
 
 _OPENERS: dict[str, Callable[[BinaryIO, int, Claims], Payload]] = {
     ".pt": open_torch,
@@ -93,7 +94,9 @@ def read_arrays(
         paths: files (.pt, .pth, .safetensors, .npy, .npz, .tar), folders (searched recursively,
             sorted by name), and glob patterns.
         space, scaled: what the files do not say themselves. A file that says otherwise is an
-            error, and one that says nothing is recognised by its statistics or is an error.
+            error, and one that says nothing is recognised by its statistics or is an error. A
+            scaling that is not the space's usual one comes with `space` alone: a file that declares
+            one of its own is an error.
         passed: counts what folders and shards hold besides, which cannot be latents.
 
     Yields:
@@ -233,10 +236,12 @@ def _images(
     """The records of one payload: its convention is settled first, then image after image."""
     given = Claims(space=None if space is None else space.name, scaled=scaled)
     claims = payload.claims.merged(given, "the file", "the option given")
-    known = claims.latent_space()
-    if space is not None and claims.scale is None and claims.shift is None:
-        known = space  # the caller's may have a scaling of its own, or flux2's statistics
+    # The operator's may have a scaling of its own, or flux2's statistics.
+    known = space if space is not None or claims.space is None else LatentSpace.get(claims.space)
     settled = _settle(payload, claims, known)
+    if settled is not None:
+        claims.check_scaling(*settled)
+        _check_size(payload, claims, settled[0])
     count = 0
     for number, image in enumerate(payload.images()):
         count = number + 1
@@ -246,6 +251,23 @@ def _images(
         raise LatentsError("holds no image")
     if claims.ids is not None and len(claims.ids) != count:
         raise LatentsError(f"has {len(claims.ids)} ids for {count} images")
+
+
+def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
+    """One size is said for all packed images of a file, so the first of them speak for the rest.
+
+    Raises LatentsError where the numbers of one deny it.
+    """
+    if claims.height is None or claims.width is None:
+        return
+    for image in itertools.islice(payload.images(), MAX_IMAGES):
+        if isinstance(image, LatentsError) or image.ndim != 2:
+            continue
+        try:
+            space.size((1, *image.shape), "packed", claims.height, claims.width)
+        except LatentsError:
+            continue  # an image of another size is an error of its own
+        check_size(widened(image)[None], space, claims.height, claims.width)
 
 
 def _settle(

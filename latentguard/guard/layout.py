@@ -27,7 +27,7 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     """The latent space of a pipeline: what its VAE says, with the VAE's own numbers, or `given`.
 
     Raises LatentsError, naming the pipeline, where it cannot be known, and where `given` is another
-    than the VAE's.
+    than the VAE's or is scaled in another way.
     """
     vae = getattr(pipe, "vae", None)
     name = type(pipe).__name__
@@ -44,6 +44,12 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
             raise LatentsError(
                 f"space is given as {space}, but the VAE of this {name} is of {told} latents: "
                 "leave space out"
+            )
+        if isinstance(told, LatentSpace) and not told.is_scaled_as(space):
+            raise LatentsError(
+                f"space is given as {space} with scale {space.scale} and shift {space.shift}, but "
+                f"the VAE of this {name} has scale {told.scale} and shift {told.shift}: leave "
+                "space out"
             )
         return _complete(space, vae)
     if isinstance(told, LatentSpace):

@@ -241,7 +241,7 @@ class Guard:
             raise LatentsError(
                 f"{self.path.name} reads {self.space} latents, not {latents.space.name}"
             )
-        return widened((latents.standard() if self.scaled else latents.raw()).array)
+        return widened(latents.standard(self.scaled).array)
 
     def _verdicts(self, array: Array, noise_level: float, final: bool) -> list[Verdict]:
         if self._first is None or self._cascade is None:

@@ -96,6 +96,10 @@ def _normalised_sdxl(config: Mapping[str, Any], channels: int, scale: float | No
 def _flat(values: Any) -> list[float]:
     if isinstance(values, (int, float)):
         return [float(values)]
+    if not isinstance(values, (list, tuple)):
+        raise LatentsError(
+            f"the VAE config's latents_mean and latents_std must be numbers: {values!r}"
+        )
     return [number for value in values for number in _flat(value)]
 
 
