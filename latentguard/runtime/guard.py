@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from latentguard.cascade import Cascade
 from latentguard.errors import LatentsError, ModelError
-from latentguard.runtime.artefact import HEATMAP, open_artefact
+from latentguard.runtime.artefact import open_artefact
 from latentguard.runtime.batching import Batching, Outputs, Overloaded
+from latentguard.runtime.names import HEATMAP
 from latentguard.runtime.network import Network
 from latentguard.runtime.session import Provider
 from latentguard.spaces import LatentSpace

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
-from latentguard.runtime.artefact import HEATMAP, INPUT, OUTPUTS, Artefact
+from latentguard.runtime.artefact import Artefact
 from latentguard.runtime.batching import Array, Batcher, Batching, Outputs
-from latentguard.runtime.session import Provider, create_session, first_line
+from latentguard.runtime.names import HEATMAP, INPUT, OUTPUTS
+from latentguard.runtime.session import Provider, create_session, reason
 from latentguard.verdict import Verdict, decide
 
 RUN_CELLS = 16 * 64 * 64
@@ -117,7 +118,7 @@ class Network:
         try:
             outputs = self._run(array)
         except Exception as error:
-            raise ModelError(f"{self.path}: does not run: {first_line(error)}") from error
+            raise ModelError(f"{self.path}: does not run: {reason(error)}") from error
         verdicts = self._decide(outputs, 0.0, True)
         # A threshold that lacks a calibration is an error of that noise level, not of the file.
         if len(verdicts) != 1 or not verdicts[0].concepts:
