@@ -63,7 +63,7 @@ def main() -> None:
     try:
         app()
     except LatentGuardError as error:
-        # Lines are the project's own (one for each problem of a policy), what is in them may not be.
+        # The lines are the project's own, one for a problem; what they quote may not be.
         first, *more = str(error).splitlines() or [""]
         for line in (f"latentguard: {first}", *more):
             typer.echo(visible(line, 4000), err=True)

@@ -16,6 +16,9 @@ HUB = "https://huggingface.co"
 MERGE = "+merge="
 """Behind a model's name or file: the share of its tokens that merge, as in `NAME+merge=0.5`."""
 
+MAX_CONTEXT = 1024
+"""Tokens of a prompt that a text tower may read; the causal mask grows with their square."""
+
 
 @dataclass(frozen=True)
 class LatentClipConfig:
@@ -47,6 +50,11 @@ class LatentClipConfig:
                     f"model configuration: `{field.name}` must be a whole number from 1 to 65536, "
                     f"got {value!r}"
                 )
+        if self.context_length > MAX_CONTEXT:
+            raise ModelError(
+                f"model configuration: `context_length` must be at most {MAX_CONTEXT}, "
+                f"got {self.context_length}"
+            )
         if type(self.needs_scaled) is not bool:
             raise ModelError(
                 "model configuration: `needs_scaled` must be true or false, "

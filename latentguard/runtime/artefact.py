@@ -25,7 +25,7 @@ from latentguard.errors import ModelError
 from latentguard.runtime.graph import check_graph
 from latentguard.runtime.layout import ENTRY, MODEL
 from latentguard.runtime.names import DIGEST, HEATMAP, INPUT, METADATA, OUTPUTS, STANDARD, plain
-from latentguard.runtime.wire import Message, Refused, fields, read, text
+from latentguard.runtime.wire import ForeignError, Message, fields, read, text
 from latentguard.spaces import SPACES
 
 SCHEMA_VERSION = 1
@@ -97,7 +97,7 @@ def _look(path: Path, digest: str, data: bytes) -> Artefact:
         return _inspect(path, digest, data)
     except ModelError:
         raise
-    except Refused as error:
+    except ForeignError as error:
         raise ModelError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:  # of the wire format, of JSON, of its numbers
         raise ModelError(f"{path}: is no readable .onnx file ({error})") from error

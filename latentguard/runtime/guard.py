@@ -73,6 +73,12 @@ class Guard:
         self.metadata = artefact.metadata
         self._space = LatentSpace.get(self.metadata["space"])
         self._max_cells = max_cells
+        sides = (self.metadata["height"] or 1, self.metadata["width"] or 1)
+        if sides[0] * sides[1] > max_cells:
+            raise ModelError(
+                f"{self.path}: was exported for {sides[0]}x{sides[1]} latent cells, over the limit "
+                f"of {max_cells} (max_cells)"
+            )
         self._main = Network(artefact, providers, threads, spin, warm_up)
         self.providers: tuple[str, ...] = self._main.providers
         self._first: Network | None = None

@@ -46,7 +46,7 @@ def create_session(
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it would log is raised
-    # What was looked at is an .onnx file; by itself ONNX Runtime would tell its own format by bytes.
+    # An .onnx file was looked at. By itself ONNX Runtime tells its own format by some bytes.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     if threads is not None:
         options.intra_op_num_threads = threads

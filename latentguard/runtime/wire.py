@@ -149,7 +149,7 @@ class _Reader:
                     f"field {item.number} at byte {item.start}, which a {layout.name} does not have"
                 )
             if spec.refused is not None:
-                raise Refused(f"holds {spec.refused}, which no export of ours has")
+                raise ForeignError(f"holds {spec.refused}, which no export of ours has")
             value = self._value(spec, item)
             if spec.repeated or spec.packed:
                 found.setdefault(spec.name, []).append(value)
@@ -184,7 +184,7 @@ class _Reader:
         return struct.unpack("<f", view)[0] if spec.kind == "float" else view
 
 
-class Refused(WireError):
+class ForeignError(WireError):
     """A protocol buffer that holds what no export has; the message is a clause about the file."""
 
 

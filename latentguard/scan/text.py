@@ -1,4 +1,4 @@
-"""Text from untrusted files in the cells of a spreadsheet; for terminals and pages, as it is seen."""
+"""Text from untrusted files in the cells of a spreadsheet."""
 
 from __future__ import annotations
 
