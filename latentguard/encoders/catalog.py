@@ -4,12 +4,15 @@ they lie on this machine. No torch: `latentguard models list` answers at once.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from latentguard.atomic import replacing
 from latentguard.errors import ModelError
 
 HUB = "https://huggingface.co"
@@ -18,6 +21,8 @@ MERGE = "+merge="
 
 MAX_CONTEXT = 1024
 """Tokens of a prompt that a text tower may read; the causal mask grows with their square."""
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,48 @@ def cache_dir() -> Path:
 def converted_path(name: str) -> Path:
     """Where the converted weights of a named model lie, or would."""
     return cache_dir() / "models" / f"{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model was first fetched from: trusted then, and compared with from then on.
+
+    revision: the commit of the repository. sha256: of the official file.
+    """
+
+    repo: str
+    file: str
+    revision: str
+    sha256: str
+
+
+def source_path(name: str) -> Path:
+    """Where the record of a model's first download lies, or would."""
+    return cache_dir() / "models" / f"{name}.source.json"
+
+
+def read_source(name: str) -> Source | None:
+    """The record, None where the model was never fetched. Raises ModelError for a damaged one."""
+    path, entry = source_path(name), CATALOG[name]
+    if not path.exists():
+        return None
+    try:
+        found = Source(**json.loads(path.read_text("utf-8")))
+        sound = (found.repo, found.file) == (entry.repo, entry.file)
+        sound = sound and SHA256.fullmatch(found.sha256) is not None
+        if not sound or re.fullmatch(r"[0-9a-f]{40}", found.revision) is None:
+            raise ValueError("values that do not fit")
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{path}: is no record of where {name} was fetched from ({error}): delete it"
+        ) from error
+    return found
+
+
+def write_source(name: str, source: Source) -> None:
+    """Keep the record of a download."""
+    with replacing(source_path(name)) as file:
+        file.write(json.dumps(asdict(source), indent=1).encode())
 
 
 def by_hand_path(name: str) -> Path:

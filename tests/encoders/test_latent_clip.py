@@ -18,8 +18,8 @@ from torch import Tensor
 from latentguard import ops
 from latentguard.encoders import Encoder, strongest_view
 from latentguard.encoders import checkpoint as files
-from latentguard.encoders.header import read_metadata
 from latentguard.encoders.catalog import CATALOG, LatentClipConfig
+from latentguard.encoders.header import read_metadata
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.encoders.resize import Tile
 from latentguard.errors import LatentsError, ModelError
