@@ -127,9 +127,11 @@ def schema() -> None:
 
 def _summary(policy: Policy) -> str:
     """The first sentence of its description."""
+    from latentguard.text import visible
+
     text = " ".join(policy.description.split("\n\n")[0].split())
     head, dot, _ = text.partition(". ")
-    return head + dot.strip()
+    return visible(head + dot.strip(), 4000)
 
 
 def _settings(policy: Policy) -> list[str]:

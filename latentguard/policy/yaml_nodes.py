@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from latentguard.errors import PolicyError
+from latentguard.text import visible
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000
@@ -274,9 +275,8 @@ def problems_error(source: str, problems: Sequence[Problem]) -> PolicyError:
 def clip(text: str, limit: int = 60) -> str:
     """`text` shortened for a message, with what could upset a terminal escaped."""
     clipped = text if len(text) <= limit else text[: limit - 3] + "..."
-    if clipped.isprintable():
-        return clipped
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in clipped)
+    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in clipped)
+    return visible(escaped, 12 * max(limit, 1))
 
 
 def show(value: object) -> str:
