@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +31,7 @@ class Header:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BufferedReader]:
     """A regular file, and the same one for as long as it is open, whatever becomes of its name.
 
     Raises ModelError where it cannot be opened, is no regular file, or was written to meanwhile.
@@ -43,10 +44,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise ModelError(f"{path}: cannot be read: {reason or error}") from error
+    before = os.fstat(descriptor)
+    if not stat.S_ISREG(before.st_mode):
+        os.close(descriptor)
+        raise ModelError(f"{path}: is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode):
-            raise ModelError(f"{path}: is not a regular file")
         yield file
         after = os.fstat(descriptor)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -102,7 +104,7 @@ def read_bytes(path: Path, file: BinaryIO) -> bytes:
     return data
 
 
-def digest_of(file: BinaryIO) -> str:
+def digest_of(file: BufferedReader) -> str:
     """SHA-256 of an open file."""
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()

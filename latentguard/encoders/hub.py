@@ -153,8 +153,8 @@ def fetch(name: str, keep: bool = False) -> Path:
     What is downloaded must have the SHA-256 that the hub publishes for it, and the one that was
     recorded when it was first fetched on this machine (`catalog.Source`), whose revision is asked
     for from then on. An interrupted download is continued by the next call. The download is deleted
-    once it is converted, unless `keep`. Returns the converted file; raises ModelError with what to do by hand
-    where the hub cannot be reached, and where the digest is another.
+    once it is converted, unless `keep`. Returns the converted file; raises ModelError with what to
+    do by hand where the hub cannot be reached, and where the digest is another.
     """
     entry = find(name)
     if entry.bundled:
