@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=Limits.seconds)
     given = parser.parse_args()
     try:
-        Guard(given.guard, given.sha256, warm_up=False)
+        checked = Guard(given.guard, given.sha256, warm_up=False)
     except ModelError as error:
         print(f"ray_app.py: {error}", file=sys.stderr)
         return 2
@@ -172,7 +172,7 @@ def main() -> int:
     serve.run(
         application(
             given.guard,
-            given.sha256,
+            checked.sha256,  # each replica reads the file itself, and runs what was checked here
             threads=given.threads,
             replicas=given.replicas,
             limits=Limits(max_requests=given.max_requests, seconds=given.seconds),

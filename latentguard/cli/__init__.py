@@ -11,6 +11,7 @@ import typer
 
 from latentguard import __version__
 from latentguard.errors import LatentGuardError
+from latentguard.text import visible
 
 EXIT_MATCH = 1
 EXIT_USAGE = 2
@@ -62,5 +63,8 @@ def main() -> None:
     try:
         app()
     except LatentGuardError as error:
-        typer.echo(f"latentguard: {error}", err=True)
+        # The lines are the project's own, one for a problem; what they quote may not be.
+        first, *more = str(error).splitlines() or [""]
+        for line in (f"latentguard: {first}", *more):
+            typer.echo(visible(line, 4000), err=True)
         sys.exit(EXIT_USAGE)

@@ -53,6 +53,7 @@ def show(
 ) -> None:
     """Show what a policy looks for, at which thresholds, and what it does."""
     from latentguard.policy import load_policy
+    from latentguard.text import visible
 
     policy = load_policy(name)
     if as_json:
@@ -66,10 +67,11 @@ def show(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(f"[bold]{escape(policy.name)}[/bold] {escape(policy.version)}")
     if policy.description:
-        console.print(escape(policy.description))
+        for line in policy.description.splitlines():
+            console.print(escape(visible(line, 4000)))
     console.print(f"sha256 {policy.sha256}", soft_wrap=True)
     for line in _settings(policy):
-        console.print(escape(line))
+        console.print(escape(visible(line, 4000)))
     table = Table("concept", "category", "action", "severity", "match from", "prompts")
     for concept in policy.concepts:
         table.add_row(
@@ -78,7 +80,7 @@ def show(
             concept.action,
             concept.severity,
             _threshold(concept),
-            escape(", ".join(concept.prompts)),
+            escape(visible(", ".join(concept.prompts), 4000)),
         )
     console.print(table)
 
@@ -91,6 +93,7 @@ def check(
     from latentguard.cli import EXIT_USAGE
     from latentguard.errors import PolicyError
     from latentguard.policy import load_policy
+    from latentguard.text import visible
 
     failed = False
     for name in files:
@@ -99,7 +102,7 @@ def check(
         except PolicyError as error:
             failed = True
             for sentence in error.errors:
-                typer.echo(sentence, err=True)
+                typer.echo(visible(sentence, 4000), err=True)
             continue
         typer.echo(f"{name}: ok, {len(policy.concepts)} concepts, sha256 {policy.sha256}")
         for concept in policy.concepts:
@@ -124,9 +127,11 @@ def schema() -> None:
 
 def _summary(policy: Policy) -> str:
     """The first sentence of its description."""
+    from latentguard.text import visible
+
     text = " ".join(policy.description.split("\n\n")[0].split())
     head, dot, _ = text.partition(". ")
-    return head + dot.strip()
+    return visible(head + dot.strip(), 4000)
 
 
 def _settings(policy: Policy) -> list[str]:

@@ -4,17 +4,25 @@ they lie on this machine. No torch: `latentguard models list` answers at once.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from latentguard.atomic import replacing
 from latentguard.errors import ModelError
 
 HUB = "https://huggingface.co"
 MERGE = "+merge="
 """Behind a model's name or file: the share of its tokens that merge, as in `NAME+merge=0.5`."""
+
+MAX_CONTEXT = 1024
+"""Tokens of a prompt that a text tower may read; the causal mask grows with their square."""
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,11 @@ class LatentClipConfig:
                     f"model configuration: `{field.name}` must be a whole number from 1 to 65536, "
                     f"got {value!r}"
                 )
+        if self.context_length > MAX_CONTEXT:
+            raise ModelError(
+                f"model configuration: `context_length` must be at most {MAX_CONTEXT}, "
+                f"got {self.context_length}"
+            )
         if type(self.needs_scaled) is not bool:
             raise ModelError(
                 "model configuration: `needs_scaled` must be true or false, "
@@ -170,6 +183,48 @@ def cache_dir() -> Path:
 def converted_path(name: str) -> Path:
     """Where the converted weights of a named model lie, or would."""
     return cache_dir() / "models" / f"{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model was first fetched from: trusted then, and compared with from then on.
+
+    revision: the commit of the repository. sha256: of the official file.
+    """
+
+    repo: str
+    file: str
+    revision: str
+    sha256: str
+
+
+def source_path(name: str) -> Path:
+    """Where the record of a model's first download lies, or would."""
+    return cache_dir() / "models" / f"{name}.source.json"
+
+
+def read_source(name: str) -> Source | None:
+    """The record, None where the model was never fetched. Raises ModelError for a damaged one."""
+    path, entry = source_path(name), CATALOG[name]
+    if not path.exists():
+        return None
+    try:
+        found = Source(**json.loads(path.read_text("utf-8")))
+        sound = (found.repo, found.file) == (entry.repo, entry.file)
+        sound = sound and SHA256.fullmatch(found.sha256) is not None
+        if not sound or re.fullmatch(r"[0-9a-f]{40}", found.revision) is None:
+            raise ValueError("values that do not fit")
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{path}: is no record of where {name} was fetched from ({error}): delete it"
+        ) from error
+    return found
+
+
+def write_source(name: str, source: Source) -> None:
+    """Keep the record of a download."""
+    with replacing(source_path(name)) as file:
+        file.write(json.dumps(asdict(source), indent=1).encode())
 
 
 def by_hand_path(name: str) -> Path:

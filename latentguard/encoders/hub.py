@@ -15,12 +15,17 @@ from latentguard.encoders.catalog import (
     CATALOG,
     HUB,
     MERGE,
+    SHA256,
     Entry,
+    Source,
     by_hand,
     cache_dir,
     converted_path,
     how_to_get,
     locate,
+    read_source,
+    source_path,
+    write_source,
 )
 from latentguard.encoders.header import first_line, read_metadata
 from latentguard.errors import ModelError
@@ -121,45 +126,75 @@ def install(name: str, checkpoint_file: Path) -> Path:
     Returns the converted file. Raises ModelError for a bundled model, for a file that cannot be
     loaded, and for another model's checkpoint.
     """
+    return _install(name, checkpoint_file)[0]
+
+
+def _install(name: str, checkpoint_file: Path, sha256: str | None = None) -> tuple[Path, str]:
+    """The converted file, and the SHA-256 of the checkpoint that it was made of.
+
+    sha256: what that must be, where it is known.
+    """
     from latentguard.encoders import checkpoint
 
     entry = find(name)
     if entry.bundled:
         raise ModelError(f"{name} is bundled: there is nothing to install")
-    weights = checkpoint.read_official(checkpoint_file)
+    weights = checkpoint.read_official(checkpoint_file, sha256=sha256)
     if weights.name != name:
         raise ModelError(f"{checkpoint_file}: is a checkpoint of {weights.name}, not of {name}")
     target = converted_path(name)
     checkpoint.write(target, checkpoint.convert(weights))
-    return target
+    return target, weights.source_sha256
 
 
 def fetch(name: str, keep: bool = False) -> Path:
     """Download a model's official checkpoint (progress on stderr) and install it.
 
-    An interrupted download is continued by the next call. The download is deleted once it is
-    converted, unless `keep`. Returns the converted file; raises ModelError with what to do by hand
-    where the hub cannot be reached.
+    What is downloaded must have the SHA-256 that the hub publishes for it, and the one that was
+    recorded when it was first fetched on this machine (`catalog.Source`), whose revision is asked
+    for from then on. An interrupted download is continued by the next call. The download is deleted
+    once it is converted, unless `keep`. Returns the converted file; raises ModelError with what to
+    do by hand where the hub cannot be reached, and where the digest is another.
     """
     entry = find(name)
     if entry.bundled:
         raise ModelError(f"{name} is bundled: there is nothing to fetch")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError as error:
         raise ModelError(
             f"{name}: fetching needs huggingface_hub: pip install 'latentguard[torch]', or "
             f"{by_hand(name)}"
         ) from error
     folder = cache_dir() / "downloads" / name
+    repo, file, known = str(entry.repo), str(entry.file), read_source(name)
     try:
-        downloaded = hf_hub_download(str(entry.repo), str(entry.file), local_dir=folder)
+        asked = known.revision if known is not None else None
+        published = get_hf_file_metadata(hf_hub_url(repo, file, revision=asked))
+        # Of one commit, whatever the branch becomes while gigabytes are on their way.
+        revision = asked or published.commit_hash
+        downloaded = hf_hub_download(repo, file, revision=revision, local_dir=folder)
     except Exception as error:  # its HTTP library and with it the errors differ between versions
         reason = first_line(error).split(". ")[0]
         raise ModelError(
             f"{name} could not be fetched from {HUB}/{entry.repo} ({reason}): {by_hand(name)}"
         ) from error
-    target = install(name, Path(downloaded))
+    digest = published.etag if published.etag and SHA256.fullmatch(published.etag) else None
+    if known is not None:
+        if digest not in (None, known.sha256):
+            raise ModelError(
+                f"{name}: the hub publishes SHA-256 {digest}, and {source_path(name)} records "
+                f"{known.sha256} from when it was first fetched: delete that record if you know why"
+            )
+        digest = known.sha256
+    try:
+        target, found = _install(name, Path(downloaded), digest)
+    except ModelError:
+        # It would be taken for complete by the next call.
+        shutil.rmtree(folder)
+        raise
+    if revision is not None:
+        write_source(name, Source(repo, file, revision, found))
     if not keep:
         shutil.rmtree(folder)
     return target

@@ -310,7 +310,12 @@ def _converted_once(path: Path, config: LatentClipConfig | None) -> checkpoint.W
     digest = checkpoint.file_sha256(path)
     kept = cache_dir() / "converted" / f"{digest}.safetensors"
     if kept.is_file():
-        return checkpoint.read_converted(kept)
+        weights = checkpoint.read_converted(kept)
+        if weights.source_sha256 != digest:
+            raise ModelError(
+                f"{kept}: was not converted from {path}, in spite of its name: delete it"
+            )
+        return weights
     weights = checkpoint.convert(checkpoint.read_official(path, config, digest))
     checkpoint.write(kept, weights)
     return weights

@@ -9,7 +9,8 @@ import onnx
 
 from latentguard.encoders import Encoder
 from latentguard.encoders.latent_clip import LatentCLIP
-from latentguard.runtime.artefact import DIGEST, METADATA, SCHEMA_VERSION, inner_digest
+from latentguard.runtime.artefact import SCHEMA_VERSION, inner_digest
+from latentguard.runtime.names import DIGEST, METADATA
 from latentguard.scorer import Scorer
 from latentguard.spaces import LatentSpace
 

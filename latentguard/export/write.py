@@ -26,7 +26,7 @@ from latentguard.export.quantize import convert
 from latentguard.export.samples import bundled, drawn, resized
 from latentguard.policy import Policy
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import plain
+from latentguard.runtime.names import plain
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
 from latentguard.verdict import Verdict

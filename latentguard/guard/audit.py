@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,7 +63,14 @@ class AuditLog:
         self._lock = threading.Lock()
 
     def _open(self) -> int:
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        """Open the file for appending. Raises OSError where it is none: a pipe keeps no record."""
+        # Without O_NONBLOCK, opening a FIFO waits for a reader.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+        file = os.open(self.path, flags, 0o600)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError(errno.EINVAL, "the audit log must be a regular file", str(self.path))
+        return file
 
     def write(self, session: Session, record: StepRecord) -> None:
         """Append the lines of one step."""

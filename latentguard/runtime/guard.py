@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from latentguard.cascade import Cascade
 from latentguard.errors import LatentsError, ModelError
-from latentguard.runtime.artefact import HEATMAP, open_artefact
+from latentguard.runtime.artefact import open_artefact
 from latentguard.runtime.batching import Batching, Outputs, Overloaded
+from latentguard.runtime.names import HEATMAP
 from latentguard.runtime.network import Network
 from latentguard.runtime.session import Provider
 from latentguard.spaces import LatentSpace
@@ -72,6 +73,12 @@ class Guard:
         self.metadata = artefact.metadata
         self._space = LatentSpace.get(self.metadata["space"])
         self._max_cells = max_cells
+        sides = (self.metadata["height"] or 1, self.metadata["width"] or 1)
+        if sides[0] * sides[1] > max_cells:
+            raise ModelError(
+                f"{self.path}: was exported for {sides[0]}x{sides[1]} latent cells, over the limit "
+                f"of {max_cells} (max_cells)"
+            )
         self._main = Network(artefact, providers, threads, spin, warm_up)
         self.providers: tuple[str, ...] = self._main.providers
         self._first: Network | None = None

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
-from latentguard.runtime.artefact import HEATMAP, INPUT, OUTPUTS, Artefact
+from latentguard.runtime.artefact import Artefact
 from latentguard.runtime.batching import Array, Batcher, Batching, Outputs
-from latentguard.runtime.session import Provider, create_session, first_line
+from latentguard.runtime.names import HEATMAP, INPUT, OUTPUTS
+from latentguard.runtime.session import Provider, create_session, reason
 from latentguard.verdict import Verdict, decide
 
 RUN_CELLS = 16 * 64 * 64
@@ -110,15 +111,35 @@ class Network:
         )
 
     def _check_run(self) -> None:
-        """Raise ModelError where the network does not run, or its scores are not the policy's."""
+        """Raise ModelError where the network does not run, or its scores are not the policy's.
+
+        A size that the file states is run only where it is no more than one run of small images;
+        beyond that the policy alone is looked at, and the first image says whether it runs.
+        """
         sides = self.metadata["height"] or 32, self.metadata["width"] or 32
-        shape = (1, self.metadata["channels"], *sides)
-        array = np.random.default_rng(0).standard_normal(shape, np.float32)
-        try:
-            outputs = self._run(array)
-        except Exception as error:
-            raise ModelError(f"{self.path}: does not run: {first_line(error)}") from error
+        if sides[0] * sides[1] > RUN_CELLS:
+            outputs = self._any_scores()
+        else:
+            shape = (1, self.metadata["channels"], *sides)
+            array = np.random.default_rng(0).standard_normal(shape, np.float32)
+            try:
+                outputs = self._run(array)
+            except Exception as error:
+                raise ModelError(f"{self.path}: does not run: {reason(error)}") from error
         verdicts = self._decide(outputs, 0.0, True)
         # A threshold that lacks a calibration is an error of that noise level, not of the file.
         if len(verdicts) != 1 or not verdicts[0].concepts:
             raise ModelError(f"{self.path}: does not fit its policy: {verdicts[0].error}")
+
+    def _any_scores(self) -> Outputs:
+        """Scores of one image as a network of this policy would give them."""
+        try:
+            counts = [len(concept["prompts"]) for concept in self.metadata["policy"]["concepts"]]
+        except (KeyError, TypeError) as error:
+            raise ModelError(f"{self.path}: does not fit its policy: {error!r:.300}") from error
+        first = np.cumsum([0, *counts[:-1]])[None]
+        return {
+            "probability": np.full(first.shape, 0.5, np.float32),
+            "margin": np.zeros(first.shape, np.float32),
+            "best_prompt": first,
+        }

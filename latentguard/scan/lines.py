@@ -66,7 +66,9 @@ class Csv:
         self._file = file
         self._concepts = [concept["id"] for concept in policy["concepts"]]
         self._rows = csv.writer(file, quoting=csv.QUOTE_MINIMAL, lineterminator="\r\n")
-        self._rows.writerow([*self.COLUMNS, *[f"p:{name}" for name in self._concepts]])
+        self._rows.writerow(
+            [*self.COLUMNS, *[spreadsheet_cell(f"p:{name}") for name in self._concepts]]
+        )
 
     def add(self, record: ScanRecord) -> None:
         lead, verdict = record.leading, record.verdict
@@ -93,7 +95,7 @@ class Csv:
                 *[spreadsheet_cell(value) for value in text],
                 f"{score_of(lead):.6f}" if lead else "",
                 f"{threshold_of(lead):.6f}" if lead else "",
-                " ".join(c.id for c in verdict.concepts if not c.covered),
+                spreadsheet_cell(" ".join(c.id for c in verdict.concepts if not c.covered)),
                 *[
                     spreadsheet_cell(value)
                     for value in (*model, policy.name, policy.version, policy.sha256)

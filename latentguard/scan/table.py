@@ -70,7 +70,8 @@ class Table:
         for model, names in sorted(self._unseen.items()):
             noun, them = ("concept was", "it") if len(names) == 1 else ("concepts were", "them")
             yield (
-                f"{len(names)} {noun} not checked, as {model} cannot see {them}: {', '.join(names)}"
+                f"{len(names)} {noun} not checked, as {visible(model)} cannot see {them}: "
+                f"{', '.join(map(visible, names))}"
             )
         if shown < self._rows.seen:
             yield (
@@ -88,7 +89,7 @@ def _cells(record: ScanRecord, with_source: bool) -> tuple[Text, Text, Text, Tex
         kind = Text("error" if record.failed else "")
         return _image(record, with_source), decision, kind, Text(), why
     others = sum(c.matched for c in record.ranked) - 1
-    concept = Text(lead.id + (f" +{others}" if others > 0 else ""))
+    concept = Text(visible(lead.id) + (f" +{others}" if others > 0 else ""))
     score = Text(f"{score_of(lead):.3f} {'≥' if lead.matched else '<'} {threshold_of(lead):.3f}")
     why = Text(f"{'matches' if lead.matched else 'closest:'} {visible(lead.prompt, 80)}")
     if not lead.matched:

@@ -215,6 +215,39 @@ def test_the_table_keeps_what_matters_and_says_what_it_left_out() -> None:
     assert "4 of 30 images are shown" in file.getvalue()
 
 
+def of_a_hostile_artefact(text: str) -> tuple[dict[str, Any], ScanRecord]:
+    """A policy as an exported file may hold it: its ids and its model's name are any text."""
+    plain = {**PLAIN, "concepts": [{**concept, "id": text} for concept in PLAIN["concepts"]]}
+    plain["uncovered"] = "warn"
+    verdict = decide(
+        [[0.9, 0.2]],
+        [[0.5, -0.7]],
+        [[0, 1]],
+        policy=plain,
+        prompts=["revolver", "wine bottle"],
+        covered=[True, False],
+    )[0]
+    model = ModelId(text, "ab" * 32)
+    made = ScanRecord("a.pt", 0, "x", "flux2", verdict, POLICY, model, (16, 24))
+    return plain, made
+
+
+@pytest.mark.parametrize("text", ["guns\x1b[2J", "guns\u3164", "guns\u202e", "=1+1", "a,=1+1"])
+def test_names_from_an_exported_file_are_only_text(text: str) -> None:
+    plain, made = of_a_hostile_artefact(text)
+    shown, cells = io.StringIO(), io.StringIO(newline="")
+    table = Table(shown)
+    table.add(made)
+    table.close()
+    assert not re.search("[\x00-\x09\x0b-\x1f\u3164\u202e]", shown.getvalue())
+    sink = Csv(cells, plain)
+    sink.add(made)
+    for row in csv.reader(io.StringIO(cells.getvalue(), newline="")):
+        for cell in row:
+            assert not re.search("[\x00-\x1f\u3164\u202e]", cell)
+            assert not re.search(r"(^|[,;|])\s*[=+@]", cell)
+
+
 def test_records_in_memory_carry_no_pictures() -> None:
     report = Report(PLAIN, 10)
     report.add(record(0, pictures=True))
