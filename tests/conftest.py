@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,12 @@ from latentguard import cli
 
 if TYPE_CHECKING:
     from latentguard.export import Exported
+
+
+# Before torch is imported: one thread a process, as several processes share the cores. What the
+# tests start has it, too. A thread that waits must not take the time of one that works.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass
@@ -45,13 +53,22 @@ def command(
 
 
 @pytest.fixture(scope="session")
-def traced_once() -> Iterator[None]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests, the same one in all processes of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def traced_once(shared_folder: Path) -> Iterator[None]:
     """See `exported.tracing_once`; the rooms that export share what was traced."""
     for package in ("torch", "onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason=f"exporting a model needs {package}")
     from exported import tracing_once
 
-    with tracing_once():
+    with tracing_once(shared_folder):
         yield
 
 

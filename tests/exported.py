@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
+from filelock import FileLock
 
 from latentguard.encoders.catalog import LatentClipConfig
 from latentguard.encoders.latent_clip import LatentCLIP
@@ -40,20 +42,24 @@ UNSURE = 0.17
 
 
 @contextmanager
-def tracing_once() -> Iterator[None]:
-    """Each model and shape is traced once; all that follows tracing is done anew each time."""
-    kept: dict[tuple[Any, ...], onnx.ModelProto] = {}
+def tracing_once(folder: Path) -> Iterator[None]:
+    """Each model and shape is traced once; all that follows tracing is done anew each time.
+
+    folder: where the graphs are kept, for this process and those beside it.
+    """
     trace = write.trace
 
     def once(scorer: Scorer, *options: Any, **more: Any) -> onnx.ModelProto:
         encoder = scorer.encoder
         own = (encoder.sha256, encoder.name, getattr(encoder, "resize", None))
-        key = (*own, *options, *more.items())
-        if key not in kept:
-            kept[key] = trace(scorer, *options, **more)
-        copy = onnx.ModelProto()
-        copy.CopyFrom(kept[key])
-        return copy
+        key = repr((*own, *options, *more.items()))
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                part = path.with_suffix(".part")
+                part.write_bytes(trace(scorer, *options, **more).SerializeToString())
+                part.replace(path)
+        return onnx.load(path)
 
     # pytest would format and keep each of the many messages of torch's tracer.
     logging.getLogger("torch.__trace").propagate = False
