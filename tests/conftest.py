@@ -73,11 +73,13 @@ def traced_once(shared_folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cascade(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def cascade(traced_once: None, shared_folder: Path) -> Exported:
     """nano-flux2 first, then a small Latent-CLIP with random weights, as two files."""
-    from exported import second, two_stages
+    from exported import exported_once, second, two_stages
 
     from latentguard.export import export_onnx
 
-    out = tmp_path_factory.mktemp("cascade") / "guard.onnx"
-    return export_onnx(two_stages(), second(), out, size=(32, 32))
+    def make(out: Path) -> Exported:
+        return export_onnx(two_stages(), second(), out, size=(32, 32))
+
+    return exported_once(shared_folder, "cascade", make)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from filelock import FileLock
 
 from latentguard.encoders.catalog import LatentClipConfig
 from latentguard.encoders.latent_clip import LatentCLIP
-from latentguard.export import write
+from latentguard.export import Exported, write
 from latentguard.files import load_latents
 from latentguard.policy import Policy, parse_policy
 from latentguard.scorer import Scorer
@@ -66,6 +67,18 @@ def tracing_once(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "trace", once)
         yield
+
+
+def exported_once(folder: Path, name: str, make: Callable[[Path], Exported]) -> Exported:
+    """What `make` exports to `folder`/`name`: by the process that asks first, for all of them."""
+    own = folder / name
+    about = own / "exported.pickle"
+    with FileLock(folder / f"{name}.lock"):
+        if not about.exists():
+            own.mkdir(exist_ok=True)
+            about.write_bytes(pickle.dumps(make(own / "guard.onnx")))
+    found: Exported = pickle.loads(about.read_bytes())
+    return found
 
 
 def photos() -> Latents:
