@@ -32,6 +32,13 @@ class Ran:
     err: str
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Each test draws the same random numbers, whichever tests ran before it in this process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
