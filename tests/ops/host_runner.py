@@ -87,7 +87,7 @@ def toy(runner: Path, name: str) -> str:
         [str(runner), "toy", name],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         env=os.environ | ENVIRONMENT,
     )
