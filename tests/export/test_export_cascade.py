@@ -70,6 +70,7 @@ def test_precisions(first: Any, kinds: tuple[str, str], tmp_path: Path) -> None:
         size=(32, 32),
         precision="int8-dynamic",
         first_precision=first,
+        check=photos()[:2],  # all of them below
     )
     assert made.first is not None
     found = [metadata(one.path)["precision"].split("-")[0] for one in (made, made.first)]
