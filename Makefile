@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NPROC := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+# nproc counts as many as OMP_NUM_THREADS says, where that is set.
+NPROC := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 export MAX_JOBS ?= $(NPROC)
 
 # Each worker has one thread (tests/conftest.py); beyond eight, starting them costs what they save.

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,9 @@ def test_before_the_warm_up_nothing_is_judged(guard_file: Path, latents: Array) 
     app.state.service.close()
 
 
-def test_metrics(client: TestClient) -> None:
+def test_metrics(client: TestClient, latents: Array) -> None:
+    read(client.post(VERDICTS, params=SAID, content=npy(latents[14:18])))
+    refused(client.post(VERDICTS, params=SAID, content=b"garbage"), 422)
     text = client.get("/metrics").text
     assert 'latentguard_images_total{decision="block"}' in text
     assert 'latentguard_answers_total{status="422"}' in text
@@ -291,8 +294,8 @@ def test_the_service_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=APP.parent, check=True, timeout=600)
 
 
-@pytest.fixture(scope="module")
-def served(guard_file: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+@contextmanager
+def service_of(guard_file: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`python app.py guard.onnx`, as a user starts it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -317,6 +320,12 @@ def served(guard_file: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         process.wait()
 
 
+@pytest.fixture(scope="module")
+def served(guard_file: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    with service_of(guard_file) as service:
+        yield service
+
+
 def test_over_a_socket(served: Any, guard: Guard, latents: Array) -> None:
     url, _ = served
     answer = httpx2.post(url + VERDICTS, params=SAID, content=npy(latents[:8]), timeout=300)
@@ -337,11 +346,17 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(served: Any) -> None:
         assert json.loads(answer.read())["decision"] == "block"
 
 
+@pytest.fixture
+def ending(guard_file: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    with service_of(guard_file) as service:
+        yield service
+
+
 def test_a_request_under_way_is_answered_before_the_end(
-    served: Any, guard: Guard, latents: Array
+    ending: Any, guard: Guard, latents: Array
 ) -> None:
-    """SIGTERM while a batch waits for company. The last test of this service."""
-    url, process = served
+    """SIGTERM while a batch waits for company."""
+    url, process = ending
     answers: list[Any] = []
 
     def post() -> None:
