@@ -201,13 +201,11 @@ def test_adapter_recipe_end_to_end(
         assert torch.equal(value, before[key])
 
 
-def test_training_goes_on_where_it_stopped(
-    photos: Path, encoder_file: Path, tmp_path: Path
-) -> None:
-    images = find_images([photos])
+def test_training_goes_on_where_it_stopped(few: Path, encoder_file: Path, tmp_path: Path) -> None:
+    images = find_images([few])
     autoencoder, teacher = load_autoencoder(encoder_file), load_teacher()
     cache = prepare(tmp_path, images, autoencoder, teacher, space="flux2")
-    recipe = Recipe(adapter_passes=24, joint_passes=0, large_passes=0, batch_size=4, noise=0.0)
+    recipe = Recipe(adapter_passes=12, joint_passes=0, large_passes=0, batch_size=2, noise=0.0)
 
     def trainer(name: str) -> Trainer:
         torch.manual_seed(1)
