@@ -199,7 +199,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

@@ -327,7 +327,7 @@ def test_a_reader_that_goes_away_is_not_a_match(tmp_path: Path, calm: Path) -> N
     process.stdout.close()
     assert process.stderr is not None
     errors = process.stderr.read()
-    assert process.wait(timeout=120) == 141
+    assert process.wait(timeout=600) == 141
     assert b"Traceback" not in errors
 
 
@@ -337,7 +337,7 @@ def test_an_interrupted_scan_is_not_a_match(tmp_path: Path, calm: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert b"interrupted after" in errors
     assert b"Traceback" not in errors
@@ -361,7 +361,7 @@ def test_the_progress_bar_is_for_terminals(tmp_path: Path, calm: Path) -> None:
     os.close(ours)
     assert process.stdout is not None
     lines = process.stdout.read().splitlines()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=600) == 0
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
     assert b"/s" in shown
     assert b"\x1b[" in shown
