@@ -50,15 +50,17 @@ class Contiguous {
 
 // Calls the kernel of the tensor's device; the CUDA one on the current stream of that device.
 #ifdef LATENTGUARD_CUDA
-#define LG_RUN(tensor, function, args)                                                \
-  if ((tensor).is_cuda()) {                                                           \
-    const c10::cuda::CUDAGuard guard((tensor).device());                              \
-    C10_CUDA_CHECK(cuda::function(args, c10::cuda::getCurrentCUDAStream().stream())); \
-  } else {                                                                            \
-    cpu::function(args);                                                              \
-  }
+#define LG_RUN(tensor, function, args)                                                  \
+  do {                                                                                  \
+    if ((tensor).is_cuda()) {                                                           \
+      const c10::cuda::CUDAGuard guard((tensor).device());                              \
+      C10_CUDA_CHECK(cuda::function(args, c10::cuda::getCurrentCUDAStream().stream())); \
+    } else {                                                                            \
+      cpu::function(args);                                                              \
+    }                                                                                   \
+  } while (false)
 #else
-#define LG_RUN(tensor, function, args) cpu::function(args);
+#define LG_RUN(tensor, function, args) cpu::function(args)
 #endif
 
 // --- gradients ------------------------------------------------------------------------------
