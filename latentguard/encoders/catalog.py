@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from latentguard.atomic import replacing
 from latentguard.errors import ModelError
@@ -102,13 +102,21 @@ class LatentClipConfig:
 
 @dataclass(frozen=True)
 class Entry:
-    """A named model."""
+    """A named model, as `models/NAME.json` describes it.
+
+    format: how its weights are written, a key of `FORMATS`.
+    rank: the best of a space first; `--model auto` goes by this order.
+    size: bytes to fetch, as far as it is known beforehand; 0 for a bundled model.
+    repo, file: where the official checkpoint is on the hub; None for a bundled model.
+    config: the shape of a Latent-CLIP; None for other models.
+    """
 
     name: str
-    kind: Literal["nano", "latent-clip"]
+    format: str
     space: str
     summary: str
-    size: int  # bytes to fetch, as far as it is known beforehand; 0 for a bundled model
+    rank: int
+    size: int = 0
     repo: str | None = None
     file: str | None = None
     config: LatentClipConfig | None = None
@@ -123,47 +131,37 @@ class Entry:
         """Where a browser fetches the official file."""
         return f"{HUB}/{self.repo}/resolve/main/{self.file}"
 
+    @classmethod
+    def read(cls, path: Path) -> Entry:
+        """From a JSON file, whose name is the model's; ModelError for what it cannot mean."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            config = values.pop("config", None)
+            if config is not None:
+                config = LatentClipConfig(**config, space=values["space"])
+            entry = cls(name=path.stem, config=config, **values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"{path}: not a model's description ({error})") from error
+        if entry.format not in FORMATS:
+            raise ModelError(
+                f"{path}: `format` must be {' or '.join(FORMATS)}, got {entry.format!r}"
+            )
+        return entry
 
-# The best of a space first: this order is what --model auto goes by.
-CATALOG: dict[str, Entry] = {
-    entry.name: entry
-    for entry in (
-        Entry(
-            name="latent-clip-b4-plus",
-            kind="latent-clip",
-            space="sdxl",
-            summary="Latent-CLIP ViT-B/4-plus at 512, 640 dimensions, any prompt",
-            size=2_300_000_000,
-            repo="wendlerc/latent-clip-b-4-512-plus-34b-80k",
-            file="checkpoints/epoch_34.pt",
-            config=LatentClipConfig(patch=4, embed_dim=640, text_width=640),
-        ),
-        Entry(
-            name="latent-clip-b8",
-            kind="latent-clip",
-            space="sdxl",
-            summary="Latent-CLIP ViT-B/8 at 512, 512 dimensions, any prompt, half the time of B/4",
-            size=2_300_000_000,
-            repo="wendlerc/latent-clip-b-8-512-34b-80k",
-            file="checkpoints/epoch_34.pt",
-            config=LatentClipConfig(patch=8, embed_dim=512, text_width=512),
-        ),
-        Entry(
-            name="nano-sdxl",
-            kind="nano",
-            space="sdxl",
-            summary="first-stage filter over the linear RGB view of SDXL latents, bundled",
-            size=0,
-        ),
-        Entry(
-            name="nano-flux2",
-            kind="nano",
-            space="flux2",
-            summary="first-stage filter over FLUX.2 latents, bundled",
-            size=0,
-        ),
-    )
+
+# How weights are written -> the module whose `load(path, device, entry)` makes an encoder of them.
+FORMATS = {
+    "latentguard-latent-clip": "latentguard.encoders.latent_clip",
+    "latentguard-nano": "latentguard.encoders.nano",
 }
+
+
+def _read_all() -> dict[str, Entry]:
+    entries = [Entry.read(path) for path in (Path(__file__).parent / "models").glob("*.json")]
+    return {entry.name: entry for entry in sorted(entries, key=lambda e: (e.rank, e.name))}
+
+
+CATALOG: dict[str, Entry] = _read_all()
 
 
 def cache_dir() -> Path:

@@ -198,10 +198,16 @@ def _identify(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, LatentCli
             f"`{IMAGE_PREFIX}proj` [D, dim] must be there, got {_some(tensors)}"
         )
     known = [entry for entry in CATALOG.values() if entry.config is not None]
-    for entry in known:
-        assert entry.config is not None
-        if (conv.shape[-1], proj.shape[1]) == (entry.config.patch, entry.config.embed_dim):
-            return entry.name, entry.config
+    alike = [
+        (entry.name, entry.config)
+        for entry in known
+        if entry.config is not None
+        and (conv.shape[-1], proj.shape[1]) == (entry.config.patch, entry.config.embed_dim)
+    ]
+    # Sizes of different latent spaces may have these two in common.
+    alike.sort(key=lambda model: tuple(conv.shape[:2]) != (model[1].width, model[1].channels))
+    if alike:
+        return alike[0]
     raise ModelError(
         f"{path}: patch {conv.shape[-1]} and dimension {proj.shape[1]} belong to none of "
         f"{', '.join(entry.name for entry in known)}"

@@ -6,13 +6,15 @@ Only `fetch` asks the network, and only `latentguard models get` calls it.
 from __future__ import annotations
 
 import difflib
+import importlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentguard.encoders.base import Encoder
+from latentguard.encoders.base import Encoder, traits
 from latentguard.encoders.catalog import (
     CATALOG,
+    FORMATS,
     HUB,
     MERGE,
     SHA256,
@@ -56,12 +58,11 @@ def load_encoder(name_or_path: str | Path, device: torch.device | str | None = N
 
 
 def _merging(encoder: Encoder, share: str) -> Encoder:
-    from latentguard.encoders.latent_clip import LatentCLIP
-
-    if not isinstance(encoder, LatentCLIP):
+    kind = traits(encoder)
+    if not kind.merges:
         raise ModelError(f"{encoder.name} has no tokens to merge: only the Latent-CLIP models have")
     try:
-        encoder.merge = float(share)
+        kind.merge = float(share)
     except ValueError as error:
         raise ModelError(
             f"{encoder.name}{MERGE}{share}: the share of tokens that merge must be a number"
@@ -97,18 +98,9 @@ def _load_named(entry: Entry, device: str | torch.device) -> Encoder:
     path = locate(entry.name)
     if path is None:
         raise ModelError(_missing(entry))
-    if entry.kind == "nano":
-        from latentguard.encoders.nano import load_nano
-
-        return load_nano(entry.name, device)
-    from latentguard.encoders.latent_clip import LatentCLIP
-
-    if path != converted_path(entry.name):
+    if not entry.bundled and path != converted_path(entry.name):
         path = install(entry.name, path)
-    encoder = LatentCLIP.load(path, device)
-    if encoder.config != entry.config:
-        raise ModelError(f"{path}: is not {entry.name}: its configuration is {encoder.config}")
-    return encoder
+    return _load_as(entry.format, path, device, entry)
 
 
 def _missing(entry: Entry) -> str:
@@ -201,21 +193,22 @@ def fetch(name: str, keep: bool = False) -> Path:
 
 
 def _load_file(path: Path, device: str | torch.device) -> Encoder:
-    from latentguard.encoders.latent_clip import LatentCLIP
-
-    if path.suffix in (".pt", ".pth", ".ckpt"):
-        return LatentCLIP.load(path, device)
+    if path.suffix in (".pt", ".pth", ".ckpt"):  # official checkpoints are of Latent-CLIPs
+        return _load_as("latentguard-latent-clip", path, device)
     written_as = read_metadata(path).get("format")
-    if written_as == "latentguard-latent-clip":
-        return LatentCLIP.load(path, device)
-    if written_as == "latentguard-nano":
-        from latentguard.encoders.nano import load_nano
+    if written_as not in FORMATS:
+        raise ModelError(
+            f"{path}: metadata `format` must be {' or '.join(FORMATS)}, got {written_as!r}"
+        )
+    return _load_as(written_as, path, device)
 
-        return load_nano(path, device)
-    raise ModelError(
-        f"{path}: metadata `format` must be latentguard-latent-clip or latentguard-nano, "
-        f"got {written_as!r}"
-    )
+
+def _load_as(
+    written_as: str, path: Path, device: str | torch.device, entry: Entry | None = None
+) -> Encoder:
+    load = importlib.import_module(FORMATS[written_as]).load
+    encoder: Encoder = load(path, device, entry)
+    return encoder
 
 
 def _device(device: torch.device | str | None) -> torch.device | str:

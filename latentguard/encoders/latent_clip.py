@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from latentguard.encoders import checkpoint
-from latentguard.encoders.base import Features, Head
-from latentguard.encoders.catalog import CATALOG, MERGE, LatentClipConfig, cache_dir
+from latentguard.encoders.base import EncoderBase, Features, Head
+from latentguard.encoders.catalog import CATALOG, MERGE, Entry, LatentClipConfig, cache_dir
 from latentguard.encoders.clip_text import ClipText
 from latentguard.encoders.merging import schedule
 from latentguard.encoders.resize import ADAPTERS, Adapter, Resize
@@ -33,7 +33,7 @@ NEUTRAL_PROMPTS = (
 )
 
 
-class LatentCLIP:
+class LatentCLIP(EncoderBase):
     """The encoder; weights are frozen, gradients flow to latents and noise.
 
     `resize` says how latents of another size than the trained one (64 x 64 cells) are read:
@@ -51,6 +51,7 @@ class LatentCLIP:
     model: `name` ends in `+merge=SHARE`, so that calibrated thresholds and records tell them apart.
     """
 
+    merges = True
     min_coverage = 0.5
     neutral_prompts = NEUTRAL_PROMPTS
     always_neutral = False
@@ -156,6 +157,16 @@ class LatentCLIP:
     def name(self) -> str:
         """That of the weights; with merging, `+merge=SHARE` behind it."""
         return f"{self._name}{MERGE}{self.merge}" if self.merge else self._name
+
+    @property
+    def fixed_size(self) -> bool:  # type: ignore[override]
+        """Whether sizes other than the trained one are pooled or tiled to it."""
+        return self.resize != "interpolate"
+
+    @property
+    def module(self) -> LatentViT:
+        """The image tower."""
+        return self.vit
 
     @property
     def merge(self) -> float:
@@ -291,6 +302,16 @@ class LatentCLIP:
     def coverage(self, texts: Sequence[str]) -> Tensor:
         """All ones [P]: its text tower reads any prompt."""
         return torch.ones(len(texts), device=self.device)
+
+
+def load(
+    path: Path, device: torch.device | str | None = None, entry: Entry | None = None
+) -> LatentCLIP:
+    """`LatentCLIP.load`, and a ModelError where the file is not of the catalogue's `entry`."""
+    encoder = LatentCLIP.load(path, device)
+    if entry is not None and encoder.config != entry.config:
+        raise ModelError(f"{path}: is not {entry.name}: its configuration is {encoder.config}")
+    return encoder
 
 
 def _logit_scale(weights: checkpoint.Weights) -> float:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from latentguard.atomic import replacing
-from latentguard.encoders.base import Features, Head
+from latentguard.encoders.base import EncoderBase, Features, Head
+from latentguard.encoders.catalog import Entry
 from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalise
 from latentguard.encoders.header import opened, read_bytes, read_header
 from latentguard.encoders.lite import CLASSES, fuse
@@ -54,8 +55,10 @@ DIM = 1008
 """1,000 classes, the baseline's axis, and zeros up to a multiple of 16 numbers (aligned rows)."""
 
 
-class NanoEncoder(nn.Module):
+class NanoEncoder(nn.Module, EncoderBase):
     """An Encoder (latentguard.encoders.base) over class posteriors; see the module's text."""
+
+    fixed_size = True
 
     def __init__(
         self,
@@ -84,6 +87,11 @@ class NanoEncoder(nn.Module):
         self.head = Head()
         self.neutral_prompts = NEUTRAL_PROMPTS
         self.min_coverage = MIN_COVERAGE
+
+    @property
+    def module(self) -> nn.Module:
+        """The encoder itself."""
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -204,6 +212,13 @@ def load_nano(name_or_path: str | Path, device: str | torch.device | None = None
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: damaged nano model ({error})") from error
     return encoder if device is None else encoder.to(device)
+
+
+def load(
+    path: Path, device: torch.device | str | None = None, entry: Entry | None = None
+) -> NanoEncoder:
+    """`load_nano` for the catalogue, whose `entry` says no more than the file does."""
+    return load_nano(path, device)
 
 
 def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) -> NanoEncoder:

@@ -16,14 +16,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = (
-    "cuda/patch_embed.cu",
-    "cuda/patch_embed_backward.cu",
-    "cuda/concept_similarity.cu",
-    "cuda/concept_similarity_backward.cu",
-    "testing/host_runtime.cpp",
-    "testing/toys.cpp",
-    "testing/runner.cpp",
+SOURCES = tuple(
+    str(path.relative_to(CSRC))
+    for path in sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("testing/*.cpp")])
 )
 FLAGS = (
     "-std=c++20",
