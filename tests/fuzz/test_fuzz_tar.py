@@ -32,7 +32,7 @@ Found = list[tuple[str, bytes]]
 def structures(seed: int, count: int) -> Counter[str]:
     """Build and compare `count` archives.
 
-    Returns counts: tried, agreed (without an error, all that tarfile hands out is read), refused (an
+    Returns counts: tried, agreed (no error, and all that tarfile hands out is read), refused (an
     error says that something is not read), disagreed.
     """
     counts: Counter[str] = Counter()
