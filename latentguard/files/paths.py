@@ -88,7 +88,7 @@ class _Folders:
 
     def __init__(self, passed: PassedOver) -> None:
         self._passed = passed
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[str] = set()
         self._links: deque[str] = deque()
 
     def files(self, folder: str) -> Iterator[Path | Unreadable]:
@@ -112,19 +112,19 @@ class _Folders:
         """The latents files behind the links met so far, and behind those met there."""
         while self._links:
             folder = self._links.popleft()
-            if self._first_time(folder):
-                yield from self.files(folder)
-            else:
+            if os.path.realpath(folder) in self._seen:
                 self._passed.links += 1
+            else:
+                yield from self.files(folder)
 
     def below(self, folder: str, links: bool = False) -> Iterator[tuple[str, _Folder]]:
         """A folder and all below it, with `links` also those behind links, these last."""
         waiting = [folder]
         while waiting or (links and self._links):
             path = waiting.pop() if waiting else self._links.popleft()
+            if not self._mark(path):
+                continue
             try:
-                if not self._mark(path):
-                    continue
                 listed = _listed(path)
             except OSError as error:
                 yield path, _Folder(broken=[_unlisted(path, error)])
@@ -133,17 +133,14 @@ class _Folders:
             self._links += listed.links
             yield path, listed
 
-    def _first_time(self, path: str) -> bool:
-        try:
-            return _identity(path) not in self._seen
-        except OSError:
-            return True  # listing it says what is wrong
-
     def _mark(self, path: str) -> bool:
-        """Whether a folder was not walked yet; from now on it is."""
-        identity = _identity(path)
-        new = identity not in self._seen
-        self._seen.add(identity)
+        """Whether a folder was not walked yet; from now on it is.
+
+        Told by its path without links: numbers of inodes are not unique on every file system.
+        """
+        real = os.path.realpath(path)
+        new = real not in self._seen
+        self._seen.add(real)
         return new
 
     def _judged(self, path: str) -> Path | Unreadable | None:
@@ -165,11 +162,6 @@ class _Folders:
             return Unreadable(path, f"could hold latents, but {_reason(error)}")
         self._passed.add_file(name)
         return None
-
-
-def _identity(path: str) -> tuple[int, int]:
-    state = os.stat(path)
-    return state.st_dev, state.st_ino
 
 
 def _listed(folder: str) -> _Folder:
