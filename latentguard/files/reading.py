@@ -18,7 +18,7 @@ from latentguard.files.claims import Claims, Image, Payload
 from latentguard.files.numpy_files import open_npy, open_npz
 from latentguard.files.safetensors_files import open_safetensors
 from latentguard.files.shards import Member, Sample, member_window, read_samples, sample_claims
-from latentguard.files.streams import open_regular, size_of
+from latentguard.files.streams import open_regular, size_of, state_of, unchanged
 from latentguard.files.torch_files import open_torch
 from latentguard.spaces import Latents, LatentSpace, recognise
 from latentguard.spaces.arrays import LatentArray, unpack, widened
@@ -208,17 +208,15 @@ def _file(path: Path, space: LatentSpace | None, scaled: bool | None) -> Iterato
     if not name.endswith(SUFFIXES):
         raise LatentsError(f"is of an unknown type: known are {', '.join(SUFFIXES)}")
     with open_regular(path) as stream:
-        size = size_of(stream)
+        before, size = state_of(stream), size_of(stream)
         if size == 0:
             raise LatentsError("is an empty file")
         if name.endswith(".tar"):
-            yield from _shard(path, stream, size, space, scaled)
-            return
-        if name.endswith((".pt", ".pth")):
-            payload = open_torch(stream, size, Claims(), mapped=True)
+            records = _shard(path, stream, size, space, scaled)
         else:
             payload = _OPENERS[path.suffix.lower()](stream, size, Claims())
-        yield from _images(payload, str(path), 0, None, space, scaled)
+            records = _images(payload, str(path), 0, None, space, scaled)
+        yield from unchanged(stream, before, records)
 
 
 def _shard(
