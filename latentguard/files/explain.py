@@ -32,9 +32,8 @@ def _advice(names: list[str], arrays: list[str]) -> str:
             ": this is a latent of ComfyUI, which is not read as it is; load latent_tensor and "
             "save it as latents, with its space and scaling"
         )
-    if arrays and all(any(part in name for part in _TEXT) for name in arrays):
-        return ": these are text embeddings, of which no image is made; leave the file out"
-    if any(any(part in name for part in _TEXT) for name in names) and not arrays:
+    texts = any(part in name for part in _TEXT for name in names)
+    if texts and not any("latent" in name for name in names):
         return ": these are text embeddings, of which no image is made; leave the file out"
     if not arrays:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import math
 from collections.abc import Iterator
@@ -121,11 +122,14 @@ def _any_header(stream: BinaryIO, size: int) -> tuple[np.dtype[Any], tuple[int, 
     if not text.isascii():
         # Versions differ in how they read other characters, which plain numbers do not need.
         raise LatentsError("has a .npy header that is not plain text")
-    # Version 3.0 differs from 2.0 in its text encoding alone.
     read = (
         np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
     )
     try:
+        if version == (3, 0):
+            # As numpy has it, numbers of Python 2 (16L) are of older versions alone; else the two
+            # differ in their text encoding only.
+            ast.literal_eval(text.decode("ascii"))
         shape, fortran, dtype = read(io.BytesIO(length_bytes + text))
     except Exception as error:  # literal_eval of hostile text raises a dozen types
         raise LatentsError("has a damaged .npy header") from error

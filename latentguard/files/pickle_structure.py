@@ -40,8 +40,16 @@ _GLOBALS = {
     "torch._utils _rebuild_parameter",
     "collections OrderedDict",
     "torch Size",
+    "torch device",
     *(f"torch {name}" for name in _STORAGES),
 }
+# Types that a dict may name beside its latents; they are values, nothing is made of them.
+_DTYPES = {
+    f"torch {name}"
+    for name in (
+        "float16", "bfloat16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool",
+    )
+}  # fmt: skip
 _CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
 # Opcodes with an argument of fixed size.
 _NUMBERS = {b"J": Struct("<i"), b"K": Struct("<B"), b"M": Struct("<H"), b"G": Struct(">d")}
@@ -166,11 +174,11 @@ class _Machine:
 
     def _global(self) -> None:
         name = f"{self._line()} {self._line()}"
-        if name not in _GLOBALS:
+        if name not in _GLOBALS and name not in _DTYPES:
             shown = name.replace(" ", ".")[:80]
             raise LatentsError(
                 f"holds a pickled object ({shown}): only tensors, lists, numbers and text are "
-                "read; refused, nothing of it was executed"
+                "read; refused, nothing of it was executed; save it without that"
             )
         self._stack.append(_Global(name))
 
@@ -213,7 +221,9 @@ class _Machine:
     def _update(self, items: list[Any]) -> None:
         # Hashing a tuple that holds itself twice over, thirty levels deep, takes for ever.
         if not all(isinstance(key, (str, int)) for key in items[::2]):
-            raise LatentsError("holds a dict whose keys are not names: refused")
+            raise LatentsError(
+                "holds a dict whose keys are not names: save it with text as its keys"
+            )
         target = self._stack[-1]
         if not isinstance(target, dict):
             raise LatentsError("has a damaged pickle: it sets keys of what is no dict")
@@ -259,7 +269,7 @@ class _Machine:
                 f"is truncated or hostile: a tensor needs {needed} bytes, the archive holds "
                 f"{max(0, held)}"
             )
-        if held - needed >= dtype.itemsize:
+        if held != needed:
             raise LatentsError(
                 f"is damaged or hostile: storage {key[:60]!r} is said to have {needed} bytes, the "
                 f"archive holds {held}"
@@ -292,6 +302,8 @@ class _Machine:
             self._stack.append(arguments[0])
         elif name == "collections OrderedDict" and arguments == ():
             self._stack.append(OrderedDict())
+        elif name == "torch device" and arguments and type(arguments[0]) is str:
+            self._stack.append(_Global(name))
         elif name == "torch Size" and len(arguments) == 1 and _sizes(arguments[0]):
             self._stack.append(arguments[0])
         else:
