@@ -47,7 +47,8 @@ _GLOBALS = {
 _DTYPES = {
     f"torch {name}"
     for name in (
-        "float16", "bfloat16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool",
+        "float16", "bfloat16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64",
+        "bool",
     )
 }  # fmt: skip
 _CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
@@ -83,8 +84,9 @@ class Tensor:
     strides: tuple[int, ...]
 
 
-def read_structure(data: bytes, entries: Mapping[str, int]) -> Any:
-    """What a `data.pkl` holds: a Tensor, a number, text, or lists and dicts of them.
+def read_structure(data: bytes, entries: Mapping[str, int]) -> tuple[Any, list[str]]:
+    """What a `data.pkl` holds: a Tensor, a number, text, or lists and dicts of them; and the keys
+    of its storages, in the order in which it first mentions them.
 
     Args:
         data: the pickle.
@@ -95,7 +97,8 @@ def read_structure(data: bytes, entries: Mapping[str, int]) -> Any:
             extent is not within its storage, or a damaged pickle.
     """
     try:
-        return _Machine(data, entries).run()
+        machine = _Machine(data, entries)
+        return machine.run(), list(machine.storages)
     except LatentsError:
         raise
     except Exception as error:  # the stack raises many types on damaged input
@@ -116,7 +119,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
-        self._storages: dict[str, _Storage] = {}
+        self.storages: dict[str, _Storage] = {}
 
     def run(self) -> Any:
         # The opcodes decide what is read, whatever protocol is announced.
@@ -275,7 +278,7 @@ class _Machine:
                 f"archive holds {held}"
             )
         found = _Storage(key, dtype, count)
-        if self._storages.setdefault(key, found) != found:
+        if self.storages.setdefault(key, found) != found:
             raise LatentsError(
                 f"is hostile: storage {key[:60]!r} is mentioned with two types or lengths, and "
                 "readers differ on which one counts"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,6 +33,8 @@ _KNOWN = {
     ".data/serialization_id",
 }
 _VERSIONS = range(1, 11)
+_ALIGNMENT = 64  # of torch.save, where a file does not say it
+_MAX32 = 0xFFFFFFFF
 
 
 def open_torch(stream: BinaryIO, size: int, claims: Claims) -> Payload:
@@ -74,7 +77,13 @@ def _read(stream: BinaryIO, size: int) -> tuple[Any, dict[str, int]]:
     _check_records(stream, entries)
     storages = {name[5:]: entry for name, entry in entries.items() if name.startswith("data/")}
     structure = _content(stream, entries["data.pkl"])
-    value = read_structure(structure, {key: entry.size for key, entry in storages.items()})
+    value, keys = read_structure(structure, {key: e.size for key, e in storages.items()})
+    if ".format_version" in entries:
+        alignment = entries.get(".storage_alignment")
+        _check_places(
+            [storages[key] for key in keys],
+            _ALIGNMENT if alignment is None else _decimal(stream, alignment),
+        )
     return value, {key: entry.begin for key, entry in storages.items()}
 
 
@@ -121,8 +130,29 @@ def _check_records(stream: BinaryIO, entries: Mapping[str, Entry]) -> None:
         raise LatentsError("was saved on a big-endian machine, which is not supported")
     if "version" not in entries or _decimal(stream, entries["version"]) not in _VERSIONS:
         raise LatentsError("is of a version that is not known: save it with torch.save of today")
-    if ".storage_alignment" in entries:
-        _decimal(stream, entries[".storage_alignment"])
+    if ".storage_alignment" in entries and not _decimal(stream, entries[".storage_alignment"]):
+        raise LatentsError("is a damaged file of torch.save: its alignment is 0")
+
+
+def _check_places(storages: list[Entry], alignment: int) -> None:
+    """LatentsError unless each storage lies where torch.save would put it behind the one before.
+
+    torch.load can be told to compute these places from the first one, without reading the headers
+    (`torch.utils.serialization.config.load.calculate_storage_offsets`).
+    """
+    for before, entry in pairwise(storages):
+        header = before.begin + before.size
+        large = before.header >= _MAX32 or before.size >= _MAX32
+        if before.size:
+            header += 24 if large else 16
+        start = header + 30 + len(entry.name.encode()) + 4
+        if header >= _MAX32 or entry.size >= _MAX32:
+            start += 4 + 16 * (entry.size >= _MAX32) + 8 * (header >= _MAX32)
+        if entry.header != header or entry.begin != -(-start // alignment) * alignment:
+            raise LatentsError(
+                f"is a damaged file of torch.save: {entry.name[:60]!r} is not where torch.save "
+                "puts it; load it and save it anew"
+            )
 
 
 def _decimal(stream: BinaryIO, entry: Entry) -> int:

@@ -137,6 +137,8 @@ class _Pickle:
             (self._text("ids"), b"](" + self._text("a") + b"K\x07e"),
             (b"K\x01", b"N"),
             (b"\x88", b"N"),
+            (self._text("dtype"), b"ctorch\nbfloat16\n"),
+            (self._text("device"), b"ctorch\ndevice\n" + self._text("cpu") + b"\x85R"),
             (self._text("size"), b"ctorch\nSize\n(K\x01K\x02t\x85R"),
             (self._text("width"), b"M\x40\x00"),
             (self._text("scale"), b"G" + struct.pack(">d", 0.5)),
