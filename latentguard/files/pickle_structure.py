@@ -51,11 +51,9 @@ _DTYPES = {
         "bool",
     )
 }  # fmt: skip
-_CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
-# Opcodes with an argument of fixed size.
-_NUMBERS = {b"J": Struct("<i"), b"K": Struct("<B"), b"M": Struct("<H"), b"G": Struct(">d")}
-_MEMO = {b"q": Struct("<B"), b"r": Struct("<I"), b"h": Struct("<B"), b"j": Struct("<I")}
-_TEXT_LENGTH = Struct("<I")
+_STOP = ord(".")
+_BYTE, _SHORT, _WORD = Struct("<B"), Struct("<H"), Struct("<I")
+_SIGNED, _DOUBLE = Struct("<i"), Struct(">d")
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,11 @@ class _Machine:
         # The opcodes decide what is read, whatever protocol is announced.
         if self._take(2)[:1] != b"\x80":
             raise LatentsError("has a damaged pickle: it does not say its protocol")
-        while (code := self._take(1)) != b".":
-            self._step(code)
+        while (code := self._take(1)[0]) != _STOP:
+            action = _ACTIONS.get(code)
+            if action is None:
+                raise _not_written(code)
+            action(self)
         if self._at != len(self._data) or len(self._stack) != 1 or self._below:
             raise LatentsError("has a damaged pickle: it holds more than one value")
         return self._stack.pop()
@@ -142,32 +143,23 @@ class _Machine:
     def _number(self, form: Struct) -> Any:
         return form.unpack(self._take(form.size))[0]
 
-    def _step(self, code: bytes) -> None:
-        if code in _CONSTANTS:
-            self._stack.append(_CONSTANTS[code])
-        elif code in _NUMBERS:
-            self._stack.append(self._number(_NUMBERS[code]))
-        elif code in _MEMO:
-            index = self._number(_MEMO[code])
-            if code in b"qr":
-                self._memo[index] = self._stack[-1]
-            else:
-                self._stack.append(self._memo[index])
-        elif code in _ACTIONS:
-            _ACTIONS[code](self)
-        else:
-            name = getattr(pickletools.code2op.get(code.decode("latin-1")), "name", code.hex())
-            advice = "; save it with torch.save's own pickle_protocol" if name == "FRAME" else ""
-            raise LatentsError(
-                f"is not what torch.save writes for tensors (pickle opcode {name}): "
-                f"refused, nothing of it was executed{advice}"
-            )
+    def _constant(self, value: bool | None) -> None:
+        self._stack.append(value)
+
+    def _fixed(self, form: Struct) -> None:
+        self._stack.append(self._number(form))
+
+    def _put(self, form: Struct) -> None:
+        self._memo[self._number(form)] = self._stack[-1]
+
+    def _get(self, form: Struct) -> None:
+        self._stack.append(self._memo[self._number(form)])
 
     def _long(self) -> None:
         self._stack.append(int.from_bytes(self._take(self._take(1)[0]), "little", signed=True))
 
     def _text(self) -> None:
-        self._stack.append(str(self._take(self._number(_TEXT_LENGTH)), "utf-8", "surrogatepass"))
+        self._stack.append(str(self._take(self._number(_WORD)), "utf-8", "surrogatepass"))
 
     def _line(self) -> str:
         end = self._data.index(b"\n", self._at)
@@ -313,26 +305,46 @@ class _Machine:
             raise LatentsError(f"has a damaged pickle: {name.replace(' ', '.')} misused")
 
 
-_ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
-    b"\x8a": _Machine._long,
-    b"X": _Machine._text,
-    b"c": _Machine._global,
-    b"(": _Machine._mark,
-    b"]": _Machine._empty_list,
-    b"}": _Machine._empty_dict,
-    b")": _Machine._empty_tuple,
-    b"a": _Machine._append,
-    b"e": _Machine._appends,
-    b"s": _Machine._setitem,
-    b"u": _Machine._setitems,
-    b"t": _Machine._tuple,
-    b"\x85": lambda machine: machine._tuple_of(1),
-    b"\x86": lambda machine: machine._tuple_of(2),
-    b"\x87": lambda machine: machine._tuple_of(3),
-    b"b": _Machine._build,
-    b"Q": _Machine._storage,
-    b"R": _Machine._reduce,
+_ACTIONS: dict[int, Callable[[_Machine], None]] = {
+    ord("N"): lambda machine: machine._constant(None),
+    0x88: lambda machine: machine._constant(True),
+    0x89: lambda machine: machine._constant(False),
+    ord("J"): lambda machine: machine._fixed(_SIGNED),
+    ord("K"): lambda machine: machine._fixed(_BYTE),
+    ord("M"): lambda machine: machine._fixed(_SHORT),
+    ord("G"): lambda machine: machine._fixed(_DOUBLE),
+    0x8A: _Machine._long,
+    ord("X"): _Machine._text,
+    ord("q"): lambda machine: machine._put(_BYTE),
+    ord("r"): lambda machine: machine._put(_WORD),
+    ord("h"): lambda machine: machine._get(_BYTE),
+    ord("j"): lambda machine: machine._get(_WORD),
+    ord("c"): _Machine._global,
+    ord("("): _Machine._mark,
+    ord("]"): _Machine._empty_list,
+    ord("}"): _Machine._empty_dict,
+    ord(")"): _Machine._empty_tuple,
+    ord("a"): _Machine._append,
+    ord("e"): _Machine._appends,
+    ord("s"): _Machine._setitem,
+    ord("u"): _Machine._setitems,
+    ord("t"): _Machine._tuple,
+    0x85: lambda machine: machine._tuple_of(1),
+    0x86: lambda machine: machine._tuple_of(2),
+    0x87: lambda machine: machine._tuple_of(3),
+    ord("b"): _Machine._build,
+    ord("Q"): _Machine._storage,
+    ord("R"): _Machine._reduce,
 }
+
+
+def _not_written(code: int) -> LatentsError:
+    name = getattr(pickletools.code2op.get(chr(code)), "name", hex(code))
+    advice = "; save it with torch.save's own pickle_protocol" if name == "FRAME" else ""
+    return LatentsError(
+        f"is not what torch.save writes for tensors (pickle opcode {name}): refused, nothing of it "
+        f"was executed{advice}"
+    )
 
 
 def _check_gradients(tensor: Tensor, requires_grad: Any, hooks: Any) -> None:

@@ -226,7 +226,9 @@ def _name(raw: bytes, flags: int) -> str:
     return name
 
 
-def _large(extra: bytes, values: tuple[int, ...], name: str) -> tuple[int, ...]:
+def _large(
+    extra: bytes, values: tuple[int, ...], name: str, local: bool = False
+) -> tuple[int, ...]:
     """Sizes and positions, those of 64 bits taken from the extra field where 32 do not hold them.
 
     An extra field of 64-bit numbers that is not needed, or holds more than it must, is refused.
@@ -243,6 +245,9 @@ def _large(extra: bytes, values: tuple[int, ...], name: str) -> tuple[int, ...]:
         if kind == _ZIP64:
             found = extra[at + 4 : at + 4 + length]
         at += 4 + length
+    # torch writes one into local headers that leave their sizes to a descriptor, too.
+    if local and not needed:
+        return values
     if len(found or b"") != 8 * needed:
         raise LatentsError(f"is a damaged zip archive: the 64-bit sizes of {name[:60]!r}")
     numbers = iter(struct.unpack(f"<{needed}Q", found or b""))
@@ -267,7 +272,7 @@ def _located(stream: BinaryIO, item: _Listed, position: int, after: int) -> Entr
     begin = position + fixed + extra_length
     if signature != b"PK\x03\x04" or begin + item.packed > after:
         raise LatentsError(f"is a damaged zip archive: {shown!r} is not there, or is truncated")
-    size, packed = _large(read_exactly(stream, extra_length), (size, packed), shown)
+    size, packed = _large(read_exactly(stream, extra_length), (size, packed), shown, local=True)
     same = (
         data[_LOCAL:] == item.raw_name
         and name_length == len(item.raw_name)
