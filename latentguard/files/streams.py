@@ -48,10 +48,14 @@ def unchanged(stream: BinaryIO, before: tuple[int, int], items: Iterator[Item]) 
 
     Raises LatentsError as soon as it differs: what was judged before is no longer what it holds.
     """
-    for item in items:
-        if state_of(stream) != before:
-            break
-        yield item
+    try:
+        for item in items:
+            if state_of(stream) != before:
+                break
+            yield item
+    except LatentsError:
+        if state_of(stream) == before:
+            raise
     if state_of(stream) != before:
         raise LatentsError("changed while it was read: scan it again when nothing writes to it")
 
