@@ -90,6 +90,11 @@ def _read(stream: BinaryIO, size: int) -> tuple[Any, dict[str, int]]:
 def _entries(found: list[Entry]) -> dict[str, Entry]:
     """The archive's parts by their name below the folder that they share, checked."""
     entries: dict[str, Entry] = {}
+    if any(entry.name.lower().endswith("/constants.pkl") for entry in found):
+        raise LatentsError(
+            "is a TorchScript model (torch.jit.save), which holds code: save its tensors with "
+            "torch.save"
+        )
     folders = set()
     # torch looks names up regardless of case, so two that differ in case are the same.
     seen = set()
@@ -104,11 +109,6 @@ def _entries(found: list[Entry]) -> dict[str, Entry]:
             raise LatentsError(f"is a damaged file of torch.save: it holds {name[:60]!r} twice")
         seen.add(name.lower())
         entries[name] = entry
-    if "constants.pkl" in seen:
-        raise LatentsError(
-            "is a TorchScript model (torch.jit.save), which holds code: save its tensors with "
-            "torch.save"
-        )
     if "data.pkl" not in entries or len(folders) != 1:
         raise LatentsError("is not a file of torch.save (a TorchScript model is none, either)")
     unknown = [name for name in entries if name not in _KNOWN and not name.startswith("data/")]

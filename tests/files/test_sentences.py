@@ -48,7 +48,7 @@ def test_a_byte_order_mark_and_a_tar(tmp_path: Path, suffix: str) -> None:
 
 def test_a_safetensors_header_whose_length_looks_like_a_magic_number(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    save_file({"latents": IMAGE}, path, metadata={"note": " " * 35_000, **{"space": "flux2"}})
+    save_file({"latents": IMAGE}, path, metadata={"note": " " * 35_000, "space": "flux2"})
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     wanted = 0x8B1F  # gzip's magic number
