@@ -9,7 +9,7 @@ export MAX_JOBS ?= $(NPROC)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format schema clean
+.PHONY: help install demo test fuzz lint format schema clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ demo: install ## scan the bundled latents, print verdicts, write report.html
 
 test: install ## all tests
 	$(BIN)/python -m pytest
+
+FUZZ_SECONDS ?= 120
+fuzz: install ## compare readings with each format's own library, FUZZ_SECONDS=120 for each format
+	$(BIN)/python -W ignore tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 lint: install ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

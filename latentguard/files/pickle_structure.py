@@ -339,7 +339,7 @@ _ACTIONS: dict[int, Callable[[_Machine], None]] = {
 
 
 def _not_written(code: int) -> LatentsError:
-    name = getattr(pickletools.code2op.get(chr(code)), "name", hex(code))
+    name = next((op.name for op in pickletools.opcodes if op.code == chr(code)), hex(code))
     advice = "; save it with torch.save's own pickle_protocol" if name == "FRAME" else ""
     return LatentsError(
         f"is not what torch.save writes for tensors (pickle opcode {name}): refused, nothing of it "

@@ -90,11 +90,11 @@ def _header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; two values of one key are read differently from reader to reader."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise LatentsError(f"has a damaged safetensors header: it holds {twice[:60]!r} twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise LatentsError(f"has a damaged safetensors header: it holds {key[:60]!r} twice")
+        found[key] = value
     return found
 
 
