@@ -29,6 +29,7 @@ IMAGE = flux2_batch(1)
         ("bzip2", bz2.compress(b"x" * 100)),
         ("zstd", b"\x28\xb5\x2f\xfd" + b"x" * 100),
     ],
+    ids=["gzip", "xz", "bzip2", "zstd"],
 )
 def test_compressed_files(tmp_path: Path, suffix: str, name: str, start: bytes) -> None:
     (tmp_path / f"a{suffix}").write_bytes(start)
