@@ -1,8 +1,9 @@
 """Latents files: reading them safely, one image at a time, and writing them with their convention.
 
 Reading order: bounds.py (what is refused for its size) -> claims.py (what a file says of itself)
--> one reader per format (numpy_files.py, safetensors_files.py, torch_files.py, shards.py)
--> reading.py (paths to records) -> writing.py. No reader unpickles anything, or needs torch.
+-> streams.py, zip_archive.py (bytes and archives) -> one reader per format (numpy_files.py,
+safetensors_files.py, torch_files.py, shards.py), with signatures.py and explain.py for what a file
+is instead -> reading.py (paths to records) -> writing.py. No reader unpickles anything, or needs torch.
 """
 
 from __future__ import annotations
