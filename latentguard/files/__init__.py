@@ -3,7 +3,8 @@
 Reading order: bounds.py (what is refused for its size) -> claims.py (what a file says of itself)
 -> streams.py, zip_archive.py (bytes and archives) -> one reader per format (numpy_files.py,
 safetensors_files.py, torch_files.py, shards.py), with signatures.py and explain.py for what a file
-is instead -> reading.py (paths to records) -> writing.py. No reader unpickles anything, or needs torch.
+is instead -> reading.py (paths to records) -> writing.py. No reader unpickles anything, or needs
+torch.
 """
 
 from __future__ import annotations
