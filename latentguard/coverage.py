@@ -62,8 +62,8 @@ def check_coverage(policy: Policy, model: str, coverage: Sequence[Coverage]) -> 
         f"coverage {hidden[0].needed:g} is needed"
     )
     errors = [
-        f"policy '{policy.name}': model {model} cannot see {_sentence(concept, len(concept.unseen))}"
-        f"; coverage {concept.needed:g} is needed"
+        f"policy '{policy.name}': model {model} cannot see "
+        f"{_sentence(concept, len(concept.unseen))}; coverage {concept.needed:g} is needed"
         for concept in hidden
     ]
     if nothing:

@@ -250,8 +250,10 @@ def _check_values(path: Path, found: dict[str, Any]) -> None:
         "prompts": all(type(prompt) is str for prompt in found["prompts"]),
         "covered": all(type(flag) is bool for flag in found["covered"]),
         "seen": found["seen"] is None
-        or all(type(flag) is bool for flag in found["seen"])
-        and len(found["seen"]) == len(found["prompts"]),
+        or (
+            all(type(flag) is bool for flag in found["seen"])
+            and len(found["seen"]) == len(found["prompts"])
+        ),
         "unseen_contrast": all(type(text) is str for text in found["unseen_contrast"] or ()),
         "policy": all(type(found["policy"].get(key)) is str for key in _POLICY)
         and type(concepts) is list

@@ -28,12 +28,18 @@ WIDTH = 120
 """Columns where the output is no terminal."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command; rich would exit with 1, which is what a match does."""
+        raise BrokenPipeError
+
+
 class Table:
     """Keeps rows until the end, at most `limit`; those not allowed before the others."""
 
     def __init__(self, file: TextIO, limit: int = 500) -> None:
         width = None if file.isatty() else WIDTH
-        self._console = Console(file=file, highlight=False, emoji=False, width=width)
+        self._console = _Console(file=file, highlight=False, emoji=False, width=width)
         self._rows = Shortlist(limit)
         self._unseen: dict[str, tuple[ConceptScore, ...]] = {}
 
@@ -80,7 +86,9 @@ class Table:
                 if concept.covered:
                     prompts = ", ".join(visible(prompt, 80) for prompt in concept.unseen)
                     noun = "prompt" if len(concept.unseen) == 1 else "prompts"
-                    yield f"{model} cannot see, and did not check, {noun} of {concept.id}: {prompts}"
+                    yield (
+                        f"{model} cannot see, and did not check, {noun} of {concept.id}: {prompts}"
+                    )
         if shown < self._rows.seen:
             yield (
                 f"{shown:,} of {self._rows.seen:,} images are shown, those not allowed before the "
