@@ -128,5 +128,5 @@ class AuditLog:
             with self.path.open("rb") as log:
                 log.seek(-1, os.SEEK_END)
                 return log.read().endswith(b"\n")
-        except PermissionError:  # a log that may be written and not read; who knows how it ends
+        except OSError:  # may not be read, or was replaced just now: who knows how it ends
             return False

@@ -401,9 +401,13 @@ def test_a_disk_that_is_full_ends_the_call(tmp_path: Path, action: str) -> None:
 def test_the_first_record_after_a_restart_does_not_join_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     session = Session(Scorer(policy(NEVER), XL), "before", on_record=AuditLog(path).write)
-    with full_at(1000), pytest.raises(OSError, match=r"bytes were written|too large"):
+
+    def loop() -> None:
         for _ in range(10):
             session.step(latents(), noise_level=1.0)
+
+    with full_at(1000), pytest.raises(OSError, match=r"bytes were written|too large"):
+        loop()
     torn = path.read_bytes()
     assert not torn.endswith(b"\n")
     _write_many(path, "after", 2)  # a log of its own, as after a restart
