@@ -211,9 +211,9 @@ def _limits(report: Report, models: Sequence[ModelInfo]) -> Html | None:
             parts.append(el("p", el("strong", text), rest))
             parts.append(el("ul", *[el("li", prompt) for prompt in prompts], class_="chips"))
         if model.unseen_contrast:
-            prompts = ", ".join(model.unseen_contrast)
+            listed = ", ".join(model.unseen_contrast)
             text = "Contrast prompts that it cannot see, so that nothing was compared with them: "
-            parts.append(el("p", f"{text}{prompts}.", class_="notes"))
+            parts.append(el("p", f"{text}{listed}.", class_="notes"))
         if model.notes:
             parts += [el("p", line, class_="notes") for line in _paragraphs(model.notes)]
     if not parts:
