@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from latentguard.errors import ModelError
-from latentguard.verdict import Verdict, resolve_threshold
+from latentguard.verdict import Verdict, resolve_threshold, unseen_prompts
 
 _MARK = "the first model of the cascade)"
 
@@ -25,11 +25,12 @@ class Cascade:
         policy: `Policy.plain()`, with a `cascade`.
         model, space, logit_scale, covered: of the first model: (name, sha256), what it reads, and
             which of the policy's concepts it sees.
+        seen: which of the policy's prompts it sees; None is all of the covered concepts'.
         reads: the space of the second model.
 
-    Raises ModelError where the first model reads another space, cannot see all concepts, or has
-    no calibrated threshold for one that asks for a false-positive rate: it would then be sure of
-    nothing, and cost time for every image.
+    Raises ModelError where the first model reads another space, or cannot see all prompts, as it
+    would then allow what only the second model can see; also where it has no calibrated threshold
+    for a concept that asks for a false-positive rate, as it would then be sure of nothing.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Cascade:
         covered: Sequence[bool],
         *,
         reads: str,
+        seen: Sequence[bool] | None = None,
     ) -> None:
         self._policy = policy
         self._concepts = {concept["id"]: concept for concept in policy["concepts"]}
@@ -49,12 +51,17 @@ class Cascade:
         what = f"policy '{policy['name']}': cascade.first {model[0]}"
         if space != reads:
             raise ModelError(f"{what} reads {space} latents, the second model {reads}")
-        pairs = zip(policy["concepts"], covered, strict=True)
-        hidden = [concept["id"] for concept, seen in pairs if not seen]
+        hidden = [
+            f"{concept['id']} ({', '.join(repr(prompt) for prompt in unseen)})"
+            for concept, unseen in zip(
+                policy["concepts"], unseen_prompts(policy, covered, seen), strict=True
+            )
+            if unseen
+        ]
         if hidden:
             raise ModelError(
-                f"{what} cannot see {', '.join(hidden)}, so the second model would judge every "
-                "image: take these concepts out, or the cascade"
+                f"{what} cannot see {', '.join(hidden)}, so it may decide about no image: take "
+                "these prompts out, or the cascade"
             )
         lock = policy.get("lock") or {"entries": ()}
         keys = ("model", "model_sha256", "space", "concept")

@@ -26,3 +26,7 @@ class LatentsError(LatentGuardError, ValueError):
 
 class ModelError(LatentGuardError, ValueError):
     """An encoder that cannot be found, loaded, or used with this policy or space."""
+
+
+class CoverageError(PolicyError, ModelError):
+    """A policy with prompts that the model cannot see: a fault of the pair, so it is both."""

@@ -52,8 +52,8 @@ class Scorer:
 
     Raises:
         PolicyError: the policy cannot be used.
-        ModelError: no such model, one that reads another space than the policy or `space` say, or
-            one that cannot see the policy's concepts.
+        ModelError: no such model, or one that reads another space than the policy or `space` say.
+        CoverageError (both of them): the model cannot see all of the policy's prompts.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Scorer:
                 first.logit_scale,
                 self.first.bank.covered,
                 reads=self.encoder.space,
+                seen=self.first.bank.seen,
             )
         self._features: Callable[[Tensor], Features] = self.encoder.features
 
@@ -145,6 +146,7 @@ class Scorer:
             policy=self.plain,
             prompts=self.bank.prompts,
             covered=self.bank.covered,
+            seen=self.bank.seen,
             noise_level=scores.noise_level,
             final=final,
             model=(self.encoder.name, self.encoder.sha256),

@@ -43,6 +43,8 @@ class ConceptScore:
     covered: whether the model can see the concept at all.
     judged: whether this noise level lies in the concept's window.
     matched: covered, judged, and at or above the threshold.
+    unseen: the concept's prompts that the model cannot see, so that they were not checked; records
+        of former versions do not have it.
     """
 
     id: str
@@ -55,6 +57,7 @@ class ConceptScore:
     covered: bool
     judged: bool
     matched: bool
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ class Verdict:
         """The verdict as JSON-able data."""
         data = asdict(self)
         data["noise_level"] = self.noise_level if math.isfinite(self.noise_level) else None
-        data["concepts"] = [dict(concept) for concept in data["concepts"]]
+        data["concepts"] = [
+            {**concept, "unseen": list(concept["unseen"])} for concept in data["concepts"]
+        ]
         data["model"] = None if self.model is None else dict(zip(_MODEL, self.model, strict=True))
         return data
 
@@ -158,7 +163,15 @@ def _read_concept(item: Any) -> ConceptScore:
         covered=_read(item, "covered", bool),
         judged=_read(item, "judged", bool),
         matched=_read(item, "matched", bool),
+        unseen=_read_unseen(item),
     )
+
+
+def _read_unseen(item: Mapping[str, Any]) -> tuple[str, ...]:
+    prompts = item.get("unseen", ())
+    if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"verdict: unseen must be a list of prompts, got {prompts!r}")
+    return tuple(prompts)
 
 
 def decide(
@@ -169,6 +182,7 @@ def decide(
     policy: Mapping[str, Any],
     prompts: Sequence[str],
     covered: Sequence[bool] | None = None,
+    seen: Sequence[bool] | None = None,
     noise_level: float = 0.0,
     final: bool = True,
     model: tuple[str, str] | None = None,
@@ -181,6 +195,7 @@ def decide(
     policy: `Policy.plain()`.
     prompts: the prompts of all concepts, concept after concept.
     covered: whether the model sees each concept, [K]; None is all of them.
+    seen: whether the model sees each of `prompts`, [P]; None is all of the covered concepts'.
     noise_level: noise-to-signal ratio of the latents, 0 is clean, inf is pure noise.
     final: nothing follows these latents (a file, or the end of a generation): every concept is
         judged, whatever its noise window, and a match of `steer` blocks.
@@ -196,7 +211,7 @@ def decide(
     try:
         count = max(1, *(_rows(array) for array in (probability, margin, best_prompt)))
         p, m, best = _arrays(probability, margin, best_prompt)
-        judge = _Judge(policy, prompts, covered, float(noise_level), final, model, space)
+        judge = _Judge(policy, prompts, covered, seen, float(noise_level), final, model, space)
         judge.check_shapes(p, m, best)
         return [judge.verdict(p[i], m[i], best[i]) for i in range(len(p))]
     # Fail closed: whatever went wrong, the images have not been judged.
@@ -204,6 +219,32 @@ def decide(
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         verdict = failed(f"{kind}{error}", policy, noise_level)
         return [verdict] * count
+
+
+def unseen_prompts(
+    policy: Mapping[str, Any],
+    covered: Sequence[bool] | None = None,
+    seen: Sequence[bool] | None = None,
+) -> list[tuple[str, ...]]:
+    """The prompts of each concept that a model does not see; arguments as of `decide`.
+
+    Raises ValueError where `covered` or `seen` do not fit the policy.
+    """
+    owned = [[str(prompt) for prompt in concept["prompts"]] for concept in policy["concepts"]]
+    visible = [True] * len(owned) if covered is None else [bool(flag) for flag in covered]
+    if len(visible) != len(owned):
+        raise ValueError(
+            f"covered must have one value for each of {len(owned)} concepts, got {len(visible)}"
+        )
+    total = sum(map(len, owned))
+    flags = [True] * total if seen is None else [bool(flag) for flag in seen]
+    if len(flags) != total:
+        raise ValueError(f"seen must have one value for each of {total} prompts, got {len(flags)}")
+    each = iter(flags)
+    return [
+        tuple([prompt for prompt in prompts if not (next(each) and concept)])
+        for prompts, concept in zip(owned, visible, strict=True)
+    ]
 
 
 def failed(error: str, policy: Mapping[str, Any], noise_level: float = 0.0) -> Verdict:
@@ -339,6 +380,7 @@ class _Judge:
     policy: Mapping[str, Any]
     prompts: Sequence[str]
     covered: Sequence[bool] | None
+    seen: Sequence[bool] | None
     noise_level: float
     final: bool
     model: tuple[str, str] | None
@@ -359,6 +401,7 @@ class _Judge:
             )
         self.ends = ends
         self.begins = ends - [len(concept["prompts"]) for concept in self.concepts]
+        self.unseen = unseen_prompts(self.policy, self.covered, self.seen)
         self.visible = self._visible()
         self.judged = [self.final or self._in_window(concept) for concept in self.concepts]
         self.thresholds: list[dict[str, str | float]] = []
@@ -367,20 +410,22 @@ class _Judge:
             self.thresholds.append(self._threshold(concept, needed=visible and judged))
 
     def _visible(self) -> list[bool]:
-        given = [True] * len(self.concepts) if self.covered is None else list(self.covered)
-        if len(given) != len(self.concepts):
-            raise ValueError(
-                f"covered must have one value for each of {len(self.concepts)} concepts, "
-                f"got {len(given)}"
-            )
-        visible = [bool(flag) for flag in given]
-        hidden = [c["id"] for c, seen in zip(self.concepts, visible, strict=True) if not seen]
-        if hidden and self.policy.get("uncovered") != "warn":
-            raise ValueError(
-                f"the model does not see {_listed(hidden)}, and the policy says uncovered: error"
-            )
+        pairs = list(zip(self.concepts, self.unseen, strict=True))
+        visible = [len(unseen) < len(concept["prompts"]) for concept, unseen in pairs]
         if not any(visible):
             raise ValueError("the model sees none of the policy's concepts")
+        if any(self.unseen) and self.policy.get("uncovered") != "warn":
+            # Of a concept that is not seen at all the id says enough.
+            hidden = [c["id"] for c, sees in zip(self.concepts, visible, strict=True) if not sees]
+            parts = [_listed(hidden)] if hidden else []
+            parts += [
+                f"{_listed(unseen)} of '{concept['id']}'"
+                for (concept, unseen), sees in zip(pairs, visible, strict=True)
+                if unseen and sees
+            ]
+            raise ValueError(
+                f"the model does not see {', '.join(parts)}, and the policy says uncovered: error"
+            )
         return visible
 
     def _in_window(self, concept: Mapping[str, Any]) -> bool:
@@ -475,6 +520,7 @@ class _Judge:
             covered=covered,
             judged=judged,
             matched=judged and covered and gap is not None and gap >= 0,
+            unseen=self.unseen[k],
         )
 
     def _decision(self, score: ConceptScore) -> str:
@@ -501,6 +547,10 @@ class _Judge:
         if hidden:
             noun = "concept is" if hidden == 1 else "concepts are"
             parts.append(f"{hidden} {noun} not visible to this model")
+        partly = [score for score in scores if score.covered and score.unseen]
+        parts += [f"prompts not checked of '{s.id}': {_listed(s.unseen)}" for s in partly[:3]]
+        if len(partly) > 3:
+            parts.append(f"prompts not checked of {len(partly) - 3} more concepts")
         return "allow: " + "; ".join(parts)
 
     def _closest(self, scores: Sequence[ConceptScore]) -> str:

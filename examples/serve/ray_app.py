@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from checks import Given, Limits, Refused, read_latents
+from checks import Given, Limits, Refused, check_form, read_latents
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -77,6 +77,7 @@ class Moderator:
             raise Refused(405, "latents come by POST")
         asked, noise_level = _asked(request)
         body = await request.body()
+        check_form(request.headers)
         if len(body) > self._limits.max_bytes:
             raise Refused(413, f"the body is larger than {self._limits.max_bytes} bytes")
         given = read_latents(body, asked, self._guard, self._limits)

@@ -59,12 +59,23 @@ def _register() -> None:
 
 def main() -> None:
     """Entry point: expected errors become one line on stderr and exit code 2, never a traceback."""
+    from latentguard.cli.console import abandon, prepare
+
     _register()
+    prepare()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # not at exit, where a full disk would be a traceback
     except LatentGuardError as error:
         # The lines are the project's own, one for a problem; what they quote may not be.
         first, *more = str(error).splitlines() or [""]
         for line in (f"latentguard: {first}", *more):
             typer.echo(visible(line, 4000), err=True)
+        sys.exit(EXIT_USAGE)
+    except OSError as error:
+        abandon()
+        what = error.filename or "the output"
+        typer.echo(f"latentguard: cannot use {what}: {error.strerror or error}", err=True)
         sys.exit(EXIT_USAGE)

@@ -34,6 +34,8 @@ def describe(
         "policy": scorer.plain,
         "prompts": list(scorer.bank.prompts),
         "covered": list(scorer.bank.covered),
+        "seen": list(scorer.bank.seen),
+        "unseen_contrast": list(scorer.bank.unseen_contrast),
         "model": {"name": encoder.name, "sha256": encoder.sha256, "notes": encoder.notes},
         "space": space.name,
         "scaled": scaled,

@@ -66,6 +66,7 @@ class TritonPythonModel:
             policy=self._rules["policy"],
             prompts=self._rules["prompts"],
             covered=self._rules["covered"],
+            seen=self._rules["seen"],
             model=(self._rules["model"]["name"], self._rules["model"]["sha256"]),
             space=self._rules["space"],
         )

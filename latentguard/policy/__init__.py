@@ -10,7 +10,13 @@ what is wrong, in sentences.
 """
 
 from latentguard.policy.fields import SCHEMA_VERSION
-from latentguard.policy.loading import json_schema, load_policy, parse_policy, shipped_policies
+from latentguard.policy.loading import (
+    json_schema,
+    lines_of,
+    load_policy,
+    parse_policy,
+    shipped_policies,
+)
 from latentguard.policy.lock import (
     CalibratedMargin,
     Lock,
@@ -33,6 +39,7 @@ __all__ = [
     "Steer",
     "Threshold",
     "json_schema",
+    "lines_of",
     "load_lock",
     "load_policy",
     "lock_path",

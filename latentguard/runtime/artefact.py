@@ -51,6 +51,11 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "width": (int, type(None)),
     "files": (dict,),
 }
+# Of prompts: what files of former versions lack.
+_LATER: dict[str, tuple[type, ...]] = {
+    "seen": (list, type(None)),
+    "unseen_contrast": (list, type(None)),
+}
 _POLICY = ("name", "version", "sha256")
 # What the two files of a cascade have in common: they read the same arrays.
 _SHARED = ("space", "scaled", "channels", "packed_patch", "height", "width")
@@ -229,6 +234,9 @@ def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, An
     for key, kinds in _KEYS.items():
         if type(found.get(key, ...)) not in kinds:
             raise ModelError(f"{path}: its metadata have no valid {key}")
+    for key, kinds in _LATER.items():
+        if type(found.setdefault(key, None)) not in kinds:
+            raise ModelError(f"{path}: its metadata have no valid {key}")
     _check_values(path, found)
     _check_cascade(path, found)
     return found
@@ -249,6 +257,12 @@ def _check_values(path: Path, found: dict[str, Any]) -> None:
         "model": all(type(found["model"].get(key)) is str for key in ("name", "sha256")),
         "prompts": all(type(prompt) is str for prompt in found["prompts"]),
         "covered": all(type(flag) is bool for flag in found["covered"]),
+        "seen": found["seen"] is None
+        or (
+            all(type(flag) is bool for flag in found["seen"])
+            and len(found["seen"]) == len(found["prompts"])
+        ),
+        "unseen_contrast": all(type(text) is str for text in found["unseen_contrast"] or ()),
         "policy": all(type(found["policy"].get(key)) is str for key in _POLICY)
         and type(concepts) is list
         and len(concepts) == len(found["covered"]),

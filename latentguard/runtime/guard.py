@@ -268,6 +268,7 @@ class Guard:
                 first["logit_scale"],
                 first["covered"],
                 reads=self.space,
+                seen=first["seen"],
             )
         except ModelError as error:
             raise ModelError(f"{self.path}: {error}") from error

@@ -104,6 +104,7 @@ class Network:
             policy=self.metadata["policy"],
             prompts=self.metadata["prompts"],
             covered=self.metadata["covered"],
+            seen=self.metadata["seen"],
             noise_level=noise_level,
             final=final,
             model=self.model,

@@ -61,21 +61,29 @@ def describe(
     model: tuple[str, str],
     space: str,
     notes: str,
-    covered: Sequence[bool],
+    unseen: Sequence[tuple[str, ...]],
     logit_scale: float,
+    unseen_contrast: Sequence[str] = (),
 ) -> ModelInfo:
     """A model that judges by a policy.
 
+    unseen: each concept's prompts that it cannot see (`verdict.unseen_prompts`).
+    unseen_contrast: the contrast prompts that it cannot see.
+
     Raises PolicyError for a threshold that this model lacks: every image would be an error.
     """
-    limits, unseen = {}, []
-    for concept, seen in zip(plain["concepts"], covered, strict=True):
-        if not seen:
-            unseen.append(concept["id"])
+    limits, uncovered, partly = {}, [], {}
+    for concept, hidden in zip(plain["concepts"], unseen, strict=True):
+        if len(hidden) == len(concept["prompts"]):
+            uncovered.append(concept["id"])
             continue
+        if hidden:
+            partly[concept["id"]] = hidden
         try:
             limit = resolve_threshold(concept, plain, model, space, logit_scale=logit_scale)
         except ValueError as error:
             raise PolicyError(f"policy '{plain['name']}': {error}") from error
         limits[concept["id"]] = limit
-    return ModelInfo(ModelId(*model), space, notes, tuple(unseen), limits)
+    return ModelInfo(
+        ModelId(*model), space, notes, tuple(uncovered), limits, partly, tuple(unseen_contrast)
+    )

@@ -38,6 +38,8 @@ class Csv:
     """One row per image; no cell of it is a formula, whatever the files call their records.
 
     The columns are fixed by the policy: those of `COLUMNS`, then each concept's probability.
+    `not_checked` has the concepts that the model cannot see; `prompts_not_checked` has the prompts
+    that it cannot see of the others ("blades: knife, sword; guns: musket").
     """
 
     COLUMNS = (
@@ -55,6 +57,7 @@ class Csv:
         "score",
         "threshold",
         "not_checked",
+        "prompts_not_checked",
         "model",
         "model_sha256",
         "policy",
@@ -96,6 +99,13 @@ class Csv:
                 f"{score_of(lead):.6f}" if lead else "",
                 f"{threshold_of(lead):.6f}" if lead else "",
                 spreadsheet_cell(" ".join(c.id for c in verdict.concepts if not c.covered)),
+                spreadsheet_cell(
+                    "; ".join(
+                        f"{c.id}: {', '.join(c.unseen)}"
+                        for c in verdict.concepts
+                        if c.covered and c.unseen
+                    )
+                ),
                 *[
                     spreadsheet_cell(value)
                     for value in (*model, policy.name, policy.version, policy.sha256)

@@ -10,7 +10,7 @@ from latentguard.errors import ModelError, PolicyError
 from latentguard.files.bounds import MAX_IMAGE_CELLS
 from latentguard.scan.judging import Judge, describe
 from latentguard.scan.summary import ModelInfo
-from latentguard.verdict import Verdict
+from latentguard.verdict import Verdict, unseen_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,9 +72,15 @@ class OnnxJudge(Judge):
             guard.model,
             guard.space,
             str(metadata["model"].get("notes") or ""),
-            metadata["covered"],
+            unseen_prompts(self.plain, metadata["covered"], metadata["seen"]),
             metadata["logit_scale"],
+            metadata["unseen_contrast"] or (),
         )
+        if metadata["seen"] is None:
+            self.notes.append(
+                f"{path} was exported by a version that did not record which prompts its model "
+                "cannot see, so none is named: export it anew"
+            )
         self.models.append(info)
         self._model = OnnxModel(guard, info)
         self.loading += perf_counter() - begun

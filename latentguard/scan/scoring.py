@@ -10,7 +10,7 @@ from latentguard.errors import ModelError
 from latentguard.policy import Policy, load_policy
 from latentguard.scan.judging import Judge, describe
 from latentguard.scan.summary import ModelInfo
-from latentguard.verdict import Verdict
+from latentguard.verdict import Verdict, unseen_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,8 +82,9 @@ class ScorerJudge(Judge):
             (encoder.name, encoder.sha256),
             encoder.space,
             str(getattr(encoder, "notes", "") or ""),
-            scorer.bank.covered,
+            unseen_prompts(self.plain, seen=scorer.bank.seen),
             encoder.logit_scale,
+            scorer.bank.unseen_contrast,
         )
         self.models.append(info)
         self.loading += perf_counter() - begun

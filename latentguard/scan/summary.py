@@ -18,6 +18,8 @@ class ModelInfo:
     notes: what its makers say about it, its limits first; may be empty.
     uncovered: ids of the policy's concepts that it cannot see.
     limits: concept id -> threshold as a margin, where it is known for this model.
+    unseen: concept id -> the prompts that it cannot see, of concepts of which it sees others.
+    unseen_contrast: the contrast prompts that it cannot see.
     """
 
     id: ModelId
@@ -25,6 +27,8 @@ class ModelInfo:
     notes: str = ""
     uncovered: tuple[str, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
+    unseen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unseen_contrast: tuple[str, ...] = ()
 
 
 @dataclass

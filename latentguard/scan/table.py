@@ -13,6 +13,7 @@ from rich.text import Text
 from latentguard.scan.record import ScanRecord, score_of, threshold_of
 from latentguard.scan.shortlist import Shortlist
 from latentguard.scan.text import visible
+from latentguard.verdict import ConceptScore
 
 STYLES = {
     "block": "bold red",
@@ -27,20 +28,26 @@ WIDTH = 120
 """Columns where the output is no terminal."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command; rich would exit with 1, which is what a match does."""
+        raise BrokenPipeError
+
+
 class Table:
     """Keeps rows until the end, at most `limit`; those not allowed before the others."""
 
     def __init__(self, file: TextIO, limit: int = 500) -> None:
         width = None if file.isatty() else WIDTH
-        self._console = Console(file=file, highlight=False, emoji=False, width=width)
+        self._console = _Console(file=file, highlight=False, emoji=False, width=width)
         self._rows = Shortlist(limit)
-        self._unseen: dict[str, list[str]] = {}
+        self._unseen: dict[str, tuple[ConceptScore, ...]] = {}
 
     def add(self, record: ScanRecord) -> None:
         self._rows.add(record)
-        unseen = [c.id for c in record.verdict.concepts if not c.covered]
-        if unseen and record.model:
-            self._unseen.setdefault(record.model.name, unseen)
+        unseen = tuple(c for c in record.verdict.concepts if c.unseen or not c.covered)
+        if unseen and record.judged_by:
+            self._unseen.setdefault(record.judged_by.name, unseen)
 
     def close(self) -> None:
         rows = self._rows.in_order()
@@ -67,12 +74,22 @@ class Table:
             self._console.print(Text(line, style="dim"))
 
     def _remarks(self, shown: int) -> Iterator[str]:
-        for model, names in sorted(self._unseen.items()):
+        for model, concepts in sorted(self._unseen.items()):
+            names = [c.id for c in concepts if not c.covered]
             noun, them = ("concept was", "it") if len(names) == 1 else ("concepts were", "them")
-            yield (
-                f"{len(names)} {noun} not checked, as {visible(model)} cannot see {them}: "
-                f"{', '.join(map(visible, names))}"
-            )
+            if names:
+                yield (
+                    f"{len(names)} {noun} not checked, as {visible(model)} cannot see {them}: "
+                    f"{', '.join(map(visible, names))}"
+                )
+            for concept in concepts:
+                if concept.covered:
+                    prompts = ", ".join(visible(prompt, 80) for prompt in concept.unseen)
+                    noun = "prompt" if len(concept.unseen) == 1 else "prompts"
+                    yield (
+                        f"{visible(model)} cannot see, and did not check, {noun} of "
+                        f"{visible(concept.id)}: {prompts}"
+                    )
         if shown < self._rows.seen:
             yield (
                 f"{shown:,} of {self._rows.seen:,} images are shown, those not allowed before the "

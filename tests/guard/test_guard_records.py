@@ -392,6 +392,36 @@ def test_a_disk_that_is_full_ends_the_call(tmp_path: Path, action: str) -> None:
     assert [json.loads(line)["step"] for line in lines[whole + 1 :]] == [0, 1, 2, 3]
 
 
+def test_the_first_record_after_a_restart_does_not_join_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    session = Session(Scorer(policy(NEVER), XL), "before", on_record=AuditLog(path).write)
+
+    def loop() -> None:
+        for _ in range(10):
+            session.step(latents(), noise_level=1.0)
+
+    with full_at(1000), pytest.raises(OSError, match=r"bytes were written|too large"):
+        loop()
+    torn = path.read_bytes()
+    assert not torn.endswith(b"\n")
+    _write_many(path, "after", 2)  # a log of its own, as after a restart
+    assert path.read_bytes().startswith(torn + b"\n{")
+    written = path.read_bytes()[len(torn) + 1 :].decode().splitlines()
+    assert [strict(line)["step"] for line in written] == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_writer_beside_one_that_tore_its_line_loses_nothing(tmp_path: Path) -> None:
+    """Both were open before the disk was full."""
+    path = tmp_path / "audit.jsonl"
+    other = AuditLog(path)
+    path.write_bytes(b'{"half": ')
+    session = Session(Scorer(policy(NEVER), XL), "other", on_record=other.write)
+    session.step(latents(), noise_level=1.0)
+    first, *rest = path.read_text().splitlines()
+    assert first == '{"half": '
+    assert [strict(line)["image"] for line in rest] == [0, 1]
+
+
 @pytest.mark.parametrize("action", ["block", "observe"])
 @pytest.mark.parametrize("at", [1, 4])
 def test_one_line_that_cannot_be_written_is_enough(action: str, at: int) -> None:

@@ -100,6 +100,8 @@ def test_the_same_of_models_and_policy(
     (a,), (b,) = one.models, other.models
     assert (a.id, a.space, a.notes, a.uncovered) == (b.id, b.space, b.notes, b.uncovered)
     assert a.limits == pytest.approx(b.limits)
+    assert (a.unseen, a.unseen_contrast) == (b.unseen, b.unseen_contrast)
+    assert "jeans" in a.unseen_contrast
     counts = []
     for run, records in ((one, torch_records), (other, onnx_records)):
         summary = Summary(run.policy_id)

@@ -331,6 +331,59 @@ def test_a_reader_that_goes_away_is_not_a_match(tmp_path: Path, calm: Path) -> N
     assert b"Traceback" not in errors
 
 
+def test_a_reader_of_the_table_that_goes_away_is_not_a_match(tmp_path: Path, calm: Path) -> None:
+    process = _process("scan", write_latents(tmp_path / "a.pt", 1), "--policy", calm)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 141
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("scan", "a.pt", "--policy", "calm.yaml", "-q", "--format", "json"),
+        ("scan", "a.pt", "--policy", "calm.yaml"),
+        ("policy", "schema"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2] + arguments[-1:]),
+)
+def test_a_full_disk_is_one_line(tmp_path: Path, calm: Path, arguments: tuple[str, ...]) -> None:
+    write_latents(tmp_path / "a.pt", 1)
+    with open("/dev/full", "w") as full:
+        process = _process(*arguments, stdout=full, cwd=tmp_path)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    lines = errors.decode().splitlines()
+    assert lines[-1].endswith("the output: No space left on device")
+    assert not any("Traceback" in line or "Exception ignored" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "arguments"),
+    [("cp437", ("scan", "a.pt")), ("cp437", ("doctor",)), ("ascii", ("policy", "show"))],
+)
+def test_consoles_without_our_signs_get_other_ones(
+    tmp_path: Path, policy: Callable[..., Path], encoding: str, arguments: tuple[str, ...]
+) -> None:
+    write_latents(tmp_path / "a.pt", 1, ids=["нож ✓"])
+    odd = policy(("revolver", "block", ALWAYS))
+    odd.write_text(odd.read_text().replace("[dog]", "[нож]").replace("[revolver]", "[revolver ✓]"))
+    if arguments[0] != "doctor":
+        arguments += ("--policy", str(odd)) if arguments[0] == "scan" else (str(odd),)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "60"}
+    process = _process(*arguments, cwd=tmp_path, env=environment)
+    out, errors = process.communicate(timeout=120)
+    assert b"Traceback" not in errors
+    assert process.returncode == (1 if arguments[0] == "scan" else 0), errors
+    if arguments[0] == "scan":
+        assert "x block" in out.decode(encoding)
+        assert "\\u043d" in out.decode(encoding)
+
+
 def test_an_interrupted_scan_is_not_a_match(tmp_path: Path, calm: Path) -> None:
     file = write_latents(tmp_path / "a.pt", 512, side=8)
     process = _process("scan", file, "--policy", calm, "--format", "json", "--batch-size", 1)

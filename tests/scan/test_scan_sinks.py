@@ -92,6 +92,58 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+HALF_SEEN = """\
+schema_version: 1
+name: half
+version: "1"
+uncovered: warn
+concepts:
+  - id: blades
+    category: weapons
+    prompts: [hatchet, knife, sword]
+    threshold: {probability: 0.5}
+    action: block
+"""
+
+
+def half_seen() -> ScanRecord:
+    """Allowed by a model that sees the hatchet alone."""
+    plain = parse_policy(HALF_SEEN).plain()
+    prompts = plain["concepts"][0]["prompts"]
+    flags = [True, False, False]
+    verdict = decide([[0.1]], [[-0.2]], [[0]], policy=plain, prompts=prompts, seen=flags)[0]
+    ranked = tuple(rank(verdict.concepts, {}))
+    return ScanRecord("a.pt", 0, "knife", "flux2", verdict, POLICY, MODEL, ranked=ranked)
+
+
+def test_a_table_names_the_prompts_that_were_not_checked() -> None:
+    file = io.StringIO()
+    table = Table(file)
+    table.add(half_seen())
+    table.close()
+    sentence = "nano-flux2 cannot see, and did not check, prompts of blades: knife, sword"
+    assert sentence in file.getvalue()
+
+
+def test_lines_name_the_prompts_that_were_not_checked() -> None:
+    file = io.StringIO()
+    JsonLines(file).add(half_seen())
+    (concept,) = json.loads(file.getvalue())["concepts"]
+    assert (concept["covered"], concept["unseen"]) == (True, ["knife", "sword"])
+    file = io.StringIO(newline="")
+    Csv(file, parse_policy(HALF_SEEN).plain()).add(half_seen())
+    (row,) = csv.DictReader(io.StringIO(file.getvalue(), newline=""))
+    assert (row["not_checked"], row["prompts_not_checked"]) == ("", "blades: knife, sword")
+
+
+def test_a_report_names_the_prompts_that_were_not_checked() -> None:
+    unseen = {"blades": ("knife", "sword")}
+    text = " ".join(Page(rendered(half_seen(), unseen=unseen, unseen_contrast=("jeans",))).text)
+    assert "Not checked of blades: knife, sword" in text
+    assert "Cannot see 2 of the prompts of blades." in text
+    assert "nothing was compared with them: jeans." in text
+
+
 def shape(text: str) -> list[tuple[str, tuple[str, ...]]]:
     """The page's tags and attribute names: what a name must not be able to change."""
     return [(tag, tuple(attributes)) for tag, attributes in Page(text).tags]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 import http.client
 import io
 import json
@@ -25,7 +27,8 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "httpx2"):
     pytest.importorskip(package, reason=f"the example needs {package}")
 
 import httpx2  # noqa: E402
-from app import create_app  # noqa: E402
+import uvicorn  # noqa: E402
+from app import create_app, serving  # noqa: E402
 from checks import Limits  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
@@ -277,6 +280,33 @@ def test_before_the_warm_up_nothing_is_judged(guard_file: Path, latents: Array) 
     app.state.service.close()
 
 
+def test_a_form_is_told_how_to_send_a_file(client: TestClient, latents: Array) -> None:
+    answer = client.post(VERDICTS, params=SAID, files={"file": npy(latents[:1])})
+    assert "the body is a form (multipart/form-data)" in refused(answer, 415)
+    assert "--data-binary" in answer.json()["error"]
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl says of any file
+    assert read(client.post(VERDICTS, params=SAID, content=npy(latents[:1]), headers=form))
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "deflate, gzip"])
+def test_an_encoded_body_is_told_to_come_as_it_is(
+    client: TestClient, latents: Array, encoding: str
+) -> None:
+    body, headers = gzip.compress(npy(latents[:1])), {"Content-Encoding": encoding}
+    said = refused(client.post(VERDICTS, params=SAID, content=body, headers=headers), 415)
+    assert f"Content-Encoding '{encoding.lower()}'" in said
+    assert "as they are" in said
+
+
+def test_other_files_are_told_by_their_names(client: TestClient, latents: Array) -> None:
+    body = gzip.compress(npy(latents[:1]))
+    assert "compressed by gzip" in refused(client.post(VERDICTS, params=SAID, content=body), 422)
+    stream = io.BytesIO()
+    np.savez(stream, latents=latents[:1])
+    said = refused(client.post(VERDICTS, params=SAID, content=stream.getvalue()), 422)
+    assert "a zip archive, as .pt and .npz files are" in said
+
+
 def test_metrics(client: TestClient, latents: Array) -> None:
     read(client.post(VERDICTS, params=SAID, content=npy(latents[14:18])))
     refused(client.post(VERDICTS, params=SAID, content=b"garbage"), 422)
@@ -374,6 +404,61 @@ def test_a_request_under_way_is_answered_before_the_end(
     assert process.wait(timeout=300) in (0, -signal.SIGTERM)
     with pytest.raises(httpx2.TransportError):
         httpx2.get(f"{url}/healthz")
+
+
+@contextlib.contextmanager
+def listening(guard: Guard, limits: Limits) -> Iterator[tuple[str, int]]:
+    """The service on a socket of its own, in this process; its host and port."""
+    config = uvicorn.Config(create_app(guard, limits), port=0, **serving(limits))
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[:2]
+    finally:
+        server.should_exit = True
+        thread.join(timeout=60)
+
+
+@pytest.fixture
+def short_lived(guard_file: Path) -> Iterator[Guard]:
+    """One that its service may close."""
+    with Guard(guard_file, threads=1) as guard:
+        yield guard
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n"])
+def test_idle_connections_keep_nobody_out(short_lived: Guard, latents: Array, begun: bytes) -> None:
+    """Three times as many as are held open, silent or in the middle of their request."""
+    with listening(short_lived, Limits(max_requests=1)) as place, contextlib.ExitStack() as idle:
+        for _ in range(48):
+            one = idle.enter_context(socket.create_connection(place, timeout=60))
+            with contextlib.suppress(ConnectionError):
+                one.sendall(begun)
+        url = f"http://{place[0]}:{place[1]}"
+        assert httpx2.get(f"{url}/healthz", timeout=60).text == "alive\n"
+        while httpx2.get(f"{url}/readyz", timeout=60).status_code != 200:
+            time.sleep(0.01)
+        answer = httpx2.post(url + VERDICTS, params=SAID, content=npy(latents[:1]), timeout=60)
+        assert len(read(answer)) == 1
+
+
+def test_a_client_that_asks_nothing_is_not_waited_for(short_lived: Guard) -> None:
+    limits = Limits(read_seconds=0.3)
+    with listening(short_lived, limits) as place:
+        with socket.create_connection(place, timeout=60) as slow:
+            began = time.monotonic()
+            for byte in b"GET /healthz HTTP":  # each byte is no new beginning
+                with contextlib.suppress(ConnectionError):
+                    slow.sendall(bytes([byte]))
+                time.sleep(0.05)
+            with contextlib.suppress(ConnectionError):
+                assert slow.recv(100) == b""
+            assert time.monotonic() - began < 30
+        assert httpx2.get(f"http://{place[0]}:{place[1]}/healthz", timeout=60).status_code == 200
 
 
 def test_a_file_that_is_not_the_pinned_one_is_not_served(guard_file: Path) -> None:
