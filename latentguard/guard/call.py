@@ -480,7 +480,8 @@ class Call:
         """Take blocked images out of what the pipeline returned."""
         if not self.guards:
             return output
-        output, images, are_latents = self._with_judged_latents(output)
+        told = self._argument("output_type") == "latent"
+        output, images, are_latents = self._with_judged_latents(output, told)
         unseen = not self._decoded and not self._is_untouched()
         for session in self._sessions:
             if not are_latents and not session.stopped and (unseen or not session.finished):
@@ -499,7 +500,7 @@ class Call:
         touched: it denoised or decoded something of its own. stepped: it did so, and what came of
         that was not decoded.
         """
-        output, images, are_latents = self._with_judged_latents(output)
+        output, images, are_latents = self._with_judged_latents(output, told=False)
         if stepped and not are_latents:
             for session in self._sessions:
                 session.fail("what a subclass made of it was never seen", final=True)
@@ -507,11 +508,14 @@ class Call:
             output = self._withheld(output, images)
         return self._recorded(output)
 
-    def _with_judged_latents(self, output: Any) -> tuple[Any, Any, bool]:
-        """An output, its images, and whether these are latents; those are judged, and a copy."""
+    def _with_judged_latents(self, output: Any, told: bool) -> tuple[Any, Any, bool]:
+        """An output, its images, and whether these are latents; those are judged, and a copy.
+
+        told: the call asked for latents. Otherwise they are known by their shape.
+        """
         assert self._space is not None
         images = outputs.images_of(output)
-        if self._argument("output_type") == "latent" and isinstance(images, Tensor):
+        if told and isinstance(images, Tensor):
             latents: Tensor | None = private(images)
         else:
             latents = outputs.latents_in(images, self._space)

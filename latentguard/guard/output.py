@@ -59,7 +59,8 @@ def with_images(output: Any, images: Any) -> Any:
 def latents_in(images: Any, space: LatentSpace) -> Tensor | None:
     """A copy of the latents that "images" are by their shape: [B, C, H, W], or [B, N, C] packed.
 
-    images: a tensor, an array, or a list of either. None for pixels and what is neither.
+    images: a tensor, an array, or a list of either; one image may come without B. None for pixels
+    and what is neither.
     """
     if isinstance(images, list) and images and all(_is_array(one) for one in images):
         if len({tuple(one.shape) for one in images}) > 1:
@@ -72,6 +73,8 @@ def latents_in(images: Any, space: LatentSpace) -> Tensor | None:
         images = torch.from_numpy(images.copy())
     if not isinstance(images, Tensor):
         return None
+    if images.ndim == 3 and images.shape[0] == space.channels:
+        images = images[None]
     shape = images.shape
     spatial = len(shape) == 4 and shape[1] == space.channels
     packed = len(shape) == 3 and shape[2] == space.packed_channels > space.channels
@@ -87,6 +90,7 @@ def in_form_of(images: Any, latents: Tensor) -> Any:
     if isinstance(images, list):
         rows = latents.reshape(len(images), *images[0].shape)
         return [in_form_of(one, row) for one, row in zip(images, rows, strict=True)]
+    latents = latents.reshape(images.shape)
     return latents.cpu().numpy() if isinstance(images, np.ndarray) else latents
 
 
