@@ -83,7 +83,9 @@ class Lying(torch.Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             kept = [one.kept if isinstance(one, Lying) else one for one in args]
-            shown = [one.as_subclass(torch.Tensor) if isinstance(one, Lying) else one for one in args]
+            shown = [
+                one.as_subclass(torch.Tensor) if isinstance(one, Lying) else one for one in args
+            ]
             if func.__name__ in ("div", "__truediv__", "mul", "to", "reshape", "clone"):
                 return Lying.make(func(*shown, **kwargs), func(*kept, **kwargs))
             return func(*(kept if func.__name__ == "conv2d" else shown), **kwargs)

@@ -321,7 +321,9 @@ def test_on_block_is_asked_about_a_second_pass(bad: torch.Tensor, guard: LatentG
     pipe = made(Hires, LatentGuard(rule, XL, on_block=lambda i, verdict, blank: blank + 0.25))
     pipe.target = bad
     assert (pipe(**small.sdxl_arguments()).images == 0.25).all()
-    pipe.callback_on_step_end = LatentGuard(guard.policy.model_copy(update={"on_block": "raise"}), XL)
+    pipe.callback_on_step_end = LatentGuard(
+        guard.policy.model_copy(update={"on_block": "raise"}), XL
+    )
     with pytest.raises(GenerationBlocked):
         pipe(**small.sdxl_arguments())
 
