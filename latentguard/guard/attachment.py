@@ -117,7 +117,8 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     if not _takes_callbacks(signature.parameters):
         _check_places(type(pipe).__name__, {k: v for k, v in kwargs.items() if k != CALLBACK})
         check_pipeline(pipe)
-        guards = [*guards_of(pipe), *guards_in(kwargs.get(CALLBACK))]
+        given = [guard for value in (*args, kwargs.get(CALLBACK)) for guard in guards_in(value)]
+        guards = [*guards_of(pipe), *given]
         return _handed_on(original, pipe, args, kwargs, guards)
     bound = signature.bind(pipe, *args, **kwargs)
     rest = {k: v for k, v in bound.arguments.items() if k not in (CALLBACK, "self")}

@@ -214,15 +214,20 @@ class Call:
         assert self._space is not None
         z = private(z)
         self._decoded = True
-        judged, decoding = self._judged, self._decoding
-        known = judged is not None and decoding is not None and decoding.gives(judged, z)
-        if known or any(equal(one, z) for one in self._let_through):
-            z = self._blank_rows(z)
-        else:
+        rows = self._rows_of(z)
+        if rows is not None:
+            z[[row in self._blocked() for row in rows]] = 0
+        elif not any(equal(one, z) for one in self._let_through):
             # A tiny autoencoder decodes scaled latents.
             z = self._judge_end(Latents(z, self._space, is_tiny(decoder_of(self.pipe)))).tensor
         self._let_through.append(z.clone())
         return z
+
+    def _rows_of(self, z: Tensor) -> list[int] | None:
+        """Which of the images that were judged as final these are, as the VAE gets them."""
+        if self._judged is None or self._decoding is None:
+            return None
+        return self._decoding.rows(self._judged, z)
 
     # -- each step ---------------------------------------------------------------------------
 
@@ -419,7 +424,8 @@ class Call:
         forms = (judged.tensor, judged.spatial().tensor)
         if any(equal(form.to(tensor.device, tensor.dtype), tensor) for form in forms):
             return True
-        return self._decoding is not None and self._decoding.gives(judged, tensor)
+        rows = None if tensor.ndim != 4 else self._rows_of(tensor)
+        return rows == list(range(len(judged)))
 
     def _is_untouched(self) -> bool:
         """Whether the tensor that the pipeline got still holds what was judged as final."""
@@ -468,7 +474,7 @@ class Call:
             return self._arguments[name]
         for parameter in parameters.values():
             rest = self._arguments.get(parameter.name)
-            if parameter.kind is parameter.VAR_KEYWORD and name in (rest or {}):
+            if parameter.kind is parameter.VAR_KEYWORD and rest is not None and name in rest:
                 return rest[name]
         return parameters[name].default if name in parameters else None
 

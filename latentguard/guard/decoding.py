@@ -63,14 +63,21 @@ class Decoding:
             None if std is None else torch.tensor(std).flatten(),
         )
 
-    def gives(self, latents: Latents, z: Tensor) -> bool:
-        """Whether `z` [B, C, H, W] is what the VAE is given for these latents, which are scaled."""
+    def rows(self, latents: Latents, z: Tensor) -> list[int] | None:
+        """Which of these latents, which are scaled, the VAE is given as `z` [N, C, H, W].
+
+        One index for each of `z`; None where some of it is none of them.
+        """
         x = latents.spatial().tensor
         for dtype in dict.fromkeys((x.dtype, z.dtype, torch.float32)):
             for form in self._forms(x.to(dtype), latents.space):
-                if equal(form.to(z.device, z.dtype), z):
-                    return True
-        return False
+                form = form.to(z.device, z.dtype)
+                if equal(form, z):
+                    return list(range(len(z)))
+                found = [_index(one, form) for one in z] if len(z) != len(form) else [None]
+                if None not in found:
+                    return [row for row in found if row is not None]
+        return None
 
     def _forms(self, x: Tensor, space: LatentSpace) -> Iterator[Tensor]:
         """As diffusers' pipelines write it, in the dtype of `x` [B, C, H, W]."""
@@ -87,3 +94,7 @@ class Decoding:
             yield 1 / self.factor * x
             if self.shift is not None:
                 yield x / self.factor + self.shift
+
+
+def _index(row: Tensor, batch: Tensor) -> int | None:
+    return next((i for i, other in enumerate(batch) if equal(other, row)), None)

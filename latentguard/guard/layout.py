@@ -151,6 +151,12 @@ def _unpacks_like(pipe: Any, space: LatentSpace, probe: Tensor) -> bool:
     return torch.equal(pipe._unpatchify_latents(space.patchify(probe)), probe)
 
 
+def _packing(space: LatentSpace) -> str:
+    if space.packed_patch == 1:
+        return "not at all"
+    return "tokens in rows, channel c*4 + dy*2 + dx"
+
+
 def check_layout(pipe: Any, space: LatentSpace) -> None:
     """Raises LatentsError for a pipeline whose latents are not known to be read rightly.
 
@@ -164,15 +170,16 @@ def check_layout(pipe: Any, space: LatentSpace) -> None:
             f"{name} denoises its latents in overlapping views, and no step shows a whole image, "
             f"so it cannot be guarded while it denoises: {instead}"
         )
-    if space.packed_patch == 1 or packs(pipe, space):
+    if packs(pipe, space):
         return
     prepare = getattr(type(pipe), "prepare_latents", None)
     sized = prepare is not None and {"height", "width"} <= set(
         inspect.signature(prepare).parameters
     )
+    sized = sized or space.packed_patch == 1  # all that such a space has is spatial
     if hasattr(type(pipe), "_pack_latents") or not sized:
         raise LatentsError(
-            f"{name} does not pack its latents as space {space} does (tokens in rows, channel "
-            "c*4 + dy*2 + dx; seen by its _pack_latents and _unpack_latents), so its tokens cannot "
-            f"be read while it denoises: {instead}"
+            f"{name} is not known to pack its latents as space {space} does "
+            f"({_packing(space)}; told by its _pack_latents and _unpack_latents), so what they "
+            f"show cannot be read while it denoises: {instead}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def images_of(output: Any) -> Any:
         return output[0] if output else None
     if isinstance(output, list):
         return output
-    return output.get("images") if type(output) is dict else getattr(output, "images", None)
+    return output.get("images") if _is_mapping(output) else getattr(output, "images", None)
 
 
 def with_images(output: Any, images: Any) -> Any:
@@ -50,10 +50,19 @@ def with_images(output: Any, images: Any) -> Any:
         return (images, *output[1:])
     if isinstance(output, list):
         return images
-    if type(output) is dict:
+    if _is_mapping(output):
         return {**output, "images": images}
     output.images = images
+    if output.images is not images:
+        raise LatentsError(
+            f"a {type(output).__name__} does not keep the images that it is given, so what is "
+            "blocked in it cannot be taken out, and it is withheld"
+        )
     return output
+
+
+def _is_mapping(output: Any) -> bool:
+    return isinstance(output, Mapping) and not hasattr(output, "images")
 
 
 def latents_in(images: Any, space: LatentSpace) -> Tensor | None:
@@ -109,7 +118,7 @@ def with_record(output: Any, record: CallRecord) -> Any:
     return output
 
 
-def flagged(output: Any, rows: Sequence[int], count: int, cls: type | None) -> Any:
+def flagged(output: Any, rows: Sequence[int], count: int, cls: Any) -> Any:
     """The output with True in `nsfw_content_detected` for some of its images, where it has that.
 
     cls: the output's class, which names what a tuple holds.
@@ -127,7 +136,7 @@ def flagged(output: Any, rows: Sequence[int], count: int, cls: type | None) -> A
         flags[row] = True
     if isinstance(output, tuple):
         return (*output[:index], flags, *output[index + 1 :])
-    if isinstance(output, cls or ()):
+    if cls is not None and isinstance(output, cls):
         output[_NSFW] = flags
     return output
 
@@ -178,6 +187,8 @@ def check_images(pipe: Any) -> None:
     Told by the pipeline outputs that its module names, or the nearest one of its parents' does.
     """
     for cls in type(pipe).__mro__:
+        if "__call__" not in vars(cls):
+            continue
         fields = [
             set(getattr(value, "__dataclass_fields__", {}))
             for value in _outputs(cls)

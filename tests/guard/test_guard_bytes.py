@@ -19,8 +19,6 @@ from guard_traps import FINAL_ONLY, XL, guarded
 
 from latentguard import LatentGuard, Latents, Scorer
 from latentguard.errors import LatentsError
-from latentguard.guard.decoding import Decoding
-from latentguard.guard.tensors import plain, private
 
 Given = dict[str, Any]
 FACTOR = 0.13025
@@ -157,6 +155,8 @@ def test_a_tensor_without_numbers_of_its_own_ends_the_call(
 
 
 def test_plain_tensors_keep_their_identity_and_parameters_lose_their_class() -> None:
+    from latentguard.guard.tensors import plain, private
+
     tensor = torch.ones(2, 2)
     assert plain(tensor) is tensor
     assert private(tensor) is not tensor
@@ -379,6 +379,24 @@ def test_what_pipelines_make_of_judged_latents_is_not_judged_twice(
     assert {verdict.error for verdict in guard.verdicts} == {None}
 
 
+def test_images_that_are_decoded_one_by_one_are_those_of_the_batch(choosy: LatentGuard) -> None:
+    """To save memory; each is known by its bytes, in whatever order they come."""
+
+    class OneByOne(StableDiffusionXLPipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().__call__(*args, **{**kwargs, "output_type": "latent"})
+            z = output.images / FACTOR
+            output.images = torch.cat([self.vae.decode(one[None]).sample for one in z.flip(0)])
+            return output
+
+    pipe = OneByOne(**small.sdxl().components, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    plain_images = pipe(**small.sdxl_arguments(3, 2)).images
+    pipe.callback_on_step_end = choosy
+    assert torch.equal(pipe(**small.sdxl_arguments(3, 2)).images, plain_images)
+    assert sum(record.final for record in choosy.history) == 1
+
+
 def test_a_vae_that_is_normalised_per_channel_or_tiny_is_not_judged_twice() -> None:
     pipe = small.sdxl()
     pipe.vae = small.autoencoder(
@@ -403,6 +421,8 @@ def test_a_vae_that_is_normalised_per_channel_or_tiny_is_not_judged_twice() -> N
 
 
 def test_a_space_with_other_numbers_than_the_vaes_decides_nothing_by_bytes() -> None:
+    from latentguard.guard.decoding import Decoding
+
     pipe = small.sdxl()
     space = LatentGuard(policy(), XL).space_of(pipe)
     assert Decoding.of(pipe, space) is not None

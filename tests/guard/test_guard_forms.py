@@ -31,7 +31,6 @@ from guard_traps import FINAL_ONLY
 
 from latentguard import LatentGuard, optimize_noise
 from latentguard.errors import LatentsError
-from latentguard.guard.layout import packs
 from latentguard.spaces import LatentSpace
 
 CHANNELS = {"sd1": 4, "sdxl": 4, "sd3": 16, "flux1": 16, "flux2": 32}
@@ -207,7 +206,7 @@ def test_blanks_have_the_form_of_images(kind: str, output_type: str) -> None:
         pipe.callback_on_step_end = LatentGuard(policy(ALWAYS, concept=concept), encoder(space))
         output = pipe(**arguments(output_type=output_type))
         assert type(output) is type(plain)
-        assert list(output.keys())[0] == "images"
+        assert next(iter(output.keys())) == "images"
         assert described(output.images) == described(plain.images)
         assert not any(np.asarray(image).any() for image in output.images)
     pipe.callback_on_step_end = None
@@ -314,6 +313,13 @@ class _Sizes(FluxPipeline):
         raise NotImplementedError
 
 
+class _Packed(StableDiffusionXLPipeline):
+    """Packs latents of a space that has no tokens, as BriaPipeline does."""
+
+    _pack_latents = staticmethod(FluxPipeline._pack_latents)
+    _unpack_latents = staticmethod(FluxPipeline._unpack_latents)
+
+
 class _Tokens(Flux2Pipeline):
     """Packs in a place that cannot be asked."""
 
@@ -326,12 +332,33 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
     "token order": (
         "flux2",
         ideogram,
-        "Ideogram4Pipeline does not pack its latents as space flux2",
+        "Ideogram4Pipeline is not known to pack its latents as space",
     ),
-    "packed otherwise": ("flux1", lambda: remade(small.flux, _Turned), "_Turned does not pack"),
-    "unpacked otherwise": ("flux2", lambda: remade(small.flux2, _Unturned), "_Unturned does not"),
-    "unpacked by sizes": ("flux1", lambda: remade(small.flux, _Sizes), "_Sizes does not pack"),
-    "packed somewhere": ("flux2", lambda: remade(small.flux2, _Tokens), "_Tokens does not pack"),
+    "packed otherwise": (
+        "flux1",
+        lambda: remade(small.flux, _Turned),
+        "_Turned is not known to pack",
+    ),
+    "unpacked otherwise": (
+        "flux2",
+        lambda: remade(small.flux2, _Unturned),
+        "_Unturned is not known to",
+    ),
+    "unpacked by sizes": (
+        "flux1",
+        lambda: remade(small.flux, _Sizes),
+        "_Sizes is not known to pack",
+    ),
+    "packed without need": (
+        "sdxl",
+        lambda: remade(small.sdxl, _Packed),
+        "_Packed is not known to pack its latents as space sdxl does .not at all",
+    ),
+    "packed somewhere": (
+        "flux2",
+        lambda: remade(small.flux2, _Tokens),
+        "_Tokens is not known to pack",
+    ),
 }
 
 
@@ -346,12 +373,14 @@ def test_a_pipeline_that_cannot_be_read_is_refused_at_attachment(why: str) -> No
 
 def test_a_search_for_a_noise_reads_no_tokens_of_another_order() -> None:
     pipe = remade(small.flux, _Turned)
-    with pytest.raises(LatentsError, match="_Turned does not pack"):
+    with pytest.raises(LatentsError, match="_Turned is not known to pack"):
         optimize_noise(pipe, None, policy(), model=encoder("flux1"), iterations=0)
 
 
 @pytest.mark.parametrize("make", [small.flux, small.flux2])
 def test_pipelines_that_pack_as_their_space_does(make: Any) -> None:
+    from latentguard.guard.layout import packs
+
     pipe = make()
     space = LatentGuard(policy(), space=None).space_of(pipe)
     assert packs(pipe, space)
@@ -364,7 +393,7 @@ def test_tokens_of_a_pipeline_that_is_not_known_to_pack_are_not_read() -> None:
     pipe = small.flux()
     pipe.callback_on_step_end = guard
     pipe.__class__ = _Turned
-    with pytest.raises(LatentsError, match="_Turned does not pack"):
+    with pytest.raises(LatentsError, match="_Turned is not known to pack"):
         pipe(**small.flux_arguments(1, 2))
 
 
