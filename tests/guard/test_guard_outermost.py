@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -337,3 +338,68 @@ def test_a_loop_before_any_guarded_call_is_refused() -> None:
     pipe = made(Own, LatentGuard(policy(NEVER), XL))
     with pytest.raises(LatentsError, match="runs outside of a guarded call"):
         pipe(**small.sdxl_arguments())
+
+
+# -- what the subclass is given, and what it gives -----------------------------------------------
+
+
+def test_a_callback_of_another_kind_alone_withholds_nothing() -> None:
+    seen: list[int] = []
+
+    def mine(pipe: Any, index: int, timestep: Any, given: Any) -> Any:
+        seen.append(index)
+        return given
+
+    pipe = made(HandsOn, None)
+    pipe.instead = lambda images: images
+    pipe.callback_on_step_end = mine
+    assert pipe(**small.sdxl_arguments()).images.any()
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_guard_among_the_positional_arguments_that_is_lost_is_withheld() -> None:
+    class Loses(StableDiffusionXLPipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(**kwargs)
+
+    pipe = made(Loses, None)
+    with pytest.raises(LatentsError, match="its output is withheld"):
+        pipe(blocking(), **small.sdxl_arguments())
+
+
+class _Stubborn:
+    """An output that shows its own images whatever it is given."""
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+
+    @property
+    def images(self) -> Any:
+        return self._images
+
+    @images.setter
+    def images(self, images: Any) -> None:
+        pass
+
+
+def test_an_output_that_does_not_take_blanks_is_withheld(
+    bad: torch.Tensor, guard: LatentGuard
+) -> None:
+    class Keeps(StableDiffusionXLPipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            super().__call__(*args, **kwargs)
+            return _Stubborn(bad.clone())
+
+    with pytest.raises(LatentsError, match="does not keep the images that it is given"):
+        made(Keeps, guard)(**small.sdxl_arguments(output_type="latent"))
+
+
+def test_latents_in_a_mapping_are_judged(bad: torch.Tensor, guard: LatentGuard) -> None:
+    class Maps(StableDiffusionXLPipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            super().__call__(*args, **kwargs)
+            return OrderedDict(seed=1, images=bad.clone())
+
+    output = made(Maps, guard)(**small.sdxl_arguments(output_type="latent"))
+    assert list(output) == ["seed", "images"]
+    assert not output["images"].any()
