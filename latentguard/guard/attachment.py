@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentsError
+from latentguard.guard.outermost import Outermost
 from latentguard.guard.patches import current, waiting
 
 if TYPE_CHECKING:
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 _DEPTH = 3
-# The pipelines whose guarded calls ended while a subclass's `__call__` handed its arguments on,
-# each with a guard that judged.
-_ended: ContextVar[list[tuple[Any, LatentGuard]] | None] = ContextVar(
-    "latentguard_ended", default=None
-)
 
 
 def guards_in(callback: Any) -> list[LatentGuard]:
@@ -116,11 +111,14 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     guarded = attached is not None or inside or bool(_running(pipe))
     if not guarded and not holds_guard([*args, *kwargs.values()]):
         return original(pipe, *args, **kwargs)
+    for guard in [g for value in (attached, *args, *kwargs.values()) for g in guards_in(value)]:
+        guard.forget()
     signature = inspect.signature(original)
     if not _takes_callbacks(signature.parameters):
         _check_places(type(pipe).__name__, {k: v for k, v in kwargs.items() if k != CALLBACK})
         check_pipeline(pipe)
-        guards = [*guards_of(pipe), *guards_in(kwargs.get(CALLBACK))]
+        given = [guard for value in (*args, kwargs.get(CALLBACK)) for guard in guards_in(value)]
+        guards = [*guards_of(pipe), *given]
         return _handed_on(original, pipe, args, kwargs, guards)
     bound = signature.bind(pipe, *args, **kwargs)
     rest = {k: v for k, v in bound.arguments.items() if k not in (CALLBACK, "self")}
@@ -149,11 +147,7 @@ def _guarded(
         )
     if guards:
         check_pipeline(pipe)
-    output = Call(pipe, signature, arguments, guards, others).run(original)
-    ended = _ended.get()
-    if ended is not None:
-        ended += [(pipe, guard) for guard in guards]
-    return output
+    return Call(pipe, signature, arguments, guards, others).run(original)
 
 
 def _check_places(name: str, arguments: Mapping[str, Any]) -> None:
@@ -168,20 +162,17 @@ def _check_places(name: str, arguments: Mapping[str, Any]) -> None:
 def _handed_on(
     original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any, guards: list[LatentGuard]
 ) -> Any:
-    """A subclass's `__call__` that hands its arguments on: the call inside is the guarded one."""
-    ended: list[tuple[Any, LatentGuard]] = []
-    token = _ended.set(ended)
+    """A subclass's `__call__` that hands its arguments on: calls inside are the guarded ones."""
+    outer, here = current.get(), Outermost(pipe)
+    within = isinstance(outer, Outermost) and outer.pipe is pipe
+    token = current.set(here)
     try:
-        output = original(pipe, *args, **kwargs)
+        output = here.finish(original(pipe, *args, **kwargs), guards)
     finally:
-        _ended.reset(token)
-    judged = [guard for done, guard in ended if done is pipe]
-    if not judged or any(guard not in judged for guard in guards):
-        raise LatentsError(
-            f"{type(pipe).__name__} returned without calling its parent class with the guard, so "
-            "nothing was judged and its output is withheld"
-        )
-    outer = _ended.get()
-    if outer is not None:
-        outer += ended
+        current.reset(token)
+        if within:
+            here.hand_up(outer)
+        else:
+            for call in here.calls:
+                call.count()
     return output

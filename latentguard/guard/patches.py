@@ -21,6 +21,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from torch.nn import Module
+
 from latentguard.errors import LatentsError
 
 _MARK = "_latentguard_wrapper"
@@ -32,15 +34,20 @@ waiting: ContextVar[tuple[Any, ...]] = ContextVar("latentguard_waiting", default
 
 
 def wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
-    """Put `around(original, self, args, kwargs)` about the method that `cls` has under `name`.
+    """Put `around(original, self, args, kwargs)` about the method that `cls` has under `name`, and
+    about those of its parents that it may hand on to.
 
-    It is wrapped where it is defined, so that subclasses share it, and only once. The wrapper keeps
-    the original's signature, which diffusers inspects.
+    Each is wrapped where it is defined, so that subclasses share it, and only once: what is seen of
+    a class does not depend on which others were wrapped before. The wrapper keeps the original's
+    signature, which diffusers inspects.
     """
+    for base in cls.__mro__:
+        if name in vars(base) and base not in (object, Module):
+            _wrap_in(base, name, around)
+
+
+def _wrap_in(owner: type, name: str, around: Callable[..., Any]) -> None:
     with _lock:
-        owner = next((base for base in cls.__mro__ if name in vars(base)), None)
-        if owner is None:
-            return
         original = vars(owner)[name]
         # A function made with functools.wraps has the attributes of the one that it replaces.
         if not callable(original) or getattr(original, _MARK, None) is original:
@@ -54,15 +61,31 @@ def wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
         setattr(owner, name, wrapper)
 
 
+def names_of(cls: type, method: str, original: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The names of the arguments of `cls.method`, self left out.
+
+    A method that only passes on what it is given (*args, **kwargs) has those of the nearest parent
+    that names any; the second value is whether `original` names them itself.
+    """
+    names = _named(original)
+    own = bool(names)
+    for base in cls.__mro__:
+        if not names and method in vars(base):
+            names = _named(vars(base)[method])
+    return names, own
+
+
+def _named(function: Any) -> list[str]:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in found if parameter.kind in positional][1:]
+
+
 def wrap_call(cls: type) -> None:
     """Make calls of a pipeline's class honour guards, and those that it has from its bases."""
-    from torch.nn import Module
-
     from latentguard.guard.attachment import run
 
-    for base in cls.__mro__:
-        if "__call__" in vars(base) and base not in (object, Module):
-            wrap(base, "__call__", run)
+    wrap(cls, "__call__", run)
 
 
 def wrap_components(pipe: Any) -> None:
@@ -101,10 +124,11 @@ def _decode(original: Callable[..., Any], vae: Any, args: Any, kwargs: Any) -> A
     call = current.get()
     if call is None or decoder_of(call.pipe) is not vae:
         return original(vae, *args, **kwargs)
-    bound = inspect.signature(original).bind(vae, *args, **kwargs)
-    first = list(bound.arguments)[1]  # after self
-    bound.arguments[first] = call.before_decode(bound.arguments[first])
-    return original(*bound.args, **bound.kwargs)
+    if args:
+        return original(vae, call.before_decode(args[0]), *args[1:], **kwargs)
+    names, _ = names_of(type(vae), "decode", original)
+    given = {name: call.before_decode(kwargs[name]) for name in names[:1] if name in kwargs}
+    return original(vae, **{**kwargs, **given})
 
 
 def _loop(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
@@ -112,7 +136,7 @@ def _loop(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> An
     from latentguard.guard.attachment import guards_of
 
     call = current.get()
-    inside = call is not None and call.pipe is pipe
+    inside = call is not None and call.pipe is pipe and call.begins_loop()
     if not inside and guards_of(pipe):
         raise LatentsError(
             f"a guard is attached to this {type(pipe).__name__}, but its loop runs outside of a "
