@@ -404,7 +404,7 @@ def test_the_first_record_after_a_restart_does_not_join_a_torn_line(tmp_path: Pa
         loop()
     torn = path.read_bytes()
     assert not torn.endswith(b"\n")
-    _write_many(path, "after", 2)  # a log of its own, as after a restart
+    write_many(path, "after", 2)  # a log of its own, as after a restart
     assert path.read_bytes().startswith(torn + b"\n{")
     written = path.read_bytes()[len(torn) + 1 :].decode().splitlines()
     assert [strict(line)["step"] for line in written] == [0, 0, 0, 1, 1, 1]
