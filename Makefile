@@ -3,16 +3,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NPROC := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+# nproc counts as many as OMP_NUM_THREADS says, where that is set.
+NPROC := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 export MAX_JOBS ?= $(NPROC)
+
+# Each worker has one thread (tests/conftest.py); beyond eight, starting them costs what they save.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(NPROC) --maxprocesses 8 --dist worksteal
 
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format schema clean
+.PHONY: help install demo test test-all fuzz lint format schema clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(BIN)/python ## the environment, and this checkout in it
 	@PYTHON=$(BIN)/python scripts/install.sh
@@ -23,8 +27,15 @@ $(BIN)/python:
 demo: install ## scan the bundled latents, print verdicts, write report.html
 	@$(BIN)/latentguard scan examples/latents.pt --policy family --report report.html --heatmap --fail-on never
 
-test: install ## all tests
-	$(BIN)/python -m pytest
+test: install ## the tests that take minutes together
+	$(PYTEST) -m "not slow"
+
+test-all: install ## all tests, the slow ones among them
+	$(PYTEST)
+
+FUZZ_SECONDS ?= 120
+fuzz: install ## compare readings with each format's own library, FUZZ_SECONDS=120 for each format
+	$(BIN)/python -W ignore tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 lint: install ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -24,17 +24,18 @@ from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
 FACTS = HERE / "latentguard" / "ops" / "_build.json"
-SOURCES = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/bindings.cpp"]
-CPU = ["csrc/cpu/patch_embed.cpp", "csrc/cpu/concept_similarity.cpp"]
-CUDA = [
-    "csrc/cuda/patch_embed.cu",
-    "csrc/cuda/patch_embed_backward.cu",
-    "csrc/cuda/concept_similarity.cu",
-    "csrc/cuda/concept_similarity_backward.cu",
-]
+
+
+def _sources(pattern: str) -> list[str]:
+    return [str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").glob(pattern))]
+
+
+SOURCES = [*_sources("*.cpp"), *_sources("ops/*.cpp")]
+CPU = _sources("cpu/*.cpp")
+CUDA = _sources("cuda/*.cu")
 DEFAULT_ARCHITECTURES = "8.0 9.0+PTX"
 # As in latentguard/ops/build_info.py, which says when to raise it.
-INTERFACE = 2
+INTERFACE = 3
 
 
 def _nvcc() -> str | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentguard.coverage import Coverage, check_coverage
 from latentguard.encoders import Encoder
-from latentguard.errors import ModelError
 from latentguard.policy import Policy
 
 
@@ -25,7 +25,10 @@ class ConceptBank:
     contrast: [Q, dim], unit norm, and contrast_segments [K, 2] int32 into it; concepts with the
         same contrast share a range.
     coverage: [P], how much of each prompt the encoder can see, 0 to 1.
+    seen: P flags, whether the encoder sees each prompt.
     covered: K flags, whether the encoder sees at least one prompt of the concept.
+    unseen_contrast: the contrast prompts that the encoder cannot see, each once; no concept is
+        compared with them.
     """
 
     prompts: tuple[str, ...]
@@ -34,35 +37,60 @@ class ConceptBank:
     contrast: Tensor
     contrast_segments: Tensor
     coverage: Tensor
+    seen: tuple[bool, ...]
     covered: tuple[bool, ...]
+    unseen_contrast: tuple[str, ...] = ()
 
     @classmethod
     def build(cls, policy: Policy, encoder: Encoder) -> ConceptBank:
         """Bind a policy to an encoder.
 
         Raises:
-            ModelError: the encoder cannot see a concept and the policy says `uncovered: error`,
-                or it can see none at all.
+            CoverageError: the encoder cannot see a prompt and the policy says `uncovered: error`,
+                or it can see none at all. It is a PolicyError and a ModelError.
         """
         prompts = tuple(prompt for concept in policy.concepts for prompt in concept.prompts)
         segments = _ranges([len(concept.prompts) for concept in policy.concepts])
-        coverage = encoder.coverage(prompts).float().cpu()
-        seen = coverage >= encoder.min_coverage
-        covered = tuple(bool(seen[begin:end].any()) for begin, end in segments)
-        _check_covered(policy, encoder, coverage, segments, covered)
+        found = coverage_of(policy, encoder)
+        check_coverage(policy, encoder.name, found)
+        seen = tuple(flag for concept in found for flag in concept.seen)
+        hidden = dict.fromkeys(text for concept in found for text, _ in concept.unseen_contrast)
         embeddings = embed_prompts(prompts, policy, encoder)
         # The operators take a bank of the features' dtype; encoders give float32.
-        embeddings = (embeddings * seen.to(embeddings)[:, None]).to(encoder.dtype)
-        contrast, ranges = _contrast(policy, encoder)
+        visible = torch.tensor(seen).to(embeddings)
+        embeddings = (embeddings * visible[:, None]).to(encoder.dtype)
+        contrast, ranges = _contrast(policy, encoder, hidden)
         return cls(
             prompts,
             embeddings,
             torch.tensor(segments, dtype=torch.int32, device=encoder.device),
             contrast,
             torch.tensor(ranges, dtype=torch.int32, device=encoder.device),
-            coverage,
-            covered,
+            torch.tensor([value for concept in found for _, value in concept.prompts]),
+            seen,
+            tuple(any(concept.seen) for concept in found),
+            tuple(hidden),
         )
+
+
+def coverage_of(policy: Policy, encoder: Encoder) -> list[Coverage]:
+    """What the encoder sees of each concept, prompt by prompt."""
+    contrast = {concept.id: policy.contrast_of(concept) for concept in policy.concepts}
+    texts = [text for concept in policy.concepts for text in concept.prompts]
+    texts += [text for prompts in contrast.values() for text in prompts]
+    texts = list(dict.fromkeys(texts))
+    numbers = dict(zip(texts, encoder.coverage(texts).float().tolist(), strict=True))
+    # A float32 number is compared with a float32 bound, which 0.62 as a Python float is not.
+    needed = float(torch.tensor(encoder.min_coverage, dtype=torch.float32))
+    return [
+        Coverage(
+            concept.id,
+            tuple((text, numbers[text]) for text in concept.prompts),
+            tuple((text, numbers[text]) for text in contrast[concept.id]),
+            needed,
+        )
+        for concept in policy.concepts
+    ]
 
 
 def embed_prompts(prompts: Sequence[str], policy: Policy, encoder: Encoder) -> Tensor:
@@ -78,13 +106,19 @@ def embed_prompts(prompts: Sequence[str], policy: Policy, encoder: Encoder) -> T
     return F.normalize(embedded.float().mean(1), dim=-1).to(embedded.dtype)
 
 
-def _contrast(policy: Policy, encoder: Encoder) -> tuple[Tensor, list[tuple[int, int]]]:
-    """All distinct contrast sets one after the other, and which of them each concept uses."""
+def _contrast(
+    policy: Policy, encoder: Encoder, hidden: Container[str]
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """All distinct contrast sets one after the other, and which of them each concept uses.
+
+    hidden: the prompts that the encoder cannot see. Their embeddings mean nothing, and may not
+    take anything away from a match.
+    """
     # A policy without any contrast is judged against the model's own neutral prompts; a model
     # whose baseline is part of its score (`always_neutral`) adds them to every set.
     sets = []
     for concept in policy.concepts:
-        texts = policy.contrast_of(concept)
+        texts = tuple(text for text in policy.contrast_of(concept) if text not in hidden)
         if not texts or encoder.always_neutral:
             texts = tuple(dict.fromkeys(texts + encoder.neutral_prompts))
         sets.append(texts)
@@ -103,28 +137,3 @@ def _ranges(lengths: Sequence[int]) -> list[tuple[int, int]]:
         ranges.append((begin, begin + length))
         begin += length
     return ranges
-
-
-def _check_covered(
-    policy: Policy,
-    encoder: Encoder,
-    coverage: Tensor,
-    segments: Sequence[tuple[int, int]],
-    covered: Sequence[bool],
-) -> None:
-    hidden = [
-        f"{concept.id} ({coverage[begin:end].max():.2f})"
-        for concept, (begin, end), seen in zip(policy.concepts, segments, covered, strict=True)
-        if not seen
-    ]
-    if not hidden:
-        return
-    found = f"model {encoder.name} cannot see {len(hidden)} of {len(covered)} concepts of policy "
-    found += f"'{policy.name}': {', '.join(hidden)}; coverage {encoder.min_coverage:g} is needed"
-    if not any(covered):
-        raise ModelError(f"{found}. Use another model")
-    if policy.uncovered == "error":
-        raise ModelError(
-            f"{found}. Use another model, or write `uncovered: warn` in the policy to go on with "
-            "those concepts marked as not visible"
-        )

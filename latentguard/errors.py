@@ -31,3 +31,7 @@ class ModelError(LatentGuardError, ValueError):
 class MissingExtraError(LatentGuardError, ImportError):
     """Something that is asked for needs packages which are not installed; the message says which
     extra brings them."""
+
+
+class CoverageError(PolicyError, ModelError):
+    """A policy with prompts that the model cannot see: a fault of the pair, so it is both."""

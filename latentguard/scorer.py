@@ -61,8 +61,8 @@ class Scorer:
 
     Raises:
         PolicyError: the policy cannot be used.
-        ModelError: no such model, one that reads another space than the policy or `space` say, or
-            one that cannot see the policy's concepts.
+        ModelError: no such model, or one that reads another space than the policy or `space` say.
+        CoverageError (both of them): the model cannot see all of the policy's prompts.
     """
 
     def __init__(
@@ -137,8 +137,11 @@ class Scorer:
 
         With a `cascade` in the policy its first model judges, and this one what that is unsure of.
         `noise_level` is the noise-to-signal ratio (0 is clean); `final` says that nothing follows
-        these latents. Raises LatentsError when they are of another space than the encoder's.
+        these latents. Raises LatentsError when they are of another space than the encoder's, and
+        when final packed ones are of another size than they say (`Latents.check_size`).
         """
+        if final:
+            latents.check_size()
         return self._judge.judge(latents, noise_level, final, heatmaps)
 
     def decide(self, scores: Scores, final: bool = True) -> list[Verdict]:
@@ -165,7 +168,7 @@ class Scorer:
         encoder, rules = self.encoder, self.rules
         model = ModelId(encoder.name, encoder.sha256)
         try:
-            return rules.bind(model, encoder.space, encoder.logit_scale, self.bank.covered)
+            return rules.bind(model, encoder.space, encoder.logit_scale, seen=self.bank.seen)
         except ValueError as error:
             raise PolicyError(f"policy '{rules.policy.name}': {error}") from error
 
@@ -203,8 +206,7 @@ class Scorer:
             raise LatentsError(
                 f"model {encoder.name} reads {encoder.space} latents, got {latents.space.name}"
             )
-        spatial = latents.spatial()
-        converted = spatial.scaled_() if encoder.needs_scaled else spatial.raw()
+        converted = latents.spatial().standard(encoder.needs_scaled)
         return converted.tensor.to(encoder.device, encoder.dtype)
 
     def _head(self) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +17,12 @@ if TYPE_CHECKING:
     from latentguard.export import Exported
 
 
+# Before torch is imported: one thread a process, as several processes share the cores. What the
+# tests start has it, too. A thread that waits must not take the time of one that works.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @dataclass
 class Ran:
     """What a run of the command gave."""
@@ -22,6 +30,13 @@ class Ran:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Each test draws the same random numbers, whichever tests ran before it in this process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture
@@ -45,22 +60,33 @@ def command(
 
 
 @pytest.fixture(scope="session")
-def traced_once() -> Iterator[None]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests, the same one in all processes of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def traced_once(shared_folder: Path) -> Iterator[None]:
     """See `exported.tracing_once`; the rooms that export share what was traced."""
     for package in ("torch", "onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason=f"exporting a model needs {package}")
     from exported import tracing_once
 
-    with tracing_once():
+    with tracing_once(shared_folder):
         yield
 
 
 @pytest.fixture(scope="session")
-def cascade(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def cascade(traced_once: None, shared_folder: Path) -> Exported:
     """nano-flux2 first, then a small Latent-CLIP with random weights, as two files."""
-    from exported import second, two_stages
+    from exported import exported_once, second, two_stages
 
     from latentguard.export import export_onnx
 
-    out = tmp_path_factory.mktemp("cascade") / "guard.onnx"
-    return export_onnx(two_stages(), second(), out, size=(32, 32))
+    def make(out: Path) -> Exported:
+        return export_onnx(two_stages(), second(), out, size=(32, 32))
+
+    return exported_once(shared_folder, "cascade", make)

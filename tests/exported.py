@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from filelock import FileLock
 
 from latentguard.encoders.catalog import LatentClipConfig
 from latentguard.encoders.latent_clip import LatentCLIP
-from latentguard.export import write
+from latentguard.export import Exported, write
 from latentguard.files import load_latents
 from latentguard.judge import Verdict
 from latentguard.policy import Policy, parse_policy
@@ -46,26 +49,42 @@ def by_first(verdict: Verdict) -> bool:
 
 
 @contextmanager
-def tracing_once() -> Iterator[None]:
-    """Each model and shape is traced once; all that follows tracing is done anew each time."""
-    kept: dict[tuple[Any, ...], onnx.ModelProto] = {}
+def tracing_once(folder: Path) -> Iterator[None]:
+    """Each model and shape is traced once; all that follows tracing is done anew each time.
+
+    folder: where the graphs are kept, for this process and those beside it.
+    """
     trace = write.trace
 
     def once(scorer: Scorer, *options: Any, **more: Any) -> onnx.ModelProto:
         encoder = scorer.encoder
         own = (encoder.sha256, encoder.name, getattr(encoder, "resize", None))
-        key = (*own, *options, *more.items())
-        if key not in kept:
-            kept[key] = trace(scorer, *options, **more)
-        copy = onnx.ModelProto()
-        copy.CopyFrom(kept[key])
-        return copy
+        key = repr((*own, *options, *more.items()))
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                part = path.with_suffix(".part")
+                part.write_bytes(trace(scorer, *options, **more).SerializeToString())
+                part.replace(path)
+        return onnx.load(path)
 
     # pytest would format and keep each of the many messages of torch's tracer.
     logging.getLogger("torch.__trace").propagate = False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "trace", once)
         yield
+
+
+def exported_once(folder: Path, name: str, make: Callable[[Path], Exported]) -> Exported:
+    """What `make` exports to `folder`/`name`: by the process that asks first, for all of them."""
+    own = folder / name
+    about = own / "exported.pickle"
+    with FileLock(folder / f"{name}.lock"):
+        if not about.exists():
+            own.mkdir(exist_ok=True)
+            about.write_bytes(pickle.dumps(make(own / "guard.onnx")))
+    found: Exported = pickle.loads(about.read_bytes())
+    return found
 
 
 def photos() -> Latents:

@@ -19,6 +19,7 @@ def decided(
     policy: Mapping[str, Any],
     *,
     covered: Sequence[bool] | None = None,
+    seen: Sequence[bool] | None = None,
     noise_level: float = 0.0,
     final: bool = True,
     model: Model | None = None,
@@ -26,7 +27,7 @@ def decided(
 ) -> list[Verdict]:
     """Verdicts by `Policy.plain()`, bound to a model of that name and digest."""
     identity = None if model is None else ModelId(*model)
-    rules = Rules.of(policy).bind(identity, space, covered=covered)
+    rules = Rules.of(policy).bind(identity, space, covered=covered, seen=seen)
     return decide(probability, margin, best_prompt, rules, noise_level, final)
 
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/gemm.h"
+#include "include/concepts.h"
 
 namespace latentguard::cpu {
 namespace {

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cpu/gemm.h"
+#include "include/patch_embed.h"
 
 namespace latentguard::cpu {
 namespace {

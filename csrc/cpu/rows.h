@@ -11,7 +11,7 @@
 #include <cstring>
 #include <memory>
 
-#include "include/operators.h"
+#include "include/kernel.h"
 
 namespace latentguard::cpu {
 

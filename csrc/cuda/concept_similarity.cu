@@ -9,7 +9,6 @@
 // A maximum is a 64-bit key: the cosine in an order-preserving form above, the complement of its
 // index below, so that ties go to the first prompt whatever the order of the blocks.
 #include "cuda/concepts.h"
-#include "cuda/launchers.h"
 
 namespace latentguard::cuda {
 namespace {

@@ -2,7 +2,6 @@
 // a block takes 16 rows, adds up the prompts that reached each maximum, and takes the sum back
 // through norm (of the rows as the forward projected them), projection and layer norm.
 #include "cuda/concepts.h"
-#include "cuda/launchers.h"
 
 namespace latentguard::cuda {
 namespace {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/tile.h"
+#include "include/concepts.h"
 
 namespace latentguard::cuda {
 

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "include/operators.h"
+#include "include/kernel.h"
 
 #ifdef __CUDACC__
 

@@ -2,7 +2,6 @@
 // patches, projects them on tensor cores into float rows in shared memory, and writes
 // layer_norm(row + position). Global memory is read and written in 16-byte pieces (shorter where a
 // patch's row is), the weight once per block through the second-level cache.
-#include "cuda/launchers.h"
 #include "cuda/patches.h"
 
 namespace latentguard::cuda {

@@ -1,7 +1,6 @@
 // Gradient of patch_embed with respect to the latents, in one launch: a block takes 16 tokens,
 // projects their patches again (cheaper than storing the rows), takes the gradient through the
 // layer norm in shared memory, multiplies by the weight and writes the cells of its patches.
-#include "cuda/launchers.h"
 #include "cuda/patches.h"
 
 namespace latentguard::cuda {

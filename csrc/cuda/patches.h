@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/tile.h"
+#include "include/patch_embed.h"
 
 namespace latentguard::cuda {
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "include/kernel.h"
 #include "testing/host_runtime.h"
 
 #define __device__
@@ -17,8 +18,6 @@
 // Each call tells where in the source it stands.
 #define LG_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-using cudaError_t = int;
-using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr cudaError_t cudaErrorInvalidConfiguration = 9;
 constexpr cudaError_t cudaErrorLaunchFailure = 719;

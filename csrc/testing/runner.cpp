@@ -1,10 +1,10 @@
 // Runs CUDA kernels on the host execution layer, outside Python, so that the sanitizers see only
 // them. `runner toy NAME`, or `runner CASES RESULTS`: both files hold little-endian records.
 //
-// A case: operator (int64: 0 patch_embed, 1 its backward, 2 concept_similarity, 3 its backward),
-// count of numbers, the numbers (double), count of arrays, and for each its size in bytes (-1 for
-// null) and its bytes. Outputs come as arrays too and start as the poison that the case gives.
-// A result: status (int64), size and bytes of the message, then every array again.
+// A case: operator (int64: 0 patch_embed, 1 its backward, 2 concept_similarity, 3 its backward,
+// 4 null), count of numbers, the numbers (double), count of arrays, and for each its size in bytes
+// (-1 for null) and its bytes. Outputs come as arrays too and start as the poison that the case
+// gives. A result: status (int64), size and bytes of the message, then every array again.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,7 +12,9 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/launchers.h"
+#include "include/concepts.h"
+#include "include/null.h"
+#include "include/patch_embed.h"
 #include "testing/host_runtime.h"
 #include "testing/toys.h"
 
@@ -111,9 +113,20 @@ Concepts concepts_of(const std::vector<double>& n, const std::vector<Array>& a) 
   return args;
 }
 
+Null null_of(const std::vector<double>& n, const std::vector<Array>& a) {
+  Null args{};
+  args.type = static_cast<Type>(n.at(0));
+  args.size = static_cast<int64_t>(n.at(1));
+  args.scale = static_cast<float>(n.at(2));
+  args.x = a.at(0).data();
+  args.out = a.at(1).data();
+  return args;
+}
+
 cudaError_t run(int64_t operation, const std::vector<double>& n, const std::vector<Array>& a) {
   if (operation == 0) return cuda::patch_embed(patch_embed_of(n, a), nullptr);
   if (operation == 1) return cuda::patch_embed_backward(patch_embed_of(n, a), nullptr);
+  if (operation == 4) return cuda::null(null_of(n, a), nullptr);
   Concepts args = concepts_of(n, a);
   if (operation == 3) return cuda::concept_similarity_backward(args, nullptr);
   const int64_t bytes = cuda::concept_workspace_bytes(args);

@@ -24,7 +24,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import uvicorn
-from checks import Limits, Refused, read_latents
+from checks import Limits, Refused, check_form, read_latents
+from connections import connections, may_be_open
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -52,7 +53,7 @@ class Service:
     ) -> list[Verdict]:
         """The answer to one request; `asked` as `read_latents` takes it. Raises Refused."""
         if not self.ready or self._inside >= self.limits.max_requests:
-            await self._discard(request)
+            await self.discard(request)
             raise Refused(503, "not ready yet" if not self.ready else "too many requests")
         self._inside += 1
         self.measures.inside.set(self._inside)
@@ -116,7 +117,7 @@ class Service:
             ) from None
         return bytes(body)
 
-    async def _discard(self, request: Request) -> None:
+    async def discard(self, request: Request) -> None:
         """Read a body that will not be judged: a client that still sends would not see the answer.
         One that asks before it sends (Expect) is answered at once."""
         if "expect" in request.headers:
@@ -162,6 +163,11 @@ def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
         announced = request.headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > service.limits.max_bytes:
             raise Refused(413, f"the body is larger than {service.limits.max_bytes} bytes")
+        try:
+            check_form(request.headers)
+        except Refused:
+            await service.discard(request)
+            raise
         asked = {
             "space": space,
             "scaled": scaled,
@@ -231,6 +237,17 @@ def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
     return app
 
 
+def serving(limits: Limits) -> dict[str, Any]:
+    """How uvicorn serves the application."""
+    return {
+        "log_level": "warning",
+        # Not uvicorn's limit_concurrency: it counts idle connections, too, and answers everybody,
+        # /healthz included, with 503 and no decision.
+        "http": connections(may_be_open(16 * limits.max_requests), limits.read_seconds),
+        "timeout_graceful_shutdown": round(limits.read_seconds + limits.seconds) + 1,
+    }
+
+
 def _report(warming: asyncio.Task[None]) -> None:
     error = None if warming.cancelled() else warming.exception()
     if error is not None:
@@ -269,15 +286,8 @@ def main() -> int:
     except ModelError as error:
         print(f"app.py: {error}", file=sys.stderr)
         return 2
-    uvicorn.run(
-        create_app(guard, limits),
-        host=given.host,
-        port=given.port,
-        log_level="warning",
-        # Connections, idle ones included; a flood of them is turned away before it is read.
-        limit_concurrency=16 * limits.max_requests,
-        timeout_graceful_shutdown=round(limits.read_seconds + limits.seconds) + 1,
-    )
+    app = create_app(guard, limits)
+    uvicorn.run(app, host=given.host, port=given.port, **serving(limits))
     return 0
 
 

@@ -17,6 +17,13 @@ from latentguard.files.safetensors_files import open_safetensors
 from latentguard.runtime import Guard, LatentsError
 from latentguard.spaces.arrays import widened
 
+# What people send by mistake, by how it begins.
+_OTHERS = {
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"PK\x03\x04": "a zip archive, as .pt and .npz files are",
+}
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -53,6 +60,24 @@ class Given(NamedTuple):
     width: int | None
 
 
+def check_form(headers: Mapping[str, str]) -> None:
+    """Raise Refused for a body that is not the file itself, before it is read."""
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise Refused(
+            415,
+            f"the body has Content-Encoding {encoding[:40]!r}, which is not read here: send the "
+            "bytes of the .npy or .safetensors file as they are",
+        )
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind.startswith("multipart/"):
+        raise Refused(
+            415,
+            f"the body is a form ({kind[:40]}): send the .npy or .safetensors file alone, with "
+            "curl --data-binary @FILE in place of -F",
+        )
+
+
 def read_latents(data: bytes, asked: Mapping[str, Any], guard: Guard, limits: Limits) -> Given:
     """The latents in a .npy or .safetensors file, told apart by how they begin.
 
@@ -61,6 +86,12 @@ def read_latents(data: bytes, asked: Mapping[str, Any], guard: Guard, limits: Li
 
     Raises Refused. Nothing is unpickled, and no size is believed; see `latentguard.files`.
     """
+    for begins, kind in _OTHERS.items():
+        if data.startswith(begins):
+            raise Refused(
+                422,
+                f"the body is {kind}: send the bytes of a .npy or .safetensors file as they are",
+            )
     stream = io.BytesIO(data)
     try:
         claims = Claims.parse(asked)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from checks import Given, Limits, Refused, read_latents
+from checks import Given, Limits, Refused, check_form, read_latents
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -77,6 +77,7 @@ class Moderator:
             raise Refused(405, "latents come by POST")
         asked, noise_level = _asked(request)
         body = await request.body()
+        check_form(request.headers)
         if len(body) > self._limits.max_bytes:
             raise Refused(413, f"the body is larger than {self._limits.max_bytes} bytes")
         given = read_latents(body, asked, self._guard, self._limits)
@@ -162,7 +163,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=Limits.seconds)
     given = parser.parse_args()
     try:
-        Guard(given.guard, given.sha256, warm_up=False)
+        checked = Guard(given.guard, given.sha256, warm_up=False)
     except ModelError as error:
         print(f"ray_app.py: {error}", file=sys.stderr)
         return 2
@@ -172,7 +173,7 @@ def main() -> int:
     serve.run(
         application(
             given.guard,
-            given.sha256,
+            checked.sha256,  # each replica reads the file itself, and runs what was checked here
             threads=given.threads,
             replicas=given.replicas,
             limits=Limits(max_requests=given.max_requests, seconds=given.seconds),

@@ -17,6 +17,7 @@ from latentguard.adapt.autoencoders import Autoencoder
 from latentguard.adapt.images import SIZE, random_crop
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.teacher import Teacher
+from latentguard.atomic import replacing
 from latentguard.encoders.lite import ENTRY_CHANNELS, HEAD_CHANNELS
 from latentguard.errors import LatentsError
 
@@ -81,9 +82,8 @@ class Cache:
         for array in (self.crops, self.entries, self.heads, self.latents, self.large):
             if isinstance(array, np.memmap):
                 array.flush()
-        temporary = self.folder / "cache.json.tmp"
-        temporary.write_text(json.dumps(asdict(self.meta), indent=1))
-        temporary.replace(self.folder / "cache.json")
+        with replacing(self.folder / "cache.json") as file:
+            file.write(json.dumps(asdict(self.meta), indent=1).encode())
 
     def batch(self, name: str, index: NDArray[np.intp]) -> Tensor:
         """Rows of one array, as float32."""

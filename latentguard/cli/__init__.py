@@ -12,6 +12,7 @@ import typer
 from latentguard import __version__
 from latentguard.cli.exit_codes import EXIT_USAGE
 from latentguard.errors import LatentGuardError
+from latentguard.text import visible
 
 app = typer.Typer(
     name="latentguard",
@@ -55,9 +56,23 @@ def _register() -> None:
 
 def main() -> None:
     """Entry point: expected errors become one line on stderr and exit code 2, never a traceback."""
+    from latentguard.cli.console import abandon, prepare
+
     _register()
+    prepare()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # not at exit, where a full disk would be a traceback
     except LatentGuardError as error:
-        typer.echo(f"latentguard: {error}", err=True)
+        # The lines are the project's own, one for a problem; what they quote may not be.
+        first, *more = str(error).splitlines() or [""]
+        for line in (f"latentguard: {first}", *more):
+            typer.echo(visible(line, 4000), err=True)
+        sys.exit(EXIT_USAGE)
+    except OSError as error:
+        abandon()
+        what = error.filename or "the output"
+        typer.echo(f"latentguard: cannot use {what}: {error.strerror or error}", err=True)
         sys.exit(EXIT_USAGE)

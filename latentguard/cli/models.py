@@ -95,6 +95,8 @@ def show(
     output: Format = typer.Option(Format.table, "--format", help="Lines or one JSON object."),
 ) -> None:
     """Show where an encoder lies, its size, digest and configuration, and how to get it."""
+    from latentguard.text import visible
+
     row = _describe(name)
     if output is Format.json:
         typer.echo(json.dumps(row, indent=2))
@@ -103,7 +105,7 @@ def show(
         if value is not None:
             shown = _size(value) if key == "size" else value
             text = json.dumps(shown) if isinstance(shown, dict) else str(shown)
-            typer.echo(f"{key:<14} {text}")
+            typer.echo(f"{key:<14} {visible(text, 4000)}")
 
 
 def _describe(name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from latentguard.encoders import Encoder
     from latentguard.policy import Concept, Policy
 
 policy_app = typer.Typer(
@@ -53,6 +54,7 @@ def show(
 ) -> None:
     """Show what a policy looks for, at which thresholds, and what it does."""
     from latentguard.policy import load_policy
+    from latentguard.text import visible
 
     policy = load_policy(name)
     if as_json:
@@ -66,10 +68,11 @@ def show(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(f"[bold]{escape(policy.name)}[/bold] {escape(policy.version)}")
     if policy.description:
-        console.print(escape(policy.description))
+        for line in policy.description.splitlines():
+            console.print(escape(visible(line, 4000)))
     console.print(f"sha256 {policy.sha256}", soft_wrap=True)
     for line in _settings(policy):
-        console.print(escape(line))
+        console.print(escape(visible(line, 4000)))
     table = Table("concept", "category", "action", "severity", "match from", "prompts")
     for concept in policy.concepts:
         table.add_row(
@@ -78,7 +81,7 @@ def show(
             concept.action,
             concept.severity,
             _threshold(concept),
-            escape(", ".join(concept.prompts)),
+            escape(visible(", ".join(concept.prompts), 4000)),
         )
     console.print(table)
 
@@ -86,12 +89,21 @@ def show(
 @policy_app.command()
 def check(
     files: list[str] = typer.Argument(help="Files of policies, or names of shipped ones."),
+    model: str | None = typer.Option(
+        None, help="A model's name or file: name each prompt that it cannot see, with its coverage."
+    ),
 ) -> None:
     """Check policies: every error of every file, with its line. Exit code 2 when there is any."""
     from latentguard.cli.exit_codes import EXIT_USAGE
     from latentguard.errors import PolicyError
     from latentguard.policy import load_policy
+    from latentguard.text import visible
 
+    encoder = None
+    if model is not None:
+        from latentguard.encoders import load_encoder
+
+        encoder = load_encoder(model, "cpu")
     failed = False
     for name in files:
         try:
@@ -99,9 +111,12 @@ def check(
         except PolicyError as error:
             failed = True
             for sentence in error.errors:
-                typer.echo(sentence, err=True)
+                typer.echo(visible(sentence, 4000), err=True)
             continue
-        typer.echo(f"{name}: ok, {len(policy.concepts)} concepts, sha256 {policy.sha256}")
+        refused = encoder is not None and not _check_seen(name, policy, encoder)
+        failed = failed or refused
+        if not refused:
+            typer.echo(f"{name}: ok, {len(policy.concepts)} concepts, sha256 {policy.sha256}")
         for concept in policy.concepts:
             if concept.threshold.kind == "fpr" and not _is_calibrated(policy, concept):
                 typer.echo(
@@ -114,6 +129,52 @@ def check(
         raise typer.Exit(EXIT_USAGE)
 
 
+def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
+    """Name the prompts that a model cannot see; whether it may judge by the policy."""
+    from latentguard.concepts import coverage_of
+    from latentguard.coverage import check_coverage
+    from latentguard.errors import CoverageError
+    from latentguard.policy import lines_of
+
+    if policy.space not in (None, encoder.space):
+        typer.echo(
+            f"{name}: the policy is written for {policy.space} latents, model {encoder.name} reads "
+            f"{encoder.space}",
+            err=True,
+        )
+        return False
+    coverage = coverage_of(policy, encoder)
+    found: dict[tuple[int | str, ...], str] = {}
+    for index, (concept, seen) in enumerate(zip(policy.concepts, coverage, strict=True)):
+        for key, pairs in (("prompts", seen.unseen), ("contrast", seen.unseen_contrast)):
+            for text, number in pairs:
+                place: tuple[int | str, ...] = ("concepts", index, key)
+                texts = concept.prompts if key == "prompts" else concept.contrast
+                if text not in texts:
+                    place, texts = ("contrast",), policy.contrast
+                follows = "" if key == "prompts" else "; no image is compared with it"
+                found[(*place, texts.index(text))] = (
+                    f"'{text}' is not visible to {encoder.name}: coverage {number:.3f}, "
+                    f"{seen.needed:g} is needed{follows}"
+                )
+    for (file, line), (place, sentence) in zip(
+        lines_of(name, list(found)), found.items(), strict=True
+    ):
+        typer.echo(f"{file}:{line}: {_place(place)} {sentence}", err=True)
+    try:
+        check_coverage(policy, encoder.name, coverage)
+    except CoverageError as error:
+        typer.echo(f"{name}: {error}", err=True)
+        return False
+    return True
+
+
+def _place(place: tuple[int | str, ...]) -> str:
+    """A place in a policy as messages write it: concepts[0].prompts[1]."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    return text.removeprefix(".")
+
+
 @policy_app.command()
 def schema() -> None:
     """Print the JSON Schema of policy files, for editors."""
@@ -124,9 +185,11 @@ def schema() -> None:
 
 def _summary(policy: Policy) -> str:
     """The first sentence of its description."""
+    from latentguard.text import visible
+
     text = " ".join(policy.description.split("\n\n")[0].split())
     head, dot, _ = text.partition(". ")
-    return head + dot.strip()
+    return visible(head + dot.strip(), 4000)
 
 
 def _settings(policy: Policy) -> list[str]:

@@ -112,9 +112,7 @@ def scan(
     3 some input could not be read or judged (its record says why). 3 wins over 1.
     """
     _check_targets(paths, output, report, heatmap)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without ≥ gets an escape, not a crash
-            stream.reconfigure(errors="backslashreplace")
+    from latentguard.cli.console import abandon
     from latentguard.scan import Report, Scan, Summary
 
     run = Scan(
@@ -130,25 +128,25 @@ def scan(
         runtime=runtime.value,
         sha256=sha256,
     )
-    summary = Summary(run.policy_id)
+    summary = Summary(run.policy_id, passed=run.passed)
     page = Report(run.rules, report_limit) if report else None
     try:
         _run(run, summary, page, output_format, output, quiet)
         if page is not None and report is not None and summary.images:
             page.write(report, run.models, summary)
+        if summary.images and not quiet:
+            _conclude(summary, report, to_stdout=output_format is Format.table and output is None)
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted after {summary.images} images", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        # The reader has gone. What Python would still flush at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon()  # the reader has gone
         raise typer.Exit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
+        abandon()
         raise _usage(f"cannot write {error.filename or 'the output'}: {error.strerror}") from error
     if not summary.images:
         raise _usage("nothing was scanned: the paths hold no images")
-    if not quiet:
-        _conclude(summary, report, to_stdout=output_format is Format.table and output is None)
     raise typer.Exit(_exit_code(summary, fail_on))
 
 
@@ -251,7 +249,8 @@ def _progress(shown: bool) -> Iterator[_Step]:
 def _conclude(summary: Summary, report: Path | None, to_stdout: bool) -> None:
     from latentguard.scan.text import visible
 
-    typer.echo(visible(summary.line(), 2000), err=not to_stdout)
+    for line in filter(None, (summary.passed.line(), summary.line())):
+        typer.echo(visible(line, 2000), err=not to_stdout)
     if report is not None:
         typer.echo(f"report: {visible(report.resolve(), 2000)}", err=not to_stdout)
 

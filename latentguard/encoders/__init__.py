@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from latentguard.encoders.base import Encoder, Features, Head, strongest_view
+from latentguard.encoders.base import (
+    Encoder,
+    EncoderBase,
+    Features,
+    Head,
+    strongest_view,
+    traits,
+)
 from latentguard.encoders.hub import best_encoder, load_encoder
 
-__all__ = ["Encoder", "Features", "Head", "best_encoder", "load_encoder", "strongest_view"]
+__all__ = [
+    "Encoder",
+    "EncoderBase",
+    "Features",
+    "Head",
+    "best_encoder",
+    "load_encoder",
+    "strongest_view",
+    "traits",
+]

@@ -5,13 +5,14 @@ Nothing here imports torch when the module is loaded: commands that only list mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from latentguard.spaces import Latents
 
@@ -82,9 +83,55 @@ class Head:
         return F.normalize(x.float(), dim=-1)
 
 
+class EncoderBase:
+    """What an encoder says of its own kind, so that nobody asks for its class.
+
+    An encoder inherits this and overrides what is different. One that does not inherit it counts
+    as one that overrides nothing (see `traits`).
+    """
+
+    fixed_size: bool = False
+    """Whether it reads latents of different sizes in different ways: an export is of one size."""
+    merges: bool = False
+    """Whether a share of its tokens can merge (`NAME+merge=SHARE`)."""
+    merge: float = 0.0
+    """The share of its tokens that merge; 0 is the model as it was published."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What holds the weights as parameters; an encoder that is a module has itself here."""
+        return None
+
+    @property
+    def variant(self) -> bool:
+        """Whether it is another model than the published one. Its name says so, too."""
+        return self.merge > 0
+
+    def tokens_left(self, height: int, width: int) -> tuple[int, int]:
+        """Patch tokens of latents of a size in cells, and how many are left in the last block."""
+        raise NotImplementedError(f"{type(self).__name__} merges no tokens")
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """The model as it was published, for as long as the context lasts."""
+        share, self.merge = self.merge, 0.0
+        try:
+            yield
+        finally:
+            self.merge = share
+
+
+def traits(encoder: Encoder) -> EncoderBase:
+    """What an encoder says of its own kind; the defaults where it says nothing."""
+    return encoder if isinstance(encoder, EncoderBase) else EncoderBase()
+
+
 @runtime_checkable
 class Encoder(Protocol):
-    """Latents and prompts to unit vectors of one space, whose inner product is the score."""
+    """Latents and prompts to unit vectors of one space, whose inner product is the score.
+
+    What an encoder may say besides, for exports, stands in `EncoderBase`.
+    """
 
     @property
     def name(self) -> str:

@@ -4,17 +4,25 @@ they lie on this machine. No torch: `latentguard models list` answers at once.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from latentguard.atomic import replacing
 from latentguard.errors import ModelError
 
 HUB = "https://huggingface.co"
 MERGE = "+merge="
 """Behind a model's name or file: the share of its tokens that merge, as in `NAME+merge=0.5`."""
+
+MAX_CONTEXT = 1024
+"""Tokens of a prompt that a text tower may read; the causal mask grows with their square."""
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,11 @@ class LatentClipConfig:
                     f"model configuration: `{field.name}` must be a whole number from 1 to 65536, "
                     f"got {value!r}"
                 )
+        if self.context_length > MAX_CONTEXT:
+            raise ModelError(
+                f"model configuration: `context_length` must be at most {MAX_CONTEXT}, "
+                f"got {self.context_length}"
+            )
         if type(self.needs_scaled) is not bool:
             raise ModelError(
                 "model configuration: `needs_scaled` must be true or false, "
@@ -89,13 +102,21 @@ class LatentClipConfig:
 
 @dataclass(frozen=True)
 class Entry:
-    """A named model."""
+    """A named model, as `models/NAME.json` describes it.
+
+    format: how its weights are written, a key of `FORMATS`.
+    rank: the best of a space first; `--model auto` goes by this order.
+    size: bytes to fetch, as far as it is known beforehand; 0 for a bundled model.
+    repo, file: where the official checkpoint is on the hub; None for a bundled model.
+    config: the shape of a Latent-CLIP; None for other models.
+    """
 
     name: str
-    kind: Literal["nano", "latent-clip"]
+    format: str
     space: str
     summary: str
-    size: int  # bytes to fetch, as far as it is known beforehand; 0 for a bundled model
+    rank: int
+    size: int = 0
     repo: str | None = None
     file: str | None = None
     config: LatentClipConfig | None = None
@@ -110,47 +131,37 @@ class Entry:
         """Where a browser fetches the official file."""
         return f"{HUB}/{self.repo}/resolve/main/{self.file}"
 
+    @classmethod
+    def read(cls, path: Path) -> Entry:
+        """From a JSON file, whose name is the model's; ModelError for what it cannot mean."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            config = values.pop("config", None)
+            if config is not None:
+                config = LatentClipConfig(**config, space=values["space"])
+            entry = cls(name=path.stem, config=config, **values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"{path}: not a model's description ({error})") from error
+        if entry.format not in FORMATS:
+            raise ModelError(
+                f"{path}: `format` must be {' or '.join(FORMATS)}, got {entry.format!r}"
+            )
+        return entry
 
-# The best of a space first: this order is what --model auto goes by.
-CATALOG: dict[str, Entry] = {
-    entry.name: entry
-    for entry in (
-        Entry(
-            name="latent-clip-b4-plus",
-            kind="latent-clip",
-            space="sdxl",
-            summary="Latent-CLIP ViT-B/4-plus at 512, 640 dimensions, any prompt",
-            size=2_300_000_000,
-            repo="wendlerc/latent-clip-b-4-512-plus-34b-80k",
-            file="checkpoints/epoch_34.pt",
-            config=LatentClipConfig(patch=4, embed_dim=640, text_width=640),
-        ),
-        Entry(
-            name="latent-clip-b8",
-            kind="latent-clip",
-            space="sdxl",
-            summary="Latent-CLIP ViT-B/8 at 512, 512 dimensions, any prompt, half the time of B/4",
-            size=2_300_000_000,
-            repo="wendlerc/latent-clip-b-8-512-34b-80k",
-            file="checkpoints/epoch_34.pt",
-            config=LatentClipConfig(patch=8, embed_dim=512, text_width=512),
-        ),
-        Entry(
-            name="nano-sdxl",
-            kind="nano",
-            space="sdxl",
-            summary="first-stage filter over the linear RGB view of SDXL latents, bundled",
-            size=0,
-        ),
-        Entry(
-            name="nano-flux2",
-            kind="nano",
-            space="flux2",
-            summary="first-stage filter over FLUX.2 latents, bundled",
-            size=0,
-        ),
-    )
+
+# How weights are written -> the module whose `load(path, device, entry)` makes an encoder of them.
+FORMATS = {
+    "latentguard-latent-clip": "latentguard.encoders.latent_clip",
+    "latentguard-nano": "latentguard.encoders.nano",
 }
+
+
+def _read_all() -> dict[str, Entry]:
+    entries = [Entry.read(path) for path in (Path(__file__).parent / "models").glob("*.json")]
+    return {entry.name: entry for entry in sorted(entries, key=lambda e: (e.rank, e.name))}
+
+
+CATALOG: dict[str, Entry] = _read_all()
 
 
 def cache_dir() -> Path:
@@ -170,6 +181,48 @@ def cache_dir() -> Path:
 def converted_path(name: str) -> Path:
     """Where the converted weights of a named model lie, or would."""
     return cache_dir() / "models" / f"{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model was first fetched from: trusted then, and compared with from then on.
+
+    revision: the commit of the repository. sha256: of the official file.
+    """
+
+    repo: str
+    file: str
+    revision: str
+    sha256: str
+
+
+def source_path(name: str) -> Path:
+    """Where the record of a model's first download lies, or would."""
+    return cache_dir() / "models" / f"{name}.source.json"
+
+
+def read_source(name: str) -> Source | None:
+    """The record, None where the model was never fetched. Raises ModelError for a damaged one."""
+    path, entry = source_path(name), CATALOG[name]
+    if not path.exists():
+        return None
+    try:
+        found = Source(**json.loads(path.read_text("utf-8")))
+        sound = (found.repo, found.file) == (entry.repo, entry.file)
+        sound = sound and SHA256.fullmatch(found.sha256) is not None
+        if not sound or re.fullmatch(r"[0-9a-f]{40}", found.revision) is None:
+            raise ValueError("values that do not fit")
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{path}: is no record of where {name} was fetched from ({error}): delete it"
+        ) from error
+    return found
+
+
+def write_source(name: str, source: Source) -> None:
+    """Keep the record of a download."""
+    with replacing(source_path(name)) as file:
+        file.write(json.dumps(asdict(source), indent=1).encode())
 
 
 def by_hand_path(name: str) -> Path:

@@ -13,14 +13,20 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentguard.encoders.catalog import CATALOG, LatentClipConfig
-from latentguard.encoders.header import first_line, read_metadata
+from latentguard.encoders.header import (
+    digest_of,
+    first_line,
+    opened,
+    read_bytes,
+    read_header,
+)
 from latentguard.errors import ModelError
 
 FORMAT = "latentguard-latent-clip"
@@ -91,28 +97,46 @@ def _blocks(prefix: str, d: int, layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def read_official(
-    path: Path, config: LatentClipConfig | None = None, source_sha256: str | None = None
+    path: Path, config: LatentClipConfig | None = None, sha256: str | None = None
 ) -> Weights:
-    """Both towers of an official checkpoint, mapped from the file, in its dtype; no digest yet.
+    """Both towers of an official checkpoint, in its dtype; no digest of the weights yet.
 
     The unpickler may build tensors, plain containers and numpy scalars, nothing else. The model is
     told by the shapes of the patch embedding and the projection; `config` overrides its sizes.
-    Raises ModelError for anything that is not exactly such a checkpoint.
+    The file is opened once: `source_sha256` is of the bytes that the weights are copied from, and
+    no later change of the file is one of the weights.
+    Raises ModelError for anything that is not exactly such a checkpoint, or has another SHA-256
+    than `sha256`.
     """
-    state = _state_dict(path)
-    tensors = _rename(path, state)
-    name, found = _identify(path, tensors)
-    config = config or found
-    _check(path, tensors, config)
-    return Weights(tensors, config, name, "", source_sha256 or file_sha256(path))
+    with opened(path) as file:
+        digest = digest_of(file)
+        if sha256 is not None and digest != sha256:
+            raise ModelError(f"{path}: has SHA-256 {digest}, not the expected {sha256}")
+        tensors = _rename(path, _state_dict(path, file))
+        name, found = _identify(path, tensors)
+        config = config or found
+        _check(path, tensors, config)
+        size = os.fstat(file.fileno()).st_size
+        if sum(value.numel() * value.element_size() for value in tensors.values()) > size:
+            raise ModelError(
+                f"{path}: states tensors that are larger than the file, which repeat their numbers"
+            )
+        tensors = {key: value.clone() for key, value in tensors.items()}
+    return Weights(tensors, config, name, "", digest)
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
+def _state_dict(path: Path, file: BinaryIO) -> dict[str, Tensor]:
+    """The tensors of an open checkpoint, mapped: what is not looked at takes no memory."""
+    # A path is what torch maps; this one leads to the open file, whatever `path` leads to by now.
+    name = f"/dev/fd/{file.fileno()}"
     try:
         with torch.serialization.safe_globals(_scalar_globals()):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file") from error
+            loaded = torch.load(
+                name if os.path.exists(name) else path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=True,
+            )
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path}: refused, it holds more than tensors and plain data, and running what it "
@@ -174,14 +198,29 @@ def _identify(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, LatentCli
             f"`{IMAGE_PREFIX}proj` [D, dim] must be there, got {_some(tensors)}"
         )
     known = [entry for entry in CATALOG.values() if entry.config is not None]
-    for entry in known:
-        assert entry.config is not None
-        if (conv.shape[-1], proj.shape[1]) == (entry.config.patch, entry.config.embed_dim):
-            return entry.name, entry.config
+    alike = [
+        (entry.name, entry.config)
+        for entry in known
+        if entry.config is not None
+        and (conv.shape[-1], proj.shape[1]) == (entry.config.patch, entry.config.embed_dim)
+    ]
+    # Sizes of different latent spaces may have these two in common.
+    alike.sort(key=lambda model: tuple(conv.shape[:2]) != (model[1].width, model[1].channels))
+    if alike:
+        return alike[0]
     raise ModelError(
         f"{path}: patch {conv.shape[-1]} and dimension {proj.shape[1]} belong to none of "
         f"{', '.join(entry.name for entry in known)}"
     )
+
+
+def _check_layers(path: Path, config: LatentClipConfig, tensors: int) -> None:
+    """Refuse more layers than a file of so many tensors can have, before they are listed."""
+    if config.layers + config.text_layers > tensors:
+        raise ModelError(
+            f"{path}: cannot be read: {config.layers} and {config.text_layers} layers in "
+            f"{tensors} tensors"
+        )
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], config: LatentClipConfig) -> None:
@@ -252,19 +291,23 @@ def write(target: Path, weights: Weights) -> None:
 def read_converted(path: Path) -> Weights:
     """A converted file, keys and shapes checked, and its digest computed again and compared."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
-    metadata = read_metadata(path)
-    if metadata.get("format") != FORMAT or metadata.get("schema_version") != SCHEMA_VERSION:
-        raise ModelError(
-            f"{path}: must be of format {FORMAT!r} and schema_version {SCHEMA_VERSION!r}, got "
-            f"{metadata.get('format')!r} and {metadata.get('schema_version')!r}"
-        )
-    try:
-        config = LatentClipConfig.from_dict(json.loads(metadata["config"]))
-        tensors = load_file(path)
-    except (KeyError, json.JSONDecodeError, SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read: {first_line(error)}") from error
+    with opened(path) as file:
+        header = read_header(path, file)
+        metadata = header.metadata
+        if metadata.get("format") != FORMAT or metadata.get("schema_version") != SCHEMA_VERSION:
+            raise ModelError(
+                f"{path}: must be of format {FORMAT!r} and schema_version {SCHEMA_VERSION!r}, got "
+                f"{metadata.get('format')!r} and {metadata.get('schema_version')!r}"
+            )
+        try:
+            config = LatentClipConfig.from_dict(json.loads(metadata["config"]))
+            _check_layers(path, config, len(header.shapes))
+            # A copy, and not a map of the file: what is digested below is what will run.
+            tensors = load(read_bytes(path, file))
+        except (KeyError, ValueError, RecursionError, SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: cannot be read: {first_line(error)}") from error
     _check(path, tensors, config)
     digest = weights_sha256(tensors)
     if digest != metadata.get("sha256"):
@@ -291,8 +334,8 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def file_sha256(path: Path) -> str:
     """Digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with opened(path) as file:
+        return digest_of(file)
 
 
 def _some(keys: Iterable[str]) -> str:

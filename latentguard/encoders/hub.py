@@ -6,21 +6,28 @@ Only `fetch` asks the network, and only `latentguard models get` calls it.
 from __future__ import annotations
 
 import difflib
+import importlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentguard.encoders.base import Encoder
+from latentguard.encoders.base import Encoder, traits
 from latentguard.encoders.catalog import (
     CATALOG,
+    FORMATS,
     HUB,
     MERGE,
+    SHA256,
     Entry,
+    Source,
     by_hand,
     cache_dir,
     converted_path,
     how_to_get,
     locate,
+    read_source,
+    source_path,
+    write_source,
 )
 from latentguard.encoders.header import first_line, read_metadata
 from latentguard.errors import ModelError
@@ -51,12 +58,11 @@ def load_encoder(name_or_path: str | Path, device: torch.device | str | None = N
 
 
 def _merging(encoder: Encoder, share: str) -> Encoder:
-    from latentguard.encoders.latent_clip import LatentCLIP
-
-    if not isinstance(encoder, LatentCLIP):
+    kind = traits(encoder)
+    if not kind.merges:
         raise ModelError(f"{encoder.name} has no tokens to merge: only the Latent-CLIP models have")
     try:
-        encoder.merge = float(share)
+        kind.merge = float(share)
     except ValueError as error:
         raise ModelError(
             f"{encoder.name}{MERGE}{share}: the share of tokens that merge must be a number"
@@ -92,18 +98,9 @@ def _load_named(entry: Entry, device: str | torch.device) -> Encoder:
     path = locate(entry.name)
     if path is None:
         raise ModelError(_missing(entry))
-    if entry.kind == "nano":
-        from latentguard.encoders.nano import load_nano
-
-        return load_nano(entry.name, device)
-    from latentguard.encoders.latent_clip import LatentCLIP
-
-    if path != converted_path(entry.name):
+    if not entry.bundled and path != converted_path(entry.name):
         path = install(entry.name, path)
-    encoder = LatentCLIP.load(path, device)
-    if encoder.config != entry.config:
-        raise ModelError(f"{path}: is not {entry.name}: its configuration is {encoder.config}")
-    return encoder
+    return _load_as(entry.format, path, device, entry)
 
 
 def _missing(entry: Entry) -> str:
@@ -121,66 +118,97 @@ def install(name: str, checkpoint_file: Path) -> Path:
     Returns the converted file. Raises ModelError for a bundled model, for a file that cannot be
     loaded, and for another model's checkpoint.
     """
+    return _install(name, checkpoint_file)[0]
+
+
+def _install(name: str, checkpoint_file: Path, sha256: str | None = None) -> tuple[Path, str]:
+    """The converted file, and the SHA-256 of the checkpoint that it was made of.
+
+    sha256: what that must be, where it is known.
+    """
     from latentguard.encoders import checkpoint
 
     entry = find(name)
     if entry.bundled:
         raise ModelError(f"{name} is bundled: there is nothing to install")
-    weights = checkpoint.read_official(checkpoint_file)
+    weights = checkpoint.read_official(checkpoint_file, sha256=sha256)
     if weights.name != name:
         raise ModelError(f"{checkpoint_file}: is a checkpoint of {weights.name}, not of {name}")
     target = converted_path(name)
     checkpoint.write(target, checkpoint.convert(weights))
-    return target
+    return target, weights.source_sha256
 
 
 def fetch(name: str, keep: bool = False) -> Path:
     """Download a model's official checkpoint (progress on stderr) and install it.
 
-    An interrupted download is continued by the next call. The download is deleted once it is
-    converted, unless `keep`. Returns the converted file; raises ModelError with what to do by hand
-    where the hub cannot be reached.
+    What is downloaded must have the SHA-256 that the hub publishes for it, and the one that was
+    recorded when it was first fetched on this machine (`catalog.Source`), whose revision is asked
+    for from then on. An interrupted download is continued by the next call. The download is deleted
+    once it is converted, unless `keep`. Returns the converted file; raises ModelError with what to
+    do by hand where the hub cannot be reached, and where the digest is another.
     """
     entry = find(name)
     if entry.bundled:
         raise ModelError(f"{name} is bundled: there is nothing to fetch")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError as error:
         raise ModelError(
             f"{name}: fetching needs huggingface_hub: pip install 'latentguard[torch]', or "
             f"{by_hand(name)}"
         ) from error
     folder = cache_dir() / "downloads" / name
+    repo, file, known = str(entry.repo), str(entry.file), read_source(name)
     try:
-        downloaded = hf_hub_download(str(entry.repo), str(entry.file), local_dir=folder)
+        asked = known.revision if known is not None else None
+        published = get_hf_file_metadata(hf_hub_url(repo, file, revision=asked))
+        # Of one commit, whatever the branch becomes while gigabytes are on their way.
+        revision = asked or published.commit_hash
+        downloaded = hf_hub_download(repo, file, revision=revision, local_dir=folder)
     except Exception as error:  # its HTTP library and with it the errors differ between versions
         reason = first_line(error).split(". ")[0]
         raise ModelError(
             f"{name} could not be fetched from {HUB}/{entry.repo} ({reason}): {by_hand(name)}"
         ) from error
-    target = install(name, Path(downloaded))
+    digest = published.etag if published.etag and SHA256.fullmatch(published.etag) else None
+    if known is not None:
+        if digest not in (None, known.sha256):
+            raise ModelError(
+                f"{name}: the hub publishes SHA-256 {digest}, and {source_path(name)} records "
+                f"{known.sha256} from when it was first fetched: delete that record if you know why"
+            )
+        digest = known.sha256
+    try:
+        target, found = _install(name, Path(downloaded), digest)
+    except ModelError:
+        # It would be taken for complete by the next call.
+        shutil.rmtree(folder)
+        raise
+    if revision is not None:
+        write_source(name, Source(repo, file, revision, found))
     if not keep:
         shutil.rmtree(folder)
     return target
 
 
 def _load_file(path: Path, device: str | torch.device) -> Encoder:
-    from latentguard.encoders.latent_clip import LatentCLIP
-
-    if path.suffix in (".pt", ".pth", ".ckpt"):
-        return LatentCLIP.load(path, device)
+    if path.suffix in (".pt", ".pth", ".ckpt"):  # official checkpoints are of Latent-CLIPs
+        return _load_as("latentguard-latent-clip", path, device)
     written_as = read_metadata(path).get("format")
-    if written_as == "latentguard-latent-clip":
-        return LatentCLIP.load(path, device)
-    if written_as == "latentguard-nano":
-        from latentguard.encoders.nano import load_nano
+    if written_as not in FORMATS:
+        raise ModelError(
+            f"{path}: metadata `format` must be {' or '.join(FORMATS)}, got {written_as!r}"
+        )
+    return _load_as(written_as, path, device)
 
-        return load_nano(path, device)
-    raise ModelError(
-        f"{path}: metadata `format` must be latentguard-latent-clip or latentguard-nano, "
-        f"got {written_as!r}"
-    )
+
+def _load_as(
+    written_as: str, path: Path, device: str | torch.device, entry: Entry | None = None
+) -> Encoder:
+    load = importlib.import_module(FORMATS[written_as]).load
+    encoder: Encoder = load(path, device, entry)
+    return encoder
 
 
 def _device(device: torch.device | str | None) -> torch.device | str:

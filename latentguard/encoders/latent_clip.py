@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from latentguard.encoders import checkpoint
-from latentguard.encoders.base import Features, Head
-from latentguard.encoders.catalog import CATALOG, MERGE, LatentClipConfig, cache_dir
+from latentguard.encoders.base import EncoderBase, Features, Head
+from latentguard.encoders.catalog import CATALOG, MERGE, Entry, LatentClipConfig, cache_dir
 from latentguard.encoders.clip_text import ClipText
 from latentguard.encoders.merging import schedule
 from latentguard.encoders.resize import ADAPTERS, Adapter, Resize
@@ -33,7 +33,7 @@ NEUTRAL_PROMPTS = (
 )
 
 
-class LatentCLIP:
+class LatentCLIP(EncoderBase):
     """The encoder; weights are frozen, gradients flow to latents and noise.
 
     `resize` says how latents of another size than the trained one (64 x 64 cells) are read:
@@ -51,6 +51,7 @@ class LatentCLIP:
     model: `name` ends in `+merge=SHARE`, so that calibrated thresholds and records tell them apart.
     """
 
+    merges = True
     min_coverage = 0.5
     neutral_prompts = NEUTRAL_PROMPTS
     always_neutral = False
@@ -158,6 +159,16 @@ class LatentCLIP:
         return f"{self._name}{MERGE}{self.merge}" if self.merge else self._name
 
     @property
+    def fixed_size(self) -> bool:  # type: ignore[override]
+        """Whether sizes other than the trained one are pooled or tiled to it."""
+        return self.resize != "interpolate"
+
+    @property
+    def module(self) -> LatentViT:
+        """The image tower."""
+        return self.vit
+
+    @property
     def merge(self) -> float:
         """The share of the patches' tokens that merge; 0 is the model as it was published."""
         return self._merge
@@ -263,7 +274,7 @@ class LatentCLIP:
             )
         wide = torch.promote_types(latents.tensor.dtype, self.dtype)
         latents = latents.to(self.device, wide).spatial()
-        return (latents.scaled_() if self.needs_scaled else latents.raw()).tensor
+        return latents.standard(self.needs_scaled).tensor
 
     def _adapter(self, height: int, width: int) -> Adapter:
         return ADAPTERS[self.resize](height, width, self.config.grid, self.config.patch)
@@ -293,6 +304,16 @@ class LatentCLIP:
         return torch.ones(len(texts), device=self.device)
 
 
+def load(
+    path: Path, device: torch.device | str | None = None, entry: Entry | None = None
+) -> LatentCLIP:
+    """`LatentCLIP.load`, and a ModelError where the file is not of the catalogue's `entry`."""
+    encoder = LatentCLIP.load(path, device)
+    if entry is not None and encoder.config != entry.config:
+        raise ModelError(f"{path}: is not {entry.name}: its configuration is {encoder.config}")
+    return encoder
+
+
 def _logit_scale(weights: checkpoint.Weights) -> float:
     """The factor from its logarithm; CLIP's training keeps it at 100 or less."""
     logarithm = float(weights.tensors["logit_scale"])
@@ -310,7 +331,12 @@ def _converted_once(path: Path, config: LatentClipConfig | None) -> checkpoint.W
     digest = checkpoint.file_sha256(path)
     kept = cache_dir() / "converted" / f"{digest}.safetensors"
     if kept.is_file():
-        return checkpoint.read_converted(kept)
+        weights = checkpoint.read_converted(kept)
+        if weights.source_sha256 != digest:
+            raise ModelError(
+                f"{kept}: was not converted from {path}, in spite of its name: delete it"
+            )
+        return weights
     weights = checkpoint.convert(checkpoint.read_official(path, config, digest))
     checkpoint.write(kept, weights)
     return weights

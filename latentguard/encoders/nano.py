@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from latentguard.encoders.base import Features, Head
+from latentguard.atomic import replacing
+from latentguard.encoders.base import EncoderBase, Features, Head
+from latentguard.encoders.catalog import Entry
 from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalise
+from latentguard.encoders.header import opened, read_bytes, read_header
 from latentguard.encoders.lite import CLASSES, fuse
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
 from latentguard.errors import LatentsError, ModelError
@@ -31,6 +36,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED = ("nano-flux2", "nano-sdxl")
 MAX_BYTES = 64 << 20
 """No nano model is larger; a larger file is something else."""
+MAX_SIZE = 4096
+"""Channels or pixels that a nano model's configuration may ask for."""
 
 LOGIT_SCALE = 10.0
 """From margins of Bhattacharyya coefficients to log odds: 0.22 more like the concept than like its
@@ -48,8 +55,10 @@ DIM = 1008
 """1,000 classes, the baseline's axis, and zeros up to a multiple of 16 numbers (aligned rows)."""
 
 
-class NanoEncoder(nn.Module):
+class NanoEncoder(nn.Module, EncoderBase):
     """An Encoder (latentguard.encoders.base) over class posteriors; see the module's text."""
+
+    fixed_size = True
 
     def __init__(
         self,
@@ -78,6 +87,11 @@ class NanoEncoder(nn.Module):
         self.head = Head()
         self.neutral_prompts = NEUTRAL_PROMPTS
         self.min_coverage = MIN_COVERAGE
+
+    @property
+    def module(self) -> nn.Module:
+        """The encoder itself."""
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +140,7 @@ class NanoEncoder(nn.Module):
             raise LatentsError(
                 f"model {self.name} reads {self.space} latents, got {latents.space.name}"
             )
-        tensor = latents.spatial().scaled_().tensor
+        tensor = latents.spatial().standard().tensor
         return self.features(tensor.to(self.device)).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -173,15 +187,16 @@ def load_nano(name_or_path: str | Path, device: str | torch.device | None = None
         path = WEIGHTS / f"{name_or_path}.safetensors"
     if not path.is_file():
         raise ModelError(f"no nano model at {path}; bundled are {', '.join(BUNDLED)}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ModelError(f"{path}: {path.stat().st_size} bytes is too large for a nano model")
-    data = path.read_bytes()
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise ModelError(f"{path}: {size} bytes is too large for a nano model")
+        data = read_bytes(path, file)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+    metadata = read_header(path, BytesIO(data)).metadata
     if metadata.get("format") != FORMAT:
         raise ModelError(
             f"{path}: not a nano model (metadata format {metadata.get('format')!r}, "
@@ -199,11 +214,20 @@ def load_nano(name_or_path: str | Path, device: str | torch.device | None = None
     return encoder if device is None else encoder.to(device)
 
 
+def load(
+    path: Path, device: torch.device | str | None = None, entry: Entry | None = None
+) -> NanoEncoder:
+    """`load_nano` for the catalogue, whose `entry` says no more than the file does."""
+    return load_nano(path, device)
+
+
 def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) -> NanoEncoder:
-    config = json.loads(metadata["config"])
-    net = make_net(metadata["kind"], config)
+    weights = {k[4:]: v.float() for k, v in tensors.items() if k.startswith("net.")}
+    # Without memory: the file's own tensors become the weights, and no size is taken at its word.
+    with torch.device("meta"):
+        net = make_net(metadata["kind"], _config(json.loads(metadata["config"]), len(weights)))
     fuse(net)
-    net.load_state_dict({k[4:]: v.float() for k, v in tensors.items() if k.startswith("net.")})
+    net.load_state_dict(weights, assign=True)
     net.eval().requires_grad_(False)
     net.to(memory_format=torch.channels_last)
     prompts = json.loads(metadata["prompts"])
@@ -219,6 +243,15 @@ def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) ->
         card=metadata["card"],
         class_names=names,
     )
+
+
+def _config(config: dict[str, Any], tensors: int) -> dict[str, Any]:
+    """Sizes that a file of so many tensors can have. Raises ValueError for others."""
+    for key, value in config.items():
+        limit = tensors if key == "depth" else MAX_SIZE
+        if key not in ("factors", "bias") and not (type(value) is int and 0 < value <= limit):
+            raise ValueError(f"{key} must be a whole number from 1 to {limit}, got {value!r:.40}")
+    return config
 
 
 def make_net(kind: str, config: dict[str, Any]) -> NanoNet | RgbViewNet:
@@ -272,7 +305,5 @@ def save_nano(
         "class_names": json.dumps(list(class_names)),
         "prompts": json.dumps(keys),
     }
-    target = Path(path)
-    temporary = target.with_suffix(".tmp")
-    safetensors.torch.save_file(tensors, str(temporary), metadata)
-    temporary.replace(target)
+    with replacing(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))

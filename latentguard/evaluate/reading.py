@@ -39,7 +39,7 @@ def batches(
 
 
 def _kind(latents: Latents) -> tuple[object, ...]:
-    return latents.space.name, latents.scaled, latents.tensor.shape[1:], latents.tensor.dtype
+    return latents.space, latents.scaled, latents.tensor.shape[1:], latents.tensor.dtype
 
 
 def _join(parts: list[Latents]) -> Latents:

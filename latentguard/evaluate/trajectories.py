@@ -128,7 +128,7 @@ def _known(levels: list[float], level: float) -> float:
 def _all(paths: Iterable[str | Path]) -> Iterator[tuple[str, Scored]]:
     for path in paths:
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise LatentsError(f"{path}: cannot be read: {error}") from error
         for where, item in _objects(str(path), text):

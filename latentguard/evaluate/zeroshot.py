@@ -167,7 +167,7 @@ def read_labels(path: Path, classes: int) -> list[int]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: cannot be read as text: {error}") from error
     if not 0 < len(lines) <= MAX_LINES:

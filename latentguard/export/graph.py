@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentguard import ops
-from latentguard.encoders import Encoder
-from latentguard.encoders.latent_clip import LatentCLIP
-from latentguard.encoders.nano import NanoEncoder
+from latentguard.encoders import traits
 from latentguard.errors import ModelError
 from latentguard.ops.onnx import OPSET, translations
 from latentguard.scorer import Scorer
@@ -28,10 +26,9 @@ class _Moderator(torch.nn.Module):
     def __init__(self, scorer: Scorer, scaled: bool, heatmaps: bool) -> None:
         super().__init__()
         self._encoder = scorer.encoder
-        if isinstance(scorer.encoder, torch.nn.Module):
-            self.weights = scorer.encoder
-        elif hasattr(scorer.encoder, "vit"):
-            self.weights = scorer.encoder.vit
+        module = traits(scorer.encoder).module
+        if module is not None:
+            self.weights = module
         self._space = LatentSpace.get(scorer.encoder.space)
         self._scaled = scaled
         self._heatmaps = heatmaps
@@ -131,12 +128,6 @@ def _check_open(model: onnx.ModelProto, name: str, dynamic: bool) -> None:
     for bank in model.graph.input[1:]:
         if not bank.type.tensor_type.shape.dim[0].dim_param:
             raise ModelError(f"{name} cannot be exported with a concept bank of any size")
-
-
-def reads_by_size(encoder: Encoder) -> bool:
-    """Whether a model is known to read latents of different sizes in different ways."""
-    resize = encoder.resize if isinstance(encoder, LatentCLIP) else "interpolate"
-    return isinstance(encoder, NanoEncoder) or resize != "interpolate"
 
 
 def not_open(name: str) -> str:

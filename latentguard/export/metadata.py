@@ -7,9 +7,9 @@ from typing import Any
 
 import onnx
 
-from latentguard.encoders import Encoder
-from latentguard.encoders.latent_clip import LatentCLIP
-from latentguard.runtime.artefact import DIGEST, METADATA, SCHEMA_VERSION, inner_digest
+from latentguard.encoders import Encoder, traits
+from latentguard.runtime.artefact import SCHEMA_VERSION, inner_digest
+from latentguard.runtime.names import DIGEST, METADATA
 from latentguard.scorer import Scorer
 from latentguard.spaces import LatentSpace
 
@@ -34,6 +34,8 @@ def describe(
         "policy": scorer.policy.plain(),
         "prompts": list(scorer.bank.prompts),
         "covered": list(scorer.bank.covered),
+        "seen": list(scorer.bank.seen),
+        "unseen_contrast": list(scorer.bank.unseen_contrast),
         "model": {"name": encoder.name, "sha256": encoder.sha256, "notes": encoder.notes},
         "space": space.name,
         "scaled": scaled,
@@ -53,10 +55,11 @@ def describe(
 
 def _merged(encoder: Encoder, size: tuple[int, int] | None) -> dict[str, Any] | None:
     """How many tokens of an image merge; None where none do."""
-    if not isinstance(encoder, LatentCLIP) or not encoder.merge or size is None:
+    kind = traits(encoder)
+    if not kind.variant or size is None:
         return None
-    patches, left = encoder.tokens_left(*size)
-    return {"share": encoder.merge, "tokens": patches, "left": left}
+    patches, left = kind.tokens_left(*size)
+    return {"share": kind.merge, "tokens": patches, "left": left}
 
 
 def write_metadata(model: onnx.ModelProto, metadata: dict[str, Any]) -> bytes:

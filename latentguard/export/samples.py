@@ -19,7 +19,7 @@ def read_samples(paths: Sequence[str | Path], space: str) -> Latents:
     if len(sizes) > 1:
         shown = ", ".join(f"{height}x{width}" for height, width in sizes)
         raise LatentsError(f"latents for an export must be of one size, got {shown}")
-    return Latents.cat([batch.scaled_() for batch in batches])
+    return Latents.cat([batch.standard() for batch in batches])
 
 
 def bundled(space: str) -> Latents | None:

@@ -126,7 +126,7 @@ def _tensor(path: Path, node: Any) -> Tensor:
 
 def _rules(artefact: Artefact) -> dict[str, Any]:
     """What the decision step needs to know."""
-    kept = ("schema_version", "policy", "prompts", "covered", "model", "space", "scaled")
+    kept = ("schema_version", "policy", "prompts", "covered", "seen", "model", "space", "scaled")
     return {key: artefact.metadata[key] for key in kept} | {"sha256": artefact.sha256}
 
 

@@ -32,7 +32,9 @@ class TritonPythonModel:
         if list(rules.prompts) != given["prompts"]:
             raise ValueError("rules.json: the policy and the prompts do not fit")
         model = ModelId(given["model"]["name"], given["model"]["sha256"])
-        self._bound = rules.bind(model, given["space"], covered=given["covered"])
+        self._bound = rules.bind(
+            model, given["space"], covered=given["covered"], seen=given["seen"]
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response for each request: verdicts, or an error. Never an answer without either."""

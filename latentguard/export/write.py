@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,9 @@ import numpy as np
 import onnx
 import torch
 
-from latentguard.encoders import Encoder
-from latentguard.encoders.latent_clip import LatentCLIP
+from latentguard.encoders import Encoder, traits
 from latentguard.errors import LatentsError, ModelError
-from latentguard.export.graph import attach_bank, bank_arrays, build, not_open, reads_by_size
+from latentguard.export.graph import attach_bank, bank_arrays, build, not_open
 from latentguard.export.metadata import describe, write_metadata
 from latentguard.export.optimize import optimize
 from latentguard.export.quantize import convert
@@ -26,7 +25,7 @@ from latentguard.export.samples import bundled, drawn, resized
 from latentguard.judge import Verdict
 from latentguard.policy import Policy
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import plain
+from latentguard.runtime.names import plain
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
 
@@ -208,7 +207,7 @@ class _Way:
             raise ModelError(f"{out}: not written, as the file {reason}") from error
         _accept(out, checked, precision)
         unmerged = None
-        if _merges(scorer.encoder):
+        if traits(scorer.encoder).variant:
             self.progress(f"comparing it with the model without merging on {len(given)} latents")
             unmerged = compare(path, scorer, given, real=self.real, merging=False)
         bytes_ = sum(file.stat().st_size for file in written)
@@ -234,9 +233,9 @@ class _Way:
 
 def _check_open(encoder: Encoder) -> None:
     """Raise ModelError for a model that is known to need a fixed height and width."""
-    if reads_by_size(encoder):
+    if traits(encoder).fixed_size:
         raise ModelError(not_open(encoder.name))
-    if _merges(encoder):
+    if traits(encoder).variant:
         raise ModelError(
             f"{encoder.name} merges a share of its tokens, and how many that are is part of the "
             "file: give height and width in latent cells (--height 64 --width 64 for 512 pixels)"
@@ -311,7 +310,8 @@ def compare(
     with Guard(path, providers=["CPUExecutionProvider"]) as guard:
         for begin in range(0, len(latents), 16):
             batch = latents[begin : begin + 16]
-            with torch.no_grad(), nullcontext() if merging else _whole(scorer.encoder):
+            model = nullcontext() if merging else traits(scorer.encoder).published()
+            with torch.no_grad(), model:
                 scores = scorer.score(batch)
                 embedded = scorer.encoder.encode_latents(batch)
                 decided = scorer.decide(scores) if scorer.first is None else scorer.verdicts(batch)
@@ -327,21 +327,6 @@ def compare(
             sent += sum(judged.escalated or ())
     escalated = None if scorer.first is None else sent
     return Checked(len(latents), real, margin, embedding, cosine, same, escalated)
-
-
-def _merges(encoder: Encoder) -> bool:
-    return isinstance(encoder, LatentCLIP) and encoder.merge > 0
-
-
-@contextmanager
-def _whole(encoder: Encoder) -> Iterator[None]:
-    """A model without its token merging."""
-    assert isinstance(encoder, LatentCLIP)
-    share, encoder.merge = encoder.merge, 0.0
-    try:
-        yield
-    finally:
-        encoder.merge = share
 
 
 def _to_check(
@@ -365,7 +350,7 @@ def _as(latents: Latents, scorer: Scorer, scaled: bool, size: tuple[int, int] | 
             f"model {encoder.name} reads {encoder.space} latents, got {latents.space.name}"
         )
     spatial = latents.spatial().to("cpu", torch.float32)
-    converted = spatial.scaled_() if scaled else spatial.raw()
+    converted = spatial.standard(scaled)
     if size is not None and (converted.height, converted.width) != size:
         raise LatentsError(
             f"the export reads {size[0]}x{size[1]} latent cells, the latents given for it have "

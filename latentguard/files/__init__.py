@@ -1,17 +1,21 @@
 """Latents files: reading them safely, one image at a time, and writing them with their convention.
 
 Reading order: bounds.py (what is refused for its size) -> claims.py (what a file says of itself)
--> one reader per format (numpy_files.py, safetensors_files.py, torch_files.py, shards.py)
+-> streams.py, zip_archive.py (bytes and archives) -> one reader per format (numpy_files.py,
+safetensors_files.py, torch_files.py, and tar.py with shards.py), with signatures.py and explain.py
+for what a file is instead -> passed_over.py (what is not read) -> paths.py (folders and patterns)
 -> reading.py (paths to records) -> writing.py. No reader unpickles anything, or needs torch.
 """
 
 from __future__ import annotations
 
+from latentguard.files.passed_over import PassedOver
 from latentguard.files.reading import ArrayRecord, Record, load_latents, read_arrays, read_latents
 from latentguard.files.writing import save_latents
 
 __all__ = [
     "ArrayRecord",
+    "PassedOver",
     "Record",
     "load_latents",
     "read_arrays",

@@ -21,11 +21,26 @@ MAX_PICKLE = 4 * MIB
 MAX_ZIP_DIRECTORY = 16 * MIB
 # A compressed .npz may grow to this; what is larger is better stored uncompressed.
 MAX_INFLATED = 4096 * MIB
+# Latents hardly shrink; blank ones do, by a thousand. Beyond MIN_INFLATED bytes, a compressed array
+# may be this many times its size in the file.
+MAX_RATIO = 64
+MIN_INFLATED = 256 * MIB
 # Axes of an array: latents have four at most, and the product of a million sizes takes minutes.
 MAX_AXES = 8
 # Text that says something about latents: a shard's KEY.json, a tar extension header.
 MAX_METADATA = MIB
-# A .pt inside a shard is read as a whole; a shard holds an image or a few per member.
-MAX_SHARD_TORCH_MEMBER = 256 * MIB
+# The tensors of a .pt may overlap: a list may hold one several times, but not a million times. In
+# all, this many times the file's size is read, and MIN_READING more.
+MAX_REPEATS = 16
+MIN_READING = 64 * MIB
+# What reading a tensor counts for besides its numbers.
+TENSOR_COST = 1024
+# An image whose numbers lie scattered, or images that interleave, are read at once up to this.
+MAX_GATHERED = 256 * MIB
 # An image's name; longer ones would swamp every report.
 MAX_ID = 1024
+# Empty and damaged blocks of a shard, which are searched for further members: an archive ends with
+# some kilobytes of them, and damage to the header of a large member leaves its data.
+MAX_SHARD_GAPS = 256 * MIB
+# Latents of one key of a shard, which are kept until the key's KEY.json has been met.
+MAX_SHARD_SAMPLE = 4096

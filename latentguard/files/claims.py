@@ -1,8 +1,9 @@
 """What a latents file says of itself, and what follows from it.
 
-A file may declare `space`, `scaled`, `layout`, `height`, `width`, `ids` and, where its scaling is
-not the space's own, `scale` and `shift`. The same keys hold in a .pt dict, in safetensors metadata
-(as JSON text), in an .npz and in a shard's KEY.json. Other keys are ignored.
+A file may declare `space`, `scaled`, `layout`, `height`, `width`, `ids`, and `scale` and `shift`,
+which must be those of its space or of the space that the operator gives. The same keys hold in a
+.pt dict, in safetensors metadata (as JSON text), in an .npz and in a shard's KEY.json. Other keys
+are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from latentguard.errors import LatentsError
 from latentguard.files.bounds import MAX_ID, MAX_IMAGE_CELLS
-from latentguard.spaces import SPACES, LatentSpace
+from latentguard.spaces import SCALINGS, SPACES, LatentSpace
 
 Image = NDArray[Any]
 """One image's numbers, an array of its own: float16, float32, float64 or `BFLOAT16`."""
@@ -64,15 +65,36 @@ class Claims:
             known[field.name] = there if here is None else here
         return Claims(**known)
 
-    def latent_space(self) -> LatentSpace | None:
-        """The declared space, with the declared scale and shift."""
-        if self.space is None:
-            return None
-        space = SPACES[self.space]
-        return replace(
-            space,
-            scale=space.scale if self.scale is None else self.scale,
-            shift=space.shift if self.shift is None else self.shift,
+    def check_scaling(self, space: LatentSpace, scaled: bool) -> None:
+        """Refuse a declared scale or shift that is not the space's.
+
+        Latents can say that they are scaled in whatever way, and a wrong one shows another image.
+        So a file may repeat the numbers of its space, or those of the space that the operator gave,
+        and decides nothing by them.
+
+        space: as the operator gave it, else as the file names it or it was recognised.
+
+        Raises LatentsError, which says what to do.
+        """
+        if self.scale is None and self.shift is None:
+            return
+        try:
+            declared = replace(
+                space,
+                scale=space.scale if self.scale is None else self.scale,
+                shift=space.shift if self.shift is None else self.shift,
+            )
+        except LatentsError as error:
+            raise LatentsError(f"the file declares what cannot be: {error}") from error
+        # flux2 has no numbers without its VAE's statistics: scaled means normalised by any.
+        settled = space.scale is not None or scaled
+        if settled and space.is_scaled_as(declared):
+            return
+        raise LatentsError(
+            f"the file declares a scaling of its own ({_declared(self)}), which is not that of "
+            f"{_usual(space)}: give the space that has it (in Python space=, a LatentSpace with "
+            f"these numbers; for Playground 2.5 --space {', '.join(SCALINGS)}), or take scale and "
+            "shift out of the file"
         )
 
 
@@ -241,3 +263,20 @@ def _shown(value: Any) -> str:
     """A value in an error message: short, and on one line."""
     text = repr(value) if isinstance(value, (str, int, float, bool)) else type(value).__name__
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _declared(claims: Claims) -> str:
+    pairs = (("scale", claims.scale), ("shift", claims.shift))
+    return ", ".join(f"{key} {_factors_shown(value)}" for key, value in pairs if value is not None)
+
+
+def _usual(space: LatentSpace) -> str:
+    if space.scale is None or space.shift is None:
+        return f"{space}, whose statistics only its VAE has"
+    return f"{space} (scale {_factors_shown(space.scale)}, shift {_factors_shown(space.shift)})"
+
+
+def _factors_shown(value: float | tuple[float, ...]) -> str:
+    numbers = value if isinstance(value, tuple) else (value,)
+    shown = ", ".join(f"{number:.6g}" for number in numbers[:4])
+    return shown if len(numbers) <= 4 else f"{shown}, ..."

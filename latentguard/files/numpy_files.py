@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from latentguard.errors import LatentsError
-from latentguard.files.bounds import MAX_AXES, MAX_INFLATED, MAX_METADATA, MAX_NPY_HEADER
+from latentguard.files.bounds import (
+    MAX_AXES,
+    MAX_INFLATED,
+    MAX_METADATA,
+    MAX_NPY_HEADER,
+    MAX_RATIO,
+    MIN_INFLATED,
+)
 from latentguard.files.claims import KEYS, Claims, Image, Payload, plan
-from latentguard.files.streams import check_zip, read_exactly
+from latentguard.files.explain import no_latents
+from latentguard.files.signatures import check_start, kind_of
+from latentguard.files.streams import read_exactly
+from latentguard.files.zip_archive import DEFLATED, STORED, Entry, entry_stream, read_archive
 
 FLOATS = ("f2", "f4", "f8")
 _CLAIM_KINDS = "bUiuf"
@@ -22,6 +31,7 @@ _CLAIM_KINDS = "bUiuf"
 
 def open_npy(stream: BinaryIO, size: int, claims: Claims) -> Payload:
     """A .npy file; it carries nothing but numbers, so `claims` come from elsewhere."""
+    check_start(stream, size, "a file of numpy.save")
     header = _header(stream, size)
 
     def images() -> Iterator[Image | LatentsError]:
@@ -34,36 +44,31 @@ def open_npy(stream: BinaryIO, size: int, claims: Claims) -> Payload:
 
 def open_npz(stream: BinaryIO, size: int, claims: Claims) -> Payload:
     """An .npz: the array `latents` (or the only one of three or more axes) and the known keys."""
-    check_zip(stream, size)
-    try:
-        archive = zipfile.ZipFile(stream)
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-        raise LatentsError(f"is a damaged .npz: {error}") from error
-    entries = {}
-    for entry in archive.infolist():
-        name = entry.filename.removesuffix(".npy")
+    check_start(stream, size, "a file of numpy.savez")
+    start = stream.read(8)
+    if start[:4] != b"PK\x03\x04":
+        # numpy.load looks at the first bytes alone.
+        kind = kind_of(start)
+        found = f", it is {kind}" if kind else ", or is truncated"
+        raise LatentsError(f"is not a zip archive of numpy.savez{found}")
+    entries: dict[str, Entry] = {}
+    for entry in read_archive(stream, size):
+        name = entry.name.removesuffix(".npy")
         if name in entries:
             raise LatentsError(f"is a damaged .npz: it holds {name[:60]!r} twice")
-        entries[name] = _checked(entry, size)
-    values = {name: _small(archive, entries[name]) for name in KEYS & entries.keys()}
+        entries[name] = _checked(entry)
+    values = {name: _small(stream, entries[name]) for name in KEYS & entries.keys()}
     claims = Claims.parse(values).merged(claims, "the file", "its metadata")
-    entry = _latents_entry(archive, entries)
-    with archive.open(entry) as member:
-        header = _header(cast(BinaryIO, member), entry.file_size)
+    entry = _latents_entry(entries)
+    header = _header(entry_stream(stream, entry), entry.size)
     plan(header.shape, claims)
 
     def images() -> Iterator[Image | LatentsError]:
-        try:
-            with archive.open(entry) as member:
-                read_exactly(cast(BinaryIO, member), header.start)
-                yield from _images(cast(BinaryIO, member), header, claims)
-        except _ZIP_ERRORS as error:
-            raise LatentsError(f"is a damaged .npz: {error}") from error
+        member = entry_stream(stream, entry)
+        read_exactly(member, header.start)
+        return _images(member, header, claims)
 
     return Payload(claims, images)
-
-
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
 class _Header:
@@ -79,16 +84,32 @@ def _header(stream: BinaryIO, size: int) -> _Header:
     """Read and check the header; the stream is at its start, and `size` bytes long."""
     dtype, shape, start = _any_header(stream, size)
     if dtype.str[1:] not in FLOATS:
-        kind = "objects, which would have to be unpickled" if dtype.hasobject else f"{dtype}"
-        raise LatentsError(f"latents must be float16, float32 or float64, got {kind}"[:200])
+        raise LatentsError(f"latents must be float16, float32 or float64, got {_kind(dtype)}")
     _check_size(dtype, shape, size - start)
     return _Header(dtype, shape, start)
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """A type that latents do not have, and what to do about it."""
+    if dtype.hasobject:
+        return (
+            "objects, which would have to be unpickled: save one array of numbers, "
+            "numpy.stack(list).astype(numpy.float32)"
+        )
+    if dtype.str[1:] == "V2":
+        return (
+            "V2: this is bfloat16 as numpy.save writes it, without its type; save "
+            "latents.astype(numpy.float32), or use safetensors"
+        )
+    return f"{dtype}"[:100]
 
 
 def _any_header(stream: BinaryIO, size: int) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     prefix = stream.read(8)
     if len(prefix) < 8 or prefix[:6] != b"\x93NUMPY":
-        raise LatentsError("is not a .npy file, or is truncated")
+        kind = kind_of(prefix)
+        found = f": it is {kind}" if kind else ", or is truncated"
+        raise LatentsError(f"is not a .npy file{found}")
     version = (prefix[6], prefix[7])
     if version not in ((1, 0), (2, 0), (3, 0)):
         raise LatentsError(f"has .npy version {version[0]}.{version[1]}, known are 1.0 to 3.0")
@@ -98,11 +119,17 @@ def _any_header(stream: BinaryIO, size: int) -> tuple[np.dtype[Any], tuple[int, 
     if length > MAX_NPY_HEADER:
         raise LatentsError(f"has a header of {length} bytes, over the limit of {MAX_NPY_HEADER}")
     text = read_exactly(stream, length)
-    # Version 3.0 differs from 2.0 in its text encoding alone, which matters to field names only.
+    if not text.isascii():
+        # Versions differ in how they read other characters, which plain numbers do not need.
+        raise LatentsError("has a .npy header that is not plain text")
     read = (
         np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
     )
     try:
+        if version == (3, 0):
+            # As numpy has it, numbers of Python 2 (16L) are of older versions alone; else the two
+            # differ in their text encoding only.
+            ast.literal_eval(text.decode("ascii"))
         shape, fortran, dtype = read(io.BytesIO(length_bytes + text))
     except Exception as error:  # literal_eval of hostile text raises a dozen types
         raise LatentsError("has a damaged .npy header") from error
@@ -128,7 +155,7 @@ def _images(stream: BinaryIO, header: _Header, claims: Claims) -> Iterator[Image
     layout = plan(header.shape, claims)
     for index in range(layout.count):
         bytes_each = math.prod(layout.shape) * header.dtype.itemsize
-        if stream.seekable() and not isinstance(stream, zipfile.ZipExtFile):
+        if stream.seekable():
             # Others may have moved the stream between two images.
             stream.seek(header.start + index * bytes_each)
         numbers = np.frombuffer(read_exactly(stream, bytes_each), dtype=header.dtype)
@@ -138,43 +165,38 @@ def _images(stream: BinaryIO, header: _Header, claims: Claims) -> Iterator[Image
 # -- .npz ------------------------------------------------------------------------------------
 
 
-def _checked(entry: zipfile.ZipInfo, size: int) -> zipfile.ZipInfo:
-    name = entry.filename[:60]
-    if entry.flag_bits & 1:
-        raise LatentsError(f"holds {name!r} encrypted")
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise LatentsError(f"holds {name!r} in an unknown compression {entry.compress_type}")
-    limit = size if entry.compress_type == zipfile.ZIP_STORED else MAX_INFLATED
-    if entry.file_size > limit:
+def _checked(entry: Entry) -> Entry:
+    if entry.method not in (STORED, DEFLATED):
         raise LatentsError(
-            f"holds {name!r} of {entry.file_size} bytes, over the limit of {limit} for this file"
+            f"holds {entry.name[:60]!r} in an unknown compression {entry.method}: use "
+            "numpy.savez_compressed"
+        )
+    limit = min(MAX_INFLATED, MIN_INFLATED + MAX_RATIO * entry.packed)
+    if entry.method == DEFLATED and entry.size > limit:
+        raise LatentsError(
+            f"holds {entry.name[:60]!r} of {entry.size} bytes in {entry.packed}, over the limit of "
+            f"{limit}: save it with numpy.savez, without compression"
         )
     return entry
 
 
-def _latents_entry(
-    archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]
-) -> zipfile.ZipInfo:
+def _latents_entry(entries: dict[str, Entry]) -> Entry:
     if "latents" in entries:
         return entries["latents"]
-    candidates = [e for name, e in entries.items() if name not in KEYS]
+    candidates = [name for name in entries if name not in KEYS]
     if len(candidates) != 1:
-        names = ", ".join(sorted(entries))[:120]
-        raise LatentsError(f"needs an array named latents, it holds {names or 'nothing'}")
-    return candidates[0]
+        raise no_latents(sorted(entries), candidates, "an array named latents")
+    return entries[candidates[0]]
 
 
-def _small(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
+def _small(stream: BinaryIO, entry: Entry) -> Any:
     """One of the known keys, as plain Python."""
-    if entry.file_size > MAX_METADATA:
-        raise LatentsError(f"holds {entry.filename!r} of {entry.file_size} bytes: too long")
-    try:
-        data = archive.read(entry)
-    except _ZIP_ERRORS as error:
-        raise LatentsError(f"is a damaged .npz: {error}") from error
+    if entry.size > MAX_METADATA:
+        raise LatentsError(f"holds {entry.name[:60]!r} of {entry.size} bytes: too long")
+    data = read_exactly(entry_stream(stream, entry), entry.size)
     stream = io.BytesIO(data)
     dtype, shape, start = _any_header(stream, len(data))
     if dtype.kind not in _CLAIM_KINDS:
-        raise LatentsError(f"holds {entry.filename!r} of {dtype}: text, numbers or truth expected")
+        raise LatentsError(f"holds {entry.name[:60]!r} of {dtype}: text, numbers or truth expected")
     _check_size(dtype, shape, len(data) - start)
     return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape).tolist()

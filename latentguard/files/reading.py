@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import itertools
 import os
@@ -16,17 +15,18 @@ import numpy as np
 from latentguard.errors import LatentsError
 from latentguard.files.claims import Claims, Image, Payload
 from latentguard.files.numpy_files import open_npy, open_npz
+from latentguard.files.passed_over import PassedOver
+from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable, expand
 from latentguard.files.safetensors_files import open_safetensors
-from latentguard.files.shards import Member, Sample, member_window, read_samples, sample_claims
-from latentguard.files.streams import open_regular, size_of
+from latentguard.files.shards import Sample, member_window, read_samples, sample_claims
+from latentguard.files.streams import open_regular, size_of, state_of, unchanged
+from latentguard.files.tar import Member, printable
 from latentguard.files.torch_files import open_torch
 from latentguard.spaces import Latents, LatentSpace, recognise
 from latentguard.spaces.arrays import LatentArray, unpack, widened
 from latentguard.spaces.statistics import MAX_IMAGES
+from latentguard.spaces.tokens import check_size
 
-SUFFIXES = (".pt", ".pth", ".safetensors", ".npy", ".npz", ".tar")
-# Found in a folder, these are reported rather than passed over: they may well hold latents.
-_REFUSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _OPENERS: dict[str, Callable[[BinaryIO, int, Claims], Payload]] = {
     ".pt": open_torch,
     ".pth": open_torch,
@@ -85,6 +85,7 @@ def read_arrays(
     paths: Iterable[str | Path] | str | Path,
     space: str | LatentSpace | None = None,
     scaled: bool | None = None,
+    passed: PassedOver | None = None,
 ) -> Iterator[ArrayRecord]:
     """Read latents files one image at a time, in a stable order; at most one image is in memory
     besides what a .pt inside a shard holds. Without torch.
@@ -93,11 +94,14 @@ def read_arrays(
         paths: files (.pt, .pth, .safetensors, .npy, .npz, .tar), folders (searched recursively,
             sorted by name), and glob patterns.
         space, scaled: what the files do not say themselves. A file that says otherwise is an
-            error, and one that says nothing is recognised by its statistics or is an error.
+            error, and one that says nothing is recognised by its statistics or is an error. A
+            scaling that is not the space's usual one comes with `space` alone: a file that declares
+            one of its own is an error.
+        passed: counts what folders and shards hold besides, which cannot be latents.
 
     Yields:
         ArrayRecords. Whatever is wrong with a file or an image becomes a record with an error, and
-        the rest is read.
+        the rest is read. So does what could hold latents but is of a type that is not read.
 
     Raises:
         LatentsError: the space is unknown.
@@ -105,7 +109,8 @@ def read_arrays(
     given = None if space is None else LatentSpace.get(space)
     if scaled is not None and not isinstance(scaled, bool):
         raise LatentsError(f"scaled must be True, False or None, got {scaled!r}")
-    return _records([paths] if isinstance(paths, (str, Path)) else paths, given, scaled)
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    return _records(paths, given, scaled, PassedOver() if passed is None else passed)
 
 
 def load_latents(
@@ -130,14 +135,14 @@ def load_latents(
 
 
 def _records(
-    paths: Iterable[str | Path], space: LatentSpace | None, scaled: bool | None
+    paths: Iterable[str | Path], space: LatentSpace | None, scaled: bool | None, passed: PassedOver
 ) -> Iterator[ArrayRecord]:
     for path in paths:
-        for found in _expand(path):
-            if isinstance(found, ArrayRecord):
-                yield found
+        for found in expand(path, passed):
+            if isinstance(found, Unreadable):
+                yield ArrayRecord(found.source, 0, None, None, found.error)
                 continue
-            yield from _guarded(str(found), 0, _file(found, space, scaled))
+            yield from _guarded(str(found), 0, _file(found, space, scaled, passed))
 
 
 def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterator[ArrayRecord]:
@@ -155,83 +160,45 @@ def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterato
         yield ArrayRecord(source, index, None, None, f"cannot be read ({reason})")
 
 
-# -- paths -----------------------------------------------------------------------------------
-
-
-def _expand(path: str | Path) -> Iterator[Path | ArrayRecord]:
-    """The files that a path, a folder or a pattern means, in a stable order."""
-    text = os.fspath(path)
-
-    def failed(error: str) -> ArrayRecord:
-        return ArrayRecord(text, 0, None, None, error)
-
-    try:
-        if os.path.isdir(text):
-            matches = list(_walk(text))
-            if not matches:
-                yield failed(f"is a folder without latents files ({', '.join(SUFFIXES)})")
-        elif glob.has_magic(text) and not os.path.lexists(text):
-            matches = []
-            for match in sorted(glob.glob(text, recursive=True, include_hidden=True)):
-                matches += _walk(match) if os.path.isdir(match) else [Path(match)]
-            if not matches:
-                yield failed("matches no file")
-        elif os.path.lexists(text):
-            matches = [Path(text)]
-        else:
-            matches = []
-            yield failed("does not exist")
-    except (OSError, ValueError) as error:  # a NUL byte in the path is a ValueError
-        yield failed(f"cannot be opened: {error}")
-        return
-    yield from matches
-
-
-def _walk(folder: str) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(SUFFIXES + _REFUSED):
-                yield Path(root, name)
-
-
 # -- one file --------------------------------------------------------------------------------
 
 
-def _file(path: Path, space: LatentSpace | None, scaled: bool | None) -> Iterator[ArrayRecord]:
+def _file(
+    path: Path, space: LatentSpace | None, scaled: bool | None, passed: PassedOver
+) -> Iterator[ArrayRecord]:
     name = path.name.lower()
-    if name.endswith(_REFUSED):
+    if name.endswith(COMPRESSED_SHARDS):
         raise LatentsError("is a compressed archive, whose size nothing bounds: unpack it to .tar")
     if not name.endswith(SUFFIXES):
         raise LatentsError(f"is of an unknown type: known are {', '.join(SUFFIXES)}")
     with open_regular(path) as stream:
-        size = size_of(stream)
+        before, size = state_of(stream), size_of(stream)
         if size == 0:
             raise LatentsError("is an empty file")
         if name.endswith(".tar"):
-            yield from _shard(path, stream, size, space, scaled)
-            return
-        if name.endswith((".pt", ".pth")):
-            payload = open_torch(stream, size, Claims(), mapped=True)
+            records = _shard(path, stream, size, space, scaled, passed)
         else:
             payload = _OPENERS[path.suffix.lower()](stream, size, Claims())
-        yield from _images(payload, str(path), 0, None, space, scaled)
+            records = _images(payload, str(path), 0, None, space, scaled)
+        yield from unchanged(stream, before, records)
 
 
 def _shard(
-    path: Path, stream: BinaryIO, size: int, space: LatentSpace | None, scaled: bool | None
+    path: Path,
+    stream: BinaryIO,
+    size: int,
+    space: LatentSpace | None,
+    scaled: bool | None,
+    passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     index = 0
-    for sample in read_samples(stream, size):
+    for sample in read_samples(stream, size, passed):
         if isinstance(sample, LatentsError):
             yield ArrayRecord(str(path), index, None, None, str(sample))
             index += 1
             continue
         for member in sample.latents:
-            source = f"{path}::{member.name}"
+            source = f"{path}::{printable(member.name)}"
             records = _member(stream, sample, member, source, index, space, scaled)
             for record in _guarded(source, index, records):
                 index = record.index + 1
@@ -252,7 +219,7 @@ def _member(
     claims = sample_claims(stream, sample)
     suffix = os.path.splitext(member.name.lower())[1]
     payload = _OPENERS[suffix](member_window(stream, member), member.size, claims)
-    yield from _images(payload, source, index, sample.key, space, scaled)
+    yield from _images(payload, source, index, printable(sample.key), space, scaled)
 
 
 # -- images ----------------------------------------------------------------------------------
@@ -269,17 +236,38 @@ def _images(
     """The records of one payload: its convention is settled first, then image after image."""
     given = Claims(space=None if space is None else space.name, scaled=scaled)
     claims = payload.claims.merged(given, "the file", "the option given")
-    known = claims.latent_space()
-    if space is not None and claims.scale is None and claims.shift is None:
-        known = space  # the caller's may have a scaling of its own, or flux2's statistics
+    # The operator's may have a scaling of its own, or flux2's statistics.
+    known = space if space is not None or claims.space is None else LatentSpace.get(claims.space)
     settled = _settle(payload, claims, known)
+    if settled is not None:
+        claims.check_scaling(*settled)
+        _check_size(payload, claims, settled[0])
     count = 0
     for number, image in enumerate(payload.images()):
         count = number + 1
         name = key if claims.ids is None else (claims.ids[number : number + 1] or (None,))[0]
         yield _record(source, first + number, name, image, settled, claims)
+    if count == 0:
+        raise LatentsError("holds no image")
     if claims.ids is not None and len(claims.ids) != count:
         raise LatentsError(f"has {len(claims.ids)} ids for {count} images")
+
+
+def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
+    """One size is said for all packed images of a file, so the first of them speak for the rest.
+
+    Raises LatentsError where the numbers of one deny it.
+    """
+    if claims.height is None or claims.width is None:
+        return
+    for image in itertools.islice(payload.images(), MAX_IMAGES):
+        if isinstance(image, LatentsError) or image.ndim != 2:
+            continue
+        try:
+            space.size((1, *image.shape), "packed", claims.height, claims.width)
+        except LatentsError:
+            continue  # an image of another size is an error of its own
+        check_size(widened(image)[None], space, claims.height, claims.width)
 
 
 def _settle(

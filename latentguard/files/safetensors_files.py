@@ -12,24 +12,39 @@ import numpy as np
 from latentguard.errors import LatentsError
 from latentguard.files.bounds import MAX_AXES, MAX_SAFETENSORS_HEADER
 from latentguard.files.claims import Claims, Image, Payload, plan
+from latentguard.files.explain import no_latents
+from latentguard.files.signatures import check_start, kind_of
 from latentguard.files.streams import read_exactly
 from latentguard.spaces.arrays import BFLOAT16, native
 
+# Bits of every type that a file may hold beside its latents.
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32,
+    "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _KINDS = {"F16": np.dtype("<f2"), "BF16": BFLOAT16, "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
 def open_safetensors(stream: BinaryIO, size: int, claims: Claims) -> Payload:
     """A safetensors file: the tensor `latents` (or the only one) and the known metadata keys."""
+    check_start(stream, size, "a safetensors file")
     header, start = _header(stream, size)
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(v, str) and _is_text(v) and _is_text(k) for k, v in metadata.items()
+    ):
         raise LatentsError("has damaged metadata: every value must be text")
     claims = Claims.parse(metadata, text=True).merged(claims, "the file", "its metadata")
-    name = "latents" if "latents" in header else next(iter(header), "")
-    if name not in header or (name != "latents" and len(header) > 1):
-        names = ", ".join(sorted(header))[:120]
-        raise LatentsError(f"needs a tensor named latents, it holds {names or 'nothing'}")
-    dtype, shape, begin = _tensor(name, header[name], size - start)
+    tensors = _tensors(header, size - start)
+    name = "latents" if "latents" in tensors else next(iter(tensors), "")
+    if name not in tensors or (name != "latents" and len(tensors) > 1):
+        arrays = sorted(name for name, tensor in tensors.items() if tensor[0] in _KINDS)
+        raise no_latents(sorted(tensors), arrays, "a tensor named latents")
+    dtype, shape, begin = tensors[name]
+    if dtype not in _KINDS:
+        raise LatentsError(f"latents must be {', '.join(_KINDS)}, got {dtype!r}")
     layout = plan(shape, claims)
 
     def images() -> Iterator[Image | LatentsError]:
@@ -57,27 +72,72 @@ def _header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         raise LatentsError(
             f"has a header of {length} bytes, over the limit of {MAX_SAFETENSORS_HEADER}"
         )
+    text = read_exactly(stream, length)
     try:
-        header = json.loads(read_exactly(stream, length))
+        header = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole, parse_constant=float
+        )
     except (ValueError, RecursionError) as error:
+        if isinstance(error, LatentsError):
+            raise
         raise LatentsError("has a damaged safetensors header: it is not JSON") from error
-    if not isinstance(header, dict):
-        raise LatentsError("has a damaged safetensors header: it is not a JSON object")
+    if not text.startswith(b"{"):
+        kind = kind_of(length.to_bytes(8, "little"))
+        found = f": it is {kind}" if kind else ""
+        raise LatentsError(f"has a damaged safetensors header: it is not a JSON object{found}")
     return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; two values of one key are read differently from reader to reader."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise LatentsError(f"has a damaged safetensors header: it holds {key[:60]!r} twice")
+        found[key] = value
+    return found
+
+
+def _whole(text: str) -> int:
+    # Python reads -0 as 0, and digits without end; neither is a size.
+    if text.startswith("-") or len(text) > 19:
+        raise LatentsError(f"has a damaged safetensors header: {text[:30]} is no size")
+    return int(text)
+
+
+def _tensors(header: dict[str, Any], held: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """dtype, shape and first byte of every tensor; together they must fill the `held` bytes."""
+    tensors = {name: _tensor(name, entry, held) for name, entry in header.items()}
+    position = 0
+    for begin, end, name in sorted((*header[name]["data_offsets"], name) for name in tensors):
+        if begin != position:
+            raise LatentsError(
+                f"has a damaged safetensors header: tensor {name[:60]!r} begins at byte {begin}, "
+                f"the one before it ends at byte {position}"
+            )
+        position = end
+    if position != held and tensors:
+        raise LatentsError(
+            f"has something behind its numbers: the tensors end at byte {position}, {held} bytes "
+            "are there"
+        )
+    return tensors
 
 
 def _tensor(name: str, entry: Any, held: int) -> tuple[str, tuple[int, ...], int]:
     """dtype, shape and first byte of one tensor, checked against the bytes that are there."""
     damaged = LatentsError(f"has a damaged safetensors header: tensor {name[:60]!r}")
-    if not isinstance(entry, dict):
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS or not _is_text(name):
         raise damaged
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise damaged
-    if dtype not in _KINDS:
+    if dtype not in _KINDS and name == "latents":
         raise LatentsError(f"latents must be {', '.join(_KINDS)}, got {dtype[:60]!r}")
+    if dtype not in _BITS:
+        raise LatentsError(f"holds tensor {name[:60]!r} of the unknown type {dtype[:60]!r}")
     begin, end = offsets
-    if end - begin != math.prod(shape) * _KINDS[dtype].itemsize:
+    if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
         raise LatentsError(
             f"has a damaged safetensors header: shape {shape} of {dtype} does not fill bytes "
             f"{begin} to {end}"[:300]
@@ -87,6 +147,11 @@ def _tensor(name: str, entry: Any, held: int) -> tuple[str, tuple[int, ...], int
             f"is truncated: tensor {name[:60]!r} ends at byte {end}, {held} bytes are there"
         )
     return dtype, tuple(shape), begin
+
+
+def _is_text(value: str) -> bool:
+    """Whether a name is Unicode text: JSON can spell halves of characters, which are none."""
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _sizes(value: Any) -> TypeGuard[list[int]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import os
 import stat
-import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from latentguard.errors import LatentsError
-from latentguard.files.bounds import MAX_ZIP_DIRECTORY
+
+Item = TypeVar("Item")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -34,6 +35,29 @@ def size_of(stream: BinaryIO) -> int:
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     return size
+
+
+def state_of(stream: BinaryIO) -> tuple[int, int]:
+    """An open file's size and time of change, which differ once something writes to it."""
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def unchanged(stream: BinaryIO, before: tuple[int, int], items: Iterator[Item]) -> Iterator[Item]:
+    """What is read from an open file, item by item, as long as its `state_of` is as before.
+
+    Raises LatentsError as soon as it differs: what was judged before is no longer what it holds.
+    """
+    try:
+        for item in items:
+            if state_of(stream) != before:
+                break
+            yield item
+    except LatentsError:
+        if state_of(stream) == before:
+            raise
+    if state_of(stream) != before:
+        raise LatentsError("changed while it was read: scan it again when nothing writes to it")
 
 
 def read_exactly(stream: BinaryIO, count: int) -> bytes:
@@ -74,41 +98,3 @@ class Window(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
-
-
-def check_zip(stream: BinaryIO, size: int) -> None:
-    """LatentsError unless the stream ends as a zip archive with a bounded table of contents.
-
-    Python's zipfile reads that table as a whole, however large an archive says that it is.
-    """
-    end = 22
-    if size < end:
-        raise LatentsError("is not a zip archive, or is truncated")
-    stream.seek(size - end)
-    record = read_exactly(stream, end)
-    # Neither torch.save nor numpy writes a comment behind the end record, so it is the end.
-    signature, _, _, _, _, directory, _, comment = struct.unpack("<4s4H2LH", record)
-    if signature != b"PK\x05\x06" or comment != 0:
-        raise LatentsError("is not a zip archive, or is truncated")
-    directory = _zip64_directory(stream, size - end) or directory
-    if directory > min(MAX_ZIP_DIRECTORY, size):
-        raise LatentsError(
-            f"has a table of contents of {directory} bytes, over the limit of {MAX_ZIP_DIRECTORY}"
-        )
-    stream.seek(0)
-
-
-def _zip64_directory(stream: BinaryIO, end: int) -> int | None:
-    """The size of the table of contents in an archive of over 4 GiB, None in a smaller one."""
-    locator, record = 20, 56
-    if end < locator + record:
-        return None
-    stream.seek(end - locator - record)
-    data = read_exactly(stream, locator + record)
-    if data[record : record + 4] != b"PK\x06\x07":
-        return None
-    (at,) = struct.unpack_from("<Q", data, record + 8)
-    if data[:4] != b"PK\x06\x06" or at != end - locator - record:
-        raise LatentsError("is a damaged zip archive: its zip64 end record is not at its end")
-    (directory,) = struct.unpack_from("<Q", data, 40)
-    return int(directory)

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import mmap
-import struct
-import zipfile
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import LatentsError
-from latentguard.files.bounds import MAX_PICKLE, MAX_SHARD_TORCH_MEMBER
+from latentguard.files.bounds import MAX_GATHERED, MAX_PICKLE, MAX_REPEATS, MIN_READING, TENSOR_COST
 from latentguard.files.claims import Claims, Image, Payload, plan
+from latentguard.files.explain import no_latents
 from latentguard.files.pickle_structure import Tensor, read_structure
-from latentguard.files.streams import check_zip, read_exactly
+from latentguard.files.signatures import check_start, kind_of
+from latentguard.files.streams import read_exactly
+from latentguard.files.zip_archive import STORED, Entry, read_archive
 from latentguard.spaces.arrays import BFLOAT16, native
 
 # What torch.save wrote before version 1.6, and what pickle.dump writes, is a bare pickle.
 _PICKLE_START = b"\x80"
 _FLOATS = (np.dtype("<f2"), np.dtype("<f4"), np.dtype("<f8"), BFLOAT16)
+# What torch.save writes beside data.pkl and data/KEY. A part that is not known could change what
+# the numbers mean, as `byteorder` did when it came.
+_KNOWN = {
+    "data.pkl",
+    "version",
+    "byteorder",
+    ".format_version",
+    ".storage_alignment",
+    ".data/serialization_id",
+}
+_VERSIONS = range(1, 11)
+_ALIGNMENT = 64  # of torch.save, where a file does not say it
+_MAX32 = 0xFFFFFFFF
 
 
-def open_torch(stream: BinaryIO, size: int, claims: Claims, mapped: bool = False) -> Payload:
-    """A tensor, a list of tensors, or a dict with `latents` (either) and the known keys.
-
-    mapped: the stream is a file, whose numbers are mapped; else (a shard's member) they are read
-    into memory.
-    """
+def open_torch(stream: BinaryIO, size: int, claims: Claims) -> Payload:
+    """A tensor, a list of tensors, or a dict with `latents` (either) and the known keys."""
+    check_start(stream, size, "a file of torch.save")
     value, places = _read(stream, size)
     if isinstance(value, Mapping):
         claims = Claims.parse(_plain(value)).merged(claims, "the file", "its metadata")
@@ -36,90 +47,128 @@ def open_torch(stream: BinaryIO, size: int, claims: Claims, mapped: bool = False
     tensors = value if isinstance(value, (list, tuple)) else [value]
     if not tensors:
         raise LatentsError("holds an empty list: there are no latents in it")
-    if not mapped and size > MAX_SHARD_TORCH_MEMBER:
+    if isinstance(tensors[0], Mapping):
         raise LatentsError(
-            f"has {size} bytes, over the limit of {MAX_SHARD_TORCH_MEMBER} for a .pt in a shard"
+            "holds a list of dicts, which is not read: save a list of their latents, or one dict "
+            "with these under latents"
         )
 
     def images() -> Iterator[Image | LatentsError]:
-        data: bytes | mmap.mmap
-        if mapped:
-            data = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
-        else:
-            stream.seek(0)
-            data = read_exactly(stream, size)
+        reader = _Reader(stream, size)
         for tensor in tensors:
-            yield from _images(tensor, data, places, claims)
+            yield from _images(tensor, reader, places, claims)
 
     return Payload(claims, images)
 
 
 def _read(stream: BinaryIO, size: int) -> tuple[Any, dict[str, int]]:
     """What the archive holds, and at which byte each storage begins, by its key."""
-    start = stream.read(4)
+    start = stream.read(8)
     if start[:1] == _PICKLE_START:
         raise LatentsError(
             "is a bare pickle (pickle.dump, or torch.save before 1.6), which could run code when "
             "loaded: refused, nothing of it was executed; save it with torch.save of today"
         )
-    if start != b"PK\x03\x04":
-        raise LatentsError("is not a file of torch.save, or is truncated")
-    check_zip(stream, size)
-    try:
-        with zipfile.ZipFile(stream) as archive:
-            entries = _entries(archive, size)
-            structure = archive.read(entries["data.pkl"])
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as error:
-        if isinstance(error, LatentsError):
-            raise
-        raise LatentsError(f"is a damaged file of torch.save: {error}") from error
+    if start[:4] != b"PK\x03\x04":
+        kind = kind_of(start)
+        found = f": it is {kind}" if kind else ", or is truncated"
+        raise LatentsError(f"is not a file of torch.save{found}")
+    entries = _entries(read_archive(stream, size))
+    _check_records(stream, entries)
     storages = {name[5:]: entry for name, entry in entries.items() if name.startswith("data/")}
-    value = read_structure(structure, {key: entry.file_size for key, entry in storages.items()})
-    return value, {key: _begin(stream, entry, size) for key, entry in storages.items()}
+    structure = _content(stream, entries["data.pkl"])
+    value, keys = read_structure(structure, {key: e.size for key, e in storages.items()})
+    if ".format_version" in entries:
+        alignment = entries.get(".storage_alignment")
+        _check_places(
+            [storages[key] for key in keys],
+            _ALIGNMENT if alignment is None else _decimal(stream, alignment),
+        )
+    return value, {key: entry.begin for key, entry in storages.items()}
 
 
-def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The archive's parts by name, checked against each other and the file's size."""
-    entries: dict[str, zipfile.ZipInfo] = {}
-    for entry in archive.infolist():
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+def _entries(found: list[Entry]) -> dict[str, Entry]:
+    """The archive's parts by their name below the folder that they share, checked."""
+    entries: dict[str, Entry] = {}
+    if any(entry.name.lower().endswith("/constants.pkl") for entry in found):
+        raise LatentsError(
+            "is a TorchScript model (torch.jit.save), which holds code: save its tensors with "
+            "torch.save"
+        )
+    folders = set()
+    # torch looks names up regardless of case, so two that differ in case are the same.
+    seen = set()
+    for entry in found:
+        if entry.method != STORED:
             raise LatentsError(
                 "is a compressed or encrypted archive, which torch.save never writes"
             )
-        # Below the archive's own folder, whatever it is called; torch looks names up regardless of
-        # case, so two that differ in case are the same.
-        name = entry.filename.partition("/")[2].lower()
-        if name in entries:
+        folder, _, name = entry.name.partition("/")
+        folders.add(folder)
+        if name.lower() in seen:
             raise LatentsError(f"is a damaged file of torch.save: it holds {name[:60]!r} twice")
+        seen.add(name.lower())
         entries[name] = entry
-    if sum(entry.file_size for entry in entries.values()) > size:
-        raise LatentsError("is a hostile archive: its parts are larger than the whole")
-    if "constants.pkl" in entries or "data.pkl" not in entries:
+    if "data.pkl" not in entries or len(folders) != 1:
         raise LatentsError("is not a file of torch.save (a TorchScript model is none, either)")
-    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise LatentsError("was saved on a big-endian machine, which is not supported")
-    if entries["data.pkl"].file_size > MAX_PICKLE:
+    unknown = [name for name in entries if name not in _KNOWN and not name.startswith("data/")]
+    if unknown:
         raise LatentsError(
-            f"has a structure of {entries['data.pkl'].file_size} bytes, over the limit of "
-            f"{MAX_PICKLE}"
+            f"holds {unknown[0][:60]!r}, which torch.save of the versions known here does not "
+            "write: save it anew"
+        )
+    if entries["data.pkl"].size > MAX_PICKLE:
+        raise LatentsError(
+            f"has a structure of {entries['data.pkl'].size} bytes, over the limit of {MAX_PICKLE}"
         )
     return entries
 
 
-def _begin(stream: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:
-    """The byte at which an entry's content begins, behind its local header."""
-    stream.seek(entry.header_offset)
-    header = read_exactly(stream, 30)
-    if header[:4] != b"PK\x03\x04":
-        raise LatentsError(f"is a damaged file of torch.save: {entry.filename[:60]!r} is not there")
-    name, extra = struct.unpack_from("<HH", header, 26)
-    begin: int = entry.header_offset + len(header) + name + extra
-    if begin + entry.file_size > size:
+def _check_records(stream: BinaryIO, entries: Mapping[str, Entry]) -> None:
+    """The small parts, by which torch decides how it reads the others."""
+    if "byteorder" in entries and _content(stream, entries["byteorder"], 16) != b"little":
+        raise LatentsError("was saved on a big-endian machine, which is not supported")
+    if "version" not in entries or _decimal(stream, entries["version"]) not in _VERSIONS:
+        raise LatentsError("is of a version that is not known: save it with torch.save of today")
+    if ".storage_alignment" in entries and not _decimal(stream, entries[".storage_alignment"]):
+        raise LatentsError("is a damaged file of torch.save: its alignment is 0")
+
+
+def _check_places(storages: list[Entry], alignment: int) -> None:
+    """LatentsError unless each storage lies where torch.save would put it behind the one before.
+
+    torch.load can be told to compute these places from the first one, without reading the headers
+    (`torch.utils.serialization.config.load.calculate_storage_offsets`).
+    """
+    for before, entry in pairwise(storages):
+        header = before.begin + before.size
+        large = before.header >= _MAX32 or before.size >= _MAX32
+        if before.size:
+            header += 24 if large else 16
+        start = header + 30 + len(entry.name.encode()) + 4
+        if header >= _MAX32 or entry.size >= _MAX32:
+            start += 4 + 16 * (entry.size >= _MAX32) + 8 * (header >= _MAX32)
+        if entry.header != header or entry.begin != -(-start // alignment) * alignment:
+            raise LatentsError(
+                f"is a damaged file of torch.save: {entry.name[:60]!r} is not where torch.save "
+                "puts it; load it and save it anew"
+            )
+
+
+def _decimal(stream: BinaryIO, entry: Entry) -> int:
+    text = _content(stream, entry, 16).removesuffix(b"\n")
+    if not text.isdigit():
+        raise LatentsError(f"is a damaged file of torch.save: {entry.name[:60]!r} is no number")
+    return int(text)
+
+
+def _content(stream: BinaryIO, entry: Entry, limit: int = MAX_PICKLE) -> bytes:
+    if entry.size > limit:
         raise LatentsError(
-            f"is truncated: {entry.filename[:60]!r} ends at byte {begin + entry.file_size}, "
-            f"{size} bytes are there"
+            f"is a damaged file of torch.save: {entry.name[:60]!r} has {entry.size} bytes"
         )
-    return begin
+    stream.seek(entry.begin)
+    return read_exactly(stream, entry.size)
 
 
 def _plain(value: Mapping[Any, Any]) -> dict[str, Any]:
@@ -129,16 +178,46 @@ def _plain(value: Mapping[Any, Any]) -> dict[str, Any]:
 def _latents_of(value: Mapping[Any, Any]) -> Any:
     if "latents" in value:
         return value["latents"]
-    tensors = [item for item in value.values() if isinstance(item, Tensor)]
+    tensors = {str(key): item for key, item in value.items() if isinstance(item, Tensor)}
     if len(tensors) != 1:
-        names = ", ".join(str(key)[:30] for key in list(value)[:8])
-        raise LatentsError(f"needs the key latents, it holds {names or 'nothing'}")
-    return tensors[0]
+        floats = [key for key, item in tensors.items() if item.dtype in _FLOATS]
+        raise no_latents((str(key) for key in value), floats, "the key latents")
+    return next(iter(tensors.values()))
+
+
+# -- numbers ---------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Reads a file's numbers, in all a bounded multiple of what it holds.
+
+    Tensors may share a storage: thousands of them over the same bytes are thousands of images.
+    """
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream = stream
+        self._left = MIN_READING + MAX_REPEATS * size
+
+    def spend(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise LatentsError(
+                f"describes tensors of over {MAX_REPEATS} times what it stores: save each one as "
+                "tensor.clone()"
+            )
+
+    def numbers(self, begin: int, tensor: Tensor, first: int, count: int) -> NDArray[Any]:
+        """`count` numbers of a tensor's storage, which begins at byte `begin`, from `first` on."""
+        size = tensor.dtype.itemsize
+        self.spend(count * size)
+        self._stream.seek(begin + first * size)
+        return np.frombuffer(read_exactly(self._stream, count * size), tensor.dtype)
 
 
 def _images(
-    tensor: Any, data: bytes | mmap.mmap, places: Mapping[str, int], claims: Claims
+    tensor: Any, reader: _Reader, places: Mapping[str, int], claims: Claims
 ) -> Iterator[Image | LatentsError]:
+    reader.spend(TENSOR_COST)
     if not isinstance(tensor, Tensor):
         yield LatentsError(f"latents must be tensors, got {type(tensor).__name__}")
         return
@@ -150,16 +229,36 @@ def _images(
     except LatentsError as error:
         yield error
         return
-    array = _array(tensor, data, places[tensor.key])
-    batch = array if array.ndim > len(layout.shape) else array[None]
-    for image in batch:
-        yield native(image)
+    begin = places[tensor.key]
+    batched = len(tensor.shape) > len(layout.shape)
+    strides = tensor.strides[1:] if batched else tensor.strides
+    step = tensor.strides[0] if batched else 0
+    one = _extent(layout.shape, strides)
+    whole = one + (layout.count - 1) * step
+    # Images that interleave are read together, else the same bytes would be read for each.
+    together = layout.count * one > 2 * whole
+    gathered = (whole if together else one) * tensor.dtype.itemsize
+    if gathered > MAX_GATHERED and (together or one > 2 * _extent(layout.shape)):
+        yield LatentsError(
+            f"a tensor of shape {list(tensor.shape)} lies scattered over {gathered} bytes, over "
+            f"the limit of {MAX_GATHERED}: save tensor.contiguous() instead"
+        )
+        return
+    if together:
+        numbers = reader.numbers(begin, tensor, tensor.offset, whole)
+    for index in range(layout.count):
+        if together:
+            image = numbers[index * step :]
+        else:
+            image = reader.numbers(begin, tensor, tensor.offset + index * step, one)
+        bytes_each = tuple(n * tensor.dtype.itemsize for n in strides)
+        yield native(
+            np.lib.stride_tricks.as_strided(image, layout.shape, bytes_each, writeable=False)
+        )
 
 
-def _array(tensor: Tensor, data: bytes | mmap.mmap, begin: int) -> NDArray[Any]:
-    """A view of the file's bytes; that it lies within them was checked with the structure."""
-    size = tensor.dtype.itemsize
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
-    numbers = np.frombuffer(data, tensor.dtype, last + 1, begin + tensor.offset * size)
-    strides = tuple(step * size for step in tensor.strides)
-    return np.lib.stride_tricks.as_strided(numbers, tensor.shape, strides, writeable=False)
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> int:
+    """From the first to the last number of an array that is not empty, in numbers."""
+    if strides is None:
+        return int(np.prod(shape, dtype=object))
+    return 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))

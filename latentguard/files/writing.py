@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from latentguard.atomic import replacing
 from latentguard.errors import LatentsError
 from latentguard.files.claims import KEYS
 from latentguard.spaces import SPACES, Latents
@@ -45,15 +45,11 @@ def save_latents(path: str | Path, latents: Latents, **metadata: Any) -> None:
         raise LatentsError(f"{target}: metadata must be JSON: {error}") from error
     fields = {**_description(latents), **extra}
     tensor = latents.tensor.detach().cpu().contiguous().clone()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with replacing(target) as file:
         if suffix == ".safetensors":
-            _save_safetensors(partial, tensor, fields)
+            _save_safetensors(file, tensor, fields)
         else:
-            _save_torch(partial, tensor, fields)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+            _save_torch(file, tensor, fields)
 
 
 def _description(latents: Latents) -> dict[str, Any]:
@@ -74,14 +70,14 @@ def _description(latents: Latents) -> dict[str, Any]:
     return fields
 
 
-def _save_torch(path: Path, tensor: Tensor, fields: dict[str, Any]) -> None:
+def _save_torch(file: BinaryIO, tensor: Tensor, fields: dict[str, Any]) -> None:
     import torch
 
-    torch.save({"latents": tensor, **fields}, path)
+    torch.save({"latents": tensor, **fields}, file)
 
 
-def _save_safetensors(path: Path, tensor: Tensor, fields: dict[str, Any]) -> None:
+def _save_safetensors(file: BinaryIO, tensor: Tensor, fields: dict[str, Any]) -> None:
     from safetensors.torch import save
 
     text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in fields.items()}
-    path.write_bytes(save({"latents": tensor}, metadata=text))
+    file.write(save({"latents": tensor}, metadata=text))

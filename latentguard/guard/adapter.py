@@ -6,8 +6,10 @@ import json
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.callbacks import PipelineCallback
@@ -17,11 +19,13 @@ from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError, PolicyError
 from latentguard.guard import output as outputs
 from latentguard.guard.audit import AuditLog
-from latentguard.guard.layout import space_of
+from latentguard.guard.install import install
+from latentguard.guard.layout import check_layout, space_of
 from latentguard.guard.metrics import Metrics
 from latentguard.guard.output import GenerationBlocked
-from latentguard.guard.patches import install
 from latentguard.guard.record import StepRecord
+from latentguard.guard.requests import Place, Request, add_to_request, here, opened, request_of
+from latentguard.guard.running import Marked
 from latentguard.guard.sessions import Limits, Session
 from latentguard.judge import Verdict
 from latentguard.policy import Policy, load_policy
@@ -43,7 +47,7 @@ def _compile_modes() -> list[str]:
     return list(torch._inductor.list_mode_options())
 
 
-class LatentGuard(PipelineCallback):
+class LatentGuard(PipelineCallback, Marked):
     """Scores a pipeline's latents while it denoises, and steers or blocks as the policy says.
 
         pipe.callback_on_step_end = LatentGuard(policy)
@@ -65,7 +69,9 @@ class LatentGuard(PipelineCallback):
         compile: a mode of torch.compile for the encoder ("default", "reduce-overhead" for CUDA
             graphs, ...), None for eager.
 
-    After a call, `verdicts` has the verdict on each image and `history` every scored step.
+    After a call, `verdicts` has the verdict on each image and `history` every scored step, asked
+    where the call was made; the pipeline's output carries both as `output.latentguard`, and
+    `request` collects them from calls in other threads and tasks.
 
     Raises:
         PolicyError, ModelError: policy or model cannot be used, here or when it is attached.
@@ -111,12 +117,13 @@ class LatentGuard(PipelineCallback):
         self._metrics = Metrics()
         self._scorers: dict[tuple[str, str], Scorer] = {}
         self._lock = threading.Lock()
-        self._mine = threading.local()
-        self._last: Session | None = None
+        # By where the call was made; None for one that ended before anything was judged.
+        self._kept: WeakKeyDictionary[Place, Session | None] = WeakKeyDictionary()
+        self._called = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled, by itself or with a pipeline, it keeps its settings and forgets its calls."""
-        fresh = ("_metrics", "_scorers", "_lock", "_mine", "_last")
+        fresh = ("_metrics", "_scorers", "_lock", "_kept", "_called")
         return {name: value for name, value in vars(self).items() if name not in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -179,17 +186,35 @@ class LatentGuard(PipelineCallback):
     def prepare(self, pipe: Any) -> None:
         """Find out whether this guard can serve a pipeline, and load what it takes."""
         check_scheduler(pipe.scheduler)
-        self._scorer(self.space_of(pipe).name, pipe._execution_device)
+        outputs.check_images(pipe)
+        space = self.space_of(pipe)
+        check_layout(pipe, space)
+        self._scorer(space.name, pipe._execution_device)
 
     def session_for(self, pipe: Any, device: torch.device) -> Session:
-        """The session of one call."""
+        """The session of one call, which belongs to the request that it is made in."""
         scorer = self._scorer(self.space_of(pipe).name, device)
-        return Session(scorer, limits=self._limits, on_record=self._recorded)
+        request = request_of(self)
+        name = None if request is None else request.id
+        return Session(scorer, name, limits=self._limits, on_record=self._recorded)
+
+    def forget(self) -> None:
+        """A call begins here: what the last one said is not asked for any more."""
+        self._called = True
+        self._keep(None)
 
     def keep(self, session: Session) -> None:
-        """A call has ended: its session is the one that `verdicts` and `history` tell of."""
-        self._mine.session = session
-        self._last = session
+        """A call has ended: its session is the one that `verdicts` and `history` tell of here."""
+        self._keep(session)
+        add_to_request(self, session)
+
+    def _keep(self, session: Session | None) -> None:
+        place = here()
+        with self._lock:
+            self._kept[place] = session
+
+    def ended(self, session: Session) -> None:
+        """Nothing of a call is left to be judged: count its images."""
         self._metrics.ended(session)
 
     def answer(self, session: Session, images: Any, output: Any) -> Any:
@@ -218,30 +243,62 @@ class LatentGuard(PipelineCallback):
 
     # -- what came of it ---------------------------------------------------------------------
 
+    def request(self, id: str | None = None) -> AbstractContextManager[Request]:
+        """The verdicts of the calls of one request, whichever thread or task they run in.
+
+            with guard.request(id) as record:
+                output = await asyncio.to_thread(pipe, prompt)
+            record.verdicts
+
+        Calls of this guard belong to it that run in this context or in a copy of it, as
+        `asyncio.to_thread` and new tasks make them. `id` names the request in records and audit
+        lines; a random one by default.
+        """
+        return opened(Request(self, id))
+
     @property
     def last(self) -> Session | None:
-        """The session of the last call in this thread, or where it had none, of the last at all."""
-        session: Session | None = getattr(self._mine, "session", None)
-        return session or self._last
+        """The session of the last call that was made here: in this thread, task and context.
+
+        None before the first call of this guard. Raises LatentsError where its calls were made
+        elsewhere, and where the last one here ended before anything was judged.
+        """
+        if not self._called:
+            return None
+        place = here()
+        with self._lock:
+            known, session = place in self._kept, self._kept.get(place)
+        if not known:
+            raise LatentsError(
+                "no call of this guard was made in this thread and task, and those of others are "
+                "not told here: take output.latentguard of the call's output, or make the call "
+                "within guard.request()"
+            )
+        if session is None:
+            raise LatentsError(
+                "the last call here ended before anything was judged, so there is no verdict on it"
+            )
+        return session
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """The verdict on each image of the last call."""
-        return [] if self.last is None else self.last.verdicts
+        """The verdict on each image of the last call here. Raises LatentsError as `last` does."""
+        last = self.last
+        return [] if last is None else last.verdicts
 
     @property
     def history(self) -> list[StepRecord]:
-        """Each scored step of the last call."""
-        return [] if self.last is None else self.last.history
+        """Each scored step of the last call here. Raises LatentsError as `last` does."""
+        last = self.last
+        return [] if last is None else last.history
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The last call as JSON (policy and model by digest, verdicts, every scored step).
 
-        Written to `path` too where one is given. Raises LatentsError before the first call.
+        Written to `path` too where one is given. Raises LatentsError before the first call, and as
+        `last` does.
         """
-        if self.last is None:
-            raise LatentsError("this guard has not seen a call yet")
-        text = json.dumps(self.last.to_dict(), indent=1)
+        text = json.dumps(self._told().to_dict(), indent=1)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -249,13 +306,18 @@ class LatentGuard(PipelineCallback):
     def plot(self, path: str | Path | None = None) -> Figure:
         """Scores against thresholds over the noise level of the last call, one line an image.
 
-        Saved to `path` too where one is given. Raises LatentsError before the first call.
+        Saved to `path` too where one is given. Raises LatentsError before the first call, and as
+        `last` does.
         """
         from latentguard.guard.plot import plot
 
-        if self.last is None:
-            raise LatentsError("this guard has not seen a call yet")
-        figure = plot(self.last)
+        figure = plot(self._told())
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+    def _told(self) -> Session:
+        last = self.last
+        if last is None:
+            raise LatentsError("this guard has not seen a call yet")
+        return last

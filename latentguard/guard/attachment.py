@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from latentguard.errors import LatentsError
-from latentguard.guard.patches import current, waiting
+from latentguard.guard.call import Call
+from latentguard.guard.outermost import Outermost
+from latentguard.guard.running import CALLBACK, INPUTS, Marked, current, waiting
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
 
-CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 _DEPTH = 3
-# The pipelines whose guarded calls ended while a subclass's `__call__` handed its arguments on,
-# each with a guard that judged.
-_ended: ContextVar[list[tuple[Any, LatentGuard]] | None] = ContextVar(
-    "latentguard_ended", default=None
-)
 
 
 def guards_in(callback: Any) -> list[LatentGuard]:
     """The guards in a callback, which may be one, or a MultiPipelineCallbacks of some."""
-    from latentguard.guard.adapter import LatentGuard
+    return [part for part in parts(callback) if _is_guard(part)]
 
-    return [part for part in parts(callback) if isinstance(part, LatentGuard)]
+
+def _is_guard(value: Any) -> TypeGuard[LatentGuard]:
+    return isinstance(value, Marked)
 
 
 def guards_of(pipe: Any) -> list[LatentGuard]:
@@ -57,9 +54,7 @@ def parts(callback: Any) -> Iterator[Any]:
 
 def holds_guard(value: Any, depth: int = _DEPTH) -> bool:
     """Whether a value is a guard or has one in it: in lists, tuples, sets and dicts too."""
-    from latentguard.guard.adapter import LatentGuard
-
-    if guards_in(value) or value is LatentGuard:
+    if guards_in(value) or (isinstance(value, type) and issubclass(value, Marked)):
         return True
     if isinstance(value, Mapping):
         value = list(value.values())
@@ -116,11 +111,14 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     guarded = attached is not None or inside or bool(_running(pipe))
     if not guarded and not holds_guard([*args, *kwargs.values()]):
         return original(pipe, *args, **kwargs)
+    for guard in [g for value in (attached, *args, *kwargs.values()) for g in guards_in(value)]:
+        guard.forget()
     signature = inspect.signature(original)
     if not _takes_callbacks(signature.parameters):
         _check_places(type(pipe).__name__, {k: v for k, v in kwargs.items() if k != CALLBACK})
         check_pipeline(pipe)
-        guards = [*guards_of(pipe), *guards_in(kwargs.get(CALLBACK))]
+        given = [guard for value in (*args, kwargs.get(CALLBACK)) for guard in guards_in(value)]
+        guards = [*guards_of(pipe), *given]
         return _handed_on(original, pipe, args, kwargs, guards)
     bound = signature.bind(pipe, *args, **kwargs)
     rest = {k: v for k, v in bound.arguments.items() if k not in (CALLBACK, "self")}
@@ -135,13 +133,10 @@ def _guarded(
     arguments: dict[str, Any],
     attached: Any,
 ) -> Any:
-    from latentguard.guard.adapter import LatentGuard
-    from latentguard.guard.call import Call
-
     # A generation within a guarded one is guarded as well.
     callbacks = [*parts(attached), *parts(arguments.get(CALLBACK)), *_running(pipe)]
-    guards = list(dict.fromkeys(part for part in callbacks if isinstance(part, LatentGuard)))
-    others = [part for part in callbacks if not isinstance(part, LatentGuard)]
+    guards = list(dict.fromkeys(part for part in callbacks if _is_guard(part)))
+    others = [part for part in callbacks if not _is_guard(part)]
     if any(holds_guard(other) for other in others):
         raise LatentsError(
             f"{CALLBACK} must be a LatentGuard, another callback, or a MultiPipelineCallbacks of "
@@ -149,11 +144,7 @@ def _guarded(
         )
     if guards:
         check_pipeline(pipe)
-    output = Call(pipe, signature, arguments, guards, others).run(original)
-    ended = _ended.get()
-    if ended is not None:
-        ended += [(pipe, guard) for guard in guards]
-    return output
+    return Call(pipe, signature, arguments, guards, others).run(original)
 
 
 def _check_places(name: str, arguments: Mapping[str, Any]) -> None:
@@ -168,20 +159,17 @@ def _check_places(name: str, arguments: Mapping[str, Any]) -> None:
 def _handed_on(
     original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any, guards: list[LatentGuard]
 ) -> Any:
-    """A subclass's `__call__` that hands its arguments on: the call inside is the guarded one."""
-    ended: list[tuple[Any, LatentGuard]] = []
-    token = _ended.set(ended)
+    """A subclass's `__call__` that hands its arguments on: calls inside are the guarded ones."""
+    outer, here = current.get(), Outermost(pipe)
+    within = isinstance(outer, Outermost) and outer.pipe is pipe
+    token = current.set(here)
     try:
-        output = original(pipe, *args, **kwargs)
+        output = here.finish(original(pipe, *args, **kwargs), guards)
     finally:
-        _ended.reset(token)
-    judged = [guard for done, guard in ended if done is pipe]
-    if not judged or any(guard not in judged for guard in guards):
-        raise LatentsError(
-            f"{type(pipe).__name__} returned without calling its parent class with the guard, so "
-            "nothing was judged and its output is withheld"
-        )
-    outer = _ended.get()
-    if outer is not None:
-        outer += ended
+        current.reset(token)
+        if within:
+            here.hand_up(outer)
+        else:
+            for call in here.calls:
+                call.count()
     return output

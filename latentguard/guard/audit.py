@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,9 @@ from typing import Any
 from latentguard.guard.record import StepRecord
 from latentguard.guard.sessions import Session
 from latentguard.judge import SCHEMA_VERSION
+
+_WRITING = 0.01
+"""Seconds after which a line that another process is just writing has its end."""
 
 
 class AuditLog:
@@ -24,7 +30,8 @@ class AuditLog:
     wrote is not in it unless you ask.
 
     A line that cannot be written raises OSError, which ends the generation: what cannot be audited
-    is not let through.
+    is not let through. A full disk may leave half a line, of that generation; the next line, by
+    whichever process, begins anew below it. Readers pass over lines that are empty.
 
     Args:
         path: the file; it and its folder are made where they do not exist, readable by the owner.
@@ -48,7 +55,6 @@ class AuditLog:
         self._extra = None if extra is None else json.loads(json.dumps(extra, allow_nan=False))
         self._prompts = prompts
         self._sync = sync
-        self._torn = False
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         os.close(self._open())
@@ -61,7 +67,14 @@ class AuditLog:
         self._lock = threading.Lock()
 
     def _open(self) -> int:
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        """Open the file for appending. Raises OSError where it is none: a pipe keeps no record."""
+        # Without O_NONBLOCK, opening a FIFO waits for a reader.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+        file = os.open(self.path, flags, 0o600)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError(errno.EINVAL, "the audit log must be a regular file", str(self.path))
+        return file
 
     def write(self, session: Session, record: StepRecord) -> None:
         """Append the lines of one step."""
@@ -98,13 +111,30 @@ class AuditLog:
         with self._lock:
             file = self._open()
             try:
-                if self._torn:  # half a line may not take the next one with it
+                if self._torn(file):  # half a line may not take the next one with it
                     data = b"\n" + data
                 written = os.write(file, data)
-                self._torn = written != len(data)
-                if self._torn:
+                if written != len(data):
                     raise OSError(f"{self.path}: only {written} of {len(data)} bytes were written")
                 if self._sync:
                     os.fsync(file)
             finally:
                 os.close(file)
+
+    def _torn(self, file: int) -> bool:
+        """Whether half a line stands at the end of the open log, left by any process."""
+        if self._ends_whole(file):
+            return False
+        time.sleep(_WRITING)
+        return not self._ends_whole(file)
+
+    def _ends_whole(self, file: int) -> bool:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            return True
+        try:
+            with self.path.open("rb") as log:
+                log.seek(-1, os.SEEK_END)
+                return log.read().endswith(b"\n")
+        except OSError:  # may not be read, or was replaced just now: who knows how it ends
+            return False

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +23,15 @@ from latentguard.denoised import (
 )
 from latentguard.errors import LatentsError
 from latentguard.guard import output as outputs
-from latentguard.guard.attachment import CALLBACK, INPUTS
-from latentguard.guard.layout import forms, packed_size, read, same
-from latentguard.guard.patches import current, decoder_of, waiting, wrap_components
+from latentguard.guard.components import decoder_of, wrap_components
+from latentguard.guard.decoding import Decoding
+from latentguard.guard.layout import is_tiny, packed_size, packs, read
+from latentguard.guard.outermost import Outermost
+from latentguard.guard.record import CallRecord
+from latentguard.guard.running import CALLBACK, INPUTS, current, waiting
 from latentguard.guard.sessions import Session
+from latentguard.guard.tensors import equal, plain, private
+from latentguard.guard.wrapping import names_of
 from latentguard.spaces import Latents
 
 if TYPE_CHECKING:
@@ -34,6 +41,8 @@ logger = logging.getLogger("latentguard.guard")
 
 # A loop that is left this early gives latents that are still noisy; then their x0 counts too.
 _CLEAN_ENOUGH = 0.1
+# Tensors that a VAE was given, kept so that a `decode` within a `decode` is judged once.
+_KEPT = 4
 
 
 class Stop(BaseException):
@@ -66,15 +75,20 @@ class Call:
         self._callbacks = callbacks
         self._requested = self._user_inputs()
         self._sessions: list[Session] = []
-        self._size = packed_size(arguments, pipe)
         self._space = guards[0].space_of(pipe) if guards else None
+        self._packs = self._space is not None and packs(pipe, self._space)
+        self._decoding = None if self._space is None else Decoding.of(pipe, self._space)
+        self._size: tuple[int, int] | None = None
+        self.saw_size(arguments)
         self._count = 0
         self._seen: StepCall | None = None
         self._latest: Denoised | None = None  # of the last step
         self._judged: Latents | None = None  # what was judged as final
         self._handed: Tensor | None = None  # what the pipeline goes on with
-        self._decoded = False
+        self._decoded = False  # since the last step
+        self._let_through: deque[Tensor] = deque(maxlen=_KEPT)  # what the VAE was given
         self._blank: Any = None
+        self._blanked: list[int] = []  # the images that are blank in what was returned
         self._running: list[Any] = []
 
     # -- the call ----------------------------------------------------------------------------
@@ -91,17 +105,31 @@ class Call:
                 inputs.append(name)
         arguments = {**self._arguments, CALLBACK: self.callback, INPUTS: inputs}
         bound = inspect.BoundArguments(self._signature, self._ordered(arguments))
+        outer = current.get()
         token = current.set(self)
         try:
             with self.entering(original):
                 output = original(*bound.args, **bound.kwargs)
-            return self._finish(output)
+            output = self._recorded(self._finish(output))
         except Stop:
-            return self._stopped_output()
+            output = self._recorded(self._stopped_output())
         finally:
             current.reset(token)
+            within = isinstance(outer, Outermost) and outer.pipe is self.pipe
             for guard, session in zip(self.guards, self._sessions, strict=False):
                 guard.keep(session)
+                if not within:
+                    guard.ended(session)
+            if within:
+                outer.began(self)
+        if within:
+            outer.returned(self)
+        return output
+
+    def count(self) -> None:
+        """Nothing of this call is left to be judged."""
+        for guard, session in zip(self.guards, self._sessions, strict=False):
+            guard.ended(session)
 
     def enters(self, original: Callable[..., Any]) -> bool:
         """Whether a `__call__` that is entered now is part of this call: a parent class's.
@@ -143,24 +171,34 @@ class Call:
         self, original: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any
     ) -> Any:
         """Let the scheduler step, and keep what went in and came out."""
-        bound = inspect.signature(original).bind(scheduler, *args, **kwargs)
-        given = bound.arguments
+        names, own = names_of(type(scheduler), "step", original)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         if not {"model_output", "timestep", "sample"} <= given.keys():
-            return original(scheduler, *args, **kwargs)  # a subclass: its parent's step is seen
-        timestep, sample = given["timestep"], given["sample"]
+            return original(scheduler, *args, **kwargs)  # of its own form: its parent's is seen
+        self._judged, self._decoded = None, False  # whatever was judged as final, the loop goes on
+        timestep = given["timestep"]
         try:
             level = level_before(scheduler, timestep)
+            kept = private(given["sample"])  # a scheduler may work in place
+            model_output = plain(given["model_output"])
         except Exception:  # it counts as a step that was not seen
             logger.exception("no noise level from %s", type(scheduler).__name__)
             return original(scheduler, *args, **kwargs)
-        kept = sample.clone()  # a scheduler may work in place
+        self._seen = None
         result = original(scheduler, *args, **kwargs)
-        self._seen = StepCall(scheduler, given["model_output"], timestep, kept, result, level)
+        # The outermost step counts, unless it only passes on to one that was seen within.
+        if own or self._seen is None:
+            self._seen = StepCall(scheduler, model_output, timestep, kept, result, level)
         return result
+
+    def begins_loop(self) -> bool:
+        """Whether a loop may begin: within a guarded call it may."""
+        return True
 
     def saw_size(self, arguments: Mapping[str, Any]) -> None:
         """`prepare_latents` is called: the size in pixels that the pipeline works at."""
-        self._size = packed_size(arguments, self.pipe) or self._size
+        if self._packs:
+            self._size = packed_size(arguments, self.pipe) or self._size
 
     def saw_first(self, prepared: Any) -> None:
         """`prepare_latents` returned the latents that the loop begins with, or a tuple of them."""
@@ -175,12 +213,22 @@ class Call:
         if not self.guards:
             return z
         assert self._space is not None
+        z = private(z)
         self._decoded = True
-        if self._is_judged(z):
-            return z
-        # A tiny autoencoder decodes scaled latents.
-        tiny = type(decoder_of(self.pipe)).__name__ == "AutoencoderTiny"
-        return self._judge_end(Latents(z, self._space, scaled=tiny)).tensor
+        rows = self._rows_of(z)
+        if rows is not None:
+            z[[row in self._blocked() for row in rows]] = 0
+        elif not any(equal(one, z) for one in self._let_through):
+            # A tiny autoencoder decodes scaled latents.
+            z = self._judge_end(Latents(z, self._space, is_tiny(decoder_of(self.pipe)))).tensor
+        self._let_through.append(z.clone())
+        return z
+
+    def _rows_of(self, z: Tensor) -> list[int] | None:
+        """Which of the images that were judged as final these are, as the VAE gets them."""
+        if self._judged is None or self._decoding is None:
+            return None
+        return self._decoding.rows(self._judged, z)
 
     # -- each step ---------------------------------------------------------------------------
 
@@ -192,15 +240,16 @@ class Call:
             return self._run_callbacks(pipe, index, timestep, dict(given))
         seen, self._seen = self._seen, None
         last = self._ends(pipe, index, seen)
+        given = _plain(given)
         estimate, error = self._estimate(seen, timestep, given["latents"])
-        values = self._judged_values(dict(given), estimate, error, last)
+        values = self._judged_values(given, estimate, error, last)
         if self._callbacks:
             # A copy: they may work in place.
             left = values["latents"].clone() if last else None
-            values = self._run_callbacks(pipe, index, timestep, values)
+            values = _plain(self._run_callbacks(pipe, index, timestep, values))
             wrap_components(pipe)  # they may have replaced some
             ended, last = last, last or self._ends(pipe, index, seen)
-            if last and not (ended and _equal(left, values[self._decodes(values, last)])):
+            if last and not (ended and equal(left, values[self._decodes(values, last)])):
                 values = self._judged_values(values, estimate, error, last)
             elif not last:
                 values = {**values, "latents": self._blank_rows(values["latents"])}
@@ -214,12 +263,14 @@ class Call:
     ) -> dict[str, Any]:
         """Let every guard judge, and put the latents that they leave among the tensors."""
         tensor = values[self._decodes(values, last)]
+        if last:
+            tensor = private(tensor)
         latents = self._step(tensor, estimate, error, last)
         values["latents"] = latents.tensor.reshape(tensor.shape).to(tensor.dtype)
         if "denoised" in values:
             values["denoised"] = values["latents"] if last else self._blank_rows(values["denoised"])
         # A copy: what runs after this callback could change the tensor in place.
-        self._judged = latents.to(latents.tensor.dtype, copy=True) if last else None
+        self._judged = latents.to(tensor.dtype, copy=True) if last else None
         self._handed = values["latents"]
         return values
 
@@ -326,7 +377,8 @@ class Call:
         # Whatever goes wrong, the policy's `on_error` decides.
         try:
             if seen is not None:
-                self._latest = denoised(seen)
+                told = denoised(seen)
+                self._latest = replace(told, x0=plain(told.x0))
             elif self._handed is None or self._handed.shape != latents.shape:
                 return None, f"the step of the scheduler ({name}) was not seen"
             elif self._argument("eta"):
@@ -366,19 +418,21 @@ class Call:
         pipe._interrupt = True
 
     def _is_judged(self, tensor: Tensor) -> bool:
-        """Whether a tensor is, in one of its forms, what was judged as final."""
+        """Whether a tensor is what was judged as final: packed, spatial, or as the VAE gets it."""
         judged = self._judged
-        if judged is None or not self._is_untouched():
+        if judged is None:
             return False
-        dtypes = (tensor.dtype, judged.tensor.dtype)
-        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-        return any(same(tensor, form, coarsest) for form in forms(judged))
+        forms = (judged.tensor, judged.spatial().tensor)
+        if any(equal(form.to(tensor.device, tensor.dtype), tensor) for form in forms):
+            return True
+        rows = None if tensor.ndim != 4 else self._rows_of(tensor)
+        return rows == list(range(len(judged)))
 
     def _is_untouched(self) -> bool:
         """Whether the tensor that the pipeline got still holds what was judged as final."""
         if self._judged is None or self._handed is None:
             return False
-        return _equal(self._handed, self._judged.tensor.reshape(self._handed.shape))
+        return equal(self._handed, self._judged.tensor.reshape(self._handed.shape))
 
     def _judge_end(self, latents: Latents) -> Latents:
         """Judge what the pipeline gives back, where no step has judged just that as final."""
@@ -391,11 +445,17 @@ class Call:
 
     def _blank_output(self, tensor: Tensor) -> Any:
         """The pipeline's output with nothing but blanks, or None where its form is not known."""
+        assert self._space is not None
         form = str(self._argument("output_type"))
+        cls = outputs.output_class(self.pipe)
+        # Pipelines of packed spaces differ in the form of the latents that they give back, and
+        # an image that was cropped for inpainting is put back into the whole of it.
+        differs = form == "latent" and self._space.packed_patch > 1
+        if cls is None or differs or self._argument("padding_mask_crop") is not None:
+            return None
         if form == "latent":
             images: Any = torch.zeros_like(tensor)
         else:
-            assert self._space is not None
             latents = read(tensor, self._space, self._size)
             height, width = (
                 side * latents.space.factor for side in (latents.height, latents.width)
@@ -403,19 +463,21 @@ class Call:
             images = outputs.blanks(len(latents), height, width, form)
         if images is None:
             return None
-        if self._argument("return_dict") is False:
-            return (images,)
-        cls = outputs.output_class(self.pipe)
-        if cls is None:
-            return None
         fields: dict[str, Any] = dict.fromkeys(getattr(cls, "__dataclass_fields__", {}))
+        if self._argument("return_dict") is False:
+            return tuple({**fields, "images": images}.values())
         return cls(**{**fields, "images": images})
 
     def _argument(self, name: str) -> Any:
-        default = (
-            self._signature.parameters[name].default if name in self._signature.parameters else None
-        )
-        return self._arguments.get(name, default)
+        """An argument of the call, among its **kwargs too; its default where it was not given."""
+        parameters = self._signature.parameters
+        if name in self._arguments:
+            return self._arguments[name]
+        for parameter in parameters.values():
+            rest = self._arguments.get(parameter.name)
+            if parameter.kind is parameter.VAR_KEYWORD and rest is not None and name in rest:
+                return rest[name]
+        return parameters[name].default if name in parameters else None
 
     def _stopped_output(self) -> Any:
         self.pipe.maybe_free_model_hooks()
@@ -425,14 +487,12 @@ class Call:
         """Take blocked images out of what the pipeline returned."""
         if not self.guards:
             return output
-        images = outputs.images_of(output)
-        if self._argument("output_type") == "latent" and isinstance(images, Tensor):
-            images = self._judged_latents(images)
-        else:
-            unseen = not self._decoded and not self._is_untouched()
-            for session in self._sessions:
-                if not session.stopped and (unseen or not session.finished):
-                    session.fail("what was decoded was never seen", final=True)
+        told = self._argument("output_type") == "latent"
+        output, images, are_latents = self._with_judged_latents(output, told)
+        unseen = not self._decoded and not self._is_untouched()
+        for session in self._sessions:
+            if not are_latents and not session.stopped and (unseen or not session.finished):
+                session.fail("what was decoded was never seen", final=True)
         if not self._sessions:
             # Nothing was seen at all, not even how many images there are.
             raise LatentsError(
@@ -441,13 +501,54 @@ class Call:
             )
         return self._withheld(output, images)
 
+    def finish_again(self, output: Any, touched: bool, stepped: bool) -> Any:
+        """Take blocked images out of what a subclass made of what this call returned.
+
+        touched: it denoised or decoded something of its own. stepped: it did so, and what came of
+        that was not decoded.
+        """
+        output, images, are_latents = self._with_judged_latents(output, told=False)
+        if stepped and not are_latents:
+            for session in self._sessions:
+                session.fail("what a subclass made of it was never seen", final=True)
+        if touched or self._blocked() != self._blanked:
+            output = self._withheld(output, images)
+        return self._recorded(output)
+
+    def _with_judged_latents(self, output: Any, told: bool) -> tuple[Any, Any, bool]:
+        """An output, its images, and whether these are latents; those are judged, and a copy.
+
+        told: the call asked for latents. Otherwise they are known by their shape.
+        """
+        assert self._space is not None
+        images = outputs.images_of(output)
+        if told and isinstance(images, Tensor):
+            latents: Tensor | None = private(images)
+        else:
+            latents = outputs.latents_in(images, self._space)
+        if latents is None:
+            return output, images, False
+        if self._sessions and self._all_blocked():
+            latents = torch.zeros_like(latents)
+        else:
+            latents = self._judged_latents(latents)
+        images = outputs.in_form_of(images, latents)
+        return outputs.with_images(output, images), images, True
+
+    def _recorded(self, output: Any) -> Any:
+        """The output with the record of this call."""
+        if not self._sessions:
+            return output
+        return outputs.with_record(output, CallRecord.of(self._sessions))
+
     def _withheld(self, output: Any, images: Any) -> Any:
         """The output with blanks for what any guard has blocked, or what guards give instead."""
-        blocked = self._blocked()
+        blocked = self._blanked = self._blocked()
         if not blocked:
             return output
         images = outputs.blanked(images, blocked, [s.verdicts for s in self._sessions if s.blocked])
         output = outputs.with_images(output, images)
+        output = outputs.flagged(output, blocked, self._count, outputs.output_class(self.pipe))
         for guard, session in zip(self.guards, self._sessions, strict=True):
             output = guard.answer(session, images, output)
         return output
@@ -463,11 +564,10 @@ class Call:
         return judged.tensor.reshape(images.shape).to(images.dtype)
 
 
-def _equal(tensor: Tensor | None, other: Any) -> bool:
-    """Bit for bit, and so never with NaN."""
-    return (
-        tensor is not None
-        and isinstance(other, Tensor)
-        and (tensor.shape, tensor.dtype, tensor.device) == (other.shape, other.dtype, other.device)
-        and torch.equal(tensor, other)
-    )
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a step, those that are judged as their plain bytes."""
+    judged = ("latents", "denoised")
+    return {
+        name: plain(value) if name in judged and isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,13 +28,13 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     """The latent space of a pipeline: what its VAE says, with the VAE's own numbers, or `given`.
 
     Raises LatentsError, naming the pipeline, where it cannot be known, and where `given` is another
-    than the VAE's.
+    than the VAE's or is scaled in another way.
     """
     vae = getattr(pipe, "vae", None)
     name = type(pipe).__name__
     config = getattr(vae, "config", None)
     told: LatentSpace | LatentsError | None = None
-    if config is not None and not _is_tiny(vae):
+    if config is not None and not is_tiny(vae):
         try:
             told = LatentSpace.from_vae_config(config)
         except LatentsError as error:
@@ -45,6 +46,12 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
                 f"space is given as {space}, but the VAE of this {name} is of {told} latents: "
                 "leave space out"
             )
+        if isinstance(told, LatentSpace) and not told.is_scaled_as(space):
+            raise LatentsError(
+                f"space is given as {space} with scale {space.scale} and shift {space.shift}, but "
+                f"the VAE of this {name} has scale {told.scale} and shift {told.shift}: leave "
+                "space out"
+            )
         return _complete(space, vae)
     if isinstance(told, LatentSpace):
         return _complete(told, vae)
@@ -55,7 +62,7 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     return _by_class(pipe)
 
 
-def _is_tiny(vae: Any) -> bool:
+def is_tiny(vae: Any) -> bool:
     """Whether a VAE is an AutoencoderTiny, which decodes several spaces."""
     return type(vae).__name__ == "AutoencoderTiny" or "latent_magnitude" in vae.config
 
@@ -91,7 +98,10 @@ def read(tensor: Tensor, space: LatentSpace, size: tuple[int, int] | None) -> La
             f"latents of space {space} must have 3 or 4 dimensions, got {list(tensor.shape)}"
         )
     if size is None:
-        raise LatentsError("packed latents do not carry their size, and the pipeline gave none")
+        raise LatentsError(
+            f"packed latents {list(tensor.shape)} cannot be read: the pipeline gave no size for "
+            "them, or is not known to pack them as its space does"
+        )
     return Latents(tensor, space, True, "packed", *size)
 
 
@@ -107,23 +117,75 @@ def packed_size(arguments: Mapping[str, Any], pipe: Any) -> tuple[int, int] | No
     return 2 * (height // (2 * factor)), 2 * (width // (2 * factor))
 
 
-def forms(latents: Latents) -> Iterator[Tensor]:
-    """The forms in which pipelines hand on latents, float32: as they are, spatial, and raw."""
-    exact = latents.to(torch.float32)
-    yield exact.tensor
-    spatial = exact.spatial()
-    yield spatial.tensor
-    try:
-        yield spatial.raw().tensor
-    except LatentsError:
-        return  # a space without the numbers for it
+def packs(pipe: Any, space: LatentSpace) -> bool:
+    """Whether a pipeline packs latents into tokens just as its space does.
 
-
-def same(tensor: Tensor, other: Tensor, coarsest: torch.dtype) -> bool:
-    """Whether every image is the same in both but for rounding in a dtype. False with NaN."""
-    if tensor.numel() != other.numel() or len(tensor) != len(other):
+    Its own functions are tried on numbers that are all different; where it has none, whatever it
+    does is not known.
+    """
+    if space.packed_patch == 1 or not hasattr(type(pipe), "_pack_latents"):
         return False
-    a, b = tensor.detach().float().flatten(1), other.detach().float().flatten(1).to(tensor.device)
-    # Unscaling takes up to three roundings, of half an eps each.
-    allowed = max(2 * torch.finfo(coarsest).eps, 1e-5) * b.abs().amax(1).clamp_min(1e-3)
-    return bool(((a - b).abs().amax(1) <= allowed).all())
+    rows, columns = 2 * space.packed_patch, 3 * space.packed_patch
+    probe = torch.arange(float(space.channels * rows * columns))
+    probe = probe.view(1, space.channels, rows, columns)
+    try:
+        return _packs_like(pipe, space, probe) and _unpacks_like(pipe, space, probe)
+    except Exception:  # of functions that want or give something else
+        return False
+
+
+def _packs_like(pipe: Any, space: LatentSpace, probe: Tensor) -> bool:
+    given = {
+        "latents": probe,
+        "batch_size": 1,
+        "num_channels_latents": space.channels,
+        "height": probe.shape[2],
+        "width": probe.shape[3],
+    }
+    names = list(inspect.signature(pipe._pack_latents).parameters)
+    if names == ["latents"]:  # FLUX.2's, which get patches
+        given["latents"] = pipe._patchify_latents(probe)
+    return torch.equal(pipe._pack_latents(**{n: given[n] for n in names}), space.pack(probe))
+
+
+def _unpacks_like(pipe: Any, space: LatentSpace, probe: Tensor) -> bool:
+    tokens = space.pack(probe)
+    if hasattr(type(pipe), "_unpack_latents"):
+        factor = int(pipe.vae_scale_factor)
+        size = (probe.shape[2] * factor, probe.shape[3] * factor)
+        return torch.equal(pipe._unpack_latents(tokens, *size, factor), probe)
+    return torch.equal(pipe._unpatchify_latents(space.patchify(probe)), probe)
+
+
+def _packing(space: LatentSpace) -> str:
+    if space.packed_patch == 1:
+        return "not at all"
+    return "tokens in rows, channel c*4 + dy*2 + dx"
+
+
+def check_layout(pipe: Any, space: LatentSpace) -> None:
+    """Raises LatentsError for a pipeline whose latents are not known to be read rightly.
+
+    Those that denoise views one by one; those of packed spaces which neither pack as their space
+    does nor prepare latents of a height and width.
+    """
+    name = type(pipe).__name__
+    instead = "use output_type='latent' and Scorer with latents whose layout you know"
+    if hasattr(type(pipe), "get_views"):
+        raise LatentsError(
+            f"{name} denoises its latents in overlapping views, and no step shows a whole image, "
+            f"so it cannot be guarded while it denoises: {instead}"
+        )
+    if packs(pipe, space):
+        return
+    prepare = getattr(type(pipe), "prepare_latents", None)
+    sized = prepare is not None and {"height", "width"} <= set(
+        inspect.signature(prepare).parameters
+    )
+    sized = sized or space.packed_patch == 1  # all that such a space has is spatial
+    if hasattr(type(pipe), "_pack_latents") or not sized:
+        raise LatentsError(
+            f"{name} is not known to pack its latents as space {space} does "
+            f"({_packing(space)}; told by its _pack_latents and _unpack_latents), so what they "
+            f"show cannot be read while it denoises: {instead}"
+        )

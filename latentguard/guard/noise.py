@@ -20,7 +20,7 @@ from torch import Tensor
 from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError
 from latentguard.guard.attachment import guards_of, holds_guard
-from latentguard.guard.layout import packed_size, read, space_of
+from latentguard.guard.layout import check_layout, packed_size, read, space_of
 from latentguard.guard.output import images_of
 from latentguard.judge import Verdict
 from latentguard.policy import Policy
@@ -136,6 +136,7 @@ def optimize_noise(
         raise ValueError(f"iterations must be at or above 0, got {iterations}")
     _check_unguarded(pipe, call)
     found = space_of(pipe, space)
+    check_layout(pipe, found)
     scorer = Scorer(policy, model, pipe._execution_device, found.name)
     rewards: list[Reward] = [Safety(scorer)]
     if reward is not None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from latentguard.errors import LatentGuardError
+from latentguard.errors import LatentGuardError, LatentsError
+from latentguard.guard.record import CallRecord
+from latentguard.guard.tensors import private
 from latentguard.judge import Verdict
+from latentguard.spaces import LatentSpace
+
+_NSFW = "nsfw_content_detected"
 
 
 class GenerationBlocked(LatentGuardError):  # noqa: N818 (an outcome, not a fault)
@@ -32,14 +39,105 @@ def images_of(output: Any) -> Any:
     """The images of a pipeline's output, or None where it has none."""
     if isinstance(output, tuple):
         return output[0] if output else None
-    return getattr(output, "images", None)
+    if isinstance(output, list):
+        return output
+    return output.get("images") if _is_mapping(output) else getattr(output, "images", None)
 
 
 def with_images(output: Any, images: Any) -> Any:
     """The output with other images."""
     if isinstance(output, tuple):
         return (images, *output[1:])
+    if isinstance(output, list):
+        return images
+    if _is_mapping(output):
+        return {**output, "images": images}
     output.images = images
+    if output.images is not images:
+        raise LatentsError(
+            f"a {type(output).__name__} does not keep the images that it is given, so what is "
+            "blocked in it cannot be taken out, and it is withheld"
+        )
+    return output
+
+
+def _is_mapping(output: Any) -> bool:
+    return isinstance(output, Mapping) and not hasattr(output, "images")
+
+
+def latents_in(images: Any, space: LatentSpace) -> Tensor | None:
+    """A copy of the latents that "images" are by their shape: [B, C, H, W], or [B, N, C] packed.
+
+    images: a tensor, an array, or a list of either; one image may come without B. None for pixels
+    and what is neither.
+    """
+    if isinstance(images, list) and images and all(_is_array(one) for one in images):
+        if len({tuple(one.shape) for one in images}) > 1:
+            return None
+        images = [private(torch.as_tensor(one)) for one in images]
+        images = torch.cat(images) if images[0].ndim == 4 else torch.stack(images)
+    if isinstance(images, np.ndarray):
+        if images.shape[-1:] == (3,) or images.dtype.kind != "f":
+            return None
+        images = torch.from_numpy(images.copy())
+    if not isinstance(images, Tensor):
+        return None
+    if images.ndim == 3 and images.shape[0] == space.channels:
+        images = images[None]
+    shape = images.shape
+    spatial = len(shape) == 4 and shape[1] == space.channels
+    packed = len(shape) == 3 and shape[2] == space.packed_channels > space.channels
+    return private(images) if images.is_floating_point() and (spatial or packed) else None
+
+
+def _is_array(image: Any) -> bool:
+    return isinstance(image, Tensor | np.ndarray)
+
+
+def in_form_of(images: Any, latents: Tensor) -> Any:
+    """Latents as `latents_in` made them of `images`, in the form that these had."""
+    if isinstance(images, list):
+        rows = latents.reshape(len(images), *images[0].shape)
+        return [in_form_of(one, row) for one, row in zip(images, rows, strict=True)]
+    latents = latents.reshape(images.shape)
+    return latents.cpu().numpy() if isinstance(images, np.ndarray) else latents
+
+
+class OutputTuple(tuple[Any, ...]):
+    """What a pipeline returns with return_dict=False, and as `latentguard` what was said of it."""
+
+    latentguard: CallRecord
+
+
+def with_record(output: Any, record: CallRecord) -> Any:
+    """The output with `record` as its attribute `latentguard`; as it is where it takes none."""
+    if isinstance(output, tuple):
+        output = OutputTuple(output)
+    with contextlib.suppress(AttributeError, TypeError):
+        output.latentguard = record
+    return output
+
+
+def flagged(output: Any, rows: Sequence[int], count: int, cls: Any) -> Any:
+    """The output with True in `nsfw_content_detected` for some of its images, where it has that.
+
+    cls: the output's class, which names what a tuple holds.
+    """
+    names = list(getattr(cls, "__dataclass_fields__", {}))
+    if _NSFW not in names:
+        return output
+    index = names.index(_NSFW)
+    if isinstance(output, tuple):
+        found = output[index] if index < len(output) else None
+    else:
+        found = getattr(output, _NSFW, None)
+    flags = list(found) if isinstance(found, list) and len(found) == count else [False] * count
+    for row in rows:
+        flags[row] = True
+    if isinstance(output, tuple):
+        return (*output[:index], flags, *output[index + 1 :])
+    if cls is not None and isinstance(output, cls):
+        output[_NSFW] = flags
     return output
 
 
@@ -83,23 +181,50 @@ def blanked(images: Any, rows: Sequence[int], verdicts: Sequence[list[Verdict]])
     raise GenerationBlocked(verdicts[0])
 
 
-def output_class(pipe: Any) -> type | None:
-    """The class of a pipeline's output with images, None where its module names no single one."""
+def check_images(pipe: Any) -> None:
+    """Raises LatentsError for a pipeline that returns no images, but frames of a video or others.
+
+    Told by the pipeline outputs that its module names, or the nearest one of its parents' does.
+    """
+    for cls in type(pipe).__mro__:
+        if "__call__" not in vars(cls):
+            continue
+        fields = [
+            set(getattr(value, "__dataclass_fields__", {}))
+            for value in _outputs(cls)
+            if value.__name__.endswith("PipelineOutput")
+        ]
+        if not fields:
+            continue
+        if not any("images" in names for names in fields):
+            raise LatentsError(
+                f"{type(pipe).__name__} returns {', '.join(sorted(set.union(*fields)))} and no "
+                "images, which is what a guard judges and blanks: use output_type='latent' and "
+                "Scorer, or latentguard.guard.session in a loop of your own"
+            )
+        return
+
+
+def _outputs(cls: type) -> set[type]:
+    """The output classes that the module of a pipeline's class names."""
     from diffusers.utils.outputs import BaseOutput
 
+    module: Any = sys.modules.get(cls.__module__)
+    return {
+        value
+        for value in ({} if module is None else vars(module)).values()
+        if isinstance(value, type) and issubclass(value, BaseOutput) and value is not BaseOutput
+    }
+
+
+def output_class(pipe: Any) -> type | None:
+    """The class of a pipeline's output with images, None where its module names no single one."""
     for cls in type(pipe).__mro__:
-        module: Any = sys.modules.get(cls.__module__)
-        found = (
-            {
-                value
-                for value in vars(module).values()
-                if isinstance(value, type)
-                and issubclass(value, BaseOutput)
-                and "images" in getattr(value, "__dataclass_fields__", {})
-            }
-            if module is not None
-            else set()
-        )
+        found = {
+            value
+            for value in _outputs(cls)
+            if "images" in getattr(value, "__dataclass_fields__", {})
+        }
         if len(found) == 1:
             return next(iter(found))
     return None

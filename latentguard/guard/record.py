@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from latentguard.judge import SCHEMA_VERSION, Verdict
+from latentguard.judge import DECISIONS, SCHEMA_VERSION, Verdict
+
+if TYPE_CHECKING:
+    from latentguard.guard.sessions import Session
 
 Action = Literal["none", "steered", "blocked", "already blocked"]
 
@@ -70,6 +73,29 @@ class StepRecord:
                 )
             ],
         }
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """What was said of one call of a pipeline: plain data that no later call changes.
+
+    request_id: of its session. verdicts: one for each image; with several guards the strictest.
+    history: every scored step; with several guards those of one after those of another.
+    """
+
+    request_id: str
+    verdicts: tuple[Verdict, ...]
+    history: tuple[StepRecord, ...]
+
+    @classmethod
+    def of(cls, sessions: Sequence[Session]) -> CallRecord:
+        """That of a call with these sessions, one for each guard."""
+        by_image = zip(*(session.verdicts for session in sessions), strict=True)
+        return cls(
+            sessions[0].request_id,
+            tuple(max(some, key=lambda v: DECISIONS.index(v.decision)) for some in by_image),
+            tuple(record for session in sessions for record in session.history),
+        )
 
 
 def session_data(

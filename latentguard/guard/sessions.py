@@ -318,7 +318,7 @@ class Session:
                 f"{len(latents)} latents and {len(judged)} estimates: use a session a request"
             )
         ours, its = ((x.space.name, x.scaled, x.height, x.width) for x in (latents, judged))
-        if ours != its:
+        if ours != its or not latents.space.is_scaled_as(judged.space):
             raise LatentsError(
                 f"x0 must be of the space, scaling and size of the latents, {latents!r}, got "
                 f"{judged!r}"

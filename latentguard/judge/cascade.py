@@ -27,9 +27,9 @@ class CascadeJudge(Generic[Batch]):
         unsure: the policy's, a distance in margins.
         pick: some images of a batch, by their indices.
 
-    Raises ModelError where the first judge reads another space, cannot see all concepts, or has no
-    calibrated threshold for one that asks for a false-positive rate: it would then be sure of
-    nothing, and cost time for every image.
+    Raises ModelError where the first judge reads another space, or cannot see all prompts, as it
+    would then allow what only the second can see; also where it has no calibrated threshold for a
+    concept that asks for a false-positive rate, as it would then be sure of nothing.
     """
 
     def __init__(
@@ -100,11 +100,15 @@ def _check_first(first: BoundRules, second: BoundRules) -> None:
     what = f"policy '{rules.policy.name}': cascade.first {model.name}"
     if first.space != second.space:
         raise ModelError(f"{what} reads {first.space} latents, the second model {second.space}")
-    hidden = [name for name, seen in zip(rules.ids, first.covered, strict=True) if not seen]
+    hidden = [
+        f"{name} ({', '.join(map(repr, unseen))})"
+        for name, unseen in zip(rules.ids, first.unseen, strict=True)
+        if unseen
+    ]
     if hidden:
         raise ModelError(
-            f"{what} cannot see {', '.join(hidden)}, so the second model would judge every "
-            "image: take these concepts out, or the cascade"
+            f"{what} cannot see {', '.join(hidden)}, so it may decide about no image: take "
+            "these prompts out, or the cascade"
         )
     missing = [
         rule.id

@@ -201,6 +201,7 @@ class _Batch:
             covered=covered,
             judged=judged,
             matched=False,
+            unseen=self._bound.unseen[k],
         )
         # A gap of NaN is no match; the missing threshold is an error of this verdict.
         return replace(score, matched=True) if judged and covered and score.gap >= 0 else score
@@ -229,6 +230,10 @@ class _Batch:
         if hidden:
             noun = "concept is" if hidden == 1 else "concepts are"
             parts.append(f"{hidden} {noun} not visible to this model")
+        partly = [score for score in scores if score.covered and score.unseen]
+        parts += [f"prompts not checked of '{s.id}': {listed(s.unseen)}" for s in partly[:3]]
+        if len(partly) > 3:
+            parts.append(f"prompts not checked of {len(partly) - 3} more concepts")
         return "allow: " + "; ".join(parts)
 
     def _closest(self, scores: Sequence[ConceptScore]) -> str:

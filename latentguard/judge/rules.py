@@ -194,6 +194,8 @@ class Rules:
             raise ValueError(f"policy: cannot be read ({kind}: {error})") from error
         if not rules.concepts:
             raise ValueError("policy: has no concepts")
+        if len(set(rules.ids)) < len(rules.ids):
+            raise ValueError("policy: two concepts have the same id")
         return rules
 
     @cached_property
@@ -215,29 +217,55 @@ class Rules:
         model: ModelId | None = None,
         space: str | None = None,
         logit_scale: float | None = None,
+        *,
         covered: Sequence[bool] | None = None,
+        seen: Sequence[bool] | None = None,
     ) -> BoundRules:
         """The rules for scores of one model.
 
-        covered: whether the model sees each concept; None is all of them.
+        covered: whether the model sees each concept; None is all of them. seen: whether it sees
+        each of `prompts`; None is all of the covered concepts'.
         Raises ValueError where it does not see one and the policy does not say `uncovered: warn`,
         or where it sees none.
         """
-        count = len(self.concepts)
-        seen = (True,) * count if covered is None else tuple(bool(flag) for flag in covered)
-        if len(seen) != count:
+        unseen = self._unseen(covered, seen)
+        pairs = list(zip(self.concepts, unseen, strict=True))
+        if any(unseen) and self.uncovered != "warn":
+            # Of a concept that is not seen at all the id says enough.
+            hidden = [rule.id for rule, prompts in pairs if len(prompts) == len(rule.prompts)]
+            parts = [listed(hidden)] if hidden else []
+            parts += [
+                f"{listed(prompts)} of '{rule.id}'"
+                for rule, prompts in pairs
+                if 0 < len(prompts) < len(rule.prompts)
+            ]
             raise ValueError(
-                f"covered must have one value for each of {count} concepts, got {len(seen)}"
+                f"the model does not see {', '.join(parts)}, and the policy says uncovered: error"
             )
-        hidden = [name for name, flag in zip(self.ids, seen, strict=True) if not flag]
-        if hidden and self.uncovered != "warn":
-            raise ValueError(
-                f"the model does not see {listed(hidden)}, and the policy says uncovered: error"
-            )
-        if len(hidden) == count:
+        if all(len(prompts) == len(rule.prompts) for rule, prompts in pairs):
             raise ValueError("the model sees none of the policy's concepts")
-        return BoundRules(
-            self, None if model is None else ModelId(*model), space, logit_scale, seen
+        identity = None if model is None else ModelId(*model)
+        return BoundRules(self, identity, space, logit_scale, unseen)
+
+    def _unseen(
+        self, covered: Sequence[bool] | None, seen: Sequence[bool] | None
+    ) -> tuple[tuple[str, ...], ...]:
+        """Each concept's prompts that a model does not see."""
+        count, total = len(self.concepts), len(self.prompts)
+        visible = [True] * count if covered is None else [bool(flag) for flag in covered]
+        if len(visible) != count:
+            raise ValueError(
+                f"covered must have one value for each of {count} concepts, got {len(visible)}"
+            )
+        flags = [True] * total if seen is None else [bool(flag) for flag in seen]
+        if len(flags) != total:
+            raise ValueError(
+                f"seen must have one value for each of {total} prompts, got {len(flags)}"
+            )
+        each = iter(flags)
+        return tuple(
+            tuple([prompt for prompt in rule.prompts if not (next(each) and concept)])
+            for rule, concept in zip(self.concepts, visible, strict=True)
         )
 
 
@@ -246,14 +274,20 @@ class BoundRules:
     """Rules, and the model whose scores are judged by them.
 
     model, space: where calibrated margins are looked up. logit_scale: turns probabilities into
-    margins. covered: whether the model sees each concept.
+    margins. unseen: each concept's prompts that the model does not see.
     """
 
     rules: Rules
     model: ModelId | None
     space: str | None
     logit_scale: float | None
-    covered: tuple[bool, ...]
+    unseen: tuple[tuple[str, ...], ...]
+
+    @cached_property
+    def covered(self) -> tuple[bool, ...]:
+        """Whether the model sees any prompt of each concept."""
+        pairs = zip(self.rules.concepts, self.unseen, strict=True)
+        return tuple(len(unseen) < len(rule.prompts) for rule, unseen in pairs)
 
     def calibrated(self, k: int, noise_level: float) -> float:
         """The margin of concept k, whose threshold is a false-positive rate.

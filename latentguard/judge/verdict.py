@@ -30,6 +30,8 @@ class ConceptScore:
     covered: whether the model can see the concept at all.
     judged: whether this noise level lies in the concept's window.
     matched: covered, judged, and at or above the threshold.
+    unseen: the concept's prompts that the model cannot see, so that they were not checked; records
+        of former versions do not have it.
     """
 
     id: str
@@ -42,6 +44,7 @@ class ConceptScore:
     covered: bool
     judged: bool
     matched: bool
+    unseen: tuple[str, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -97,7 +100,9 @@ class Verdict:
         """The verdict as JSON-able data."""
         data = asdict(self)
         data["noise_level"] = self.noise_level if math.isfinite(self.noise_level) else None
-        data["concepts"] = [dict(concept) for concept in data["concepts"]]
+        data["concepts"] = [
+            {**concept, "unseen": list(concept["unseen"])} for concept in data["concepts"]
+        ]
         data["model"] = None if self.model is None else self.model.to_dict()
         return data
 
@@ -174,4 +179,12 @@ def _read_concept(item: Any) -> ConceptScore:
         covered=_read(item, "covered", bool),
         judged=_read(item, "judged", bool),
         matched=_read(item, "matched", bool),
+        unseen=_read_unseen(item),
     )
+
+
+def _read_unseen(item: Mapping[str, Any]) -> tuple[str, ...]:
+    prompts = item.get("unseen", ())
+    if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"verdict: unseen must be a list of prompts, got {prompts!r}")
+    return tuple(prompts)

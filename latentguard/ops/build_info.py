@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # Raised in setup.py too when the extension and the Python code would not fit an older other half.
-INTERFACE = 2
+INTERFACE = 3
 FILE = Path(__file__).with_name("_build.json")
 
 

@@ -1,11 +1,15 @@
 """Argument checks of the operators where no compiled kernel makes them (reference, fake tensors).
 
-The same sentences stand in csrc/ops.cpp: operator, argument, what it must be, what it got.
+The same sentences stand in csrc/ops: operator, argument, what it must be, what it got.
 """
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
+
+from latentguard.ops.arguments import Bank, Conversion, Head
 
 
 def _fail(operator: str, argument: str, must: str, got: object) -> None:
@@ -36,19 +40,22 @@ def floating(operator: str, argument: str, tensor: Tensor) -> None:
         _fail(operator, argument, "a floating-point tensor", tensor.dtype)
 
 
+def finite(operator: str, argument: str, number: float) -> None:
+    """A number that is neither infinite nor NaN."""
+    if not math.isfinite(number):
+        _fail(operator, argument, "a finite number", number)
+
+
 def patch_embed(
     operator: str,
     latents: Tensor,
     weight: Tensor,
     positional_embedding: Tensor,
     vectors: dict[str, Tensor],
-    scale: Tensor | None,
-    shift: Tensor | None,
-    noise: Tensor | None,
-    alpha: Tensor | None,
-    sigma: Tensor | None,
+    conversion: Conversion,
 ) -> None:
     """All arguments of patch_embed and its backward; `vectors` are those of size [D]."""
+    scale, shift, noise, alpha, sigma = conversion
     floating(operator, "latents", latents)
     shape(operator, "latents", latents, None, None, None, None)
     batch, channels, height, width = latents.shape
@@ -90,37 +97,28 @@ def patch_embed(
             shape(operator, argument, level, batch)
 
 
-def concepts(
-    operator: str,
-    argument: str,
-    features: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    projection: Tensor | None,
-    banks: dict[str, Tensor],
-    segments: dict[str, Tensor],
-) -> None:
-    """The arguments that concept_similarity, concept_heatmap and their backwards share."""
+def concepts(operator: str, argument: str, features: Tensor, head: Head, bank: Bank) -> None:
+    """The arguments that concept_similarity and concept_heatmap share."""
     floating(operator, argument, features)
     dim = features.shape[-1]
-    if (ln_weight is None) != (ln_bias is None):
+    if (head.ln_weight is None) != (head.ln_bias is None):
         _fail(operator, "ln_bias", "given together with `ln_weight`", "one without the other")
-    for name, vector in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+    for name, vector in (("ln_weight", head.ln_weight), ("ln_bias", head.ln_bias)):
         if vector is not None:
             same_kind(operator, name, vector, features, argument)
             shape(operator, name, vector, dim)
-    if projection is not None:
-        same_kind(operator, "projection", projection, features, argument)
-        shape(operator, "projection", projection, dim, None)
-        dim = projection.shape[1]
-    for name, bank in banks.items():
-        same_kind(operator, name, bank, features, argument)
-        shape(operator, name, bank, None, dim)
-    for name, ranges in segments.items():
+    if head.projection is not None:
+        same_kind(operator, "projection", head.projection, features, argument)
+        shape(operator, "projection", head.projection, dim, None)
+        dim = head.projection.shape[1]
+    for name, rows in (("concepts", bank.concepts), ("contrast", bank.contrast)):
+        same_kind(operator, name, rows, features, argument)
+        shape(operator, name, rows, None, dim)
+    both = (("segments", bank.segments), ("contrast_segments", bank.contrast_segments))
+    for name, ranges in both:
         if str(ranges.dtype) != "torch.int32":
             _fail(operator, name, "of dtype torch.int32", ranges.dtype)
         if ranges.device != features.device:
-            _fail(
-                operator, name, f"on the device of `{argument}` ({features.device})", ranges.device
-            )
-        shape(operator, name, ranges, segments["segments"].shape[0], 2)
+            must = f"on the device of `{argument}` ({features.device})"
+            _fail(operator, name, must, ranges.device)
+        shape(operator, name, ranges, bank.segments.shape[0], 2)

@@ -1,8 +1,9 @@
 """Where the operators' schemas meet their kernels.
 
-The compiled extension `latentguard._C` defines the schemas and registers CPU (and CUDA) kernels.
-Where it is absent, or was compiled without CUDA, the reference is registered in its place, so
-that `torch.ops.latentguard` looks the same on every machine.
+Each operator's file (latentguard/ops/X.py) gives its schema. The compiled extension
+`latentguard._C` registers CPU (and CUDA) kernels and gradients for them; torch compares their C++
+types with the schema. Where the extension is absent, or has no kernel, the reference is registered
+in its place, so that `torch.ops.latentguard` looks the same on every machine.
 """
 
 from __future__ import annotations
@@ -15,41 +16,14 @@ from typing import Any
 import torch
 
 from latentguard.ops import build_info
+from latentguard.ops.arguments import flat
 
-HEAD = "Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? projection"
-BANK = "Tensor concepts, Tensor segments, Tensor contrast, Tensor contrast_segments"
-BACK = "Tensor? ln_weight, float eps, Tensor? projection, Tensor concepts, Tensor contrast"
-SAVED = "Tensor best_prompt, Tensor best_contrast, Tensor projected"
-CLEAN = (
-    "Tensor? scale=None, Tensor? shift=None, Tensor? noise=None, Tensor? alpha=None, "
-    "Tensor? sigma=None"
-)
+# Every operator's schema and, of those that have one, its ONNX translation, by name; filled by
+# `register`, which each operator's file calls.
+SCHEMAS: dict[str, str] = {}
+TRANSLATIONS: dict[str, Callable[..., Any]] = {}
 
-# The same strings stand in csrc/ops.cpp; a test compares the two.
-SCHEMAS = {
-    "patch_embed": (
-        "(Tensor latents, Tensor weight, Tensor class_embedding, Tensor positional_embedding, "
-        f"Tensor ln_weight, Tensor ln_bias, float eps, {CLEAN}) -> Tensor"
-    ),
-    "patch_embed_backward": (
-        "(Tensor grad, Tensor latents, Tensor weight, Tensor positional_embedding, "
-        f"Tensor ln_weight, float eps, {CLEAN}) -> Tensor"
-    ),
-    "concept_similarity": (
-        f"(Tensor features, {HEAD}, {BANK}, float logit_scale, bool save=False) -> "
-        f"(Tensor probability, Tensor margin, {SAVED})"
-    ),
-    "concept_similarity_backward": (
-        f"(Tensor? grad_probability, Tensor? grad_margin, Tensor features, {BACK}, "
-        f"Tensor probability, {SAVED}, float logit_scale) -> Tensor"
-    ),
-    "concept_heatmap": (
-        f"(Tensor tokens, {HEAD}, {BANK}, bool save=False) -> (Tensor margin, {SAVED})"
-    ),
-    "concept_heatmap_backward": f"(Tensor grad, Tensor tokens, {BACK}, {SAVED}) -> Tensor",
-}
-
-# As kLargestWidth in csrc/cuda/launchers.h.
+# As kLargestWidth in csrc/include/concepts.h.
 LARGEST_WIDTH = 1536
 # Computed by the compiled kernels; every other dtype takes the reference.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -84,7 +58,7 @@ def _refused() -> str:
 
 _reason = _refused()
 extension, missing = (None, _reason) if _reason else _load()
-_library: Any = torch.library.Library("latentguard", "DEF" if extension is None else "FRAGMENT")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("latentguard", "DEF")  # type: ignore[no-untyped-call]
 
 
 def compiled_for(device: str) -> bool:
@@ -92,19 +66,40 @@ def compiled_for(device: str) -> bool:
     return extension is not None and (device == "cpu" or bool(extension.build_info()["cuda"]))
 
 
-def register(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Give one operator what its kernels do not bring: the reference, and the fake kernel.
+def register(
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    onnx: Callable[..., Any] | None = None,
+) -> None:
+    """Define one operator and give it what its kernels do not bring.
 
-    Gradients are in csrc/autograd.cpp; without the extension they, and shapes for tracing, are
-    those of the PyTorch functions that the reference calls.
+    All functions may take the structures of `arguments`. Gradients are in csrc/ops; without a
+    kernel they, and shapes for tracing, are those of the PyTorch functions that the reference
+    calls.
+
+    Args:
+        schema: the arguments and results, "(Tensor x, ...) -> Tensor": the only place they stand.
+        reference: the operator in plain PyTorch, with its checks.
+        fake: results of the right shape and dtype with nothing in them.
+        onnx: the operator in standard ONNX operators; a backward has none.
     """
-    if extension is None:
-        _library.define(name + SCHEMAS[name])
-        _library.impl(name, reference, "CompositeImplicitAutograd")
+    SCHEMAS[name] = schema
+    if onnx is not None:
+        TRANSLATIONS[name] = flat(onnx)
+    _library.define(name + schema)
+    if not _has_kernel(name, "CPU"):
+        _library.impl(name, flat(reference), "CompositeImplicitAutograd")
         return
-    if not compiled_for("cuda"):
-        _library.impl(name, reference, "CUDA")
-    torch.library.register_fake(f"latentguard::{name}", fake, lib=_library)
+    if not _has_kernel(name, "CUDA"):
+        _library.impl(name, flat(reference), "CUDA")
+    torch.library.register_fake(f"latentguard::{name}", flat(fake), lib=_library)
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"latentguard::{name}", key)
+    return found
 
 
 def use_kernels(tensor: torch.Tensor, *weights: torch.Tensor | None) -> bool:

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentguard.ops import checks, library, reference
+from latentguard.ops import checks, library, onnx, reference
+from latentguard.ops.arguments import Conversion, text
+
+NAME = "patch_embed"
 
 
 def patch_embed(
@@ -56,11 +59,11 @@ def patch_embed(
         RuntimeError: a dtype, device or shape other than these; it names the argument.
     """
     weights = (weight, class_embedding, positional_embedding, ln_weight, ln_bias)
-    args = (latents, *weights, eps, scale, shift, noise, alpha, sigma)
+    conversion = Conversion(scale, shift, noise, alpha, sigma)
     if library.use_kernels(latents, *weights, scale, shift, alpha, sigma):
-        tokens: Tensor = torch.ops.latentguard.patch_embed(*args)
+        tokens: Tensor = torch.ops.latentguard.patch_embed(latents, *weights, eps, *conversion)
         return tokens
-    return _reference(*args)
+    return _reference(latents, *weights, eps, conversion)
 
 
 def _reference(
@@ -71,25 +74,12 @@ def _reference(
     ln_weight: Tensor,
     ln_bias: Tensor,
     eps: float,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    noise: Tensor | None = None,
-    alpha: Tensor | None = None,
-    sigma: Tensor | None = None,
+    conversion: Conversion,
 ) -> Tensor:
     vectors = {"class_embedding": class_embedding, "ln_weight": ln_weight, "ln_bias": ln_bias}
-    clean = (scale, shift, noise, alpha, sigma)
-    checks.patch_embed("patch_embed", latents, weight, positional_embedding, vectors, *clean)
-    return reference.patch_embed(
-        latents,
-        weight,
-        class_embedding,
-        positional_embedding,
-        ln_weight,
-        ln_bias,
-        eps,
-        *clean,
-    )
+    weights = (weight, class_embedding, positional_embedding, ln_weight, ln_bias)
+    checks.patch_embed(NAME, latents, weight, positional_embedding, vectors, conversion)
+    return reference.patch_embed(latents, *weights, eps, *conversion)
 
 
 def _backward_reference(
@@ -99,15 +89,11 @@ def _backward_reference(
     positional_embedding: Tensor,
     ln_weight: Tensor,
     eps: float,
-    *clean: Tensor | None,
+    conversion: Conversion,
 ) -> Tensor:
     args = (latents, weight, positional_embedding)
-    checks.patch_embed("patch_embed_backward", *args, {"ln_weight": ln_weight}, *_five(clean))
-    return reference.patch_embed_backward(grad, *args, ln_weight, eps, *clean)
-
-
-def _five(clean: tuple[Tensor | None, ...]) -> Any:
-    return (*clean, None, None, None, None, None)[:5]
+    checks.patch_embed(NAME + "_backward", *args, {"ln_weight": ln_weight}, conversion)
+    return reference.patch_embed_backward(grad, *args, ln_weight, eps, *conversion)
 
 
 def _fake(latents: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -120,5 +106,58 @@ def _backward_fake(grad: Tensor, latents: Tensor, *rest: Any) -> Tensor:
     return latents.new_empty(latents.shape)
 
 
-library.register("patch_embed", _reference, _fake)
-library.register("patch_embed_backward", _backward_reference, _backward_fake)
+def _onnx(
+    latents: Any,
+    weight: Any,
+    class_embedding: Any,
+    positional_embedding: Any,
+    ln_weight: Any,
+    ln_bias: Any,
+    eps: float,
+    conversion: Conversion,
+) -> Any:
+    op = onnx.operators()
+    scale, shift, noise, alpha, sigma = conversion
+    dim, channels, patch, _ = (int(size) for size in weight.shape)
+    per_image = onnx.ints(op, -1, 1, 1, 1)
+    x = onnx.up(op, latents)
+    if noise is not None:
+        x = op.Sub(x, op.Mul(op.Reshape(onnx.up(op, sigma), per_image), onnx.up(op, noise)))
+    if alpha is not None:
+        x = op.Div(x, op.Reshape(onnx.up(op, alpha), per_image))
+    if scale is not None:
+        x = op.Mul(x, _onnx_per_channel(op, onnx.up(op, scale), channels, latents))
+    if shift is not None:
+        x = op.Add(x, _onnx_per_channel(op, onnx.up(op, shift), channels, latents))
+    x = op.Conv(x, onnx.up(op, weight), strides=[patch, patch])
+    x = op.Transpose(op.Reshape(x, onnx.ints(op, 0, dim, -1)), perm=[0, 2, 1])
+    batch = op.Shape(latents, start=0, end=1)
+    size = op.Concat(batch, onnx.ints(op, 1, dim), axis=0)
+    first = op.Expand(op.Reshape(onnx.up(op, class_embedding), onnx.ints(op, 1, 1, dim)), size)
+    x = op.Add(op.Concat(first, x, axis=1), onnx.up(op, positional_embedding))
+    return onnx.down(op, onnx.layer_norm(op, x, ln_weight, ln_bias, eps), latents)
+
+
+def _onnx_per_channel(op: Any, vector: Any, channels: int, latents: Any) -> Any:
+    if vector.shape[0] == channels:
+        return op.Reshape(vector, onnx.ints(op, 1, channels, 1, 1))
+    cells = op.Reshape(vector, onnx.ints(op, 1, channels, 2, 2))
+    half = op.Div(op.Shape(latents, start=2), onnx.ints(op, 2))
+    return op.Tile(cells, op.Concat(onnx.ints(op, 1, 1), half, axis=0))
+
+
+library.register(
+    NAME,
+    "(Tensor latents, Tensor weight, Tensor class_embedding, Tensor positional_embedding, "
+    f"Tensor ln_weight, Tensor ln_bias, float eps, {text(Conversion)}) -> Tensor",
+    _reference,
+    _fake,
+    _onnx,
+)
+library.register(
+    NAME + "_backward",
+    "(Tensor grad, Tensor latents, Tensor weight, Tensor positional_embedding, "
+    f"Tensor ln_weight, float eps, {text(Conversion)}) -> Tensor",
+    _backward_reference,
+    _backward_fake,
+)

@@ -2,7 +2,8 @@
 
 Half precision is computed in float32 and rounded once, at the end; float64 stays float64. The
 backward functions are written out because an operator's kernel runs below autograd; tests compare
-them with autograd through the forward functions here.
+them with autograd through the forward functions here. All are called with the flat arguments of
+their schemas (see `arguments.flat`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from latentguard.ops.arguments import Bank, Conversion, Head, Saved, Weights, flat
 
 # Norms below this count as zero: the direction of such a vector is rounding noise.
 NORM_FLOOR = 1e-12
@@ -35,15 +38,21 @@ def _per_image(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1, 1)
 
 
-def _clean(
-    latents: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    noise: Tensor | None,
-    alpha: Tensor | None,
-    sigma: Tensor | None,
-) -> Tensor:
+@flat
+def null(x: Tensor, scale: float) -> Tensor:
+    """x * scale, the template operator; see `latentguard.ops.null`."""
+    return (x.to(_compute_dtype(x)) * scale).to(x.dtype)
+
+
+@flat
+def null_backward(grad: Tensor, scale: float) -> Tensor:
+    """Gradient of `null` with respect to `x`: that of its result, times the scale."""
+    return (grad.to(_compute_dtype(grad)) * scale).to(grad.dtype)
+
+
+def _clean(latents: Tensor, conversion: Conversion) -> Tensor:
     """(latents - sigma * noise) / alpha * scale + shift, in the dtype of computation."""
+    scale, shift, noise, alpha, sigma = conversion
     dtype = _compute_dtype(latents)
     x = latents.to(dtype)
     if noise is not None and sigma is not None:
@@ -57,6 +66,7 @@ def _clean(
     return x
 
 
+@flat
 def patch_embed(
     latents: Tensor,
     weight: Tensor,
@@ -65,16 +75,12 @@ def patch_embed(
     ln_weight: Tensor,
     ln_bias: Tensor,
     eps: float,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    noise: Tensor | None = None,
-    alpha: Tensor | None = None,
-    sigma: Tensor | None = None,
+    conversion: Conversion,
 ) -> Tensor:
     """Latents to the transformer's input; arguments as in `latentguard.ops.patch_embed`."""
     dtype = _compute_dtype(latents)
     patch = weight.shape[-1]
-    x = _clean(latents, scale, shift, noise, alpha, sigma)
+    x = _clean(latents, conversion)
     patches = F.conv2d(x, weight.to(dtype), stride=patch).flatten(2).transpose(1, 2)
     first = class_embedding.to(dtype).expand(latents.shape[0], 1, -1)
     tokens = torch.cat((first, patches), dim=1) + positional_embedding.to(dtype)
@@ -91,6 +97,7 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) ->
     return rstd * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
 
 
+@flat
 def patch_embed_backward(
     grad: Tensor,
     latents: Tensor,
@@ -98,39 +105,30 @@ def patch_embed_backward(
     positional_embedding: Tensor,
     ln_weight: Tensor,
     eps: float,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    noise: Tensor | None = None,
-    alpha: Tensor | None = None,
-    sigma: Tensor | None = None,
+    conversion: Conversion,
 ) -> Tensor:
     """Gradient of `patch_embed` with respect to `latents`, from that of its tokens."""
     dtype = _compute_dtype(latents)
     patch = weight.shape[-1]
     batch, channels, height, width = latents.shape
     rows, columns = height // patch, width // patch
-    x = _clean(latents, scale, shift, noise, alpha, sigma)
+    x = _clean(latents, conversion)
     kernel = weight.to(dtype)
     before = F.conv2d(x, kernel, stride=patch).flatten(2).transpose(1, 2)
     before = before + positional_embedding.to(dtype)[1:]
     inner = _layer_norm_backward(grad[:, 1:].to(dtype), before, ln_weight.to(dtype), eps)
     pieces = (inner @ kernel.flatten(1)).view(batch, rows, columns, channels, patch, patch)
     out = pieces.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
-    if scale is not None:
-        out = out * _per_channel(scale.to(dtype), latents)
-    if alpha is not None:
-        out = out / _per_image(alpha.to(dtype))
+    if conversion.scale is not None:
+        out = out * _per_channel(conversion.scale.to(dtype), latents)
+    if conversion.alpha is not None:
+        out = out / _per_image(conversion.alpha.to(dtype))
     return out.to(latents.dtype)
 
 
-def _project(
-    features: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
-) -> Tensor:
+def _project(features: Tensor, head: Head) -> Tensor:
     """Layer norm and projection of [..., D] rows, either of them optional: [..., E]."""
+    ln_weight, ln_bias, eps, projection = head
     dtype = _compute_dtype(features)
     x = features.to(dtype)
     if ln_weight is not None:
@@ -161,16 +159,11 @@ def _best(cosine: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(values, -1), torch.stack(indices, -1)
 
 
+@flat
 def concept_similarity(
     features: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
-    concepts: Tensor,
-    segments: Tensor,
-    contrast: Tensor,
-    contrast_segments: Tensor,
+    head: Head,
+    bank: Bank,
     logit_scale: float,
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -180,28 +173,24 @@ def concept_similarity(
     norm, in the dtype of `features`; empty unless `save`.
     """
     dtype = _compute_dtype(features)
-    x = _project(features, ln_weight, ln_bias, eps, projection)
+    x = _project(features, head)
     unit = F.normalize(x, dim=-1, eps=NORM_FLOOR)
-    value, prompt = _best(unit @ concepts.to(dtype).t(), segments)
-    against, contrast_prompt = _best(unit @ contrast.to(dtype).t(), contrast_segments)
+    value, prompt = _best(unit @ bank.concepts.to(dtype).t(), bank.segments)
+    ranges = bank.contrast_segments
+    against, contrast_prompt = _best(unit @ bank.contrast.to(dtype).t(), ranges)
     margin = value - against
     projected = x.to(features.dtype, copy=True) if save else features.new_empty(0)
     return torch.sigmoid(logit_scale * margin), margin, prompt, contrast_prompt, projected
 
 
+@flat
 def concept_similarity_backward(
     grad_probability: Tensor | None,
     grad_margin: Tensor | None,
     features: Tensor,
-    ln_weight: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
-    concepts: Tensor,
-    contrast: Tensor,
+    weights: Weights,
     probability: Tensor,
-    best_prompt: Tensor,
-    best_contrast: Tensor,
-    projected: Tensor,
+    saved: Saved,
     logit_scale: float,
 ) -> Tensor:
     """Gradient with respect to [..., D] `features`, from that of probability and margin.
@@ -214,36 +203,35 @@ def concept_similarity_backward(
         g = g + grad_margin
     if grad_probability is not None:
         g = g + grad_probability * logit_scale * probability * (1 - probability)
-    x = projected.to(dtype)
+    x = saved.projected.to(dtype)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
     unit = x / norm
     inner = torch.zeros_like(unit)
-    for bank, best, sign in ((concepts, best_prompt, 1.0), (contrast, best_contrast, -1.0)):
+    sides = (
+        (weights.concepts, saved.best_prompt, 1.0),
+        (weights.contrast, saved.best_contrast, -1.0),
+    )
+    for bank, best, sign in sides:
         if bank.shape[0] == 0:
             continue
-        weights = g.new_zeros((*g.shape[:-1], bank.shape[0]))
-        share = g.masked_fill(best < 0, 0.0) * sign
-        weights.scatter_add_(-1, best.clamp_min(0), share)
-        inner = inner + weights @ bank.to(dtype)
+        shares = g.new_zeros((*g.shape[:-1], bank.shape[0]))
+        shares.scatter_add_(-1, best.clamp_min(0), g.masked_fill(best < 0, 0.0) * sign)
+        inner = inner + shares @ bank.to(dtype)
     out = (inner - unit * (unit * inner).sum(-1, keepdim=True)) / norm
-    if projection is not None:
-        out = out @ projection.to(dtype).t()
-    if ln_weight is not None:
-        out = _layer_norm_backward(out, features.to(dtype), ln_weight.to(dtype), eps)
+    if weights.projection is not None:
+        out = out @ weights.projection.to(dtype).t()
+    if weights.ln_weight is not None:
+        scale = weights.ln_weight.to(dtype)
+        out = _layer_norm_backward(out, features.to(dtype), scale, weights.eps)
     gradient: Tensor = out.to(features.dtype)
     return gradient
 
 
+@flat
 def concept_heatmap(
     tokens: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
-    concepts: Tensor,
-    segments: Tensor,
-    contrast: Tensor,
-    contrast_segments: Tensor,
+    head: Head,
+    bank: Bank,
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Margin [B, K, N] of every patch token; see `latentguard.ops.concept_heatmap`.
@@ -251,8 +239,7 @@ def concept_heatmap(
     The other outputs are what the backward needs: best prompt and best contrast prompt [B, K, N]
     and the projected rows [B, N, E]; empty unless `save`.
     """
-    bank = (concepts, segments, contrast, contrast_segments)
-    found = concept_similarity(tokens, ln_weight, ln_bias, eps, projection, *bank, 1.0, save)
+    found = concept_similarity(tokens, *head, *bank, 1.0, save)
     _, margin, prompt, against, projected = found
     margin = margin.transpose(1, 2).contiguous()
     if not save:
@@ -262,21 +249,16 @@ def concept_heatmap(
     return margin, best, best_contrast, projected
 
 
+@flat
 def concept_heatmap_backward(
     grad: Tensor,
     tokens: Tensor,
-    ln_weight: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
-    concepts: Tensor,
-    contrast: Tensor,
-    best_prompt: Tensor,
-    best_contrast: Tensor,
-    projected: Tensor,
+    weights: Weights,
+    saved: Saved,
 ) -> Tensor:
     """Gradient with respect to `tokens`, from that of the margin and what the forward saved."""
-    margin, prompt, against = (t.transpose(1, 2) for t in (grad, best_prompt, best_contrast))
-    head = (ln_weight, eps, projection, concepts, contrast)
-    return concept_similarity_backward(
-        None, margin, tokens, *head, margin, prompt, against, projected, 1.0
+    margin, prompt, against = (
+        t.transpose(1, 2) for t in (grad, saved.best_prompt, saved.best_contrast)
     )
+    kept = (prompt, against, saved.projected)
+    return concept_similarity_backward(None, margin, tokens, *weights, margin, *kept, 1.0)

@@ -1,7 +1,7 @@
 """Policies: which concepts to look for, at which threshold, and what to do about a match.
 
 A policy is one YAML file; docs/policies.md describes every key. What is loaded is frozen and
-complete: `Policy.plain()` is the same as JSON-able data, which is all that `latentguard.verdict`
+complete: `Policy.plain()` is the same as JSON-able data, which is all that `latentguard.judge`
 needs. Calibrated thresholds lie beside the policy in NAME.lock.yaml.
 
 fields: what each kind of value accepts. models: Policy and its parts. lock: calibrated thresholds.
@@ -10,7 +10,13 @@ what is wrong, in sentences.
 """
 
 from latentguard.policy.fields import SCHEMA_VERSION
-from latentguard.policy.loading import json_schema, load_policy, parse_policy, shipped_policies
+from latentguard.policy.loading import (
+    json_schema,
+    lines_of,
+    load_policy,
+    parse_policy,
+    shipped_policies,
+)
 from latentguard.policy.lock import (
     CalibratedMargin,
     Lock,
@@ -33,6 +39,7 @@ __all__ = [
     "Steer",
     "Threshold",
     "json_schema",
+    "lines_of",
     "load_lock",
     "load_policy",
     "lock_path",

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from latentguard.policy.yaml_nodes import show
+from latentguard.text import unseen
 
 SCHEMA_VERSION = 1
 
@@ -43,6 +44,15 @@ def _line(limit: int) -> Callable[[str], str]:
         return text
 
     return check
+
+
+def _label(text: str) -> str:
+    """A name, by which people tell policies apart: nothing in it is unseen."""
+    text = _line(200)(text)
+    hidden = unseen(text)
+    if hidden is not None:
+        raise ValueError(f"must hold no character that cannot be seen, it holds {hidden}")
+    return text
 
 
 def _paragraphs(text: str) -> str:
@@ -147,7 +157,7 @@ Slug = Annotated[
     AfterValidator(_slug),
     WithJsonSchema({"type": "string", "pattern": "^[a-z0-9][a-z0-9_-]{0,63}$"}),
 ]
-Label = Annotated[str, AfterValidator(_line(200)), _text_schema(200)]
+Label = Annotated[str, AfterValidator(_label), _text_schema(200)]
 Prompt = Annotated[str, AfterValidator(_line(MAX_PROMPT)), _text_schema(MAX_PROMPT)]
 Template = Annotated[
     str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ def _find(name_or_path: str | Path) -> Path:
             f"these ship: {', '.join(shipped) or 'none'}; any other is given by its file's path"
         )
     return path
+
+
+def lines_of(
+    name_or_path: str | Path, places: Sequence[Sequence[int | str]]
+) -> list[tuple[str, int]]:
+    """The file of a policy and the line in it of each place, such as ("concepts", 0, "prompts").
+
+    Raises PolicyError where the file cannot be read.
+    """
+    path = _find(name_or_path)
+    root = compose(read_bytes(path), str(path))
+    return [(str(path), line_of(root, place)) for place in places]
 
 
 def shipped_policies() -> dict[str, Path]:

@@ -185,8 +185,8 @@ class Policy(Frozen):
     on_block: Literal["blank", "raise", "callback"] = "blank"
     """What a blocked generation gives: a blank image, an exception, or what a callback returns."""
     uncovered: Literal["error", "warn"] = "error"
-    """A concept that the model cannot see: refuse the pair of policy and model, or mark it in
-    every report."""
+    """A prompt that the model cannot see: refuse the pair of policy and model, or mark it in
+    every verdict and report."""
 
     _file_sha256: str | None = PrivateAttr(None)
     _lock: Lock | None = PrivateAttr(None)

@@ -8,7 +8,9 @@ reading. Plain scalars follow the core schema of YAML 1.2, as editors do: `1e-3`
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import yaml
 
 from latentguard.errors import PolicyError
+from latentguard.text import visible
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000
@@ -210,17 +213,23 @@ def _resolve(event: yaml.ScalarEvent) -> Scalar:
     return text
 
 
+_O_BINARY = getattr(os, "O_BINARY", 0)
+
+
 def read_bytes(path: Path) -> bytes:
     """The bytes of a regular file of at most 1 MiB. Raises PolicyError."""
     try:
-        if path.is_dir():
-            raise PolicyError(f"{path}: is a folder, not a file")
-        if not path.exists():
-            raise PolicyError(f"{path}: there is no such file")
-        if not path.is_file():  # a pipe or device could block or never end
-            raise PolicyError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
+        # One descriptor for the question and the answer; without O_NONBLOCK a pipe could block.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _O_BINARY)
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(descriptor)
+            kind = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file"
+            raise PolicyError(f"{path}: is {kind}")
+        with os.fdopen(descriptor, "rb") as file:
             data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise PolicyError(f"{path}: there is no such file") from error
     except (OSError, ValueError) as error:
         if isinstance(error, PolicyError):
             raise
@@ -274,9 +283,8 @@ def problems_error(source: str, problems: Sequence[Problem]) -> PolicyError:
 def clip(text: str, limit: int = 60) -> str:
     """`text` shortened for a message, with what could upset a terminal escaped."""
     clipped = text if len(text) <= limit else text[: limit - 3] + "..."
-    if clipped.isprintable():
-        return clipped
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in clipped)
+    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in clipped)
+    return visible(escaped, 12 * max(limit, 1))
 
 
 def show(value: object) -> str:

@@ -5,7 +5,8 @@ and metadata that do not fit are refused. The digest inside of the file tells of
 edits a file can compute it anew, so production pins the whole file (`Guard(path, sha256=...)`).
 
 Every file is read once, and what was looked at is what runs: the session is made of these bytes,
-and not of a path that may lead to others a moment later.
+and not of a path that may lead to others a moment later. They are in the one form in which all
+readers of protocol buffers see the same (`latentguard.runtime.wire`); any other is refused.
 """
 
 from __future__ import annotations
@@ -21,19 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import ModelError
-from latentguard.runtime.wire import Field, fields, message, numbers, text
+from latentguard.runtime.graph import check_graph
+from latentguard.runtime.layout import ENTRY, MODEL
+from latentguard.runtime.names import DIGEST, HEATMAP, INPUT, METADATA, OUTPUTS, STANDARD, plain
+from latentguard.runtime.wire import ForeignError, Message, fields, read, text
 from latentguard.spaces import SPACES
 
 SCHEMA_VERSION = 1
-METADATA, DIGEST = "latentguard", "latentguard.digest"
-INPUT = "latents"
-OUTPUTS = ("probability", "margin", "best_prompt", "embedding")
-HEATMAP = "heatmap"
-
-BANK = ("bank.embeddings", "bank.segments", "bank.contrast", "bank.contrast_segments")
-"""The four initializers that a policy's prompts are in; see `latentguard.concepts.ConceptBank`."""
-
-_STANDARD = ("", "ai.onnx")
 _MAX_FILE = 2**31
 _MAX_EXTERNAL = 2**34
 _MAX_METADATA = 2**26
@@ -55,6 +50,11 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "height": (int, type(None)),
     "width": (int, type(None)),
     "files": (dict,),
+}
+# Of prompts: what files of former versions lack.
+_LATER: dict[str, tuple[type, ...]] = {
+    "seen": (list, type(None)),
+    "unseen_contrast": (list, type(None)),
 }
 _POLICY = ("name", "version", "sha256")
 # What the two files of a cascade have in common: they read the same arrays.
@@ -102,6 +102,8 @@ def _look(path: Path, digest: str, data: bytes) -> Artefact:
         return _inspect(path, digest, data)
     except ModelError:
         raise
+    except ForeignError as error:
+        raise ModelError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:  # of the wire format, of JSON, of its numbers
         raise ModelError(f"{path}: is no readable .onnx file ({error})") from error
 
@@ -126,13 +128,19 @@ def _first(main: Artefact, file: str, sha256: str) -> Artefact:
     return first
 
 
-def inner_digest(data: bytes | memoryview) -> str:
+def inner_digest(data: bytes) -> str:
     """SHA-256 of a model file's top-level fields, without the entry that holds this digest."""
-    hasher = hashlib.sha256()
-    for item in fields(memoryview(data)):
-        if item.number != 14 or _entry(item)[0] != DIGEST:
-            hasher.update(item.raw)
+    hasher, view = hashlib.sha256(), memoryview(data)
+    for item in fields(data):
+        if item.number != _ENTRIES or _key(data, item.begin, item.end) != DIGEST:
+            hasher.update(view[item.start : item.end])
     return hasher.hexdigest()
+
+
+def _key(data: bytes, begin: int, end: int) -> str:
+    """The key of a metadata entry."""
+    keys = [text(data, part) for part in fields(data, begin, end) if part.number == 1]
+    return keys[-1] if keys else ""
 
 
 def _pin(sha256: str) -> bytes:
@@ -166,41 +174,42 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 _O_BINARY = getattr(os, "O_BINARY", 0)
+_ENTRIES = next(number for number, spec in MODEL.fields.items() if spec.of is ENTRY)
+# By these bytes ONNX Runtime tells files of its own format, which nobody here looks into.
+_FLATBUFFER = b"ORTM"
 
 
 def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
+    if data[4:8] == _FLATBUFFER:
+        raise ModelError(f"{path}: is a file of ONNX Runtime's own format, and not an .onnx file")
+    model = read(data, MODEL)
     metadata: dict[str, str] = {}
-    graph: memoryview | None = None
-    for item in fields(memoryview(data)):
-        if item.number == 7:
-            if graph is not None:
-                raise ModelError(f"{path}: holds more than one graph")
-            graph = message(item.value)
-        elif item.number == 8:
-            _check_domain(path, _name(item), "imports")
-        elif item.number == 14:
-            key, value = _entry(item)
-            if key in metadata:
-                raise ModelError(f"{path}: holds the metadata {key!r} twice")
-            metadata[key] = value
-        elif item.number in (20, 25):
+    for entry in model.get("metadata_props", []):
+        key = entry.get("key", "")
+        if key in metadata:
+            raise ModelError(f"{path}: holds the metadata {key!r} twice")
+        metadata[key] = entry.get("value", "")
+    for imported in model.get("opset_import", []):
+        domain = imported.get("domain", "")
+        if domain not in STANDARD:
             raise ModelError(
-                f"{path}: holds functions or training data, which no export of ours has"
+                f"{path}: imports the operator set {domain!r}; only standard ONNX operators are run"
             )
+    graph: Message | None = model.get("graph")
     if graph is None:
         raise ModelError(f"{path}: holds no graph")
     found = _metadata(path, metadata, data)
-    names = _Graph(path, found).check(graph)
-    expected = {*OUTPUTS, HEATMAP} if HEATMAP in names.outputs else {*OUTPUTS}
-    if names.inputs != [INPUT] or {*names.outputs} != expected:
+    inputs, outputs = check_graph(path, graph, found)
+    expected = {*OUTPUTS, HEATMAP} if HEATMAP in outputs else {*OUTPUTS}
+    if inputs != [INPUT] or len(outputs) != len(expected) or {*outputs} != expected:
         raise ModelError(
             f"{path}: must have the input {INPUT} and the outputs {', '.join(OUTPUTS)}, has "
-            f"{', '.join(names.inputs)} and {', '.join(names.outputs)}"
+            f"{', '.join(inputs)} and {', '.join(outputs)}"
         )
     external = {
         name: _beside(path, name, sha, _MAX_EXTERNAL) for name, sha in found["files"].items()
     }
-    return Artefact(path, digest, found, HEATMAP in names.outputs, data, external)
+    return Artefact(path, digest, found, HEATMAP in outputs, data, external)
 
 
 def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, Any]:
@@ -208,6 +217,10 @@ def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, An
         raise ModelError(
             f"{path}: has no latentguard metadata: use a file that `latentguard export onnx` wrote"
         )
+    others = sorted(metadata.keys() - {METADATA, DIGEST})
+    if others:
+        # ONNX Runtime takes settings of a session from some of them.
+        raise ModelError(f"{path}: holds the metadata {others[0]!r}, which no export of ours has")
     if not hmac.compare_digest(inner_digest(data).encode(), metadata[DIGEST].encode()):
         raise ModelError(f"{path}: does not have the digest that it states: damaged or edited")
     if len(metadata[METADATA]) > _MAX_METADATA:
@@ -220,6 +233,9 @@ def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, An
         raise ModelError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r:.40}")
     for key, kinds in _KEYS.items():
         if type(found.get(key, ...)) not in kinds:
+            raise ModelError(f"{path}: its metadata have no valid {key}")
+    for key, kinds in _LATER.items():
+        if type(found.setdefault(key, None)) not in kinds:
             raise ModelError(f"{path}: its metadata have no valid {key}")
     _check_values(path, found)
     _check_cascade(path, found)
@@ -241,6 +257,12 @@ def _check_values(path: Path, found: dict[str, Any]) -> None:
         "model": all(type(found["model"].get(key)) is str for key in ("name", "sha256")),
         "prompts": all(type(prompt) is str for prompt in found["prompts"]),
         "covered": all(type(flag) is bool for flag in found["covered"]),
+        "seen": found["seen"] is None
+        or (
+            all(type(flag) is bool for flag in found["seen"])
+            and len(found["seen"]) == len(found["prompts"])
+        ),
+        "unseen_contrast": all(type(text) is str for text in found["unseen_contrast"] or ()),
         "policy": all(type(found["policy"].get(key)) is str for key in _POLICY)
         and type(concepts) is list
         and len(concepts) == len(found["covered"]),
@@ -274,98 +296,6 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} in the metadata")
 
 
-@dataclass
-class _Contents:
-    """Names of inputs and outputs, and the sizes of the concept bank's arrays."""
-
-    inputs: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
-    bank: dict[str, list[int]] = field(default_factory=dict)
-
-
-class _Graph:
-    """A walk over a graph that refuses what must not be in it."""
-
-    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
-        self._path = path
-        self._metadata = metadata
-
-    def check(self, graph: memoryview) -> _Contents:
-        contents, initial = _Contents(), set()
-        for item in fields(graph):
-            if item.number == 1:
-                self._node(message(item.value))
-            elif item.number == 5:
-                name, sizes = self._tensor(message(item.value))
-                initial.add(name)
-                if name in BANK:
-                    contents.bank[name] = sizes
-            elif item.number == 11:
-                contents.inputs.append(_name(item))
-            elif item.number == 12:
-                contents.outputs.append(_name(item))
-            elif item.number == 15:
-                raise ModelError(f"{self._path}: holds sparse tensors, which no export of ours has")
-        contents.inputs = [name for name in contents.inputs if name not in initial]
-        self._check_bank(contents.bank)
-        return contents
-
-    def _check_bank(self, bank: dict[str, list[int]]) -> None:
-        """The bank is of this policy and this model, as far as sizes tell."""
-        prompts, concepts = len(self._metadata["prompts"]), len(self._metadata["covered"])
-        dim = self._metadata["dim"]
-        embeddings, segments, contrast, ranges = (bank.get(name, []) for name in BANK)
-        fits = (
-            embeddings == [prompts, dim]
-            and segments == ranges == [concepts, 2]
-            and contrast[1:] == [dim]
-        )
-        if not fits:
-            raise ModelError(
-                f"{self._path}: its concept bank must hold {prompts} prompts of {concepts} "
-                f"concepts in {dim} dimensions, as its metadata say, and holds arrays "
-                f"{embeddings}, {segments}, {contrast}, {ranges}"
-            )
-
-    def _node(self, node: memoryview) -> None:
-        for item in fields(node):
-            if item.number == 7:
-                _check_domain(self._path, text(item.value), "has an operator of")
-            elif item.number == 5:
-                for part in fields(message(item.value)):
-                    if part.number in (5, 10):
-                        self._tensor(message(part.value))
-                    elif part.number in (6, 11):
-                        raise ModelError(
-                            f"{self._path}: holds a graph within its graph (a loop or a branch), "
-                            "which no export of ours has"
-                        )
-
-    def _tensor(self, tensor: memoryview) -> tuple[str, list[int]]:
-        """Name and sizes of a tensor, whose numbers are in this file or in one that is listed."""
-        name, sizes = "", []
-        for item in fields(tensor):
-            if item.number == 1:
-                sizes += numbers(item.value)
-            elif item.number == 8:
-                name = text(item.value)
-            elif item.number == 13:
-                key, value = _entry(item)
-                if key == "location" and value not in self._metadata["files"]:
-                    raise ModelError(
-                        f"{self._path}: refers to external data {value!r}, which its metadata do "
-                        "not list"
-                    )
-        return name, sizes
-
-
-def _check_domain(path: Path, domain: str, verb: str) -> None:
-    if domain not in _STANDARD:
-        raise ModelError(
-            f"{path}: {verb} the operator set {domain!r}; only standard ONNX operators are run"
-        )
-
-
 def _beside(path: Path, name: str, sha256: Any, limit: int) -> bytes:
     """A file that `path` names: it lies beside it, and is what was exported."""
     if not plain(name):
@@ -380,20 +310,3 @@ def _beside(path: Path, name: str, sha256: Any, limit: int) -> bytes:
     if type(sha256) is not str or not hmac.compare_digest(digest.encode(), sha256.encode()):
         raise ModelError(f"{beside}: does not have the SHA-256 that {path.name} states")
     return data
-
-
-def plain(name: str) -> bool:
-    """Whether `name` is one that a file beside an export may have."""
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}", name) is not None
-
-
-def _name(item: Field) -> str:
-    """The first field of a message: a value's name, an operator set's domain."""
-    # The last one counts where there are several, as in every reader of protocol buffers.
-    return ["", *(text(part.value) for part in fields(message(item.value)) if part.number == 1)][-1]
-
-
-def _entry(item: Field) -> tuple[str, str]:
-    """The key and the value of a metadata entry."""
-    found = {part.number: text(part.value) for part in fields(message(item.value))}
-    return found.get(1, ""), found.get(2, "")

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
-from latentguard.judge import BoundRules, Heatmaps, Judged, ModelId, Rules, decide
-from latentguard.runtime.artefact import HEATMAP, INPUT, OUTPUTS, Artefact
+from latentguard.judge import BoundRules, Heatmaps, Judged, ModelId, Rules, Verdict, decide
+from latentguard.runtime.artefact import Artefact
 from latentguard.runtime.batching import Array, Batcher, Batching, Outputs
-from latentguard.runtime.session import Provider, create_session, first_line
+from latentguard.runtime.names import HEATMAP, INPUT, OUTPUTS
+from latentguard.runtime.session import Provider, create_session, reason
 
 RUN_CELLS = 16 * 64 * 64
 """Latent cells of one run: 16 images of 512 x 512 pixels. Larger arrays are run in pieces, so that
@@ -61,14 +62,7 @@ class Network:
         """Verdicts on [B, C, H, W]; heat maps from the same run. Raises as `outputs` does."""
         with_maps = heatmaps and self.has_heatmaps
         outputs = self.outputs(latents, with_maps)
-        verdicts = decide(
-            outputs["probability"],
-            outputs["margin"],
-            outputs["best_prompt"],
-            self.bound,
-            noise_level,
-            final,
-        )
+        verdicts = self._decide(outputs, noise_level, final)
         if not heatmaps:
             return Judged(verdicts)
         if not with_maps:
@@ -133,18 +127,47 @@ class Network:
             values = binding.copy_outputs_to_cpu()
         return dict(zip(names, values, strict=True))
 
+    def _decide(
+        self, outputs: Outputs, noise_level: float = 0.0, final: bool = True
+    ) -> list[Verdict]:
+        return decide(
+            outputs["probability"],
+            outputs["margin"],
+            outputs["best_prompt"],
+            self.bound,
+            noise_level,
+            final,
+        )
+
     def _check_run(self) -> None:
-        """Raise ModelError where the network does not run, or its scores are not the policy's."""
+        """Raise ModelError where the network does not run, or its scores are not the policy's.
+
+        A size that the file states is run only where it is no more than one run of small images;
+        beyond that the policy alone is looked at, and the first image says whether it runs.
+        """
         sides = self.metadata["height"] or 32, self.metadata["width"] or 32
-        shape = (1, self.metadata["channels"], *sides)
-        array = np.random.default_rng(0).standard_normal(shape, np.float32)
-        try:
-            verdicts = self.judge(array).verdicts
-        except Exception as error:
-            raise ModelError(f"{self.path}: does not run: {first_line(error)}") from error
+        if sides[0] * sides[1] > RUN_CELLS:
+            verdicts = self._decide(self._any_scores())
+        else:
+            shape = (1, self.metadata["channels"], *sides)
+            array = np.random.default_rng(0).standard_normal(shape, np.float32)
+            try:
+                verdicts = self._decide(self._run(array))
+            except Exception as error:
+                raise ModelError(f"{self.path}: does not run: {reason(error)}") from error
         # A threshold that lacks a calibration is an error of that noise level, not of the file.
         if len(verdicts) != 1 or not verdicts[0].concepts:
             raise ModelError(f"{self.path}: does not fit its policy: {verdicts[0].error}")
+
+    def _any_scores(self) -> Outputs:
+        """Scores of one image as a network of this policy would give them."""
+        counts = [len(rule.prompts) for rule in self.bound.rules.concepts]
+        first = np.cumsum([0, *counts[:-1]])[None]
+        return {
+            "probability": np.full(first.shape, 0.5, np.float32),
+            "margin": np.zeros(first.shape, np.float32),
+            "best_prompt": first,
+        }
 
 
 def _model(metadata: dict[str, Any]) -> ModelId:
@@ -159,7 +182,11 @@ def _bound(artefact: Artefact) -> BoundRules:
         if list(metadata["prompts"]) != list(rules.prompts):
             raise ValueError("its prompts are not those of the policy")
         return rules.bind(
-            _model(metadata), metadata["space"], metadata["logit_scale"], metadata["covered"]
+            _model(metadata),
+            metadata["space"],
+            metadata["logit_scale"],
+            covered=metadata["covered"],
+            seen=metadata["seen"],
         )
     except (KeyError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

@@ -22,8 +22,9 @@ from latentguard.judge import (
     Verdict,
     failed,
 )
-from latentguard.runtime.artefact import HEATMAP, open_artefact
+from latentguard.runtime.artefact import open_artefact
 from latentguard.runtime.batching import Batching, Outputs, Overloaded
+from latentguard.runtime.names import HEATMAP
 from latentguard.runtime.network import Network
 from latentguard.runtime.session import Provider
 from latentguard.spaces import LatentSpace
@@ -80,6 +81,12 @@ class Guard:
         self.metadata = artefact.metadata
         self._space = LatentSpace.get(self.metadata["space"])
         self._max_cells = max_cells
+        sides = (self.metadata["height"] or 1, self.metadata["width"] or 1)
+        if sides[0] * sides[1] > max_cells:
+            raise ModelError(
+                f"{self.path}: was exported for {sides[0]}x{sides[1]} latent cells, over the limit "
+                f"of {max_cells} (max_cells)"
+            )
         self._main = Network(artefact, providers, threads, spin, warm_up)
         self.providers: tuple[str, ...] = self._main.providers
         self._judge: Judge[Array] = self._main
@@ -272,7 +279,7 @@ class Guard:
             raise LatentsError(
                 f"{self.path.name} reads {self.space} latents, not {latents.space.name}"
             )
-        return widened((latents.standard() if self.scaled else latents.raw()).array)
+        return widened(latents.standard(self.scaled).array)
 
     def _cascade(self, first: Network) -> CascadeJudge[Array]:
         """The judge that asks `first` first. Raises ModelError where it cannot be one."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latentguard.errors import ModelError
 from latentguard.runtime.artefact import Artefact
+from latentguard.text import visible
 
 Provider = str | tuple[str, Mapping[str, Any]]
 """The name of an execution provider, or the name with its options."""
@@ -44,6 +46,8 @@ def create_session(
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it would log is raised
+    # An .onnx file was looked at. By itself ONNX Runtime tells its own format by some bytes.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     if threads is not None:
         options.intra_op_num_threads = threads
     if not spin:
@@ -57,9 +61,7 @@ def create_session(
         session = onnxruntime.InferenceSession(artefact.data, options, providers=wanted)
     # Its exceptions have no class in common.
     except Exception as error:
-        raise ModelError(
-            f"{artefact.path}: ONNX Runtime refuses it: {first_line(error)}"
-        ) from error
+        raise ModelError(f"{artefact.path}: ONNX Runtime refuses it: {reason(error)}") from error
     lost = [name for name in names if name not in session.get_providers()]
     if lost and providers is not None:
         raise ModelError(
@@ -73,7 +75,17 @@ def create_session(
     return session
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, as one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def reason(error: BaseException) -> str:
+    """What an error of ONNX Runtime says, whole, on one line.
+
+    Where in its sources the error arose stands before the reason, and may be longer than that.
+    """
+    said = " ".join(_SOURCE.sub(" ", str(error)).split())
+    return visible(said or type(error).__name__, 600)
+
+
+# "/onnxruntime_src/onnxruntime/core/graph/model.cc:180 onnxruntime::Model::Model(...)": a line of
+# its sources, and the function with the types of its arguments.
+_SOURCE = re.compile(
+    r"\S+\.(?:cc|cpp|h):\d+ (?:[\w:<>*&]+ )?[\w:<>~]*::[\w~]+\((?:[^()]|\([^()]*\))*\)(?: const)?"
+)

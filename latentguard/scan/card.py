@@ -170,11 +170,10 @@ def _scores(item: Card, scales: Scales) -> Html | None:
         noun = "concept" if len(rows) == ROWS + 1 else "concepts"
         head = el("summary", f"{len(rows) - ROWS} more {noun}")
         more = el("details", head, *rows[ROWS:], class_="more")
-    note = None
-    if unseen:
-        names = ", ".join(c.id for c in unseen)
-        note = el("p", el("span", class_="swatch"), f"Not checked: {names}", class_="unseen")
-    return el("div", *rows[:ROWS], more, note, class_="scores")
+    notes = [f"Not checked: {', '.join(c.id for c in unseen)}"] if unseen else []
+    notes += [f"Not checked of {c.id}: {', '.join(c.unseen)}" for c in seen if c.unseen]
+    swatched = [el("p", el("span", class_="swatch"), note, class_="unseen") for note in notes]
+    return el("div", *rows[:ROWS], more, *swatched, class_="scores")
 
 
 def _row(concept: ConceptScore, scales: Scales, group: str, heat: int | None) -> Html:

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentguard.errors import LatentGuardError, LatentsError, ModelError
-from latentguard.files import ArrayRecord, read_arrays
+from latentguard.files import ArrayRecord, PassedOver, read_arrays
 from latentguard.judge import Heatmaps, ModelId, PolicyId, Rules, Verdict, failed
 from latentguard.policy import Policy
 from latentguard.scan.judges import Judges, SpaceJudge
@@ -95,6 +95,7 @@ class Scan:
     """`scan_files` as an object that also says which models took part, and what to note of them.
 
     seconds: reading and scoring so far, without loading models and without the caller's own time.
+    passed: what folders and shards held so far that was not read, as it cannot be latents.
     """
 
     paths: Iterable[str | Path] | str | Path
@@ -109,11 +110,12 @@ class Scan:
     runtime: Runtime = "torch"
     sha256: str | None = None
     seconds: float = field(init=False, default=0.0)
+    passed: PassedOver = field(init=False, default_factory=PassedOver)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        self._records = read_arrays(self.paths, self.space, self.scaled)
+        self._records = read_arrays(self.paths, self.space, self.scaled, self.passed)
         self._judges = self._make_judges()
 
     def _make_judges(self) -> Judges:

@@ -7,7 +7,7 @@ found, and in nothing else.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -61,13 +61,10 @@ class Judges(ABC):
             return judge
         return f"model {judge.info.id.name} reads {judge.info.space} latents, not {space}"
 
-    def _joined(
-        self, bound: BoundRules, notes: str, judge: Callable[[LatentArray, bool], Judged]
-    ) -> SpaceJudge:
-        """Remember a model. Raises PolicyError for a threshold that it lacks."""
-        found = SpaceJudge(_info(bound, notes), judge)
-        self.models.append(found.info)
-        return found
+    def _joined(self, info: ModelInfo, judge: Callable[[LatentArray, bool], Judged]) -> SpaceJudge:
+        """Remember a model."""
+        self.models.append(info)
+        return SpaceJudge(info, judge)
 
 
 class TorchJudges(Judges):
@@ -109,9 +106,10 @@ class TorchJudges(Judges):
         def judge(latents: LatentArray, heatmaps: bool) -> Judged:
             return scorer.judge(latents.torch(), heatmaps=heatmaps)
 
-        found = self._joined(scorer.bound, str(getattr(scorer.encoder, "notes", "") or ""), judge)
+        notes = str(getattr(scorer.encoder, "notes", "") or "")
+        info = _info(scorer.bound, notes, scorer.bank.unseen_contrast)
         self.loading += perf_counter() - begun
-        return found
+        return self._joined(info, judge)
 
     def _choose(self, space: str) -> SpaceJudge | str:
         from latentguard.encoders import best_encoder
@@ -163,7 +161,15 @@ class OnnxJudges(Judges):
             self._check_policy(path, policy)
         if space is not None and _name(space) != guard.space:
             raise ModelError(f"{path} reads {guard.space} latents, not {_name(space)}")
-        self._judge = self._joined(guard.bound, _notes(guard), _judging(guard))
+        metadata = guard.metadata
+        if metadata["seen"] is None:
+            self.notes.append(
+                f"{path} was exported by a version that did not record which prompts its model "
+                "cannot see, so none is named: export it anew"
+            )
+        notes = str(metadata["model"].get("notes") or "")
+        info = _info(guard.bound, notes, metadata["unseen_contrast"] or ())
+        self._judge = self._joined(info, _judging(guard))
         self.loading += perf_counter() - begun
 
     def of(self, space: str) -> SpaceJudge | str:
@@ -186,22 +192,35 @@ def _judging(guard: Guard) -> Callable[[LatentArray, bool], Judged]:
     return judge
 
 
-def _notes(guard: Guard) -> str:
-    return str(guard.metadata["model"].get("notes") or "")
+def _info(bound: BoundRules, notes: str, unseen_contrast: Sequence[str]) -> ModelInfo:
+    """A model that judges by a policy.
 
-
-def _info(bound: BoundRules, notes: str) -> ModelInfo:
+    Raises PolicyError for a threshold that this model lacks: every image would be an error.
+    """
     assert bound.model is not None
     assert bound.space is not None
-    rules, limits = bound.rules, {}
-    for k, name in enumerate(rules.ids):
-        if bound.covered[k]:
-            try:
-                limits[name] = bound.limit(k)
-            except ValueError as error:  # every image would be an error
-                raise PolicyError(f"policy '{rules.policy.name}': {error}") from error
-    unseen = tuple(name for k, name in enumerate(rules.ids) if not bound.covered[k])
-    return ModelInfo(bound.model, bound.space, notes, unseen, limits)
+    uncovered: list[str] = []
+    partly: dict[str, tuple[str, ...]] = {}
+    limits: dict[str, float] = {}
+    for k, name in enumerate(bound.rules.ids):
+        if not bound.covered[k]:
+            uncovered.append(name)
+            continue
+        if bound.unseen[k]:
+            partly[name] = bound.unseen[k]
+        try:
+            limits[name] = bound.limit(k)
+        except ValueError as error:
+            raise PolicyError(f"policy '{bound.rules.policy.name}': {error}") from error
+    return ModelInfo(
+        bound.model,
+        bound.space,
+        notes,
+        tuple(uncovered),
+        limits,
+        partly,
+        tuple(unseen_contrast),
+    )
 
 
 def _check_device(device: torch.device | str | None) -> None:

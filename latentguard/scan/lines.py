@@ -38,6 +38,8 @@ class Csv:
     """One row per image; no cell of it is a formula, whatever the files call their records.
 
     The columns are fixed by the policy: those of `COLUMNS`, then each concept's probability.
+    `not_checked` has the concepts that the model cannot see; `prompts_not_checked` has the prompts
+    that it cannot see of the others ("blades: knife, sword; guns: musket").
     """
 
     COLUMNS = (
@@ -55,6 +57,7 @@ class Csv:
         "score",
         "threshold",
         "not_checked",
+        "prompts_not_checked",
         "model",
         "model_sha256",
         "policy",
@@ -66,7 +69,9 @@ class Csv:
         self._file = file
         self._concepts = rules.ids
         self._rows = csv.writer(file, quoting=csv.QUOTE_MINIMAL, lineterminator="\r\n")
-        self._rows.writerow([*self.COLUMNS, *[f"p:{name}" for name in self._concepts]])
+        self._rows.writerow(
+            [*self.COLUMNS, *[spreadsheet_cell(f"p:{name}") for name in self._concepts]]
+        )
 
     def add(self, record: ScanRecord) -> None:
         lead, verdict = record.leading, record.verdict
@@ -91,7 +96,14 @@ class Csv:
                 *[spreadsheet_cell(value) for value in text],
                 f"{lead.score:.6f}" if lead else "",
                 f"{lead.limit:.6f}" if lead else "",
-                " ".join(c.id for c in verdict.concepts if not c.covered),
+                spreadsheet_cell(" ".join(c.id for c in verdict.concepts if not c.covered)),
+                spreadsheet_cell(
+                    "; ".join(
+                        f"{c.id}: {', '.join(c.unseen)}"
+                        for c in verdict.concepts
+                        if c.covered and c.unseen
+                    )
+                ),
                 *[
                     spreadsheet_cell(value)
                     for value in (*model, policy.name, policy.version, policy.sha256)

@@ -125,6 +125,7 @@ def _header(report: Report, models: Sequence[ModelInfo], summary: Summary, date:
         el("h1", _headline(summary)),
         _tiles(summary),
         el("dl", *facts, class_="facts"),
+        el("p", passed, class_="passed") if (passed := summary.passed.line()) else None,
     )
 
 
@@ -193,7 +194,7 @@ def _limits(report: Report, models: Sequence[ModelInfo]) -> Html | None:
     parts = []
     total = len(report.rules.concepts)
     for model in models:
-        if not model.uncovered and not model.notes:
+        if not (model.uncovered or model.unseen or model.unseen_contrast or model.notes):
             continue
         parts.append(el("h3", model.id.name))
         if model.uncovered:
@@ -206,11 +207,20 @@ def _limits(report: Report, models: Sequence[ModelInfo]) -> Html | None:
                 )
             )
             parts.append(el("ul", *names, class_="chips"))
+        for name, prompts in model.unseen.items():
+            text = f"Cannot see {len(prompts)} of the prompts of {name}. "
+            rest = "They were not checked, the concept's other prompts were."
+            parts.append(el("p", el("strong", text), rest))
+            parts.append(el("ul", *[el("li", prompt) for prompt in prompts], class_="chips"))
+        if model.unseen_contrast:
+            listed = ", ".join(model.unseen_contrast)
+            text = "Contrast prompts that it cannot see, so that nothing was compared with them: "
+            parts.append(el("p", f"{text}{listed}.", class_="notes"))
         if model.notes:
             parts += [el("p", line, class_="notes") for line in _paragraphs(model.notes)]
     if not parts:
         return None
-    hatched = "limits hatched" if any(m.uncovered for m in models) else "limits"
+    hatched = "limits hatched" if any(m.uncovered or m.unseen for m in models) else "limits"
     return el("section", el("h2", "What this scan cannot see"), *parts, class_=hatched)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentguard.atomic import replacing
 from latentguard.judge import Rules
 from latentguard.scan.image import rgb_png
 from latentguard.scan.record import ScanRecord
@@ -110,17 +109,8 @@ def write_whole(path: str | Path, text: str) -> None:
     if target.exists() and not target.is_file():  # a pipe or a terminal cannot be replaced
         target.write_text(text, encoding="utf-8", newline="\n")
         return
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with replacing(target) as file:
+        file.write(text.encode("utf-8"))
 
 
 def _pictures(record: ScanRecord) -> tuple[bytes | None, dict[str, np.ndarray]]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from latentguard.files import PassedOver
 from latentguard.judge import ModelId, PolicyId
 from latentguard.scan.record import ScanRecord
 
@@ -18,6 +19,8 @@ class ModelInfo:
     notes: what its makers say about it, its limits first; may be empty.
     uncovered: ids of the policy's concepts that it cannot see.
     limits: concept id -> threshold as a margin, where it is known for this model.
+    unseen: concept id -> the prompts that it cannot see, of concepts of which it sees others.
+    unseen_contrast: the contrast prompts that it cannot see.
     """
 
     id: ModelId
@@ -25,6 +28,8 @@ class ModelInfo:
     notes: str = ""
     uncovered: tuple[str, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
+    unseen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unseen_contrast: tuple[str, ...] = ()
 
 
 @dataclass
@@ -32,7 +37,7 @@ class Summary:
     """Counts of a scan, one `add` per image.
 
     outcomes: allow, review, steer, block or error, each image once. decisions: those of the errors
-    too. seconds: set by whoever runs the scan (`Scan.seconds`).
+    too. seconds, passed: set by whoever runs the scan (`Scan.seconds`, `Scan.passed`).
     """
 
     policy: PolicyId
@@ -40,6 +45,7 @@ class Summary:
     models: Counter[ModelId] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    passed: PassedOver = field(default_factory=PassedOver)
 
     def add(self, record: ScanRecord) -> None:
         self.outcomes[record.outcome] += 1

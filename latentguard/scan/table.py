@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from latentguard.judge import ConceptScore
 from latentguard.scan.record import ScanRecord
 from latentguard.scan.shortlist import Shortlist
 from latentguard.scan.text import visible
@@ -27,20 +28,26 @@ WIDTH = 120
 """Columns where the output is no terminal."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command; rich would exit with 1, which is what a match does."""
+        raise BrokenPipeError
+
+
 class Table:
     """Keeps rows until the end, at most `limit`; those not allowed before the others."""
 
     def __init__(self, file: TextIO, limit: int = 500) -> None:
         width = None if file.isatty() else WIDTH
-        self._console = Console(file=file, highlight=False, emoji=False, width=width)
+        self._console = _Console(file=file, highlight=False, emoji=False, width=width)
         self._rows = Shortlist(limit)
-        self._unseen: dict[str, list[str]] = {}
+        self._unseen: dict[str, tuple[ConceptScore, ...]] = {}
 
     def add(self, record: ScanRecord) -> None:
         self._rows.add(record)
-        unseen = [c.id for c in record.verdict.concepts if not c.covered]
-        if unseen and record.model:
-            self._unseen.setdefault(record.model.name, unseen)
+        unseen = tuple(c for c in record.verdict.concepts if c.unseen or not c.covered)
+        if unseen and record.judged_by:
+            self._unseen.setdefault(record.judged_by.name, unseen)
 
     def close(self) -> None:
         rows = self._rows.in_order()
@@ -67,11 +74,22 @@ class Table:
             self._console.print(Text(line, style="dim"))
 
     def _remarks(self, shown: int) -> Iterator[str]:
-        for model, names in sorted(self._unseen.items()):
+        for model, concepts in sorted(self._unseen.items()):
+            names = [c.id for c in concepts if not c.covered]
             noun, them = ("concept was", "it") if len(names) == 1 else ("concepts were", "them")
-            yield (
-                f"{len(names)} {noun} not checked, as {model} cannot see {them}: {', '.join(names)}"
-            )
+            if names:
+                yield (
+                    f"{len(names)} {noun} not checked, as {visible(model)} cannot see {them}: "
+                    f"{', '.join(map(visible, names))}"
+                )
+            for concept in concepts:
+                if concept.covered:
+                    prompts = ", ".join(visible(prompt, 80) for prompt in concept.unseen)
+                    noun = "prompt" if len(concept.unseen) == 1 else "prompts"
+                    yield (
+                        f"{visible(model)} cannot see, and did not check, {noun} of "
+                        f"{visible(concept.id)}: {prompts}"
+                    )
         if shown < self._rows.seen:
             yield (
                 f"{shown:,} of {self._rows.seen:,} images are shown, those not allowed before the "
@@ -88,7 +106,7 @@ def _cells(record: ScanRecord, with_source: bool) -> tuple[Text, Text, Text, Tex
         kind = Text("error" if record.failed else "")
         return _image(record, with_source), decision, kind, Text(), why
     others = sum(c.matched for c in record.ranked) - 1
-    concept = Text(lead.id + (f" +{others}" if others > 0 else ""))
+    concept = Text(visible(lead.id) + (f" +{others}" if others > 0 else ""))
     score = Text(f"{lead.score:.3f} {'≥' if lead.matched else '<'} {lead.limit:.3f}")
     why = Text(f"{'matches' if lead.matched else 'closest:'} {visible(lead.prompt, 80)}")
     if not lead.matched:

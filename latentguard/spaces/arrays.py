@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import LatentsError
+from latentguard.spaces import scaling
 from latentguard.spaces.space import SPACES, LatentSpace
+from latentguard.spaces.tokens import check_size
 
 if TYPE_CHECKING:
     from latentguard.spaces.latents import Latents
@@ -62,26 +64,27 @@ class LatentArray:
         """
         if self.scaled:
             return self
-        scale, shift = self._factors("scaled")
-        return self._like((widened(self.array) - shift) * scale, True)
+        return self._like(scaling.to_scaled(_exact(self.array), self.space), self.space, True)
 
     def raw(self) -> LatentArray:
         """As the VAE encodes them, float32 (self when they are raw). Raises as `scaled_` does."""
         if not self.scaled:
             return self
-        scale, shift = self._factors("raw")
-        return self._like(widened(self.array) / scale + shift, False)
+        return self._like(scaling.to_raw(_exact(self.array), self.space), self.space, False)
 
-    def standard(self) -> LatentArray:
-        """As `scaled_`, by the scaling that `SPACES` gives the space: files may have their own.
+    def standard(self, scaled: bool = True) -> LatentArray:
+        """As encoders read them: raw, or in the scaling that `SPACES` gives the space; float32.
 
+        A space may have a scaling of its own, as Playground 2.5's. Self where nothing changes.
         Raises as `scaled_` does.
         """
-        space = SPACES[self.space.name]
-        own = (self.space.scale, self.space.shift) != (space.scale, space.shift)
-        if not own or space.scale is None:
-            return self.scaled_()
-        return LatentArray(self.raw().array, space, False, self.ids).scaled_()
+        standard = SPACES.get(self.space.name, self.space)
+        if scaling.is_standard(self.space, standard, self.scaled, scaled):
+            return self
+        numbers = _exact(self.array)
+        converted = scaling.to_standard(numbers, self.space, standard, self.scaled, scaled)
+        space = self.space if standard.scale is None or not scaled else standard
+        return self._like(converted, space, scaled)
 
     def torch(self) -> Latents:
         """The same as `Latents`, in the same dtype; the numbers are shared where they can be."""
@@ -100,31 +103,19 @@ class LatentArray:
     def cat(batches: Sequence[LatentArray]) -> LatentArray:
         """One batch of several of the same space, scaling, size and dtype, without their ids."""
         first = batches[0]
+        if any((one.space, one.scaled) != (first.space, first.scaled) for one in batches):
+            raise LatentsError("latents of several spaces or scalings are no batch: convert them")
         array = np.concatenate([batch.array for batch in batches])
         return LatentArray(array, first.space, first.scaled)
 
-    def _like(self, array: NDArray[Any], scaled: bool) -> LatentArray:
-        return LatentArray(array.astype(np.float32), self.space, scaled, self.ids)
+    def _like(self, array: NDArray[Any], space: LatentSpace, scaled: bool) -> LatentArray:
+        return LatentArray(array.astype(np.float32, copy=False), space, scaled, self.ids)
 
-    def _factors(self, wanted: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        space = self.space
-        if space.scale is None or space.shift is None:
-            raise LatentsError(
-                f"space {space.name}: {wanted} latents need the batch-norm statistics of the "
-                "pipeline's VAE, which files do not carry"
-            )
-        return self._spread(space.scale), self._spread(space.shift)
 
-    def _spread(self, factors: float | tuple[float, ...]) -> NDArray[np.float32]:
-        """Factors in a shape that broadcasts over [B, C, H, W]."""
-        values = np.asarray(factors, np.float32)
-        if values.size in (1, self.space.channels):
-            return values.reshape(-1, 1, 1)
-        # One for each packed channel: they tile the image, see `unpack`.
-        patch = self.space.packed_patch
-        self.space.check_even(self.height, self.width)
-        block = values.reshape(self.space.channels, patch, patch)
-        return np.tile(block, (1, self.height // patch, self.width // patch))
+def _exact(array: NDArray[Any]) -> NDArray[Any]:
+    """Half precision as float32, in which conversions are computed."""
+    wide = widened(array)
+    return wide.astype(np.promote_types(wide.dtype, np.float32), copy=False)
 
 
 def native(array: NDArray[Any]) -> NDArray[Any]:
@@ -145,9 +136,11 @@ def unpack(
 ) -> NDArray[Any]:
     """Tokens [B, H/2 * W/2, C * 4], channel c * 4 + dy * 2 + dx, as [B, C, H, W].
 
-    height, width: in latent cells. Raises LatentsError where they do not fit, or are not given.
+    height, width: in latent cells. Raises LatentsError where they do not fit, are not given, or
+    are denied by the numbers (tokens.py).
     """
     height, width = space.size(tokens.shape, "packed", height, width)
+    check_size(widened(tokens), space, height, width)
     patch = space.packed_patch
     cells = tokens.reshape(-1, height // patch, width // patch, space.channels, patch, patch)
     return cells.transpose(0, 3, 1, 4, 2, 5).reshape(-1, space.channels, height, width)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from latentguard.errors import LatentsError
-from latentguard.spaces.space import BatchNorm, LatentSpace
+from latentguard.spaces import scaling
+from latentguard.spaces.space import SPACES, BatchNorm, LatentSpace, at_least_single
+from latentguard.spaces.tokens import check_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +88,22 @@ class Latents:
         """
         return self._converted(True, batch_norm)
 
+    def standard(self, scaled: bool = True) -> Latents:
+        """As encoders read them: raw, or in the scaling that `SPACES` gives the space.
+
+        A space may have a scaling of its own, as Playground 2.5's. Self where nothing changes;
+        else spatial, computed from here on in float32 (or float64). Differentiable.
+
+        Raises LatentsError for flux2 without its batch-norm statistics.
+        """
+        standard = SPACES.get(self.space.name, self.space)
+        if scaling.is_standard(self.space, standard, self.scaled, scaled):
+            return self
+        numbers = at_least_single(self.spatial().tensor)
+        converted = scaling.to_standard(numbers, self.space, standard, self.scaled, scaled)
+        space = self.space if standard.scale is None or not scaled else standard
+        return Latents(converted, space, scaled, ids=self.ids)
+
     def _converted(self, scaled: bool, batch_norm: BatchNorm | None) -> Latents:
         if self.scaled is scaled:
             return self
@@ -101,6 +119,15 @@ class Latents:
             return self
         tensor = self.space.unpack(self.tensor, self.height, self.width)
         return Latents(tensor, self.space, self.scaled, ids=self.ids)
+
+    def check_size(self) -> None:
+        """Raises LatentsError where packed latents' own numbers deny their height and width.
+
+        In pictures the rows of tokens continue each other; noise and flat latents deny nothing.
+        """
+        if self.layout == "packed":
+            tokens = self.tensor.detach().float().cpu().numpy()
+            check_size(tokens, self.space, self.height, self.width)
 
     def packed(self) -> Latents:
         """The same latents as tokens [B, H/2 * W/2, C * 4] (self when they are)."""

@@ -69,15 +69,7 @@ def linear_rgb(latents: Latents) -> Tensor:
     import torch
 
     space = SPACES[latents.space.name]
-    spatial = latents.spatial()
-    # The factors are of the space's standard scaling; Playground 2.5's, say, is another one.
-    standard = latents.space.scale == space.scale or space.scale is None
-    if latents.scaled and standard:
-        scaled = spatial.tensor.float()
-    elif space.scale is None:
-        scaled = spatial.to(torch.float32).scaled_().tensor
-    else:
-        scaled = space.to_scaled(spatial.to(torch.float32).raw().tensor)
+    scaled = latents.spatial().standard().tensor.float()
     factors = scaled.new_tensor(space.rgb_factors)
     bias = scaled.new_tensor(space.rgb_bias)
     return torch.einsum("bchw,cr->brhw", scaled, factors) + bias.view(1, 3, 1, 1)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latentguard.errors import LatentsError
+from latentguard.spaces import scaling
+from latentguard.spaces.vae_config import space_from_vae_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +55,9 @@ class LatentSpace:
         channels: channels of the spatial layout [B, channels, H, W].
         factor: pixels per latent cell and axis.
         scale, shift: `scaled = (raw - shift) * scale`; a number, `channels` numbers, or
-            `packed_channels` numbers in packed order. None where the numbers are no constants
-            of the space (flux2 without its batch-norm statistics).
+            `packed_channels` numbers in packed order, finite and near what the statistics of
+            images make plausible. None where the numbers are no constants of the space (flux2
+            without its batch-norm statistics).
         packed_patch: 2 where the pipeline packs 2x2 cells into one token, else 1.
         mean, std: per-channel statistics of raw latents over natural images, or None.
         rgb_factors, rgb_bias: linear RGB view of *scaled* latents, [channels][3] and [3],
@@ -73,19 +76,7 @@ class LatentSpace:
     std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        allowed = (1, self.channels, self.packed_channels)
-        for label, value in (("scale", self.scale), ("shift", self.shift)):
-            if isinstance(value, tuple) and len(value) not in allowed[1:]:
-                raise LatentsError(
-                    f"space {self.name}: {label} must be one number, {self.channels} or "
-                    f"{self.packed_channels} numbers, got {len(value)}"
-                )
-            numbers = value if isinstance(value, tuple) else (0.0 if value is None else value,)
-            if not all(math.isfinite(number) for number in numbers):
-                raise LatentsError(f"space {self.name}: {label} must be finite")
-        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
-        if any(number is not None and number <= 0 for number in scales):
-            raise LatentsError(f"space {self.name}: scale must be above 0")
+        scaling.check_plausible(self)
 
     def __str__(self) -> str:
         return self.name
@@ -99,12 +90,16 @@ class LatentSpace:
 
     @staticmethod
     def get(name: str | LatentSpace) -> LatentSpace:
-        """The space of that name (a LatentSpace passes through). LatentsError lists the names."""
+        """The space of that name (a LatentSpace passes through). LatentsError lists the names.
+
+        A name of `SCALINGS` gives the space with that scaling.
+        """
         if isinstance(name, LatentSpace):
             return name
-        if not isinstance(name, str) or name not in SPACES:
-            raise LatentsError(f"unknown latent space {name!r}: use one of {', '.join(SPACES)}")
-        return SPACES[name]
+        known = SPACES | SCALINGS
+        if not isinstance(name, str) or name not in known:
+            raise LatentsError(f"unknown latent space {name!r}: use one of {', '.join(known)}")
+        return known[name]
 
     @staticmethod
     def from_vae_config(config: Mapping[str, Any]) -> LatentSpace:
@@ -118,9 +113,7 @@ class LatentSpace:
             LatentsError: the config describes none of the known spaces, or is of an
                 AutoencoderTiny, whose scaling_factor says nothing about the pipeline's latents.
         """
-        from latentguard.spaces.vae_config import space_from_vae_config
-
-        return space_from_vae_config(config)
+        return space_from_vae_config(config, SPACES)
 
     # -- raw <-> scaled ----------------------------------------------------------------------
 
@@ -149,45 +142,26 @@ class LatentSpace:
     def to_scaled(self, raw: Tensor, batch_norm: BatchNorm | None = None) -> Tensor:
         """[..., channels, H, W] as the VAE encodes -> the same shape as the model denoises.
 
-        Differentiable; keeps dtype and device. flux2 needs even H and W and the statistics,
-        here or in the space (`with_batch_norm`).
+        Differentiable; keeps dtype and device; computes in float32 or above. flux2 needs even H
+        and W and the statistics, here or in the space (`with_batch_norm`).
         """
-        space = self._with(batch_norm)
-        scale, shift = space._factors(raw, "scaled")
-        return (raw - shift) * scale
+        scaled: Tensor = scaling.to_scaled(at_least_single(raw), self._with(batch_norm))
+        return scaled.to(raw.dtype)
 
     def to_raw(self, scaled: Tensor, batch_norm: BatchNorm | None = None) -> Tensor:
         """The inverse of `to_scaled`, same shape: what the VAE decodes."""
-        space = self._with(batch_norm)
-        scale, shift = space._factors(scaled, "raw")
-        return scaled / scale + shift
+        raw: Tensor = scaling.to_raw(at_least_single(scaled), self._with(batch_norm))
+        return raw.to(scaled.dtype)
+
+    def is_scaled_as(self, other: LatentSpace) -> bool:
+        """Whether scaled latents of both have the same numbers, but for rounding.
+
+        flux2 without its statistics fits flux2 with any: scaled means normalised in both.
+        """
+        return scaling.same_scaling(self, other)
 
     def _with(self, batch_norm: BatchNorm | None) -> LatentSpace:
         return self if batch_norm is None else self.with_batch_norm(*batch_norm)
-
-    def _factors(self, tensor: Tensor, wanted: str) -> tuple[Tensor | float, Tensor | float]:
-        if self.scale is None or self.shift is None:
-            raise LatentsError(
-                f"space {self.name}: {wanted} latents need the batch-norm statistics of the "
-                "pipeline's VAE: pass batch_norm=BatchNorm.from_vae(pipe.vae)"
-            )
-        self._check_spatial(tensor)
-        return self._spread(self.scale, tensor), self._spread(self.shift, tensor)
-
-    def _spread(self, factors: Factors, tensor: Tensor) -> Tensor | float:
-        """Factors in a shape that broadcasts over [..., channels, H, W]."""
-        if not isinstance(factors, tuple):
-            return factors
-        values = tensor.new_tensor(factors)
-        if len(factors) == self.channels:
-            return values.view(self.channels, 1, 1)
-        # One number per packed channel: index c*4 + dy*2 + dx is the cell (dy, dx) of each 2x2
-        # block of channel c, so the numbers tile the image.
-        patch = self.packed_patch
-        height, width = tensor.shape[-2:]
-        self.check_even(height, width)
-        block = values.view(self.channels, patch, patch)
-        return block.repeat(1, height // patch, width // patch)
 
     # -- spatial <-> packed ------------------------------------------------------------------
 
@@ -290,6 +264,13 @@ class LatentSpace:
                 f"space {self.name}: height and width must be even numbers of latent cells for "
                 f"its 2x2 packing, got {height}x{width}"
             )
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Half precision as float32, in which conversions are computed; other dtypes as they are."""
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _floats(values: Sequence[float] | Tensor) -> tuple[float, ...]:
@@ -441,3 +422,14 @@ SPACES: dict[str, LatentSpace] = {
         ),
     )
 }
+
+# Playground 2.5 denoises SDXL's latents normalised per channel; its VAE config's numbers.
+_SDXL_MEAN, _SDXL_STD = SPACES["sdxl"].mean, SPACES["sdxl"].std
+assert _SDXL_MEAN is not None
+assert _SDXL_STD is not None
+SCALINGS: dict[str, LatentSpace] = {
+    "sdxl-playground25": replace(
+        SPACES["sdxl"], scale=tuple(0.5 / std for std in _SDXL_STD), shift=_SDXL_MEAN
+    ),
+}
+"""Published scalings of a space that are not its usual one, by the name that an operator gives."""

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentguard.errors import LatentsError
-from latentguard.spaces.space import SPACES, LatentSpace
+from latentguard.spaces.space import SCALINGS, SPACES, LatentSpace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -172,8 +172,9 @@ def _neighbour_correlation(image: Array) -> float:
 
 @dataclass(frozen=True)
 class _Reading:
+    label: str
     name: str
-    scaled: bool | None  # None: a reading that the space's standard scaling does not cover
+    scaled: bool | None  # None: scaled in another way than the space that would be settled
     mean: Array
     std: Array
 
@@ -192,17 +193,36 @@ class _Reading:
         return float(-0.5 * count * distance - log_norm), float(count * distance)
 
 
-def _four_channel_readings() -> list[_Reading]:
-    readings = []
-    for name in ("sdxl", "sd1"):
-        space = SPACES[name]
-        assert isinstance(space.scale, float)
-        mean, std = np.array(space.mean), np.array(space.std)
-        readings.append(_Reading(name, False, mean, std))
-        readings.append(_Reading(name, True, mean * space.scale, std * space.scale))
-    # Playground 2.5: (raw - mean) * 0.5 / std of the SDXL VAE.
-    readings.append(_Reading("sdxl", None, np.zeros(4), np.full(4, 0.5)))
+def _four_channel_readings(known: LatentSpace | None) -> list[_Reading]:
+    """Every published reading; of a space that is given, those of that space.
+
+    Where the given space has a scaling of its own, "scaled" means by that one, and the published
+    ones are only what else the latents may be.
+    """
+    published = [
+        (name, space)
+        for name, space in (SPACES | SCALINGS).items()
+        if space.channels == 4 and (known is None or space.name == known.name)
+    ]
+    readings = [
+        _reading(f"{name} raw", SPACES[name], False)
+        for name in dict.fromkeys(space.name for _, space in published)
+    ]
+    if known is not None:
+        readings.append(_reading(f"{known} scaled as given", known, True))
+    for name, space in published:
+        if known is None or not space.is_scaled_as(known):
+            usual = known is None and name in SPACES
+            readings.append(_reading(f"{name} scaled", space, True if usual else None))
     return readings
+
+
+def _reading(label: str, space: LatentSpace, scaled: bool | None) -> _Reading:
+    mean, std = np.array(SPACES[space.name].mean), np.array(SPACES[space.name].std)
+    if scaled is False:
+        return _Reading(label, space.name, scaled, mean, std)
+    scale, shift = np.array(space.scale), np.array(space.shift)
+    return _Reading(label, space.name, scaled, (mean - shift) * scale, std * scale)
 
 
 def _decide(
@@ -213,9 +233,8 @@ def _decide(
 ) -> Recognition:
     candidates = [
         reading
-        for reading in _four_channel_readings()
-        if (known is None or reading.name == known.name)
-        and (scaled is None or reading.scaled in (scaled, None))
+        for reading in _four_channel_readings(known)
+        if scaled is None or reading.scaled in (scaled, None)
     ]
     scored = sorted(
         ((*reading.log_likelihood(images), reading) for reading in candidates),
@@ -224,26 +243,15 @@ def _decide(
     )
     best, distance, winner = scored[0]
     margin = best - max(score for score, _, _ in scored[1:])
-    fits = f"statistics fit {_label(winner)} best"
+    fits = f"statistics fit {winner.label} best"
     if distance > TYPICAL:
         return _ask(known, scaled, names, "the statistics fit no known reading")
     if margin < math.log(ODDS):
         rival = scored[1][2]
-        return _ask(known, scaled, names, f"{fits}, but {_label(rival)} is not ruled out")
+        return _ask(known, scaled, names, f"{fits}, but {rival.label} is not ruled out")
     if winner.scaled is None:
-        return _ask(
-            known,
-            scaled,
-            names,
-            f"{fits}, which a file declares with its own scale and shift",
-        )
+        return _ask(known, scaled, names, f"{fits}, a scaling that has to be given")
     return Recognition(winner.name, winner.scaled, "")
-
-
-def _label(reading: _Reading) -> str:
-    if reading.scaled is None:
-        return "sdxl as Playground 2.5 normalises it"
-    return f"{reading.name} {'scaled' if reading.scaled else 'raw'}"
 
 
 # -- 32 channels -----------------------------------------------------------------------------

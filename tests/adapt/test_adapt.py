@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
+from latentguard.adapt import run
 from latentguard.adapt.autoencoders import load_autoencoder, tae_encoder
 from latentguard.adapt.cache import prepare
 from latentguard.adapt.hold_out import held_out
 from latentguard.adapt.images import centre_crop, find_images, random_crop
 from latentguard.adapt.run import adapt, card, stored_prompts
-from latentguard.adapt.teacher import class_definitions, class_names, load_teacher
+from latentguard.adapt.teacher import class_definitions, class_names, class_table, load_teacher
 from latentguard.adapt.train import AdapterRecipe, Recipe, RgbRecipe, Trainer
 from latentguard.encoders import load_encoder
 from latentguard.encoders.lite import Lite2
-from latentguard.encoders.nano import NanoEncoder
+from latentguard.encoders.nano import NEUTRAL_PROMPTS, WEIGHTS, NanoEncoder
 from latentguard.errors import LatentsError, ModelError
 from latentguard.spaces import Latents
 
 TINY = Recipe(
-    adapter_passes=6,
-    joint_passes=6,
-    large_passes=3,
-    large_images=4,
-    batch_size=3,
+    adapter_passes=4,
+    joint_passes=4,
+    large_passes=2,
+    large_images=3,
+    batch_size=2,
     view_cells=(16,),
 )
 
@@ -46,12 +50,39 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def few(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As few of them as there can be for every stage to run."""
+    folder = tmp_path_factory.mktemp("few")
+    for path in find_images([photos])[:5]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def encoder_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A narrow autoencoder file in the published layout (random weights, 64 channels as it is)."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tae") / "taef2_encoder.pth"
     torch.save({k: v.half() for k, v in tae_encoder(32).state_dict().items()}, path)
     return path
+
+
+embedded_table = cache(class_table)
+
+
+def bundled_table() -> torch.Tensor:
+    """The class table of a bundled model, [2, 1000, 384]."""
+    tensors = safetensors.torch.load_file(WEIGHTS / "nano-flux2.safetensors")
+    return tensors["text.table"].float()
+
+
+@pytest.fixture(params=["bundled", pytest.param("embedded", marks=pytest.mark.slow)])
+def texts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text side that goes into a model's file: to embed it takes longer than all the rest."""
+    tables = {"bundled": bundled_table, "embedded": embedded_table}
+    monkeypatch.setattr(run, "class_table", tables[request.param])
+    if request.param == "bundled":
+        monkeypatch.setattr(run, "stored_prompts", lambda: list(NEUTRAL_PROMPTS[:2]))
 
 
 def test_crops_are_reproducible_and_the_same_at_any_size(photos: Path) -> None:
@@ -145,10 +176,12 @@ def test_cache_goes_on_and_refuses_another_set(
         prepare(tmp_path, images[:5], autoencoder, teacher, space="flux2")
 
 
-def test_adapter_recipe_end_to_end(photos: Path, encoder_file: Path, tmp_path: Path) -> None:
+def test_adapter_recipe_end_to_end(
+    few: Path, encoder_file: Path, texts: None, tmp_path: Path
+) -> None:
     out = tmp_path / "student.safetensors"
-    result = adapt([photos], out, name="student", autoencoder=encoder_file, recipe=TINY)
-    assert result.images == 12
+    result = adapt([few], out, name="student", autoencoder=encoder_file, recipe=TINY)
+    assert result.images == 5
     assert result.plot.stat().st_size > 1000
     history = json.loads(result.history.read_text())["history"]
     assert [entry["stage"] for entry in history] == ["adapter"] * 2 + ["joint"] * 2 + ["large"]
@@ -161,20 +194,18 @@ def test_adapter_recipe_end_to_end(photos: Path, encoder_file: Path, tmp_path: P
     assert torch.allclose(embedded.norm(dim=1), torch.ones(2), atol=1e-5)
     # A second run of the finished recipe trains nothing and writes the same weights.
     before = encoder.net.state_dict()
-    adapt([photos], out, name="student", autoencoder=encoder_file, recipe=TINY)
+    adapt([few], out, name="student", autoencoder=encoder_file, recipe=TINY)
     again = load_encoder(out)
     assert isinstance(again, NanoEncoder)
     for key, value in again.net.state_dict().items():
         assert torch.equal(value, before[key])
 
 
-def test_training_goes_on_where_it_stopped(
-    photos: Path, encoder_file: Path, tmp_path: Path
-) -> None:
-    images = find_images([photos])
+def test_training_goes_on_where_it_stopped(few: Path, encoder_file: Path, tmp_path: Path) -> None:
+    images = find_images([few])
     autoencoder, teacher = load_autoencoder(encoder_file), load_teacher()
     cache = prepare(tmp_path, images, autoencoder, teacher, space="flux2")
-    recipe = Recipe(adapter_passes=40, joint_passes=0, large_passes=0, batch_size=4, noise=0.0)
+    recipe = Recipe(adapter_passes=12, joint_passes=0, large_passes=0, batch_size=2, noise=0.0)
 
     def trainer(name: str) -> Trainer:
         torch.manual_seed(1)
@@ -209,9 +240,9 @@ def test_training_goes_on_where_it_stopped(
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
 
 
-def test_rgb_recipe_end_to_end(photos: Path, tmp_path: Path) -> None:
+def test_rgb_recipe_end_to_end(few: Path, texts: None, tmp_path: Path) -> None:
     out = tmp_path / "view.safetensors"
-    adapt([photos], out, name="view", space="sdxl", recipe=TINY)
+    adapt([few], out, name="view", space="sdxl", recipe=TINY)
     encoder = load_encoder(out)
     assert encoder.space == "sdxl"
     assert "RGB view" in encoder.notes
@@ -248,6 +279,12 @@ def test_card_names_the_limits() -> None:
     text = card("n", SPACES["sdxl"], None, 5200, TINY)
     assert "not on latents of the autoencoder" in text
     assert "not nudity" in text
+
+
+@pytest.mark.slow
+def test_the_class_table_is_that_of_the_bundled_models() -> None:
+    # Stored as float16.
+    assert torch.allclose(embedded_table(), bundled_table(), atol=1e-3)
 
 
 def test_shipped_prompts_are_stored() -> None:

@@ -36,7 +36,9 @@ POLICY = Policy.model_validate(
 )
 
 
-@pytest.fixture(params=["latent-clip", "nano-flux2", "nano-sdxl"])
+@pytest.fixture(
+    params=["latent-clip", "nano-flux2", pytest.param("nano-sdxl", marks=pytest.mark.slow)]
+)
 def encoder(
     request: pytest.FixtureRequest, reference_b8: Reference, official: Callable[..., Path]
 ) -> Encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from latentguard.encoders.catalog import (
     by_hand_path,
     cache_dir,
     converted_path,
+    read_source,
+    source_path,
+    write_source,
 )
 from latentguard.encoders.checkpoint import file_sha256
 from latentguard.encoders.latent_clip import LatentCLIP
@@ -195,7 +199,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -223,22 +227,28 @@ def test_without_network_the_error_says_what_to_do(own_cache: Path) -> None:
 
 
 @pytest.fixture
-def server(reference_b8: Reference, official: Write) -> Iterator[str]:
+def server(reference_b8: Reference, official: Write) -> Iterator[Any]:
     """A model hub of one file on this machine."""
     data = official(reference_b8.checkpoint(), "served.pt").read_bytes()
-    path = f"/{CATALOG['latent-clip-b8'].repo}/resolve/main/{CATALOG['latent-clip-b8'].file}"
+    entry = CATALOG["latent-clip-b8"]
+    paths = [f"/{entry.repo}/resolve/{of}/{entry.file}" for of in ("main", "1" * 40)]
+    digest = hashlib.sha256(data).hexdigest()
 
     class Hub(BaseHTTPRequestHandler):
+        asked: ClassVar[list[str]] = []
+        etag = digest
+
         def do_HEAD(self) -> None:
-            self.send_response(200 if self.path == path else 404)
-            self.send_header("Content-Length", str(len(data) if self.path == path else 0))
-            self.send_header("ETag", '"etag-of-the-file"')
+            self.send_response(200 if self.path in paths else 404)
+            self.send_header("Content-Length", str(len(data) if self.path in paths else 0))
+            self.send_header("ETag", f'"{Hub.etag}"')
             self.send_header("X-Repo-Commit", "1" * 40)
             self.end_headers()
 
         def do_GET(self) -> None:
             self.do_HEAD()
-            if self.path == path:
+            Hub.asked.append(self.path)
+            if self.path in paths:
                 self.wfile.write(data)
 
         def log_message(self, *args: Any) -> None:
@@ -246,26 +256,76 @@ def server(reference_b8: Reference, official: Write) -> Iterator[str]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
+        running.hub = Hub  # type: ignore[attr-defined]
+        yield running
         running.shutdown()
 
 
-def test_fetching_downloads_converts_and_tidies_up(small: None, server: str) -> None:
-    shrink = """
+@pytest.fixture
+def get(small: None, server: Any) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`latentguard models get latent-clip-b8` from that hub, with further arguments."""
+    shrink = f"""
 from dataclasses import replace
 from latentguard.encoders.catalog import CATALOG, LatentClipConfig
-config = LatentClipConfig(**{config!r})
+config = LatentClipConfig(**{SMALL_B8.to_dict()!r})
 CATALOG["latent-clip-b8"] = replace(CATALOG["latent-clip-b8"], config=config)
 """
-    code = shrink.format(config=SMALL_B8.to_dict()) + GET
-    done = in_a_process(code, HF_ENDPOINT=server, HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1")
+
+    def run(*arguments: str, offline: str = "0") -> subprocess.CompletedProcess[str]:
+        more = GET.replace('"latent-clip-b8"]', f'"latent-clip-b8", *{arguments!r}]')
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        return in_a_process(
+            shrink + more, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE=offline, NO_PROXY="127.0.0.1"
+        )
+
+    return run
+
+
+def test_fetching_downloads_converts_and_tidies_up(
+    get: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = get()
     assert done.returncode == 0, done.stderr
     assert f"installed at {converted_path('latent-clip-b8')}" in done.stderr
     assert not (cache_dir() / "downloads" / "latent-clip-b8").exists()
     assert load_encoder("latent-clip-b8").dim == 512
-    again = in_a_process(code, HF_HUB_OFFLINE="1")
+    again = get(offline="1")
     assert again.returncode == 0, again.stderr
     assert "is here already" in again.stderr
+
+
+def test_a_download_is_of_one_commit_and_of_the_digest_that_is_published(
+    get: Callable[..., subprocess.CompletedProcess[str]], server: Any
+) -> None:
+    right, server.hub.etag = server.hub.etag, "0" * 64
+    refused = get()
+    assert refused.returncode == 1
+    assert f"has SHA-256 {right}, not the expected {'0' * 64}" in refused.stderr
+    assert not converted_path("latent-clip-b8").exists()
+    server.hub.etag = right
+    assert get().returncode == 0
+    files = [path for path in server.hub.asked if "/resolve/" in path]
+    assert files
+    assert all(f"/resolve/{'1' * 40}/" in path for path in files), files
+    record = read_source("latent-clip-b8")
+    assert record is not None
+    assert (record.revision, record.sha256) == ("1" * 40, right)
+
+
+def test_what_was_fetched_first_is_what_is_fetched_again(
+    get: Callable[..., subprocess.CompletedProcess[str]], server: Any
+) -> None:
+    server.hub.etag = "no digest"
+    assert get().returncode == 0
+    record = read_source("latent-clip-b8")
+    assert record is not None
+    write_source("latent-clip-b8", replace(record, sha256="a" * 64))
+    changed = get("--force")
+    assert changed.returncode == 1
+    assert f"not the expected {'a' * 64}" in changed.stderr
+    source_path("latent-clip-b8").write_text("{}")
+    with pytest.raises(ModelError, match="is no record of where latent-clip-b8 was fetched from"):
+        read_source("latent-clip-b8")
 
 
 # --- the command -----------------------------------------------------------------------------

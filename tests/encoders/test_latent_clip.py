@@ -19,6 +19,7 @@ from latentguard import ops
 from latentguard.encoders import Encoder, strongest_view
 from latentguard.encoders import checkpoint as files
 from latentguard.encoders.catalog import CATALOG, LatentClipConfig
+from latentguard.encoders.header import read_metadata
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.encoders.resize import Tile
 from latentguard.errors import LatentsError, ModelError
@@ -468,7 +469,7 @@ def test_a_checkpoint_is_converted_once(
     for encoder in (again, direct):
         assert (encoder.sha256, encoder.config) == (first.sha256, SMALL_B8)
         torch.testing.assert_close(encoder.encode_latents(raw), first.encode_latents(raw))
-    metadata = files.read_metadata(kept)
+    metadata = read_metadata(kept)
     assert metadata["name"] == "latent-clip-b8"
     assert metadata["source_sha256"] == files.file_sha256(path)
 

@@ -77,6 +77,13 @@ def test_pure_noise_is_a_level(tmp_path):
     assert {level: list(v) for level, v in found.values["guns"].items()} == {0: [0.2], 1e6: [0.3]}
 
 
+def test_a_byte_order_mark_is_no_part_of_a_record(tmp_path):
+    (path,) = _log(tmp_path, [_verdict(0.1, 1.0), _verdict(0.2, 1.0)])
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    found = read_trajectories([path], POLICY, ("m", "b" * 64), "sdxl")
+    assert sorted(found.values["guns"][1.0]) == [0.1, 0.2]
+
+
 def test_plain_verdicts_are_images_of_their_own(tmp_path):
     lines = [_verdict(0.1, 1.0), _verdict(0.2, 1.0)]
     model = ("m", "b" * 64)

@@ -168,6 +168,8 @@ def test_names_and_labels_files(tmp_path):
     names.write_text("tench\n\n")
     with pytest.raises(ModelError, match=r"names\.txt, line 2: .* must not be empty"):
         read_names(names)
+    names.write_text("tench\nshark\n", encoding="utf-8-sig")  # as some editors save it
+    assert read_names(names) == ["tench", "shark"]
     labels.write_text("0\n1\n")
     assert read_labels(labels, 2) == [0, 1]
     for bad in ("2", "-1", "x", "1.0", "²"):

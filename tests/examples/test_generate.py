@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
 def test_what_is_forbidden_does_not_come_out(tmp_path):
     plot = tmp_path / "guard.png"
     command = [sys.executable, str(SCRIPT), "cat", "revolver", "--steps", "4", "--plot", str(plot)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     cat = next(row for row in rows if row[:1] == ["cat"])

@@ -15,7 +15,7 @@ from exported import SECOND, by_first, photos, second, two_stages
 
 from latentguard.encoders import checkpoint
 from latentguard.errors import ModelError
-from latentguard.export import Exported, export_onnx, export_triton, swap_policy
+from latentguard.export import Exported, export_onnx, export_triton, swap_policy, write
 from latentguard.policy import Policy
 from latentguard.runtime import Guard
 from latentguard.runtime.artefact import METADATA
@@ -61,7 +61,13 @@ def test_the_check_is_of_the_whole_cascade(cascade: Exported) -> None:
     assert 0 < cascade.checked.sent < 25
 
 
-@pytest.mark.parametrize(("first", "kinds"), [(None, ("int8", "int8")), ("fp32", ("int8", "fp32"))])
+@pytest.mark.parametrize(
+    ("first", "kinds"),
+    [
+        pytest.param(None, ("int8", "int8"), marks=pytest.mark.slow),
+        ("fp32", ("int8", "fp32")),
+    ],
+)
 def test_precisions(first: Any, kinds: tuple[str, str], tmp_path: Path) -> None:
     """Both files have that of `precision`, unless the first is given its own."""
     made = export_onnx(
@@ -69,6 +75,7 @@ def test_precisions(first: Any, kinds: tuple[str, str], tmp_path: Path) -> None:
         size=(32, 32),
         precision="int8-dynamic",
         first_precision=first,
+        check=photos()[:2],  # all of them below
     )
     assert made.first is not None
     found = [metadata(one.path)["precision"].split("-")[0] for one in (made, made.first)]
@@ -136,7 +143,6 @@ def test_triton_serves_no_cascade(cascade: Exported, tmp_path: Path) -> None:
 
 
 def test_refused_before_tracing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentguard.export import write
 
     monkeypatch.setattr(write, "trace", lambda *_: pytest.fail("traced"))
     options: dict[str, Any] = {"size": (32, 32)}
@@ -154,7 +160,6 @@ def test_refused_before_tracing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_first_model_that_differs_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentguard.export import write
 
     monkeypatch.setitem(write.LARGEST, "fp32", 1e-12)
     with pytest.raises(ModelError, match=r"a\.first\.onnx: not written, as its margins differ"):
@@ -162,7 +167,10 @@ def test_a_first_model_that_differs_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command(command: Callable[..., Any], other: Path, tmp_path: Path) -> None:
+def test_the_command(
+    command: Callable[..., Any], other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "bundled", lambda space: photos()[:2])
     policy, out = tmp_path / "two.yaml", tmp_path / "guard.onnx"
     policy.write_text(
         "schema_version: 1\nname: two\nversion: '1'\ncontrast: [dog]\n"
@@ -174,7 +182,7 @@ def test_the_command(command: Callable[..., Any], other: Path, tmp_path: Path) -
     ran = command("export", "onnx", *arguments, "--first-precision", "int8")
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
-    assert lines[0].startswith("first model: compared with PyTorch on 25 real latents")
+    assert lines[0].startswith("first model: compared with PyTorch on 2 real latents")
     assert "; the first model passed on" in lines[1]
     assert lines[2].startswith(f"wrote {out.with_suffix('.first.onnx')} (")
     assert lines[-1] == f"sha256 {hashlib.sha256(out.read_bytes()).hexdigest()}"

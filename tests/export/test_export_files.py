@@ -78,6 +78,8 @@ def test_metadata(exports: Exports, models: Models) -> None:
     assert found["prompts"] == list(bank.prompts)
     assert found["covered"] == list(bank.covered)
     assert not all(found["covered"])
+    assert found["seen"] == list(bank.seen)
+    assert "jeans" in found["unseen_contrast"]
     assert found["model"]["name"] == "nano-flux2"
     assert found["model"]["sha256"] == encoder.sha256
     assert (found["space"], found["scaled"], found["channels"]) == ("flux2", True, 32)

@@ -16,9 +16,11 @@ from latentguard.encoders import Encoder
 from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.errors import ModelError, PolicyError
 from latentguard.export import Exported, export_onnx, swap_policy, write
+from latentguard.export import swap as swap_module
 from latentguard.export.graph import BANK
 from latentguard.policy.loading import parse_policy
 from latentguard.runtime import Guard
+from latentguard.runtime.artefact import Artefact, open_artefact
 from latentguard.scorer import Scorer
 
 Models = dict[str, Encoder]
@@ -94,6 +96,47 @@ def test_a_swap_keeps_external_data(
     assert max(differences(found, expected(Scorer("weapons", models["b8"]), latents)).values()) < (
         1e-5
     )
+
+
+def test_a_source_that_is_exchanged_after_it_was_checked(
+    exports: Exports, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was pinned is what gets the new policy."""
+    source = tmp_path / "a.onnx"
+    source.write_bytes(exports("clip").path.read_bytes())
+    swap_policy(source, "weapons", tmp_path / "right.onnx", models["b8"])
+    blind = onnx.load(source)
+    for tensor in blind.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
+            tensor.raw_data = bytes(len(tensor.raw_data))
+
+    def check_then_exchange(path: Path, sha256: str | None) -> Artefact:
+        found = open_artefact(path, sha256)
+        source.write_bytes(blind.SerializeToString())
+        return found
+
+    monkeypatch.setattr(swap_module, "open_artefact", check_then_exchange)
+    pin = exports("clip").sha256
+    swap_policy(source, "weapons", tmp_path / "b.onnx", models["b8"], sha256=pin)
+    assert (tmp_path / "b.onnx").read_bytes() == (tmp_path / "right.onnx").read_bytes()
+
+
+def test_external_data_that_are_exchanged_after_they_were_checked(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "EXTERNAL", 100_000)
+    monkeypatch.setattr(write, "EXTERNAL_TENSOR", 10_000)
+    made = export_onnx("family", models["b8"], tmp_path / "a.onnx", size=(64, 64))
+    swap_policy(made.path, "weapons", tmp_path / "right.onnx", models["b8"])
+
+    def check_then_exchange(path: Path, sha256: str | None) -> Artefact:
+        found = open_artefact(path, sha256)
+        (tmp_path / "a.data").write_bytes(bytes((tmp_path / "a.data").stat().st_size))
+        return found
+
+    monkeypatch.setattr(swap_module, "open_artefact", check_then_exchange)
+    swap_policy(made.path, "weapons", tmp_path / "b.onnx", models["b8"], sha256=made.sha256)
+    assert (tmp_path / "b.data").read_bytes() == (tmp_path / "right.data").read_bytes()
 
 
 # --- refusals --------------------------------------------------------------------------------

@@ -404,7 +404,7 @@ def test_hostile_sizes_allocate_nothing(tmp_path: Path) -> None:
         """
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
     )
     lines = [line.split(" | ") for line in result.stdout.splitlines() if " | " in line]
     assert [name[0] for name, _ in lines] == list("abcdefghijklmnzz")

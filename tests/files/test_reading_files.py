@@ -87,7 +87,10 @@ def test_torch_dict_with_one_tensor_of_another_name(tmp_path: Path) -> None:
     torch.save({"samples": flux2_batch(), **SAYS}, tmp_path / "a.pt")
     assert len(read_all(tmp_path / "a.pt")) == 3
     torch.save({"x": flux2_batch(), "y": flux2_batch(), **SAYS}, tmp_path / "b.pt")
-    assert only_error(tmp_path / "b.pt") == "needs the key latents, it holds x, y, space, scaled"
+    assert only_error(tmp_path / "b.pt") == (
+        "needs the key latents, it holds x, y, space, scaled: save the numbers that are latents "
+        "(x?) under the name latents"
+    )
 
 
 # -- the others ------------------------------------------------------------------------------
@@ -113,7 +116,9 @@ def test_npz(tmp_path: Path, save: Any) -> None:
     save(tmp_path / "b.npz", batch)
     assert len(read_all(tmp_path / "b.npz", **SAYS)) == 3
     save(tmp_path / "c.npz", x=batch, y=batch)
-    assert only_error(tmp_path / "c.npz") == "needs an array named latents, it holds x, y"
+    assert only_error(tmp_path / "c.npz").startswith(
+        "needs an array named latents, it holds x, y: save the numbers"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -321,25 +326,26 @@ def test_save_and_load(tmp_path: Path, suffix: str, packed: bool, dtype: torch.d
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_scaling_of_its_own_is_saved(tmp_path: Path, suffix: str) -> None:
-    sdxl = SPACES["sdxl"]
-    playground = LatentSpace.from_vae_config(
-        {
-            "latent_channels": 4,
-            "scaling_factor": 0.5,
-            "latents_mean": sdxl.mean,
-            "latents_std": sdxl.std,
-        }
-    )
-    for space, channels in (
-        (playground, 4),
-        (SPACES["flux2"].with_batch_norm([0.25] * 128, [3.0] * 128), 32),
+def test_a_scaling_of_its_own_is_saved_and_read_by_who_gives_it(
+    tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    for space in (
+        LatentSpace.get("sdxl-playground25"),
+        SPACES["flux2"].with_batch_norm([0.25] * 128, [3.0] * 128),
     ):
-        latents = Latents(torch.randn(1, channels, 4, 4), space, scaled=True)
-        save_latents(tmp_path / f"a{suffix}", latents)
-        back = load_latents(tmp_path / f"a{suffix}")
-        assert back.space == space
-        assert torch.equal(back.raw().tensor, latents.raw().tensor)
+        for scaled in (True, False):
+            latents = Latents(torch.randn(1, space.channels, 4, 4), space, scaled)
+            save_latents(path, latents)
+            back = load_latents(path, space)
+            assert back.space == space
+            assert torch.equal(back.raw().tensor, latents.raw().tensor)
+            if scaled and space.name == "flux2":  # normalised by any statistics
+                back = load_latents(path)
+                assert back.space == SPACES["flux2"]
+                assert torch.equal(back.tensor, latents.tensor)
+            else:
+                assert "declares a scaling of its own" in only_error(path)
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:

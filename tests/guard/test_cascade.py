@@ -83,6 +83,16 @@ def test_a_first_model_that_cannot_see_everything_is_refused() -> None:
         Scorer(text, LinearEncoder("flux2", 32))
 
 
+def test_a_first_model_that_misses_one_prompt_of_a_concept_is_refused() -> None:
+    """It would be sure that there is no knife, which only the second model can see."""
+    text = policy(ALWAYS, extra="cascade: {first: nano-flux2}\nuncovered: warn")
+    blades = text.concepts[0].model_copy(
+        update={"id": "blades", "prompts": ("hatchet", "a kitchen knife")}
+    )
+    with pytest.raises(ModelError, match=r"cannot see blades \('a kitchen knife'\)"):
+        Scorer(text.model_copy(update={"concepts": (blades,)}), LinearEncoder("flux2", 32))
+
+
 def test_a_first_model_that_is_not_calibrated_is_refused(tmp_path: Path) -> None:
     """And once both models are, each image is judged by the thresholds of the one that decides."""
     path = tmp_path / "rates.yaml"

@@ -115,6 +115,8 @@ KINDS: dict[str, tuple[str, Callable[[], Any], Callable[..., Arguments]]] = {
     "sd1": ("sd1", small.sd1, small.sd1_arguments),
     "lcm": ("sd1", small.lcm, small.lcm_arguments),
 }
+# One of each space, and of each way to begin; with the others it is the same again.
+FIRST = ("sdxl", "sd3-img2img", "flux-inpaint", "flux2-klein", "lcm")
 
 
 def array(images: Any) -> Any:
@@ -330,7 +332,10 @@ CHECKS = (
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in FIRST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_with_a_guard_as_without_one(kind: str, check: Callable[..., Any]) -> None:
     space, make, arguments = KINDS[kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from diffusers.callbacks import (
 )
 from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
 
-from latentguard import LatentGuard, load_encoder
+from latentguard import LatentGuard, Latents, LatentSpace, Scorer, load_encoder
 from latentguard.errors import LatentGuardError, LatentsError, PolicyError
 from latentguard.guard import GenerationBlocked
 
@@ -199,6 +200,28 @@ def test_one_step_models() -> None:
     output = pipe(**small.sdxl_arguments(steps=1, guidance_scale=0.0))
     assert not output.images.any()
     assert [record.final for record in guard.history] == [True]
+
+
+def test_a_vae_with_a_scaling_of_its_own_is_read_by_that_scaling() -> None:
+    """Playground 2.5 is an SDXL pipeline whose VAE normalises each channel."""
+    pipe, playground = small.sdxl(), LatentSpace.get("sdxl-playground25")
+    pipe.vae.register_to_config(
+        scaling_factor=0.5,
+        latents_mean=list(playground.mean or ()),
+        latents_std=list(playground.std or ()),
+    )
+    guard = LatentGuard(policy(NEVER), LinearEncoder("sdxl", 4))
+    assert guard.space_of(pipe) == playground
+    pipe.callback_on_step_end = guard
+    latents = pipe(**small.sdxl_arguments(2, output_type="latent")).images
+    scorer = Scorer(policy(NEVER), LinearEncoder("sdxl", 4))
+    raw = Latents(playground.to_raw(latents), "sdxl", scaled=False)
+    for found, expected in zip(guard.verdicts, scorer.verdicts(raw), strict=True):
+        assert found.concepts[0].margin == pytest.approx(expected.concepts[0].margin, abs=1e-5)
+    for given in ("sdxl", replace(playground, scale=0.5)):
+        with pytest.raises(LatentsError, match=r"VAE of this .* has scale .*: leave space out"):
+            pipe.callback_on_step_end = LatentGuard(policy(NEVER), space=given)
+    pipe.callback_on_step_end = LatentGuard(policy(NEVER), space="sdxl-playground25")
 
 
 @pytest.mark.parametrize("scale", [0.0, 5.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -28,7 +29,10 @@ def block(having: str) -> str:
 
 
 def test_no_block_is_left_out() -> None:
-    tried = ("pipe.callback_on_step_end = LatentGuard", "guard.plot", "optimize_noise(", "session(")
+    tried = (
+        *("pipe.callback_on_step_end = LatentGuard", "guard.plot", "output.latentguard"),
+        *("guard.request(", "optimize_noise(", "session("),
+    )
     assert sorted(BLOCKS) == sorted(block(having) for having in tried)
 
 
@@ -43,6 +47,19 @@ def test_attaching_and_what_came_of_it(tmp_path: Path, monkeypatch: pytest.Monke
     assert found["guard"].history[-1].final
     assert (tmp_path / "run.png").stat().st_size > 1000
     assert json.loads((tmp_path / "run.json").read_text())["policy"] == "default"
+
+
+def test_whose_verdicts() -> None:
+    pipe = small.sdxl_with_text()
+    found: dict[str, Any] = {"pipe": pipe}
+    exec(block("pipe.callback_on_step_end = LatentGuard"), found)
+    exec(block("output.latentguard"), found)
+    assert len(found["output"].latentguard.verdicts) == 1
+    found["guard"] = pipe.callback_on_step_end
+    exec(block("guard.request("), found)
+    output, verdicts = asyncio.run(found["serve"]("a lighthouse at dawn", "request-1"))
+    assert list(output.latentguard.verdicts) == verdicts
+    assert output.latentguard.request_id == "request-1"
 
 
 def test_optimising_the_noise_of_a_one_step_model() -> None:

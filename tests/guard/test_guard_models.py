@@ -35,10 +35,18 @@ class Pure(LinearEncoder):
         return Features(pooled, pooled[:, None], (1, 1))
 
 
-@needs_compiler
+# The graphs are made in a moment, and compiled in many; aot_eager runs them as they are.
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])]
+)
 @pytest.mark.parametrize("action", ["block", "steer"])
-def test_a_compiled_encoder_judges_and_steers_as_an_eager_one(action: str) -> None:
+def test_a_compiled_encoder_judges_and_steers_as_an_eager_one(
+    action: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.compiler.reset()
+    if backend != "inductor":
+        compiled = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **_: compiled(f, backend=backend))
     found = []
     for mode in (None, "default"):
         rule = policy(ALWAYS, action, concept=ONCE) if action == "steer" else policy(NEVER)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
 
-from latentguard import Latents, Scorer
+from latentguard import Latents, LatentSpace, Scorer
 from latentguard.encoders import Features
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.guard import Limits, Session, StepRecord, StepResult, session
 
+OWN_SCALING = dataclasses.replace(LatentSpace.get("sd1"), scale=0.5)
 STEER = "steer: {iterations: 3}"
 
 
@@ -473,8 +474,9 @@ def test_a_batch_of_another_size_is_zeroed(which: str) -> None:
         Latents(torch.randn(3, 4, 8, 8), "sd1", scaled=False),
         Latents(torch.randn(3, 4, 8, 8), "sdxl", scaled=True),
         Latents(torch.randn(3, 4, 16, 8), "sd1", scaled=True),
+        Latents(torch.randn(3, 4, 8, 8), OWN_SCALING, scaled=True),
     ],
-    ids=["scaling", "space", "size"],
+    ids=["scaling", "space", "size", "a scaling of its own"],
 )
 def test_an_estimate_in_another_convention_blocks(action: str, x0: Latents) -> None:
     guard = Session(scorer(action=action))

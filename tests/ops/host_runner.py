@@ -11,18 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = (
-    "cuda/patch_embed.cu",
-    "cuda/patch_embed_backward.cu",
-    "cuda/concept_similarity.cu",
-    "cuda/concept_similarity_backward.cu",
-    "testing/host_runtime.cpp",
-    "testing/toys.cpp",
-    "testing/runner.cpp",
+SOURCES = tuple(
+    str(path.relative_to(CSRC))
+    for path in sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("testing/*.cpp")])
 )
 FLAGS = (
     "-std=c++20",
@@ -47,11 +43,16 @@ class KernelError(Exception):
 
 def build() -> Path:
     """The runner for the sources as they are now; compiled once per state of the sources."""
+    folder = ROOT / "build" / "host"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # one process compiles, the others wait
+        return _build(folder)
+
+
+def _build(folder: Path) -> Path:
     compiler = os.environ.get("CXX", "c++")
     headers = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.h")))
     common = hashlib.sha256(headers + " ".join((compiler, *FLAGS)).encode())
-    folder = ROOT / "build" / "host"
-    folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: str) -> Path:
         digest = common.copy()
@@ -81,7 +82,7 @@ def toy(runner: Path, name: str) -> str:
         [str(runner), "toy", name],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         env=os.environ | ENVIRONMENT,
     )

@@ -120,6 +120,19 @@ class Match:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Null:
+    """One shape of null, the template operator: what a case of another operator has at least."""
+
+    shape: tuple[int, ...] = (2, 3, 7)
+    scale: float = 1.5
+
+    def arguments(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | float | None]:
+        """Keyword arguments on the CPU."""
+        g = torch.Generator().manual_seed(seed)
+        return {"x": torch.randn(*self.shape, generator=g).to(dtype), "scale": self.scale}
+
+
 def move(arguments: dict[str, Tensor | float | None], to: object) -> dict:  # type: ignore[type-arg]
     """Tensors to a device, or floating ones to a dtype."""
     return {
@@ -148,6 +161,12 @@ class Reference:
     """The plain PyTorch definition, in the dtype of the arguments."""
 
     name = "reference"
+
+    def null(self, arguments: dict) -> Tensor:  # type: ignore[type-arg]
+        return reference.null(**arguments)
+
+    def null_backward(self, grad: Tensor, arguments: dict) -> Tensor:  # type: ignore[type-arg]
+        return reference.null_backward(grad, arguments["scale"])
 
     def patch_embed(self, arguments: dict) -> Tensor:  # type: ignore[type-arg]
         return reference.patch_embed(**arguments)
@@ -189,6 +208,12 @@ class Operators(Reference):
         out = getattr(torch.ops.latentguard, name)(*moved)
         return tuple(o.cpu() for o in out) if isinstance(out, tuple) else out.cpu()
 
+    def null(self, arguments):  # type: ignore[no-untyped-def]
+        return self._call("null", *arguments.values())
+
+    def null_backward(self, grad, arguments):  # type: ignore[no-untyped-def]
+        return self._call("null_backward", grad, arguments["scale"])
+
     def patch_embed(self, arguments):  # type: ignore[no-untyped-def]
         return self._call("patch_embed", *arguments.values())
 
@@ -225,6 +250,15 @@ class HostCuda(Reference):
 
     def __init__(self, runner: Path) -> None:
         self.runner = runner
+
+    def null(self, arguments):  # type: ignore[no-untyped-def]
+        x = arguments["x"]
+        numbers = [host_runner.TYPES[x.dtype], x.numel(), arguments["scale"]]
+        # The output starts as poison: an element that no thread writes is seen.
+        return host_runner.run(self.runner, 4, numbers, [x, poison(x.shape, x.dtype)])[1]
+
+    def null_backward(self, grad, arguments):  # type: ignore[no-untyped-def]
+        return self.null(arguments | {"x": grad})
 
     def _patch(self, operation: int, a: dict, grad: Tensor | None, out: Tensor) -> Tensor:  # type: ignore[type-arg]
         x, weight = a["latents"], a["weight"]

@@ -9,19 +9,21 @@ import numpy as np
 import ops_cases
 import pytest
 import torch
-from ops_cases import Match, Patch, Reference
+from ops_cases import Match, Null, Patch, Reference
 from torch import Tensor
 
 from latentguard import ops
 from latentguard.ops import library, onnx, reference
 
-FORWARD = ("patch_embed", "concept_similarity", "concept_heatmap")
+FORWARD = tuple(ops.__all__)
 ALL = (*FORWARD, *(name + "_backward" for name in FORWARD))
 SCALE = 10.0
 
 
 def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[Any]:
     """Positional arguments of a forward operator."""
+    if name == "null":
+        return list(Null().arguments(dtype).values())
     if name == "patch_embed":
         return list(Patch().arguments(dtype).values())
     if name == "concept_similarity":
@@ -32,6 +34,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[Any]:
 def test_every_operator_is_complete() -> None:
     dump = torch._C._dispatch_dump
     table = onnx.translations()
+    assert set(ALL) == set(library.SCHEMAS)
     for name in ALL:
         registered = dump(f"latentguard::{name}")
         if library.extension is None:  # plain PyTorch brings the rest
@@ -49,9 +52,48 @@ def test_every_operator_is_complete() -> None:
             assert callable(getattr(reference, name))
 
 
+SIGNATURES = {
+    "null": "(Tensor x, float scale) -> Tensor",
+    "null_backward": "(Tensor grad, float scale) -> Tensor",
+    "patch_embed": (
+        "(Tensor latents, Tensor weight, Tensor class_embedding, Tensor positional_embedding, "
+        "Tensor ln_weight, Tensor ln_bias, float eps, Tensor? scale=None, Tensor? shift=None, "
+        "Tensor? noise=None, Tensor? alpha=None, Tensor? sigma=None) -> Tensor"
+    ),
+    "patch_embed_backward": (
+        "(Tensor grad, Tensor latents, Tensor weight, Tensor positional_embedding, "
+        "Tensor ln_weight, float eps, Tensor? scale=None, Tensor? shift=None, "
+        "Tensor? noise=None, Tensor? alpha=None, Tensor? sigma=None) -> Tensor"
+    ),
+    "concept_similarity": (
+        "(Tensor features, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? projection, "
+        "Tensor concepts, Tensor segments, Tensor contrast, Tensor contrast_segments, "
+        "float logit_scale, bool save=False) -> (Tensor probability, Tensor margin, "
+        "Tensor best_prompt, Tensor best_contrast, Tensor projected)"
+    ),
+    "concept_similarity_backward": (
+        "(Tensor? grad_probability, Tensor? grad_margin, Tensor features, Tensor? ln_weight, "
+        "float eps, Tensor? projection, Tensor concepts, Tensor contrast, Tensor probability, "
+        "Tensor best_prompt, Tensor best_contrast, Tensor projected, float logit_scale) -> Tensor"
+    ),
+    "concept_heatmap": (
+        "(Tensor tokens, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? projection, "
+        "Tensor concepts, Tensor segments, Tensor contrast, Tensor contrast_segments, "
+        "bool save=False) -> (Tensor margin, Tensor best_prompt, Tensor best_contrast, "
+        "Tensor projected)"
+    ),
+    "concept_heatmap_backward": (
+        "(Tensor grad, Tensor tokens, Tensor? ln_weight, float eps, Tensor? projection, "
+        "Tensor concepts, Tensor contrast, Tensor best_prompt, Tensor best_contrast, "
+        "Tensor projected) -> Tensor"
+    ),
+}
+
+
 @pytest.mark.parametrize("name", ALL)
-def test_schema_is_the_same_in_both_halves(name: str) -> None:
-    want = torch._C.parse_schema(f"latentguard::{name}{library.SCHEMAS[name]}")
+def test_schemas_stay_as_they_are(name: str) -> None:
+    """They are what exported programs and other people's calls hold on to."""
+    want = torch._C.parse_schema(f"latentguard::{name}{SIGNATURES[name]}")
     assert str(getattr(torch.ops.latentguard, name).default._schema) == str(want)
 
 
@@ -118,7 +160,9 @@ def test_written_out_backward_is_autograds(name: str) -> None:
     (want,) = torch.autograd.grad(out, x, grads)
     exact, named = Reference(), Patch() if name == "patch_embed" else Match(positions=6)
     with torch.no_grad():
-        if name == "patch_embed":
+        if name == "null":
+            got = exact.null_backward(grads[0], Null().arguments(torch.float64))
+        elif name == "patch_embed":
             got = exact.patch_embed_backward(grads[0], named.arguments(torch.float64))
         elif name == "concept_heatmap":
             a = named.arguments(torch.float64)
@@ -152,7 +196,7 @@ def test_weights_get_gradients_through_the_reference() -> None:
 
 
 @pytest.mark.skipif(ops_cases.needs_extension, reason=ops_cases.EXTENSION_REASON)
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("name", [name for name in FORWARD if name != "null"])  # has no weights
 def test_a_direct_call_refuses_the_gradient_of_weights(name: str) -> None:
     args = arguments(name)
     args[1].requires_grad_()
@@ -209,6 +253,8 @@ def test_any_strides_and_offsets() -> None:
 
 
 MISTAKES = [
+    ("null", 0, lambda t: t.int(), "`x` must be"),
+    ("null", 1, lambda t: float("inf"), "`scale` must be a finite number, got inf"),
     ("patch_embed", 0, lambda t: t[0], "`latents` must be of shape [*, *, *, *]"),
     ("patch_embed", 0, lambda t: t[..., :-1], "`latents` must be a multiple of the patch (4)"),
     ("patch_embed", 0, lambda t: t.int(), "`latents` must be"),

@@ -94,6 +94,71 @@ def test_check_notes_a_rate_without_calibration(tmp_path: Path) -> None:
     assert "note: 'a' asks for a false-positive rate of 0.01" in result.stderr
 
 
+MIXED = """\
+schema_version: 1
+name: shop
+version: "1"
+contrast: [furniture, a portrait of a person]
+concepts:
+  - id: blades
+    category: weapons
+    prompts:
+      - hatchet
+      - a kitchen knife
+      - a sword
+    threshold: {probability: 0.5}
+    action: block
+"""
+
+
+def test_check_with_a_model_names_each_prompt_that_it_cannot_see(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.yaml"
+    path.write_text(MIXED)
+    result = runner.invoke(app, ["policy", "check", str(path), "--model", "nano-flux2"])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[:2] == [
+        f"{path}:10: concepts[0].prompts[1] 'a kitchen knife' is not visible to nano-flux2: "
+        "coverage 0.502, 0.62 is needed",
+        f"{path}:11: concepts[0].prompts[2] 'a sword' is not visible to nano-flux2: "
+        "coverage 0.579, 0.62 is needed",
+    ]
+    assert lines[2].startswith(f"{path}:4: contrast[1] 'a portrait of a person' is not visible")
+    assert lines[2].endswith("; no image is compared with it")
+    assert "cannot see 2 of 3 prompts" in lines[3]
+
+
+def test_check_with_a_model_of_a_policy_that_marks(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.yaml"
+    path.write_text(MIXED.replace("contrast", "uncovered: warn\ncontrast"))
+    result = runner.invoke(app, ["policy", "check", str(path), "--model", "nano-flux2"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{path}: ok, 1 concepts")
+    assert "'a sword' is not visible to nano-flux2" in result.stderr
+
+
+@pytest.mark.parametrize("model", ["nano-flux2", "nano-sdxl"])
+def test_shipped_policies_fit_the_bundled_models(model: str) -> None:
+    names = ["default", "family", "observe", "weapons"]
+    result = runner.invoke(app, ["policy", "check", *names, "--model", model])
+    assert result.exit_code == 0
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == names
+    # What default looks for it sees, every prompt of it.
+    default = [line for line in result.stderr.splitlines() if "default.yaml" in line]
+    assert default
+    assert all("contrast[" in line for line in default)
+
+
+def test_a_policy_of_which_the_bundled_models_see_nothing_is_refused() -> None:
+    result = runner.invoke(app, ["policy", "check", "i2p", "--model", "nano-sdxl"])
+    assert result.exit_code == 2
+    assert "cannot see 51 of 51 prompts" in result.stderr
+    result = runner.invoke(app, ["policy", "check", "i2p", "--model", "nano-flux2"])
+    assert result.exit_code == 2
+    assert "is written for sdxl latents" in result.stderr
+
+
 def test_schema() -> None:
     result = runner.invoke(app, ["policy", "schema"])
     assert result.exit_code == 0

@@ -191,6 +191,63 @@ def test_uncovered_concepts_are_an_error_where_the_policy_says_so() -> None:
         judge(covered=[True, False, True, True])
 
 
+SEES = [True, False, True, False, False, True]
+"""Of PROMPTS: not the rifle, and nothing of beer."""
+
+
+def test_prompts_that_are_not_seen_are_named_in_the_verdict_and_its_reason() -> None:
+    verdict = judge(policy={**PLAIN, "uncovered": "warn"}, seen=SEES)
+    assert verdict.decision == "allow"
+    assert [score.covered for score in verdict.concepts] == [True, True, False, True]
+    assert [score.unseen for score in verdict.concepts] == [
+        ("rifle",),
+        (),
+        ("a glass of beer", "beer bottle"),
+        (),
+    ]
+    assert verdict.reason.endswith(
+        "1 concept is not visible to this model; prompts not checked of 'guns': 'rifle'"
+    )
+    data = json.loads(json.dumps(verdict.to_dict()))
+    assert data["concepts"][0]["unseen"] == ["rifle"]
+    assert Verdict.from_dict(data) == verdict
+
+
+def test_one_prompt_that_is_not_seen_is_an_error_where_the_policy_says_so() -> None:
+    with pytest.raises(
+        ValueError, match="does not see 'beer', 'rifle' of 'guns', and the policy says uncovered"
+    ):
+        judge(seen=SEES)
+
+
+def test_the_stricter_of_two_records_of_coverage_counts() -> None:
+    policy = {**PLAIN, "uncovered": "warn"}
+    verdict = judge(policy=policy, covered=[True, False, True, True], seen=SEES)
+    assert [score.covered for score in verdict.concepts] == [True, False, False, True]
+    assert verdict.concepts[1].unseen == ("knife",)
+
+
+@pytest.mark.parametrize("seen", [[], [True] * 5, [True] * 7])
+def test_coverage_of_other_prompts_judges_nothing(seen: list[bool]) -> None:
+    with pytest.raises(ValueError, match="one value for each of 6 prompts"):
+        judge(seen=seen)
+
+
+def test_records_from_before_prompts_were_named_still_read() -> None:
+    data = judge().to_dict()
+    for concept in data["concepts"]:
+        del concept["unseen"]
+    assert Verdict.from_dict(data) == judge()
+
+
+@pytest.mark.parametrize("unseen", ["rifle", [1], None, {"rifle": 1}])
+def test_records_with_unreadable_prompts_are_refused(unseen: object) -> None:
+    data = judge().to_dict()
+    data["concepts"][0]["unseen"] = unseen
+    with pytest.raises(ValueError, match="unseen must be a list of prompts"):
+        Verdict.from_dict(data)
+
+
 def test_a_model_that_sees_nothing_allows_nothing() -> None:
     with pytest.raises(ValueError, match="the model sees none of the policy's concepts"):
         judge(policy={**PLAIN, "uncovered": "warn"}, covered=[False] * 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ torch = pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("onnx", reason="exporting needs the onnx extra")
 pytest.importorskip("onnxruntime", reason="the runtime needs the onnx extra")
 
-from latentguard.export import export_onnx  # noqa: E402
+from exported import exported_once, photos  # noqa: E402
+
+from latentguard.export import Exported, export_onnx  # noqa: E402
 from latentguard.files import load_latents  # noqa: E402
 from latentguard.runtime import Guard  # noqa: E402
 from latentguard.spaces import Latents  # noqa: E402
@@ -20,11 +23,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def artefact(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artefact(traced_once: None, shared_folder: Path) -> Path:
     """nano-flux2 with the policy `family` and heat maps, exported by latentguard itself."""
-    out = tmp_path_factory.mktemp("export") / "guard.onnx"
-    export_onnx("family", "nano-flux2", out, size=(32, 32), heatmaps=True)
-    return out
+
+    def make(out: Path) -> Exported:
+        # The room compares it with PyTorch on all images.
+        options: dict[str, Any] = {"size": (32, 32), "heatmaps": True, "check": photos()[:2]}
+        return export_onnx("family", "nano-flux2", out, **options)
+
+    return exported_once(shared_folder, "artefact", make).path
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def run_without_torch(
         [sys.executable, "-c", BLOCKED + code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
         check=False,

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from runtime_helpers import ROOT
 
 from latentguard.errors import ModelError
 from latentguard.export import write as write_module
@@ -24,6 +25,7 @@ from latentguard.export.metadata import write_metadata
 from latentguard.runtime import Guard
 from latentguard.runtime import scorer as guard_module
 from latentguard.runtime.artefact import _KEYS, DIGEST, METADATA, open_artefact
+from latentguard.scan import Scan
 
 Edit = Callable[[onnx.ModelProto, dict[str, Any]], None]
 QUICK = settings(
@@ -220,6 +222,11 @@ def test_a_key_that_is_missing_or_of_another_type(
         ({"prompts": [1, 2]}, "prompts"),
         ({"covered": [1] * 13}, "covered"),
         ({"covered": []}, "policy"),
+        ({"seen": [True]}, "seen"),
+        ({"seen": [1] * 53}, "seen"),
+        ({"seen": "yes"}, "seen"),
+        ({"unseen_contrast": [1]}, "unseen_contrast"),
+        ({"unseen_contrast": "jeans"}, "unseen_contrast"),
         ({"policy": {}}, "policy"),
     ],
 )
@@ -231,6 +238,55 @@ def test_values_that_do_not_fit(
 ) -> None:
     text = refused(edited(lambda _, metadata: metadata.update(changes)))
     assert f"have no valid {message}" in text
+
+
+def hide_rifle(metadata: dict[str, Any]) -> None:
+    metadata["seen"][metadata["prompts"].index("rifle")] = False
+
+
+def test_a_prompt_that_was_not_seen_is_named_by_the_runtime(
+    edited: Callable[[Edit], bytes], tmp_path: Path, arrays: np.ndarray
+) -> None:
+    path = tmp_path / "partly.onnx"
+    path.write_bytes(edited(lambda _, metadata: hide_rifle(metadata)))
+    with Guard(path, threads=1) as guard:
+        (verdict,) = guard.scan(arrays[:1])
+    unseen = {concept.id: concept.unseen for concept in verdict.concepts}
+    assert unseen["firearms"] == ("rifle",)
+    assert len(unseen["nudity"]) == 5
+    assert verdict.reason.endswith("prompts not checked of 'firearms': 'rifle'")
+
+
+def test_a_prompt_that_was_not_seen_is_refused_where_the_policy_says_so(
+    refused: Callable[[bytes], str], edited: Callable[[Edit], bytes]
+) -> None:
+    def strict(_: onnx.ModelProto, metadata: dict[str, Any]) -> None:
+        metadata["policy"]["uncovered"] = "error"
+        metadata["seen"] = [True] * len(metadata["prompts"])
+        metadata["covered"] = [True] * len(metadata["covered"])
+        hide_rifle(metadata)
+
+    assert "the model does not see 'rifle' of 'firearms'" in refused(edited(strict))
+
+
+def test_a_file_from_before_prompts_were_recorded_loads_and_scan_says_so(
+    edited: Callable[[Edit], bytes], tmp_path: Path, arrays: np.ndarray
+) -> None:
+    def former(_: onnx.ModelProto, metadata: dict[str, Any]) -> None:
+        del metadata["seen"], metadata["unseen_contrast"]
+
+    path = tmp_path / "former.onnx"
+    path.write_bytes(edited(former))
+    with Guard(path, threads=1) as guard:
+        (verdict,) = guard.scan(arrays[:1])
+    assert [c.id for c in verdict.concepts if not c.covered] == [
+        "tobacco",
+        "casino",
+        "nudity",
+        "gore",
+    ]
+    run = Scan(ROOT / "examples/latents.pt", model=path, runtime="onnx", device="cpu")
+    assert any("export it anew" in note for note in run.notes)
 
 
 @pytest.mark.parametrize(

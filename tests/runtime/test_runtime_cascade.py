@@ -293,6 +293,18 @@ def test_a_first_model_that_does_not_see_everything(files: tuple[Path, Path]) ->
     assert message in refused(files[0])
 
 
+def test_a_first_model_that_does_not_see_one_prompt(files: tuple[Path, Path]) -> None:
+    def partly(found: dict[str, Any]) -> None:
+        found["policy"]["uncovered"] = "warn"
+        if found["first"] is None:
+            found["seen"][0] = False
+
+    digest = edit(files[1], partly)
+    edit(files[0], partly)
+    edit(files[0], lambda found: found["first"].update(sha256=digest))
+    assert "cascade.first nano-flux2 cannot see" in refused(files[0])
+
+
 @pytest.mark.parametrize(
     "unsure", [-0.1, 2.5, True, "0.1", None, [0.1], 10**400, float(UNSURE) * 100]
 )

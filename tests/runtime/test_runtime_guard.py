@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from runtime_helpers import MARGIN, ROOT, same
 
 from latentguard import Scorer, load_policy
@@ -20,7 +21,7 @@ from latentguard.judge import Verdict
 from latentguard.runtime import Batching, Guard
 from latentguard.runtime import network as network_module
 from latentguard.runtime.network import Network
-from latentguard.spaces import SPACES, LatentArray, Latents
+from latentguard.spaces import SPACES, LatentArray, Latents, LatentSpace
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,54 @@ def test_latents_are_judged_in_the_scaling_that_the_file_reads(
     assert [float(item.mean()) for item in given] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_both_runtimes_give_a_model_the_same_numbers(
+    artefact: Path, scaled: bool, dtype: torch.dtype
+) -> None:
+    guard = Guard(artefact, threads=1, warm_up=False)
+    guard.metadata.update(space="sdxl", scaled=scaled)
+    scorer = Scorer("family", "nano-sdxl", "cpu")
+    raw = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 5 + 1
+    for space in (SPACES["sdxl"], LatentSpace.get("sdxl-playground25")):
+        for is_scaled in (True, False):
+            tensor = (space.to_scaled(raw) if is_scaled else raw).to(dtype)
+            given = Latents(tensor, space, is_scaled)
+            ours = scorer._input(given) if scaled else given.standard(False).tensor.float()
+            theirs = guard._converted(LatentArray(tensor.numpy(), space, is_scaled))
+            # Three roundings of float32: half precision is converted in it.
+            torch.testing.assert_close(ours, torch.from_numpy(theirs).float(), rtol=1e-6, atol=1e-6)
+            expected = SPACES["sdxl"].to_scaled(raw) if scaled else raw
+            tolerance = 2e-2 if dtype is torch.float16 else 1e-4
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_decisions_are_the_same_in_every_convention(
+    guard: Guard, latents: Latents, expected: list[Verdict]
+) -> None:
+    scorer = Scorer("family", "nano-flux2", "cpu")
+    flux2 = SPACES["flux2"].with_batch_norm([0.5] * 128, [3.0] * 128)
+    scaled = Latents(latents.tensor.float(), flux2, True)
+    for form in (scaled, scaled.raw(), scaled.packed(), scaled.raw().packed()):
+        array = LatentArray(form.spatial().tensor.numpy(), flux2, form.scaled)
+        decisions = [verdict.decision for verdict in scorer.verdicts(form)]
+        assert decisions == [verdict.decision for verdict in expected]
+        assert decisions == [verdict.decision for verdict in guard.scan(array)]
+
+
+def test_packed_latents_of_a_false_size_are_refused(guard: Guard, latents: Latents) -> None:
+    scorer = Scorer("family", "nano-flux2", "cpu")
+    tokens = latents.packed().tensor.float()
+    for height, width in ((16, 64), (64, 16), (8, 128), (128, 8), (2, 512)):
+        with pytest.raises(LatentsError, match=f"said to be of {height}x{width} cells"):
+            scorer.verdicts(Latents(tokens, "flux2", True, "packed", height, width))
+        with pytest.raises(LatentsError, match=f"said to be of {height}x{width} cells"):
+            guard.scan(tokens.numpy(), height=height, width=width)
+
+
 def test_views_of_other_arrays(guard: Guard, arrays: np.ndarray, expected: list[Verdict]) -> None:
-    wide = np.zeros((25, 32, 32, 64), np.float32)
+    arrays, expected = arrays[12:18], expected[12:18]
+    wide = np.zeros((6, 32, 32, 64), np.float32)
     wide[..., ::2] = arrays
     same(guard.scan(wide[..., ::2]), expected)
     same(guard.scan(np.asfortranarray(arrays)), expected)

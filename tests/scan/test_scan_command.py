@@ -20,6 +20,7 @@ from scan_helpers import ALWAYS, NEVER, latents_of, write_latents
 
 from latentguard.judge import Verdict
 from latentguard.policy import load_policy
+from latentguard.scan import Scan
 
 KEYS = {
     "source",
@@ -232,6 +233,45 @@ def test_the_table_says_what_was_decided_and_why(
     assert "\x1b" not in ran.out + ran.err
 
 
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A folder with latents, and with files that hold none."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_latents(folder / "a.pt", 1)
+    for name in ("a.json", "b.json", "readme.md"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_what_is_passed_over_is_counted_and_named(mixed: Path, calm: Path, command: Any) -> None:
+    said = "passed over, as no latents: 3 files (.json 2, .md 1)"
+    table = command("scan", mixed, "--policy", calm)
+    assert (table.code, table.out.splitlines()[-2]) == (0, said)
+    report = mixed.parent / "report.html"
+    lines = command("scan", mixed, "--policy", calm, "--format", "json", "--report", report)
+    assert (lines.code, len(lines.out.splitlines())) == (0, 1)
+    assert said in lines.err.splitlines()
+    assert said in report.read_text(encoding="utf-8")
+    assert said not in command("scan", mixed, "--policy", calm, "--quiet").out
+    run = Scan(mixed, calm)
+    assert len(list(run)) == 1
+    assert run.passed.files == {".json": 2, ".md": 1}
+
+
+def test_a_file_that_could_hold_latents_is_not_passed_over(
+    mixed: Path, calm: Path, command: Any
+) -> None:
+    (mixed / "ComfyUI_00001_.latent").write_bytes(b"x")
+    ran = command("scan", mixed, "--policy", calm, "--format", "json")
+    assert ran.code == 3
+    failed, good = (json.loads(line) for line in ran.out.splitlines())
+    assert failed["source"] == str(mixed / "ComfyUI_00001_.latent")
+    assert failed["decision"] == "block"
+    assert "could hold latents, but is of a type that is not read" in failed["error"]
+    assert good["error"] is None
+
+
 def test_output_and_report_go_to_files(tmp_path: Path, calm: Path, command: Any) -> None:
     file = write_latents(tmp_path / "a.pt", 2, side=32)
     output, report = tmp_path / "out.jsonl", tmp_path / "report.html"
@@ -287,8 +327,61 @@ def test_a_reader_that_goes_away_is_not_a_match(tmp_path: Path, calm: Path) -> N
     process.stdout.close()
     assert process.stderr is not None
     errors = process.stderr.read()
+    assert process.wait(timeout=600) == 141
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_of_the_table_that_goes_away_is_not_a_match(tmp_path: Path, calm: Path) -> None:
+    process = _process("scan", write_latents(tmp_path / "a.pt", 1), "--policy", calm)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
     assert process.wait(timeout=120) == 141
     assert b"Traceback" not in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("scan", "a.pt", "--policy", "calm.yaml", "-q", "--format", "json"),
+        ("scan", "a.pt", "--policy", "calm.yaml"),
+        ("policy", "schema"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2] + arguments[-1:]),
+)
+def test_a_full_disk_is_one_line(tmp_path: Path, calm: Path, arguments: tuple[str, ...]) -> None:
+    write_latents(tmp_path / "a.pt", 1)
+    with open("/dev/full", "w") as full:
+        process = _process(*arguments, stdout=full, cwd=tmp_path)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    lines = errors.decode().splitlines()
+    assert lines[-1].endswith("the output: No space left on device")
+    assert not any("Traceback" in line or "Exception ignored" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "arguments"),
+    [("cp437", ("scan", "a.pt")), ("cp437", ("doctor",)), ("ascii", ("policy", "show"))],
+)
+def test_consoles_without_our_signs_get_other_ones(
+    tmp_path: Path, policy: Callable[..., Path], encoding: str, arguments: tuple[str, ...]
+) -> None:
+    write_latents(tmp_path / "a.pt", 1, ids=["нож ✓"])
+    odd = policy(("revolver", "block", ALWAYS))
+    odd.write_text(odd.read_text().replace("[dog]", "[нож]").replace("[revolver]", "[revolver ✓]"))
+    if arguments[0] != "doctor":
+        arguments += ("--policy", str(odd)) if arguments[0] == "scan" else (str(odd),)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "60"}
+    process = _process(*arguments, cwd=tmp_path, env=environment)
+    out, errors = process.communicate(timeout=120)
+    assert b"Traceback" not in errors
+    assert process.returncode == (1 if arguments[0] == "scan" else 0), errors
+    if arguments[0] == "scan":
+        assert "x block" in out.decode(encoding)
+        assert "\\u043d" in out.decode(encoding)
 
 
 def test_an_interrupted_scan_is_not_a_match(tmp_path: Path, calm: Path) -> None:
@@ -297,7 +390,7 @@ def test_an_interrupted_scan_is_not_a_match(tmp_path: Path, calm: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert b"interrupted after" in errors
     assert b"Traceback" not in errors
@@ -321,7 +414,7 @@ def test_the_progress_bar_is_for_terminals(tmp_path: Path, calm: Path) -> None:
     os.close(ours)
     assert process.stdout is not None
     lines = process.stdout.read().splitlines()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=600) == 0
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
     assert b"/s" in shown
     assert b"\x1b[" in shown

@@ -94,6 +94,56 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+HALF_SEEN = """\
+schema_version: 1
+name: half
+version: "1"
+uncovered: warn
+concepts:
+  - id: blades
+    category: weapons
+    prompts: [hatchet, knife, sword]
+    threshold: {probability: 0.5}
+    action: block
+"""
+
+
+def half_seen() -> ScanRecord:
+    """Allowed by a model that sees the hatchet alone."""
+    plain = parse_policy(HALF_SEEN).plain()
+    verdict = decided([[0.1]], [[-0.2]], [[0]], plain, seen=[True, False, False])[0]
+    ranked = tuple(rank(verdict.concepts, Rules.of(plain)))
+    return ScanRecord("a.pt", 0, "knife", "flux2", verdict, POLICY, MODEL, ranked=ranked)
+
+
+def test_a_table_names_the_prompts_that_were_not_checked() -> None:
+    file = io.StringIO()
+    table = Table(file)
+    table.add(half_seen())
+    table.close()
+    sentence = "nano-flux2 cannot see, and did not check, prompts of blades: knife, sword"
+    assert sentence in file.getvalue()
+
+
+def test_lines_name_the_prompts_that_were_not_checked() -> None:
+    file = io.StringIO()
+    JsonLines(file).add(half_seen())
+    (concept,) = json.loads(file.getvalue())["concepts"]
+    assert (concept["covered"], concept["unseen"]) == (True, ["knife", "sword"])
+    file = io.StringIO(newline="")
+    Csv(file, Rules.of(parse_policy(HALF_SEEN).plain())).add(half_seen())
+    (row,) = csv.DictReader(io.StringIO(file.getvalue(), newline=""))
+    assert (row["not_checked"], row["prompts_not_checked"]) == ("", "blades: knife, sword")
+
+
+def test_a_report_names_the_prompts_that_were_not_checked() -> None:
+    unseen = {"blades": ("knife", "sword")}
+    text = " ".join(Page(rendered(half_seen(), unseen=unseen, unseen_contrast=("jeans",))).text)
+    assert "Not checked of blades: knife, sword" in text
+    assert "Cannot see 2 of the prompts of blades." in text
+    assert "nothing was compared with them: jeans." in text
+
+
 def shape(text: str) -> list[tuple[str, tuple[str, ...]]]:
     """The page's tags and attribute names: what a name must not be able to change."""
     return [(tag, tuple(attributes)) for tag, attributes in Page(text).tags]
@@ -215,6 +265,34 @@ def test_the_table_keeps_what_matters_and_says_what_it_left_out() -> None:
     table.close()
     assert [n for n in range(30) if f"image-{n} " in file.getvalue()] == [0, 1, 12, 25]
     assert "4 of 30 images are shown" in file.getvalue()
+
+
+def of_a_hostile_artefact(text: str) -> tuple[Rules, ScanRecord]:
+    """A policy as an exported file may hold it: its ids and its model's name are any text."""
+    ids = (text, f"{text}!")
+    concepts = [{**c, "id": name} for c, name in zip(PLAIN["concepts"], ids, strict=True)]
+    plain = {**PLAIN, "concepts": concepts}
+    plain["uncovered"] = "warn"
+    verdict = decided([[0.9, 0.2]], [[0.5, -0.7]], [[0, 1]], plain, covered=[True, False])[0]
+    model = ModelId(text, "ab" * 32)
+    made = ScanRecord("a.pt", 0, "x", "flux2", verdict, POLICY, model, (16, 24))
+    return Rules.of(plain), made
+
+
+@pytest.mark.parametrize("text", ["guns\x1b[2J", "guns\u3164", "guns\u202e", "=1+1", "a,=1+1"])
+def test_names_from_an_exported_file_are_only_text(text: str) -> None:
+    plain, made = of_a_hostile_artefact(text)
+    shown, cells = io.StringIO(), io.StringIO(newline="")
+    table = Table(shown)
+    table.add(made)
+    table.close()
+    assert not re.search("[\x00-\x09\x0b-\x1f\u3164\u202e]", shown.getvalue())
+    sink = Csv(cells, plain)
+    sink.add(made)
+    for row in csv.reader(io.StringIO(cells.getvalue(), newline="")):
+        for cell in row:
+            assert not re.search("[\x00-\x1f\u3164\u202e]", cell)
+            assert not re.search(r"(^|[,;|])\s*[=+@]", cell)
 
 
 def test_records_in_memory_carry_no_pictures() -> None:

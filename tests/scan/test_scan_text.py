@@ -13,6 +13,7 @@ from scan_helpers import HOSTILE
 
 from latentguard.scan.markup import Html, el
 from latentguard.scan.text import spreadsheet_cell, visible
+from latentguard.text import unseen
 
 ANY_TEXT = st.text(st.characters(categories=None), max_size=300) | st.sampled_from(HOSTILE)
 FORMULA = tuple("=+-@＝＋－＠")
@@ -30,6 +31,31 @@ def test_visible_is_one_line_of_seen_characters(text: str) -> None:
 @given(st.text(alphabet="abc 123äß漢é-_.", max_size=200))
 def test_visible_leaves_plain_text_alone(text: str) -> None:
     assert visible(text) == text
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    list("\u3164\u115f\uffa0\ufe0f\u034f\u2800\u200b\u00a0\u3000\u202e\U000e0041\U000e0100"),
+)
+def test_names_that_differ_in_what_is_not_seen_look_different(hidden: str) -> None:
+    shown = visible(f"cat{hidden}")
+    assert shown.isascii()
+    assert shown.startswith("cat\\")
+    assert unseen(f"cat{hidden}") == shown.removeprefix("cat")
+    assert unseen("cat") is None
+
+
+def test_a_flood_of_marks_is_not_drawn_over_other_lines() -> None:
+    shown = visible("a" + "\u0301" * 40, limit=1000)
+    assert shown.count("\u0301") == 4
+    assert shown.count(r"\u0301") == 36
+    assert visible("\u0301a") == r"\u0301a"
+
+
+@pytest.mark.parametrize("text", ["กั้น", "नमस्ते", "e\u0301te\u0301", "Việt", "😀", "日本語", "שָׁלוֹם"])
+def test_writing_systems_with_marks_stay_as_they_are(text: str) -> None:
+    assert visible(text) == text
+    assert unseen(text) is None
 
 
 def test_visible_keeps_both_ends_of_what_is_too_long() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from latentguard.concepts import ConceptBank
 from latentguard.encoders import Features, Head
 from latentguard.encoders.latent_clip import LatentCLIP
-from latentguard.errors import ModelError
+from latentguard.errors import ModelError, PolicyError
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
@@ -70,6 +70,7 @@ def policy(**changes: object) -> Policy:
         "schema_version": 1,
         "name": "test",
         "version": "1",
+        "uncovered": "warn",
         "templates": ["{}", "a photo of {}"],
         "concepts": [
             {
@@ -98,6 +99,7 @@ def test_segments_follow_the_policy() -> None:
     assert bank.prompts == ("cat", "unicorn", "dog", "knife")
     assert bank.segments.tolist() == [[0, 3], [3, 4]]
     assert bank.covered == (True, True)
+    assert bank.seen == (True, False, True, True)
 
 
 def test_a_prompt_that_is_not_seen_matches_nothing() -> None:
@@ -139,16 +141,71 @@ def test_unseen_concept_is_an_error_that_names_it() -> None:
     hidden = policy()
     concepts = (hidden.concepts[0], hidden.concepts[1].model_copy(update={"prompts": ("axe",)}))
     hidden = hidden.model_copy(update={"concepts": concepts})
-    with pytest.raises(ModelError, match=r"words cannot see 1 of 2 concepts .* blades \(0\.00\)"):
-        ConceptBank.build(hidden, WordEncoder())
-    marked = ConceptBank.build(hidden.model_copy(update={"uncovered": "warn"}), WordEncoder())
-    assert marked.covered == (True, False)
+    assert ConceptBank.build(hidden, WordEncoder()).covered == (True, False)
+    with pytest.raises(ModelError, match=r"concept 'blades' 'axe' \(0\.000\)"):
+        ConceptBank.build(hidden.model_copy(update={"uncovered": "error"}), WordEncoder())
+
+
+def test_one_unseen_prompt_beside_seen_ones_is_an_error_that_names_it() -> None:
+    strict = policy(uncovered="error")
+    with pytest.raises(PolicyError) as refused:
+        Scorer(strict, WordEncoder())
+    message = str(refused.value)
+    assert message.startswith(
+        "policy 'test': model words cannot see 1 of 4 prompts: of concept 'pets' 'unicorn' (0.000);"
+        " coverage 0.5 is needed"
+    )
+    assert "Remove or replace these prompts" in message
+    assert "`uncovered: warn`" in message
+    assert isinstance(refused.value, ModelError)
+
+
+def test_every_unseen_prompt_is_among_the_errors_however_many() -> None:
+    many = tuple(f"thing {n}" for n in range(20))
+    concept = policy().concepts[0].model_copy(update={"prompts": ("cat", *many)})
+    strict = policy(uncovered="error").model_copy(update={"concepts": (concept,)})
+    with pytest.raises(PolicyError) as refused:
+        ConceptBank.build(strict, WordEncoder())
+    assert all(f"'{text}'" in refused.value.errors[0] for text in many)
+    assert "and 15 more" in str(refused.value)
+
+
+def test_verdicts_name_the_prompts_that_were_not_checked() -> None:
+    photo = torch.zeros(1, 4, 2, 2)
+    photo[0, 3] = 1.0
+    latents = Latents(photo, "sdxl", scaled=True)
+    (verdict,) = Scorer(policy(), WordEncoder()).verdicts(latents)
+    assert verdict.decision == "allow"
+    assert [(c.covered, c.unseen) for c in verdict.concepts] == [(True, ("unicorn",)), (True, ())]
+    assert verdict.reason.endswith("prompts not checked of 'pets': 'unicorn'")
+
+
+def test_a_contrast_prompt_that_is_not_seen_takes_nothing_from_a_match() -> None:
+    """Its embedding means nothing: here it is as near to a dog as to all else."""
+    concept = policy().concepts[0].model_copy(update={"contrast": ("knife", "gryphon")})
+    hidden = policy().model_copy(update={"concepts": (concept, policy().concepts[1])})
+    scorer, plain = Scorer(hidden, WordEncoder()), Scorer(policy(), WordEncoder())
+    assert scorer.bank.unseen_contrast == ("gryphon",)
+    assert torch.equal(scorer.bank.contrast, plain.bank.contrast)
+    dog = torch.zeros(1, 4, 2, 2)
+    dog[0, 1] = 1.0
+    latents = Latents(dog, "sdxl", scaled=True)
+    assert torch.equal(scorer.score(latents).margin, plain.score(latents).margin)
+
+
+def test_coverage_that_is_not_a_number_is_not_seen() -> None:
+    class Broken(WordEncoder):
+        def coverage(self, texts: Sequence[str]) -> Tensor:
+            return torch.full((len(texts),), torch.nan)
+
+    with pytest.raises(PolicyError, match="cannot see 4 of 4 prompts"):
+        ConceptBank.build(policy(), Broken())
 
 
 def test_a_policy_of_which_nothing_is_seen_is_always_an_error() -> None:
     unseen = policy(uncovered="warn")
     concepts = tuple(c.model_copy(update={"prompts": ("axe",)}) for c in unseen.concepts)
-    with pytest.raises(ModelError, match="cannot see 2 of 2"):
+    with pytest.raises(ModelError, match=r"cannot see 2 of 2 .* Use another model"):
         ConceptBank.build(unseen.model_copy(update={"concepts": concepts}), WordEncoder())
 
 

@@ -16,13 +16,16 @@ sys.path.insert(0, str(EXAMPLES / "serve"))
 
 
 @pytest.fixture(scope="session")
-def guard_file(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def guard_file(traced_once: None, shared_folder: Path) -> Path:
     """nano-flux2 under the family policy, as one .onnx file for latents of 32x32 cells."""
-    from latentguard.export import export_onnx
+    from exported import exported_once, photos
 
-    path = tmp_path_factory.mktemp("export") / "guard.onnx"
-    export_onnx("family", "nano-flux2", path, size=(32, 32))
-    return path
+    from latentguard.export import Exported, export_onnx
+
+    def make(out: Path) -> Exported:
+        return export_onnx("family", "nano-flux2", out, size=(32, 32), check=photos()[:2])
+
+    return exported_once(shared_folder, "guard_file", make).path
 
 
 @pytest.fixture(scope="session")

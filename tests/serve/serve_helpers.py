@@ -71,7 +71,7 @@ def run_python(folder: Path, inputs: dict[str, Any], outputs: list[str]) -> dict
         [sys.executable, "-P", str(STAND_IN / "run_model.py"), str(folder)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr

@@ -57,7 +57,7 @@ def url(guard_file: Path) -> Iterator[str]:
 
 
 def test_verdicts_are_the_guards(url: str, guard_file: Path, latents: Array) -> None:
-    answer = httpx2.post(url, params=SAID, content=npy(latents[6:14]), timeout=120)
+    answer = httpx2.post(url, params=SAID, content=npy(latents[6:14]), timeout=600)
     assert answer.status_code == 200, answer.text
     found = [Verdict.from_dict(item) for item in answer.json()["verdicts"]]
     with Guard(guard_file) as guard:
@@ -78,7 +78,7 @@ def test_verdicts_are_the_guards(url: str, guard_file: Path, latents: Array) -> 
 def test_what_is_refused(
     url: str, latents: Array, params: dict[str, str], count: int, status: int
 ) -> None:
-    answer = httpx2.post(url, params=params, content=npy(latents[:count]), timeout=120)
+    answer = httpx2.post(url, params=params, content=npy(latents[:count]), timeout=600)
     assert (answer.status_code, answer.json()["decision"]) == (status, "block")
 
 
@@ -92,7 +92,7 @@ def test_a_bad_request_in_a_batch_does_not_harm_the_others(
 
     def post(index: int) -> None:
         body = b"garbage" if index % 5 == 4 else npy(latents[index : index + 1])
-        answers[index] = httpx2.post(url, params=SAID, content=body, timeout=120)
+        answers[index] = httpx2.post(url, params=SAID, content=body, timeout=600)
 
     threads = [threading.Thread(target=post, args=(index,)) for index in range(25)]
     for thread in threads:

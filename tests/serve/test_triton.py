@@ -186,6 +186,20 @@ def test_scores_of_another_policy_are_never_allowed(repository: Path, latents: A
         assert all(json.loads(text)["error"] for (text,) in found["verdict"])
 
 
+def test_the_decision_step_names_prompts_that_were_not_seen(
+    repository: Path, latents: Array, tmp_path: Path
+) -> None:
+    shutil.copytree(repository / "latentguard_decision", tmp_path / "latentguard_decision")
+    folder = tmp_path / "latentguard_decision/1"
+    rules = json.loads((folder / "rules.json").read_text())
+    rules["policy"]["uncovered"] = "warn"
+    rules["seen"][0] = False
+    (folder / "rules.json").write_text(json.dumps(rules))
+    found = run_python(folder, _scores(latents[:1]), OUTPUTS)
+    concepts = json.loads(found["verdict"][0][0])["concepts"]
+    assert concepts[0]["unseen"] == [rules["prompts"][0]]
+
+
 def test_rules_that_do_not_fit_keep_the_step_from_loading(
     repository: Path, latents: Array, tmp_path: Path
 ) -> None:

@@ -102,7 +102,7 @@ def server(guard_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def get(port: int, path: str) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     connection.request("GET", path)
     return connection.getresponse().status
 
@@ -128,7 +128,7 @@ def infer(port: int, latents: Array, kind: str = "FP32") -> tuple[int, dict[str,
         ],
     }
     text = json.dumps(head).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     headers = {"Inference-Header-Content-Length": str(len(text))}
     path = "/v2/models/latentguard/infer"
     connection.request("POST", path, text + latents.tobytes(), headers)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentguard.errors import LatentsError
 from latentguard.files import load_latents
-from latentguard.spaces import SPACES, recognise
+from latentguard.spaces import SPACES, LatentSpace, recognise
 
 PHOTOS = load_latents(Path(__file__).parent / "taef2_photos.safetensors").tensor.double()
 
@@ -83,7 +83,19 @@ def test_playground_is_asked_for() -> None:
     mean, std = (torch.tensor(x, dtype=torch.float64).view(4, 1, 1) for x in (sdxl.mean, sdxl.std))
     found = recognise((carried_over("sdxl", False) - mean) * 0.5 / std)
     assert not found.certain
-    assert "Playground 2.5" in found.question
+    assert "fit sdxl-playground25 scaled best, a scaling that has to be given" in found.question
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_space_with_a_scaling_of_its_own_is_recognised_by_that_scaling(scaled: bool) -> None:
+    playground = LatentSpace.get("sdxl-playground25")
+    raw = carried_over("sdxl", False)
+    own = playground.to_scaled(raw) if scaled else raw
+    found = recognise(own, space=playground)
+    assert (found.space, found.scaled) == ("sdxl", scaled)
+    usual = recognise(carried_over("sdxl", True), space=playground)
+    assert usual.scaled is None
+    assert "fit sdxl scaled best, a scaling that has to be given" in usual.question
 
 
 def test_what_is_known_is_not_asked() -> None:

@@ -1,0 +1,40 @@
+"""What a file holds that has no `latents`: one sentence with what is there and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from latentguard.errors import LatentsError
+
+# Parts of the names under which trainers and pipelines keep text embeddings.
+_TEXT = ("prompt_embed", "hidden_state", "pooled", "text_embed", "encoder_hidden", "input_ids")
+_SHOWN = 8
+
+
+def no_latents(names: Iterable[str], arrays: Iterable[str], needs: str) -> LatentsError:
+    """The error of a file without latents.
+
+    Args:
+        names: every key that it has, in order.
+        arrays: those of them that hold numbers and could be latents.
+        needs: what it should have, as in "the key latents".
+    """
+    names, arrays = list(names), list(arrays)
+    shown = ", ".join(name[:30] for name in names[:_SHOWN]) or "nothing"
+    if len(names) > _SHOWN:
+        shown += f" and {len(names) - _SHOWN} more"
+    return LatentsError(f"needs {needs}, it holds {shown}{_advice(names, arrays)}")
+
+
+def _advice(names: list[str], arrays: list[str]) -> str:
+    if "latent_tensor" in names:
+        return (
+            ": this is a latent of ComfyUI, which is not read as it is; load latent_tensor and "
+            "save it as latents, with its space and scaling"
+        )
+    texts = any(part in name for part in _TEXT for name in names)
+    if texts and not any("latent" in name for name in names):
+        return ": these are text embeddings, of which no image is made; leave the file out"
+    if not arrays:
+        return ""
+    return f": save the numbers that are latents ({arrays[0][:30]}?) under the name latents"

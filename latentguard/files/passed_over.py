@@ -1,0 +1,152 @@
+"""What a scan does not read: whether it could hold latents, and a count of what could not.
+
+A file or member that could hold latents but is not read must be an error, or a scan would say
+"allow" of what it did not look at. All others are counted by their suffix, and named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+HEAD = 512
+"""How many bytes of a file `could_hold_latents` looks at."""
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".br", ".z")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Formats of tensors, arrays, pickles, tables and archives. A raw dump of numbers has no mark of its
+# own, so its usual suffixes count, too.
+_HOLDERS = _words(
+    """
+    .pt .pth .safetensors .npy .npz .latent .latents .ckpt .bin .pkl .pickle .p .pyd .joblib .dill
+    .h5 .hdf5 .hdf .he5 .nc .mat .zarr .zarray .zgroup .n5 .parquet .arrow .feather .lance .orc
+    .avro .mds .tfrecord .tfrecords .record .beton .lmdb .mdb .db .sqlite .sqlite3 .msgpack .mp
+    .cbor .ten .tb .onnx .gguf .ggml .raw .dat .memmap .mmap .f16 .f32 .bf16 .tensor .tensors
+    .tar .tgz .tbz .tbz2 .txz .tzst .zip .7z .rar .pack
+    """
+)
+# Text, pictures, sound and what systems leave behind: no tool keeps latents in these.
+_HARMLESS = _words(
+    """
+    .txt .md .rst .json .jsonl .ndjson .yaml .yml .toml .ini .cfg .conf .xml .html .htm .css .js
+    .ts .csv .tsv .log .py .pyc .ipynb .sh .bat .c .h .cpp .cu .lock .sha256 .md5 .sig .tex .pdf
+    .doc .docx .odt .svg .jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .jxl .heic .heif .ppm
+    .pgm .pbm .ico .exr .hdr .psd .mp4 .webm .mkv .mov .avi .mp3 .wav .flac .ogg .m4a .cls .cls2
+    .cap .caption .tags .srt .vtt .ttf .otf .woff .woff2 .ds_store .gitignore .gitattributes
+    .gitkeep
+    """
+)
+# zip (torch.save, .npz), NumPy, HDF5, Parquet, Arrow, gzip, bzip2, xz, Zstandard, LZ4, 7z, GGUF.
+_MAGIC = re.compile(
+    rb"PK\x03\x04|PK\x05\x06|\x93NUMPY|\x89HDF|PAR1|ARROW1|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd"
+    rb"|\x04\x22\x4d\x18|7z\xbc\xaf|GGUF|\x80[\x02-\x05]"
+)
+_SAFETENSORS_HEADER = 100_000_000  # the most that the format allows, in bytes
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
+_SUFFIXES = 40
+
+
+def suffix_of(name: str) -> str:
+    """The suffix that says what a file holds, in lower case and without that of a compression.
+
+    Empty where there is none. Spaces and dots at the end, which some systems drop, do not count.
+    """
+    name = name.rpartition("/")[2].lower().rstrip(" .")
+    while name.endswith(COMPRESSED):
+        name = name.rpartition(".")[0]
+    _, dot, suffix = name.rpartition(".")
+    return dot + suffix if dot else ""
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a name alone says that a file holds no latents."""
+    return suffix_of(name) in _HARMLESS
+
+
+def could_hold_latents(name: str, head: Callable[[], bytes]) -> bool:
+    """Whether a file that is not read could hold latents.
+
+    Args:
+        head: gives its first `HEAD` bytes, asked for only where the name does not tell.
+    """
+    suffix = suffix_of(name)
+    if suffix in _HARMLESS:
+        return False
+    return suffix in _HOLDERS or _looks_like_numbers(head())
+
+
+def is_apple_double(name: str, head: Callable[[], bytes]) -> bool:
+    """Whether a file is what macOS writes beside another (`._NAME`): attributes, no content."""
+    return name.rpartition("/")[2].startswith("._") and head().startswith(_APPLE_DOUBLE)
+
+
+def _looks_like_numbers(head: bytes) -> bool:
+    if _MAGIC.match(head) or head[257:262] == b"ustar":
+        return True
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _SAFETENSORS_HEADER
+
+
+@dataclass
+class PassedOver:
+    """Counts of what was not read because it cannot hold latents.
+
+    files: of folders, by suffix. members: of shards, likewise. links: to folders that are read
+    under another name.
+    """
+
+    files: Counter[str] = field(default_factory=Counter)
+    members: Counter[str] = field(default_factory=Counter)
+    links: int = 0
+
+    def add_file(self, name: str) -> None:
+        """Count a file of a folder."""
+        _count(self.files, name)
+
+    def add_member(self, name: str) -> None:
+        """Count a member of a shard."""
+        _count(self.members, name)
+
+    def line(self) -> str:
+        """One line that counts and names them; empty where there are none."""
+        parts = []
+        if self.files:
+            parts.append(_counted(self.files, "file"))
+        if self.members:
+            parts.append(_counted(self.members, "shard member"))
+        if self.links:
+            parts.append(f"{self.links:,} {_plural('link', self.links)} to folders that are read")
+        return f"passed over, as no latents: {', '.join(parts)}" if parts else ""
+
+
+def _count(counts: Counter[str], name: str) -> None:
+    label = _label(name)
+    # A folder of a million suffixes must not become a million counts.
+    counts[label if label in counts or len(counts) < _SUFFIXES else "other"] += 1
+
+
+def _label(name: str) -> str:
+    """The suffix as it may stand in a report; names are untrusted."""
+    if name.rpartition("/")[2].startswith("._"):
+        return "._*"
+    suffix = suffix_of(name)
+    if not suffix:
+        return "no suffix"
+    plain = len(suffix) <= 16 and suffix.isascii() and suffix[1:].replace("_", "").isalnum()
+    return suffix if plain else "other"
+
+
+def _counted(counts: Counter[str], noun: str) -> str:
+    total = counts.total()
+    named = ", ".join(f"{label} {count:,}" for label, count in counts.most_common())
+    return f"{total:,} {_plural(noun, total)} ({named})"
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"

@@ -1,0 +1,69 @@
+"""What the differential fuzz of every format shares: compare our reading with the library's."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from latentguard.errors import LatentsError
+from latentguard.files.claims import KEYS, Claims, Payload
+from latentguard.spaces.arrays import widened
+
+Library = Callable[[bytes], tuple[Any, dict[str, Any]]]
+"""Bytes of a file to its latents (an array, or a list of them) and what it says besides."""
+
+Opener = Callable[[io.BytesIO, int, Claims], Payload]
+
+
+def compared(
+    counts: Counter[str], label: str, data: bytes, opener: Opener, library: Library
+) -> None:
+    """Count one structure as read, refused or disagreed; the last is printed, too.
+
+    `read` means that every image that we read is bit for bit the library's, in number, order and
+    dtype, and that the keys are the same. A file that the library refuses must be refused.
+    """
+    counts["tried"] += 1
+    try:
+        payload = opener(io.BytesIO(data), len(data), Claims())
+        ours = list(payload.images())
+    except LatentsError:
+        counts["refused"] += 1
+        return
+    if all(isinstance(image, LatentsError) for image in ours):
+        counts["refused"] += 1
+        return
+    try:
+        problem = _difference(ours, payload.claims, *library(data))
+    except Exception as error:  # whatever the library raises, it hands nothing out
+        problem = f"the library refuses it ({type(error).__name__}: {str(error)[:100]})"
+    if problem is None:
+        counts["read"] += 1
+    else:
+        counts["disagreed"] += 1
+        print(f"disagreement: {label}: {problem}")
+
+
+def _difference(ours: list[Any], claims: Claims, theirs: Any, says: dict[str, Any]) -> str | None:
+    arrays = theirs if isinstance(theirs, (list, tuple)) else [theirs]
+    rest = list(ours)
+    for number, array in enumerate(arrays):
+        # Every structure here has three or four axes, and one error for an array as a whole.
+        images = array.astype(array.dtype.newbyteorder("="))
+        images = images if array.ndim == 4 else images[None]
+        if rest and isinstance(rest[0], LatentsError):
+            rest.pop(0)
+            continue
+        mine = [widened(image) for image in rest[: len(images)]]
+        del rest[: len(images)]
+        shapes = [(image.dtype.str, image.shape) for image in mine]
+        if shapes != [(image.dtype.str, image.shape) for image in images]:
+            return f"array {number} is read as {shapes[:3]}, not {array.dtype} {array.shape}"
+        if any(m.tobytes() != o.tobytes() for m, o in zip(mine, images, strict=True)):
+            return f"array {number} has other numbers"
+    if rest:
+        return f"{len(rest)} more images are read than the library has"
+    known = Claims.parse({key: says[key] for key in KEYS & says.keys()})
+    return None if known == claims else f"says {claims}, not {known}"
