@@ -346,3 +346,18 @@ def test_an_operator_is_three_files_and_runs_without_a_kernel(
     tree.insert("ops/__init__.py", line, "from latentguard.ops.shift import shift\n")
     assert tree.run(USE_OPERATOR).strip() == str(compiled)
     assert len(tree.touched) == MOST
+
+
+def test_a_schema_that_the_kernel_does_not_have_is_refused(tmp_path: Path) -> None:
+    """The schema stands in Python alone; torch compares it with the kernel's C++ types."""
+    if library.extension is None:
+        pytest.skip(f"needs the compiled extension: {library.missing}")
+    tree = Tree(tmp_path, compiled=True)
+    path = tmp_path / "latentguard" / "ops" / "null.py"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"(Tensor x, float scale)', '"(Tensor x, int scale)'))
+    said = tree.run(
+        "try:\n    import latentguard.ops\nexcept RuntimeError as error:\n    print(error)"
+    )
+    assert "latentguard::null" in said
+    assert "int" in said

@@ -114,12 +114,13 @@ def test_coverage_separates_what_it_can_see(encoder: NanoEncoder) -> None:
 
 
 @needs_minilm
-def test_a_class_name_is_its_class(encoder: NanoEncoder) -> None:
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_class_name_is_its_class(encoder: NanoEncoder, every: int) -> None:
     names = encoder.class_names
-    embedded = encoder.encode_text(names)
-    top = embedded.argmax(1)
+    asked = names[::every]
+    top = encoder.encode_text(asked).argmax(1)
     # Two classes may share a name: crane, and Cardigan the dog.
-    assert [normalise(names[int(found)]) for found in top] == [normalise(name) for name in names]
+    assert [normalise(names[int(found)]) for found in top] == [normalise(name) for name in asked]
 
 
 @needs_minilm

@@ -143,7 +143,6 @@ def test_triton_serves_no_cascade(cascade: Exported, tmp_path: Path) -> None:
 
 
 def test_refused_before_tracing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-
     monkeypatch.setattr(write, "trace", lambda *_: pytest.fail("traced"))
     options: dict[str, Any] = {"size": (32, 32)}
     with pytest.raises(ModelError, match="must have a name of letters, digits"):
@@ -160,7 +159,6 @@ def test_refused_before_tracing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_first_model_that_differs_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     monkeypatch.setitem(write.LARGEST, "fp32", 1e-12)
     with pytest.raises(ModelError, match=r"a\.first\.onnx: not written, as its margins differ"):
         export_onnx(two_stages(), second(), tmp_path / "a.onnx", size=(32, 32))

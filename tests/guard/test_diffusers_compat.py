@@ -149,6 +149,12 @@ def callback_inputs(pipe: Any, arguments: Callable[..., Arguments]) -> Any:
                 given[name] = torch.zeros_like(given[name])
         return given
 
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
+        pipe(
+            **arguments(),
+            callback_on_step_end=subset,
+            callback_on_step_end_tensor_inputs=["no such tensor"],
+        )
     for callback, inputs in ((subset, ["latents"]), (everything, tensors), (change_last, tensors)):
         found.append(
             pipe(
@@ -159,12 +165,6 @@ def callback_inputs(pipe: Any, arguments: Callable[..., Arguments]) -> Any:
         )
     if "Klein" not in type(pipe).__name__:  # it denormalises its latents
         assert found[-1].abs().sum() == 0
-    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
-        pipe(
-            **arguments(),
-            callback_on_step_end=subset,
-            callback_on_step_end_tensor_inputs=["no such tensor"],
-        )
     return [array(one) for one in found]
 
 
