@@ -24,6 +24,7 @@ from latentguard.export import TritonOptions, export_triton
 from latentguard.runtime import Guard, Verdict
 
 Array = Any
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,7 @@ def repository(guard_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_the_layout_is_a_model_repository(repository: Path, guard_file: Path) -> None:
+    judge = {path.name for path in (ROOT / "latentguard" / "judge").glob("*.py")}
     files = {str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()}
     assert files == {
         "latentguard/config.pbtxt",
@@ -44,7 +46,8 @@ def test_the_layout_is_a_model_repository(repository: Path, guard_file: Path) ->
         "latentguard_decision/1/model.py",
         "latentguard_decision/1/rules.json",
         "latentguard_decision/1/latentguard/__init__.py",
-        "latentguard_decision/1/latentguard/verdict.py",
+        "latentguard_decision/1/latentguard/errors.py",
+        *(f"latentguard_decision/1/latentguard/judge/{name}" for name in judge),
     }
     copied = (repository / "latentguard_scores/1/model.onnx").read_bytes()
     assert copied == guard_file.read_bytes()
