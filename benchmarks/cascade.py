@@ -38,7 +38,7 @@ ROUNDS = 2
 def rules(unsure: float | None) -> Policy:
     """The policy without the concepts that a cascade cannot have, since the model sees none."""
     policy = load_policy(POLICY)
-    seen = Scorer(policy, load_encoder(NANO, "cpu")).bank.covered
+    seen = Scorer(policy, load_encoder(NANO, device="cpu")).bank.covered
     kept = tuple(c for c, visible in zip(policy.concepts, seen, strict=True) if visible)
     cascade = None if unsure is None else Cascade(first=NANO, unsure=unsure)
     return policy.model_copy(update={"concepts": kept, "cascade": cascade})
@@ -65,7 +65,7 @@ def export(folder: Path, latents: Latents) -> None:
 
 def measure(folder: Path, latents: Latents) -> dict[str, Any]:
     rest = latents[CALIBRATION:]
-    scorer = Scorer(rules(None), NANO, "cpu")
+    scorer = Scorer(rules(None), NANO, device="cpu")
     wanted: list[Verdict] = []
     for begin in range(0, len(rest), 50):
         wanted += scorer.verdicts(rest[begin : begin + 50].to(torch.float32))

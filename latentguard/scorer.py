@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,8 +56,9 @@ class Scorer:
         policy: a Policy, the name of a shipped one, or a path.
         model: an Encoder, its name or path, or "auto": the policy's own `model`, else the best
             encoder of `space` that is on this machine, else the bundled one.
+        space: the latent space. With "auto", where the policy does not name it either, it is that
+            of the first latents, and the model is loaded with them.
         device: where the encoder runs; None is CUDA where there is one, else the CPU.
-        space: the latent space; needed with "auto" unless the policy names it.
 
     Raises:
         PolicyError: the policy cannot be used.
@@ -67,21 +68,28 @@ class Scorer:
 
     def __init__(
         self,
-        policy: Policy | str | Path,
+        policy: Policy | str | Path = "default",
         model: Encoder | str | Path = "auto",
-        device: torch.device | str | None = None,
+        *,
         space: LatentSpace | str | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.policy = load_policy(policy)
         self.rules = Rules.of(self.policy.plain())
         """The policy as the judge reads it."""
         if model == "auto" and self.policy.model is not None:
             model = self.policy.model
+        self._model, self._device = model, device
         wanted = self.policy.space if space is None else LatentSpace.get(space).name
-        self.encoder = _encoder(model, device, wanted)
-        if wanted is not None and self.encoder.space != wanted:
+        if wanted is not None or model != "auto":
+            self._bind(wanted)
+
+    def _bind(self, space: str | None) -> None:
+        """Load the encoder, and embed the policy's prompts with it."""
+        self.encoder = _encoder(self._model, self._device, space)
+        if space is not None and self.encoder.space != space:
             raise ModelError(
-                f"model {self.encoder.name} reads {self.encoder.space} latents, not {wanted}"
+                f"model {self.encoder.name} reads {self.encoder.space} latents, not {space}"
             )
         if self.policy.space not in (None, self.encoder.space):
             raise ModelError(
@@ -102,6 +110,14 @@ class Scorer:
             self.first = Scorer(alone, first)
             unsure = self.policy.cascade.unsure
             self._judge = CascadeJudge(self.first._judge, self._judge, unsure, Latents.pick)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("encoder", "bank", "bound", "first", "_features", "_judge"):
+            raise ModelError(
+                "model 'auto' is chosen by the latents' space, which is not known before the first "
+                f"latents: to use {name.lstrip('_')} now, give space=... or name the model"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def compile(self, mode: str = "default") -> None:
         """Compile the encoder with torch.compile: `mode` as there ("reduce-overhead" records CUDA
@@ -140,6 +156,7 @@ class Scorer:
         these latents. Raises LatentsError when they are of another space than the encoder's, and
         when final packed ones are of another size than they say (`Latents.check_size`).
         """
+        self._know(latents)
         if final:
             latents.check_size()
         return self._judge.judge(latents, noise_level, final, heatmaps)
@@ -172,7 +189,12 @@ class Scorer:
         except ValueError as error:
             raise PolicyError(f"policy '{rules.policy.name}': {error}") from error
 
+    def _know(self, latents: Latents) -> None:
+        if "encoder" not in vars(self):
+            self._bind(latents.space.name)
+
     def _seen(self, latents: Latents) -> Features:
+        self._know(latents)
         with self._exactly():
             return self._features(self._input(latents))
 
@@ -252,9 +274,6 @@ def _encoder(
     if isinstance(model, Encoder):
         return model if device is None else model.to(device)
     if model == "auto":
-        if space is None:
-            raise ModelError(
-                "model 'auto' needs to know the latent space: give space=..., or name the model"
-            )
+        assert space is not None
         model = best_encoder(space)
     return load_encoder(model, device)

@@ -144,7 +144,7 @@ def measure(
         rest = whole[torch.arange(len(whole)) % SPECTRUM_SHARE != 0]
         kept = [Latents(part, read[0].space, True) for part in rest.split(batch_size)]
     alone = load_policy(policy).model_copy(update={"cascade": None})
-    scorer = Scorer(alone, model, device, kept[0].space.name)
+    scorer = Scorer(alone, model, space=kept[0].space.name, device=device)
     count = sum(map(len, kept))
     margins = {level: [] for level in levels}  # type: dict[float, list[Array]]
     generator = torch.Generator().manual_seed(seed)

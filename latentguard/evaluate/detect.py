@@ -115,7 +115,7 @@ def detect(
         margins = []
         for batch in batches(paths, space, scaled, batch_size):
             if scorer is None:
-                scorer = Scorer(one, model, device, batch.space.name)
+                scorer = Scorer(one, model, space=batch.space.name, device=device)
             margins.append(_margins(scorer, batch))
             done += len(batch)
             progress(done)

@@ -160,7 +160,7 @@ class LatentGuard(PipelineCallback, Marked):
             if key not in self._scorers:
                 # Made within a call in inference mode, it could give no gradients in later ones.
                 with torch.inference_mode(False):
-                    scorer = Scorer(self.policy, self._model, where, space)
+                    scorer = Scorer(self.policy, self._model, space=space, device=where)
                 if self._compile is not None:
                     scorer.compile(self._compile)
                 self._scorers[key] = scorer

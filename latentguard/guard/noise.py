@@ -137,7 +137,7 @@ def optimize_noise(
     _check_unguarded(pipe, call)
     found = space_of(pipe, space)
     check_layout(pipe, found)
-    scorer = Scorer(policy, model, pipe._execution_device, found.name)
+    scorer = Scorer(policy, model, space=found.name, device=pipe._execution_device)
     rewards: list[Reward] = [Safety(scorer)]
     if reward is not None:
         rewards.append(reward)

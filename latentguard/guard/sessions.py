@@ -508,7 +508,7 @@ def session(
                 f"policy '{own.name}' ({own.sha256[:12]})"
             )
         return Session(encoder, request_id, limits=limits)
-    return Session(Scorer(policy, encoder, device, space), request_id, limits=limits)
+    return Session(Scorer(policy, encoder, space=space, device=device), request_id, limits=limits)
 
 
 def _check_numbers(noise_level: float, x0_noise_level: float | None, alpha: float) -> None:

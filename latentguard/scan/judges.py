@@ -101,7 +101,7 @@ class TorchJudges(Judges):
         from latentguard.scorer import Scorer
 
         begun = perf_counter()
-        scorer = Scorer(self._policy, model, self._device, space)
+        scorer = Scorer(self._policy, model, space=space, device=self._device)
 
         def judge(latents: LatentArray, heatmaps: bool) -> Judged:
             return scorer.judge(latents.torch(), heatmaps=heatmaps)

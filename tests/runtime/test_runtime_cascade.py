@@ -60,7 +60,7 @@ def both(cascade: Exported) -> Guard:
 
 @pytest.fixture(scope="module")
 def expected(latents: Latents) -> list[Verdict]:
-    return Scorer(two_stages(), second(), "cpu").verdicts(latents)
+    return Scorer(two_stages(), second(), device="cpu").verdicts(latents)
 
 
 def test_pytorchs_verdicts_by_the_same_model(
@@ -90,7 +90,7 @@ def test_the_second_model_sees_what_the_first_is_unsure_of(
     seen: list[np.ndarray] = []
     run = guard._main._run
     monkeypatch.setattr(guard._main, "_run", lambda part: seen.append(part) or run(part))
-    expected = Scorer(two_stages(unsure), second(), "cpu").verdicts(latents)
+    expected = Scorer(two_stages(unsure), second(), device="cpu").verdicts(latents)
     same(guard.scan(arrays), expected)
     rest = [index for index, verdict in enumerate(expected) if not by_first(verdict)]
     assert len(rest) in {0: (0,), 0.15: range(1, 12), 2: (25,)}[unsure]
@@ -100,13 +100,15 @@ def test_the_second_model_sees_what_the_first_is_unsure_of(
 
 
 def test_scores_are_the_second_models(both: Guard, latents: Latents, arrays: np.ndarray) -> None:
-    margins = Scorer(two_stages(None), second(), "cpu").score(latents).margin.detach().numpy()
+    margins = (
+        Scorer(two_stages(None), second(), device="cpu").score(latents).margin.detach().numpy()
+    )
     assert np.abs(both.scores(arrays)["margin"] - margins).max() < MARGIN
     assert both.embed(arrays[:2]).shape == (2, 512)
 
 
 def test_in_the_middle_of_a_generation(both: Guard, latents: Latents, arrays: np.ndarray) -> None:
-    scorer = Scorer(two_stages(), second(), "cpu")
+    scorer = Scorer(two_stages(), second(), device="cpu")
     same(both.scan(arrays, 0.5, final=False), scorer.verdicts(latents, 0.5, final=False))
 
 
@@ -338,4 +340,4 @@ def test_the_first_file_is_a_guard_by_itself(
 ) -> None:
     guard = Guard(files[1], threads=1)
     assert guard.first_model is None
-    same(guard.scan(arrays), Scorer(two_stages(None), "nano-flux2", "cpu").verdicts(latents))
+    same(guard.scan(arrays), Scorer(two_stages(None), "nano-flux2", device="cpu").verdicts(latents))

@@ -26,7 +26,7 @@ from latentguard.spaces import SPACES, LatentArray, Latents, LatentSpace
 
 @pytest.fixture(scope="module")
 def expected(latents: Latents) -> list[Verdict]:
-    return Scorer(load_policy("family"), "nano-flux2", "cpu").verdicts(latents)
+    return Scorer(load_policy("family"), "nano-flux2", device="cpu").verdicts(latents)
 
 
 def test_pytorchs_verdicts(guard: Guard, arrays: np.ndarray, expected: list[Verdict]) -> None:
@@ -102,7 +102,7 @@ def test_both_runtimes_give_a_model_the_same_numbers(
 ) -> None:
     guard = Guard(artefact, threads=1, warm_up=False)
     guard.metadata.update(space="sdxl", scaled=scaled)
-    scorer = Scorer("family", "nano-sdxl", "cpu")
+    scorer = Scorer("family", "nano-sdxl", device="cpu")
     raw = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 5 + 1
     for space in (SPACES["sdxl"], LatentSpace.get("sdxl-playground25")):
         for is_scaled in (True, False):
@@ -120,7 +120,7 @@ def test_both_runtimes_give_a_model_the_same_numbers(
 def test_decisions_are_the_same_in_every_convention(
     guard: Guard, latents: Latents, expected: list[Verdict]
 ) -> None:
-    scorer = Scorer("family", "nano-flux2", "cpu")
+    scorer = Scorer("family", "nano-flux2", device="cpu")
     flux2 = SPACES["flux2"].with_batch_norm([0.5] * 128, [3.0] * 128)
     scaled = Latents(latents.tensor.float(), flux2, True)
     for form in (scaled, scaled.raw(), scaled.packed(), scaled.raw().packed()):
@@ -131,7 +131,7 @@ def test_decisions_are_the_same_in_every_convention(
 
 
 def test_packed_latents_of_a_false_size_are_refused(guard: Guard, latents: Latents) -> None:
-    scorer = Scorer("family", "nano-flux2", "cpu")
+    scorer = Scorer("family", "nano-flux2", device="cpu")
     tokens = latents.packed().tensor.float()
     for height, width in ((16, 64), (64, 16), (8, 128), (128, 8), (2, 512)):
         with pytest.raises(LatentsError, match=f"said to be of {height}x{width} cells"):
@@ -156,7 +156,7 @@ def test_views_of_other_arrays(guard: Guard, arrays: np.ndarray, expected: list[
 def test_scores_embeddings_and_heat_maps(
     guard: Guard, latents: Latents, arrays: np.ndarray
 ) -> None:
-    scorer = Scorer(load_policy("family"), "nano-flux2", "cpu")
+    scorer = Scorer(load_policy("family"), "nano-flux2", device="cpu")
     scores, outputs = scorer.score(latents), guard.scores(arrays)
     assert np.abs(outputs["margin"] - scores.margin.detach().numpy()).max() < MARGIN
     embedded = guard.embed(arrays)

@@ -184,6 +184,6 @@ def test_the_example_from_a_pipeline_to_a_verdict(
     tokens = torch.from_numpy(np.load(tmp_path / "latents.npy"))
     assert tokens.shape == (1, 256, 128)
     latents = Latents(tokens, "flux2", True, "packed", 32, 32)
-    (verdict,) = Scorer(load_policy("family"), "nano-flux2", "cpu").verdicts(latents)
+    (verdict,) = Scorer(load_policy("family"), "nano-flux2", device="cpu").verdicts(latents)
     assert ran.stdout.split()[0] == verdict.decision
     assert verdict.error is None

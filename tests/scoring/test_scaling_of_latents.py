@@ -29,7 +29,7 @@ def pictures() -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_nano_sdxl_decides_alike_in_every_scaling(dtype: torch.dtype) -> None:
-    scorer = Scorer("family", "nano-sdxl", "cpu")
+    scorer = Scorer("family", "nano-sdxl", device="cpu")
     scaled = pictures()
     usual = Latents(scaled, "sdxl", scaled=True)
     expected = scorer.verdicts(usual)
