@@ -48,8 +48,9 @@ def encoder(
     return load_encoder(request.param)
 
 
-# Of the norm: a compiled graph adds up in another order, and a ReLU may take the other side.
-CLOSE = 1e-3
+# Of the norm: a compiled graph adds up in another order, and a ReLU may take the other side. Worst
+# seen 1.6e-3, by one; a graph that is wrong differs by the norm itself.
+CLOSE = 5e-3
 
 
 def _close(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
