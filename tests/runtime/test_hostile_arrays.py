@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from latentguard.errors import LatentsError
+from latentguard.errors import LatentsError, ModelError
 from latentguard.runtime import Guard
 
 QUICK = settings(
@@ -79,12 +79,18 @@ def test_packed_latents_of_another_size(
 
 
 def test_an_image_over_the_limit(artefact: Any) -> None:
-    small = Guard(artefact, threads=1, max_cells=1000)
-    with pytest.raises(LatentsError, match=r"32x32 latent cells is over the limit of 1000 \(max_c"):
-        small.scan(np.zeros(ONE, np.float32))
+    # A file of one size is of no use where its images are too large.
+    with pytest.raises(
+        ModelError, match="32x32 latent cells, over the limit of 1000"
+    ):
+        Guard(artefact, threads=1, max_cells=1000)
+    small = Guard(artefact, threads=1, max_cells=1024)
+    wide = np.zeros((1, 32, 32, 33), np.float32)
+    with pytest.raises(LatentsError, match=r"32x33 latent cells is over the limit of 1024 \(max_c"):
+        small.scan(wide)
     # A view of one number, as large as a thousand pictures of 8,192 pixels.
     huge = np.broadcast_to(np.float32(0), (1000, 32, 1024, 1024))
-    with pytest.raises(LatentsError, match="over the limit of 1000"):
+    with pytest.raises(LatentsError, match="over the limit of 1024"):
         small.scan(huge)
 
 
