@@ -80,9 +80,7 @@ def test_packed_latents_of_another_size(
 
 def test_an_image_over_the_limit(artefact: Any) -> None:
     # A file of one size is of no use where its images are too large.
-    with pytest.raises(
-        ModelError, match="32x32 latent cells, over the limit of 1000"
-    ):
+    with pytest.raises(ModelError, match="32x32 latent cells, over the limit of 1000"):
         Guard(artefact, threads=1, max_cells=1000)
     small = Guard(artefact, threads=1, max_cells=1024)
     wide = np.zeros((1, 32, 32, 33), np.float32)

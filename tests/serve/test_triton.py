@@ -211,9 +211,7 @@ def test_rules_that_do_not_fit_keep_the_step_from_loading(
     rules = json.loads((folder / "rules.json").read_text())
     rules["covered"].pop()
     (folder / "rules.json").write_text(json.dumps(rules))
-    with pytest.raises(
-        AssertionError, match="one value for each of 13 concepts, got 12"
-    ):
+    with pytest.raises(AssertionError, match="one value for each of 13 concepts, got 12"):
         run_python(folder, _scores(latents[:1]), OUTPUTS)
 
 
