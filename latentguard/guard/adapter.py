@@ -27,7 +27,7 @@ from latentguard.guard.record import StepRecord
 from latentguard.guard.requests import Place, Request, add_to_request, here, opened, request_of
 from latentguard.guard.running import Marked
 from latentguard.guard.sessions import Limits, Session
-from latentguard.judge import Verdict
+from latentguard.judge import PolicyId, Verdict
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer
 from latentguard.spaces import LatentSpace
@@ -138,6 +138,27 @@ class LatentGuard(PipelineCallback, Marked):
     def policy(self) -> Policy:
         """What it judges by, from beginning to end: for another policy make another guard."""
         return self._policy
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Policy (by name, version and digest), model and space; what diffusers calls a config."""
+        model = self._model if isinstance(self._model, (str, Path)) else self._model.name
+        return {
+            "policy": PolicyId(self.policy.name, self.policy.version, self.policy.sha256).to_dict(),
+            "model": str(model),
+            "space": None if self._space is None else self._space.name,
+        }
+
+    def to_json_string(self) -> str:
+        """The config as JSON."""
+        return json.dumps(self.config, indent=2) + "\n"
+
+    def __repr__(self) -> str:
+        policy, said = self.policy, self.config
+        return (
+            f"LatentGuard(policy={policy.name!r} {policy.version} ({policy.sha256[:12]}), "
+            f"model={said['model']!r}, space={said['space']!r})"
+        )
 
     # -- sessions ----------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from dataclasses import replace
 from typing import Any
@@ -488,3 +489,14 @@ def _array(images: Any) -> Any:
     if isinstance(images, list):
         return np.stack([np.asarray(image) for image in images])
     return np.asarray(images)
+
+
+def test_what_a_guard_says_of_itself() -> None:
+    guard = LatentGuard("family", space="sdxl")
+    chosen = guard.policy
+    identity = {"name": "family", "version": chosen.version, "sha256": chosen.sha256}
+    said = {"policy": identity, "model": "auto", "space": "sdxl"}
+    assert guard.config == json.loads(guard.to_json_string()) == said
+    assert repr(guard).startswith(f"LatentGuard(policy='family' {chosen.version} (")
+    assert "cutoff" not in repr(guard) + guard.to_json_string()
+    assert LatentGuard(policy(NEVER), LinearEncoder("sdxl", 4)).config["model"] == "linear"
