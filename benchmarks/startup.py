@@ -55,7 +55,7 @@ step("import")
 from latentguard.files import read_latents
 record = next(read_latents(sys.argv[2]))
 step("read")
-scorer = Scorer("family", "nano-flux2", "cpu")
+scorer = Scorer("family", "nano-flux2", device="cpu")
 step("load")
 scorer.verdicts(record.latents)
 step("first verdict")

@@ -119,6 +119,11 @@ class Scorer:
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    @property
+    def space(self) -> str | None:
+        """The latent space that it reads; None as long as no latents have told it."""
+        return self.encoder.space if "encoder" in vars(self) else None
+
     def compile(self, mode: str = "default") -> None:
         """Compile the encoder with torch.compile: `mode` as there ("reduce-overhead" records CUDA
         graphs). The first batch of each shape takes the time to compile."""
@@ -190,7 +195,7 @@ class Scorer:
             raise PolicyError(f"policy '{rules.policy.name}': {error}") from error
 
     def _know(self, latents: Latents) -> None:
-        if "encoder" not in vars(self):
+        if self.space is None:
             self._bind(latents.space.name)
 
     def _seen(self, latents: Latents) -> Features:

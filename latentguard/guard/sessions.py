@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentguard.encoders import Encoder
-from latentguard.errors import LatentsError, PolicyError
+from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.guard.record import Action, Steering, StepRecord, session_data
 from latentguard.guard.steering import Steerer
 from latentguard.judge import Verdict, failed
@@ -123,6 +123,11 @@ class Session:
         limits: Limits | None = None,
         on_record: Callable[[Session, StepRecord], None] | None = None,
     ) -> None:
+        if scorer.space is None:
+            raise ModelError(
+                "a session has to know the latent space before its first latents: give space=..., "
+                "or name the model"
+            )
         self.scorer = scorer
         self.request_id = request_id or uuid.uuid4().hex
         self.prompts: list[str] = []

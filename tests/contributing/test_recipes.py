@@ -219,7 +219,7 @@ concepts:
     action: block
 ''', "toy.yaml")
 latents = Latents(torch.randn(2, 16, 8, 8), "flux1", scaled=True)
-verdicts = Scorer(policy, "toy-flux1", "cpu").verdicts(latents)
+verdicts = Scorer(policy, "toy-flux1", device="cpu").verdicts(latents)
 assert [v.decision for v in verdicts] == ["block", "block"], verdicts
 try:
     load_encoder("toy-flux1+merge=0.5")
