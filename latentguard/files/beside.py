@@ -74,7 +74,8 @@ def _is_shape_of_latents(shape: tuple[int, ...]) -> bool:
 def _is_text(name: str, shape: tuple[int, ...]) -> bool:
     name = name.lower()
     return (
-        shape[-1] >= _TEXT_WIDTH
+        len(shape) <= 3
+        and shape[-1] >= _TEXT_WIDTH
         and "latent" not in name
         and any(part in name for part in _TEXT_PARTS)
     )

@@ -80,8 +80,9 @@ def test_text_embeddings_are_counted(path: Path) -> None:
     passed = PassedOver()
     assert [record.error for record in read_arrays(path, **SAYS, passed=passed)] == [None]
     assert passed.line() == "passed over, as no latents: 2 arrays of text embeddings"
-    narrow = written(path, latents=FIRST, prompt_embeds=torch.zeros(4, 77, 128))
-    assert "holds prompt_embeds beside" in (read_all(narrow, **SAYS)[-1].error or "")
+    for shape in ((4, 77, 128), (1, 32, 8, 512)):
+        other = written(path, latents=FIRST, prompt_embeds=torch.zeros(shape))
+        assert "holds prompt_embeds beside" in (read_all(other, **SAYS)[-1].error or "")
 
 
 @pytest.mark.parametrize(
