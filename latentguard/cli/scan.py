@@ -278,7 +278,7 @@ def _check_targets(
     for option, target in (("--report", report), ("--output", output)):
         if target is None:
             continue
-        if target.suffix.lower() in _LATENTS or str(target) in paths:
+        if target.resolve().suffix.lower() in _LATENTS or _is_one_of(target, paths):
             raise typer.BadParameter(f"{option} would write over latents: {target}")
         if target.is_dir():
             raise typer.BadParameter(f"{option} must be a file, {target} is a folder")
@@ -286,6 +286,15 @@ def _check_targets(
             raise typer.BadParameter(f"{option}: there is no folder {target.parent}")
         if not os.access(target if target.exists() else target.parent, os.W_OK):
             raise typer.BadParameter(f"{option}: {target} cannot be written")
+
+
+def _is_one_of(target: Path, paths: list[str]) -> bool:
+    """Whether a target is a path that is scanned, under whatever name or link."""
+    return any(
+        str(target) == path
+        or (target.exists() and os.path.exists(path) and os.path.samefile(target, path))
+        for path in paths
+    )
 
 
 def _usage(message: str) -> typer.Exit:

@@ -25,6 +25,8 @@ MAX_INFLATED = 4096 * MIB
 # may be this many times its size in the file.
 MAX_RATIO = 64
 MIN_INFLATED = 256 * MIB
+# Arrays of an .npz beside its latents: each header is read, to tell whether it is of latents, too.
+MAX_BESIDE = 1000
 # Axes of an array: latents have four at most, and the product of a million sizes takes minutes.
 MAX_AXES = 8
 # Text that says something about latents: a shard's KEY.json, a tar extension header.

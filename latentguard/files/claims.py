@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from numpy.typing import NDArray
 
 from latentguard.errors import LatentsError
+from latentguard.files.beside import Beside
 from latentguard.files.bounds import MAX_ID, MAX_IMAGE_CELLS
 from latentguard.spaces import SCALINGS, SPACES, LatentSpace
 
@@ -56,13 +57,13 @@ class Claims:
     def merged(self, other: Claims, mine: str, theirs: str) -> Claims:
         """Both; LatentsError where they contradict each other."""
         known = {}
-        for field in fields(self):
-            here, there = getattr(self, field.name), getattr(other, field.name)
+        for one in fields(self):
+            here, there = getattr(self, one.name), getattr(other, one.name)
             if here is not None and there is not None and here != there:
                 raise LatentsError(
-                    f"{mine} says {field.name} {_shown(here)}, {theirs} says {_shown(there)}"
+                    f"{mine} says {one.name} {_shown(here)}, {theirs} says {_shown(there)}"
                 )
-            known[field.name] = there if here is None else here
+            known[one.name] = there if here is None else here
         return Claims(**known)
 
     def check_scaling(self, space: LatentSpace, scaled: bool) -> None:
@@ -107,10 +108,15 @@ class Payload:
 
     `images` yields each image, [C, H, W] or tokens [N, C], or the error that replaces it; it can be
     called again. A LatentsError that it raises ends the file.
+
+    twofold: whether an array's shape is that of one image and of packed tokens (`is_twofold`).
+    beside: the arrays that are not read.
     """
 
     claims: Claims
     images: Callable[[], Iterator[Image | LatentsError]]
+    twofold: bool = False
+    beside: Beside = field(default_factory=Beside)
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,12 @@ def plan(shape: tuple[int, ...], claims: Claims) -> Plan:
             f"({', '.join(f'{s.name} {s.channels}' for s in SPACES.values())})"
         )
     return Plan(count, image, layout)
+
+
+def is_twofold(shape: tuple[int, ...]) -> bool:
+    """Whether an array can be one image [C, H, W] and packed tokens [B, N, C * 4] of one space."""
+    space = _PACKED.get(shape[-1]) if len(shape) == 3 else None
+    return space is not None and shape[0] == space.channels
 
 
 def _layout(shape: tuple[int, ...], claims: Claims) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from latentguard.errors import LatentsError
+from latentguard.files.beside import TEXT
 
-# Parts of the names under which trainers and pipelines keep text embeddings.
-_TEXT = ("prompt_embed", "hidden_state", "pooled", "text_embed", "encoder_hidden", "input_ids")
 _SHOWN = 8
 
 
@@ -32,7 +31,7 @@ def _advice(names: list[str], arrays: list[str]) -> str:
             ": this is a latent of ComfyUI, which is not read as it is; load latent_tensor and "
             "save it as latents, with its space and scaling"
         )
-    texts = any(part in name for part in _TEXT for name in names)
+    texts = any(part in name for part in TEXT for name in names)
     if texts and not any("latent" in name for name in names):
         return ": these are text embeddings, of which no image is made; leave the file out"
     if not arrays:

@@ -6,26 +6,31 @@ import ast
 import io
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from latentguard.errors import LatentsError
+from latentguard.files.beside import Beside
 from latentguard.files.bounds import (
     MAX_AXES,
+    MAX_BESIDE,
     MAX_INFLATED,
     MAX_METADATA,
     MAX_NPY_HEADER,
     MAX_RATIO,
     MIN_INFLATED,
 )
-from latentguard.files.claims import KEYS, Claims, Image, Payload, plan
+from latentguard.files.claims import KEYS, Claims, Image, Payload, is_twofold, plan
 from latentguard.files.explain import no_latents
+from latentguard.files.passed_over import HEAD, could_hold_latents
 from latentguard.files.signatures import check_start, kind_of
 from latentguard.files.streams import read_exactly
 from latentguard.files.zip_archive import DEFLATED, STORED, Entry, entry_stream, read_archive
 
 FLOATS = ("f2", "f4", "f8")
+_MAGIC = b"\x93NUMPY"
 _CLAIM_KINDS = "bUiuf"
 
 
@@ -39,7 +44,7 @@ def open_npy(stream: BinaryIO, size: int, claims: Claims) -> Payload:
         return _images(stream, header, claims)
 
     plan(header.shape, claims)
-    return Payload(claims, images)
+    return Payload(claims, images, is_twofold(header.shape))
 
 
 def open_npz(stream: BinaryIO, size: int, claims: Claims) -> Payload:
@@ -59,7 +64,8 @@ def open_npz(stream: BinaryIO, size: int, claims: Claims) -> Payload:
         entries[name] = _checked(entry)
     values = {name: _small(stream, entries[name]) for name in KEYS & entries.keys()}
     claims = Claims.parse(values).merged(claims, "the file", "its metadata")
-    entry = _latents_entry(entries)
+    latents = _latents_entry(entries)
+    entry = entries[latents]
     header = _header(entry_stream(stream, entry), entry.size)
     plan(header.shape, claims)
 
@@ -68,7 +74,8 @@ def open_npz(stream: BinaryIO, size: int, claims: Claims) -> Payload:
         read_exactly(member, header.start)
         return _images(member, header, claims)
 
-    return Payload(claims, images)
+    others = {name: other for name, other in entries.items() if name not in {*KEYS, latents}}
+    return Payload(claims, images, is_twofold(header.shape), _beside(stream, others))
 
 
 class _Header:
@@ -82,7 +89,7 @@ class _Header:
 
 def _header(stream: BinaryIO, size: int) -> _Header:
     """Read and check the header; the stream is at its start, and `size` bytes long."""
-    dtype, shape, start = _any_header(stream, size)
+    dtype, shape, start = _any_header(stream)
     if dtype.str[1:] not in FLOATS:
         raise LatentsError(f"latents must be float16, float32 or float64, got {_kind(dtype)}")
     _check_size(dtype, shape, size - start)
@@ -104,9 +111,17 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return f"{dtype}"[:100]
 
 
-def _any_header(stream: BinaryIO, size: int) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+def _any_header(stream: BinaryIO) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    dtype, shape, start, fortran = _parsed(stream)
+    if fortran and len(shape) > 1:
+        raise LatentsError("is in Fortran order: save np.ascontiguousarray(latents)")
+    return dtype, shape, start
+
+
+def _parsed(stream: BinaryIO) -> tuple[np.dtype[Any], tuple[int, ...], int, bool]:
+    """Type, shape, where the numbers begin, and whether they lie in Fortran order."""
     prefix = stream.read(8)
-    if len(prefix) < 8 or prefix[:6] != b"\x93NUMPY":
+    if len(prefix) < 8 or prefix[:6] != _MAGIC:
         kind = kind_of(prefix)
         found = f": it is {kind}" if kind else ", or is truncated"
         raise LatentsError(f"is not a .npy file{found}")
@@ -133,11 +148,9 @@ def _any_header(stream: BinaryIO, size: int) -> tuple[np.dtype[Any], tuple[int, 
         shape, fortran, dtype = read(io.BytesIO(length_bytes + text))
     except Exception as error:  # literal_eval of hostile text raises a dozen types
         raise LatentsError("has a damaged .npy header") from error
-    if fortran and len(shape) > 1:
-        raise LatentsError("is in Fortran order: save np.ascontiguousarray(latents)")
     if len(shape) > MAX_AXES or any(isinstance(axis, bool) or axis < 0 for axis in shape):
         raise LatentsError(f"has an impossible shape {list(shape)}"[:200])
-    return dtype, tuple(shape), 8 + width + length
+    return dtype, tuple(shape), 8 + width + length, fortran
 
 
 def _check_size(dtype: np.dtype[Any], shape: tuple[int, ...], held: int) -> None:
@@ -180,13 +193,41 @@ def _checked(entry: Entry) -> Entry:
     return entry
 
 
-def _latents_entry(entries: dict[str, Entry]) -> Entry:
+def _beside(stream: BinaryIO, entries: dict[str, Entry]) -> Beside:
+    """The parts of an archive that are not read."""
+    if len(entries) > MAX_BESIDE:
+        raise LatentsError(
+            f"holds {len(entries)} arrays beside its latents, over the limit of {MAX_BESIDE}: save "
+            "the latents in a file of their own"
+        )
+    arrays: list[tuple[str, tuple[int, ...]]] = []
+    unknown: list[str] = []
+    for name, entry in entries.items():
+        head = read_exactly(entry_stream(stream, entry), min(HEAD, entry.size))
+        if not head.startswith(_MAGIC):
+            # numpy.load gives the bytes of such a part.
+            if could_hold_latents(name, partial(bytes, head)):
+                unknown.append(name)
+            continue
+        try:
+            dtype, shape, _, _ = _parsed(entry_stream(stream, entry))
+        except LatentsError:
+            unknown.append(name)
+            continue
+        if dtype.kind == "f" or dtype.str[1:] == "V2":
+            arrays.append((name, shape))
+    found = Beside.of(arrays)
+    return Beside((*found.unread, *unknown), found.texts)
+
+
+def _latents_entry(entries: dict[str, Entry]) -> str:
+    """The name of the latents."""
     if "latents" in entries:
-        return entries["latents"]
+        return "latents"
     candidates = [name for name in entries if name not in KEYS]
     if len(candidates) != 1:
         raise no_latents(sorted(entries), candidates, "an array named latents")
-    return entries[candidates[0]]
+    return candidates[0]
 
 
 def _small(stream: BinaryIO, entry: Entry) -> Any:
@@ -195,7 +236,7 @@ def _small(stream: BinaryIO, entry: Entry) -> Any:
         raise LatentsError(f"holds {entry.name[:60]!r} of {entry.size} bytes: too long")
     data = read_exactly(entry_stream(stream, entry), entry.size)
     stream = io.BytesIO(data)
-    dtype, shape, start = _any_header(stream, len(data))
+    dtype, shape, start = _any_header(stream)
     if dtype.kind not in _CLAIM_KINDS:
         raise LatentsError(f"holds {entry.name[:60]!r} of {dtype}: text, numbers or truth expected")
     _check_size(dtype, shape, len(data) - start)

@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from latentguard.files.tar import is_header
+
 HEAD = 512
-"""How many bytes of a file `could_hold_latents` looks at."""
+"""How many bytes of a file `could_hold_latents` looks at, the size of a .tar header."""
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".br", ".z")
 
@@ -43,11 +45,15 @@ _HARMLESS = _words(
     .gitkeep
     """
 )
+# These are zip archives, too.
+_DOCUMENTS = _words(".docx .odt")
 # zip (torch.save, .npz), NumPy, HDF5, Parquet, Arrow, gzip, bzip2, xz, Zstandard, LZ4, 7z, GGUF.
 _MAGIC = re.compile(
     rb"PK\x03\x04|PK\x05\x06|\x93NUMPY|\x89HDF|PAR1|ARROW1|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd"
     rb"|\x04\x22\x4d\x18|7z\xbc\xaf|GGUF|\x80[\x02-\x05]"
 )
+# Those of them with which no text begins.
+_NUMBERS = re.compile(rb"PK\x03\x04|\x93NUMPY|\x89HDF|\x80[\x02-\x05]")
 _SAFETENSORS_HEADER = 100_000_000  # the most that the format allows, in bytes
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 _SUFFIXES = 40
@@ -74,21 +80,26 @@ def could_hold_latents(name: str, head: Callable[[], bytes]) -> bool:
     """Whether a file that is not read could hold latents.
 
     Args:
-        head: gives its first `HEAD` bytes, asked for only where the name does not tell.
+        head: gives its first `HEAD` bytes, asked for only where the name does not tell. The name of
+            a text or picture is no excuse for contents that begin as tensors do.
     """
     suffix = suffix_of(name)
     if suffix in _HARMLESS:
-        return False
-    return suffix in _HOLDERS or _looks_like_numbers(head())
+        return suffix not in _DOCUMENTS and _begins_as(_NUMBERS, head())
+    return suffix in _HOLDERS or _begins_as(_MAGIC, head())
 
 
 def is_apple_double(name: str, head: Callable[[], bytes]) -> bool:
     """Whether a file is what macOS writes beside another (`._NAME`): attributes, no content."""
-    return name.rpartition("/")[2].startswith("._") and head().startswith(_APPLE_DOUBLE)
+    if not name.rpartition("/")[2].startswith("._"):
+        return False
+    # A .tar begins with the name of its first member, which can be any bytes.
+    start = head()
+    return start.startswith(_APPLE_DOUBLE) and not is_header(start)
 
 
-def _looks_like_numbers(head: bytes) -> bool:
-    if _MAGIC.match(head) or head[257:262] == b"ustar":
+def _begins_as(magic: re.Pattern[bytes], head: bytes) -> bool:
+    if magic.match(head) or is_header(head):
         return True
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _SAFETENSORS_HEADER
 
@@ -98,12 +109,13 @@ class PassedOver:
     """Counts of what was not read because it cannot hold latents.
 
     files: of folders, by suffix. members: of shards, likewise. links: to folders that are read
-    under another name.
+    under another name. texts: arrays beside latents that are text embeddings by their name.
     """
 
     files: Counter[str] = field(default_factory=Counter)
     members: Counter[str] = field(default_factory=Counter)
     links: int = 0
+    texts: int = 0
 
     def add_file(self, name: str) -> None:
         """Count a file of a folder."""
@@ -122,6 +134,8 @@ class PassedOver:
             parts.append(_counted(self.members, "shard member"))
         if self.links:
             parts.append(f"{self.links:,} {_plural('link', self.links)} to folders that are read")
+        if self.texts:
+            parts.append(f"{self.texts:,} {_plural('array', self.texts)} of text embeddings")
         return f"passed over, as no latents: {', '.join(parts)}" if parts else ""
 
 

@@ -145,7 +145,8 @@ class _Folders:
 
     def _judged(self, path: str) -> Path | Unreadable | None:
         """A file that is read, or why it cannot be; None where it holds no latents."""
-        name, head = os.path.basename(path), partial(_head, path)
+        name = os.path.basename(path)
+        head = partial(_head_if_readable if is_harmless(name) else _head, path)
         try:
             if is_apple_double(name, head):
                 self._passed.add_file(name)
@@ -202,6 +203,14 @@ def _head(path: str) -> bytes:
         return b""
     with open_regular(Path(path)) as stream:
         return stream.read(HEAD)
+
+
+def _head_if_readable(path: str) -> bytes:
+    """`_head`, nothing of a file that cannot be opened."""
+    try:
+        return _head(path)
+    except (OSError, LatentsError):
+        return b""
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +25,7 @@ from latentguard.files.torch_files import open_torch
 from latentguard.spaces import Latents, LatentSpace, recognise
 from latentguard.spaces.arrays import LatentArray, unpack, widened
 from latentguard.spaces.statistics import MAX_IMAGES
-from latentguard.spaces.tokens import check_size
+from latentguard.spaces.tokens import check_layout, check_size
 
 _OPENERS: dict[str, Callable[[BinaryIO, int, Claims], Payload]] = {
     ".pt": open_torch,
@@ -172,15 +172,15 @@ def _file(
     if not name.endswith(SUFFIXES):
         raise LatentsError(f"is of an unknown type: known are {', '.join(SUFFIXES)}")
     with open_regular(path) as stream:
-        before, size = state_of(stream), size_of(stream)
+        before, size = state_of(stream, path), size_of(stream)
         if size == 0:
             raise LatentsError("is an empty file")
         if name.endswith(".tar"):
             records = _shard(path, stream, size, space, scaled, passed)
         else:
             payload = _OPENERS[path.suffix.lower()](stream, size, Claims())
-            records = _images(payload, str(path), 0, None, space, scaled)
-        yield from unchanged(stream, before, records)
+            records = _images(payload, str(path), 0, None, space, scaled, passed)
+        yield from unchanged(stream, path, before, records)
 
 
 def _shard(
@@ -199,7 +199,7 @@ def _shard(
             continue
         for member in sample.latents:
             source = f"{path}::{printable(member.name)}"
-            records = _member(stream, sample, member, source, index, space, scaled)
+            records = _member(stream, sample, member, source, index, space, scaled, passed)
             for record in _guarded(source, index, records):
                 index = record.index + 1
                 yield record
@@ -213,13 +213,14 @@ def _member(
     index: int,
     space: LatentSpace | None,
     scaled: bool | None,
+    passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     if member.size == 0:
         raise LatentsError("is an empty member")
     claims = sample_claims(stream, sample)
     suffix = os.path.splitext(member.name.lower())[1]
     payload = _OPENERS[suffix](member_window(stream, member), member.size, claims)
-    yield from _images(payload, source, index, printable(sample.key), space, scaled)
+    yield from _images(payload, source, index, printable(sample.key), space, scaled, passed)
 
 
 # -- images ----------------------------------------------------------------------------------
@@ -232,6 +233,7 @@ def _images(
     key: str | None,
     space: LatentSpace | None,
     scaled: bool | None,
+    passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     """The records of one payload: its convention is settled first, then image after image."""
     given = Claims(space=None if space is None else space.name, scaled=scaled)
@@ -242,15 +244,18 @@ def _images(
     if settled is not None:
         claims.check_scaling(*settled)
         _check_size(payload, claims, settled[0])
+    passed.texts += payload.beside.texts
     count = 0
     for number, image in enumerate(payload.images()):
         count = number + 1
         name = key if claims.ids is None else (claims.ids[number : number + 1] or (None,))[0]
-        yield _record(source, first + number, name, image, settled, claims)
+        record = _record(source, first + number, name, image, settled, claims)
+        yield _one_layout(record, image) if payload.twofold else record
     if count == 0:
         raise LatentsError("holds no image")
     if claims.ids is not None and len(claims.ids) != count:
         raise LatentsError(f"has {len(claims.ids)} ids for {count} images")
+    payload.beside.check()
 
 
 def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
@@ -319,6 +324,17 @@ def _record(
         return ArrayRecord(source, index, name, latents, None)
     except LatentsError as error:
         return ArrayRecord(source, index, name, None, str(error))
+
+
+def _one_layout(record: ArrayRecord, image: Image | LatentsError) -> ArrayRecord:
+    """A record of an image whose shape is of both layouts, or the error that it is of the other."""
+    if record.latents is None or isinstance(image, LatentsError):
+        return record
+    try:
+        check_layout(widened(image), record.latents.space)
+    except LatentsError as error:
+        return replace(record, latents=None, error=str(error))
+    return record
 
 
 def _problem(image: Image | LatentsError) -> str | None:

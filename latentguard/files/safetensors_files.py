@@ -10,8 +10,9 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 
 from latentguard.errors import LatentsError
+from latentguard.files.beside import Beside
 from latentguard.files.bounds import MAX_AXES, MAX_SAFETENSORS_HEADER
-from latentguard.files.claims import Claims, Image, Payload, plan
+from latentguard.files.claims import Claims, Image, Payload, is_twofold, plan
 from latentguard.files.explain import no_latents
 from latentguard.files.signatures import check_start, kind_of
 from latentguard.files.streams import read_exactly
@@ -24,6 +25,7 @@ _BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_FLOATS = ("F", "BF")
 _KINDS = {"F16": np.dtype("<f2"), "BF16": BFLOAT16, "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
@@ -55,7 +57,12 @@ def open_safetensors(stream: BinaryIO, size: int, claims: Claims) -> Payload:
             numbers = np.frombuffer(read_exactly(stream, bytes_each), kind)
             yield native(numbers.reshape(layout.shape))
 
-    return Payload(claims, images)
+    others = Beside.of(
+        (other, tensor[1])
+        for other, tensor in tensors.items()
+        if other != name and tensor[0].startswith(_FLOATS)
+    )
+    return Payload(claims, images, is_twofold(shape), others)
 
 
 def _header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

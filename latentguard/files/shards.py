@@ -82,11 +82,11 @@ def read_samples(
             passed.add_member(name)
             continue
         suffix = next((s for s in LATENT_SUFFIXES if name.endswith(s)), None)
+        if suffix is None and could_hold_latents(name, head):
+            unread.add(member.name)
+            continue
         if suffix is None and not name.endswith(".json"):
-            if could_hold_latents(name, head):
-                unread.add(member.name)
-            else:
-                passed.add_member(name)
+            passed.add_member(name)
             continue
         key = member.name[: -len(suffix or ".json")]
         if current.key != key:

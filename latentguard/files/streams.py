@@ -37,26 +37,38 @@ def size_of(stream: BinaryIO) -> int:
     return size
 
 
-def state_of(stream: BinaryIO) -> tuple[int, int]:
-    """An open file's size and time of change, which differ once something writes to it."""
+State = tuple[int, ...]
+
+
+def state_of(stream: BinaryIO, path: Path) -> State:
+    """What differs once something writes to an open file, or puts another one in its place.
+
+    Its size, its times of change (the second one cannot be set back), and which file the path
+    leads to.
+    """
     status = os.fstat(stream.fileno())
-    return status.st_size, status.st_mtime_ns
+    try:
+        there = os.stat(path)
+        which = (there.st_dev, there.st_ino)
+    except OSError:
+        which = (-1, -1)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, *which
 
 
-def unchanged(stream: BinaryIO, before: tuple[int, int], items: Iterator[Item]) -> Iterator[Item]:
+def unchanged(stream: BinaryIO, path: Path, before: State, items: Iterator[Item]) -> Iterator[Item]:
     """What is read from an open file, item by item, as long as its `state_of` is as before.
 
     Raises LatentsError as soon as it differs: what was judged before is no longer what it holds.
     """
     try:
         for item in items:
-            if state_of(stream) != before:
+            if state_of(stream, path) != before:
                 break
             yield item
     except LatentsError:
-        if state_of(stream) == before:
+        if state_of(stream, path) == before:
             raise
-    if state_of(stream) != before:
+    if state_of(stream, path) != before:
         raise LatentsError("changed while it was read: scan it again when nothing writes to it")
 
 

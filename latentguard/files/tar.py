@@ -275,6 +275,11 @@ class _Walk:
         return read_exactly(self._stream, count)
 
 
+def is_header(block: bytes) -> bool:
+    """Whether a block of 512 bytes is the header of a member, by its checksum."""
+    return len(block) == BLOCK and _parse(block) is not None
+
+
 def _parse(block: bytes) -> _Header | None:
     """A header; None where its checksum or its size is wrong.
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import LatentsError
+from latentguard.files.beside import Beside
 from latentguard.files.bounds import MAX_GATHERED, MAX_PICKLE, MAX_REPEATS, MIN_READING, TENSOR_COST
-from latentguard.files.claims import Claims, Image, Payload, plan
+from latentguard.files.claims import Claims, Image, Payload, is_twofold, plan
 from latentguard.files.explain import no_latents
 from latentguard.files.pickle_structure import Tensor, read_structure
 from latentguard.files.signatures import check_start, kind_of
@@ -41,9 +42,11 @@ def open_torch(stream: BinaryIO, size: int, claims: Claims) -> Payload:
     """A tensor, a list of tensors, or a dict with `latents` (either) and the known keys."""
     check_start(stream, size, "a file of torch.save")
     value, places = _read(stream, size)
+    others = Beside()
     if isinstance(value, Mapping):
         claims = Claims.parse(_plain(value)).merged(claims, "the file", "its metadata")
-        value = _latents_of(value)
+        whole, value = value, _latents_of(value)
+        others = _beside(whole, value)
     tensors = value if isinstance(value, (list, tuple)) else [value]
     if not tensors:
         raise LatentsError("holds an empty list: there are no latents in it")
@@ -58,7 +61,8 @@ def open_torch(stream: BinaryIO, size: int, claims: Claims) -> Payload:
         for tensor in tensors:
             yield from _images(tensor, reader, places, claims)
 
-    return Payload(claims, images)
+    twofold = any(isinstance(tensor, Tensor) and is_twofold(tensor.shape) for tensor in tensors)
+    return Payload(claims, images, twofold, others)
 
 
 def _read(stream: BinaryIO, size: int) -> tuple[Any, dict[str, int]]:
@@ -178,11 +182,35 @@ def _plain(value: Mapping[Any, Any]) -> dict[str, Any]:
 def _latents_of(value: Mapping[Any, Any]) -> Any:
     if "latents" in value:
         return value["latents"]
-    tensors = {str(key): item for key, item in value.items() if isinstance(item, Tensor)}
+    # Keys may be numbers, too: 1 and "1" are two.
+    tensors = [(str(key), item) for key, item in value.items() if isinstance(item, Tensor)]
     if len(tensors) != 1:
-        floats = [key for key, item in tensors.items() if item.dtype in _FLOATS]
+        floats = [key for key, item in tensors if item.dtype in _FLOATS]
         raise no_latents((str(key) for key in value), floats, "the key latents")
-    return next(iter(tensors.values()))
+    return tensors[0][1]
+
+
+def _beside(value: Mapping[Any, Any], latents: Any) -> Beside:
+    """The tensors of a dict, in whatever it holds, that are not among its latents."""
+    read = set(_tensors(latents))
+    waiting: list[tuple[str, Any]] = [("", value)]
+    seen = {id(latents)}
+    found = []
+    while waiting:
+        name, item = waiting.pop()
+        if isinstance(item, Tensor):
+            if item not in read and item.dtype in _FLOATS:
+                found.append((name, item.shape))
+        elif isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))  # a list can hold itself
+            inner = item.items() if isinstance(item, Mapping) else ((name, one) for one in item)
+            waiting += ((str(key), one) for key, one in inner)
+    return Beside.of(reversed(found))
+
+
+def _tensors(latents: Any) -> Iterator[Tensor]:
+    items = latents if isinstance(latents, (list, tuple)) else [latents]
+    return (item for item in items if isinstance(item, Tensor))
 
 
 # -- numbers ---------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ REPEATED = 1.05
 BELOW = 0.97
 # How far the ends of rows must stand out where the declared layout is a single row.
 ROW_END = 1.1
+# Below this correlation of neighboring columns nothing is told (0.28 in the tokens of a picture).
+RELATED = 0.15
 
 
 def check_size(tokens: NDArray[Any], space: LatentSpace, height: int, width: int) -> None:
@@ -77,6 +79,40 @@ def check_size(tokens: NDArray[Any], space: LatentSpace, height: int, width: int
             f"rough as tokens are inside), while {rows * patch}x{better * patch} cells fit "
             f"({smoother:.2f}): give the height and width that they were packed with"
         )
+
+
+def check_layout(image: NDArray[Any], space: LatentSpace) -> None:
+    """Refuse one image [C, H, W] that is a batch of packed tokens [B, N, C * 4], or the reverse.
+
+    Both have three axes, and where one has as many packed channels as the image has columns, only
+    the numbers tell. Columns 2 and 3 of four are neighbors in either. Columns 4 and 5 are neighbors
+    in a picture, and of different channels in tokens. Measured on the bundled 25 pictures and crops
+    of them: the correlation of 4 and 5 is at most 0.42 times that of 2 and 3 in tokens, and at
+    least 0.84 times in pictures; in 99 % of single channels that are read as tokens it is over 0.5.
+
+    Args:
+        image: tokens [N, C * 4] or an image [C, H, W] as it is said to be.
+
+    Raises LatentsError. Noise and flat images tell nothing and pass.
+    """
+    if space.packed_patch == 1:
+        return  # of which there are no tokens
+    columns = image.reshape(-1, image.shape[-1]).astype(np.float64)
+    columns = columns[:: max(1, len(columns) // MAX_TOKENS)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        deviation = columns.std(axis=0)
+        columns = (columns - columns.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0)
+    patch = space.packed_patch**2
+    inside = float((columns[:, 1::patch] * columns[:, 2::patch]).mean())
+    across = float((columns[:, patch - 1 : -1 : patch] * columns[:, patch::patch]).mean())
+    packed = image.ndim == 2
+    if inside < RELATED or (across > inside / 2) is not packed:
+        return
+    said, found = ("packed tokens", "one image") if packed else ("one image", "packed tokens")
+    raise LatentsError(
+        f"is read as {said}, but its numbers are those of {found}: declare layout (spatial or "
+        "packed) as it is, and for packed ones height and width in latent cells"
+    )
 
 
 def _cells(image: NDArray[Any], space: LatentSpace) -> Array:

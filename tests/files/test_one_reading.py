@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 import time
@@ -345,6 +346,39 @@ def test_a_file_that_is_written_over_while_it_is_read(tmp_path: Path) -> None:
     with path.open("r+b") as stream:
         stream.seek(-5000, io.SEEK_END)
         stream.write(bytes(1000))
+    assert "changed while it was read" in (list(records)[-1].error or "")
+
+
+def test_a_file_whose_time_is_set_back(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.pt")
+    before = path.stat()
+    records = read_arrays(path, **SAYS)
+    assert next(records).error is None
+    time.sleep(0.02)
+    with path.open("r+b") as stream:
+        stream.seek(-5000, io.SEEK_END)
+        stream.write(bytes(1000))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "changed while it was read" in (list(records)[-1].error or "")
+
+
+@pytest.mark.parametrize("by", ["file", "link", "folder"])
+def test_another_file_in_its_place_while_it_is_read(tmp_path: Path, by: str) -> None:
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        written(tmp_path / folder / "a.pt")
+    os.symlink("one", tmp_path / "link")
+    path = tmp_path / ("link" if by == "link" else "one") / "a.pt"
+    records = read_arrays(path, **SAYS)
+    assert next(records).error is None
+    if by == "file":
+        os.replace(tmp_path / "other" / "a.pt", path)
+    elif by == "link":
+        (tmp_path / "link").unlink()
+        os.symlink("other", tmp_path / "link")
+    else:
+        os.rename(tmp_path / "one", tmp_path / "away")
+        os.rename(tmp_path / "other", tmp_path / "one")
     assert "changed while it was read" in (list(records)[-1].error or "")
 
 

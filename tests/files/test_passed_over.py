@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from files_helpers import flux2_batch, npy_bytes, read_all, torch_bytes, write_tar
+from safetensors.torch import save
 
 from latentguard.files import ArrayRecord, PassedOver, read_arrays
 from latentguard.files import paths as paths_module
@@ -53,6 +55,9 @@ def write(folder: Path, *names: str, data: bytes = NUMBERS) -> None:
         ("001.latent.npy.gz", gzip.compress(NUMBERS, mtime=0)),
         ("001.latent.npy ", NUMBERS),
         ("001.LATENT", b"x"),
+        ("001.latent.npy.json", NUMBERS),
+        ("000.json", NUMBERS),
+        ("001.txt", NUMBERS),
         ("001.pickle", b"x"),
         ("001.tar", b"x"),
         ("001", NUMBERS),
@@ -145,6 +150,60 @@ def test_other_files_are_counted(tmp_path: Path) -> None:
         ".json": 3, ".txt": 1, "no suffix": 2, ".env": 1, ".png": 1, "._*": 1,
     }  # fmt: skip
     assert passed.line().startswith("passed over, as no latents: 9 files (.json 3, no suffix 2, ")
+
+
+def tar_header(name: bytes, magic: bytes = b"ustar\x0000") -> bytes:
+    """A .tar of one empty member of any name; writers of before 1988 wrote no magic."""
+    block = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+    block[:100] = name.ljust(100, b"\0")
+    block[257:265] = magic.ljust(8, b"\0")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def test_a_shard_that_begins_as_what_a_mac_leaves_behind(tmp_path: Path) -> None:
+    """Its first member's name is such a beginning, so tarfile reads it."""
+    shard = write_tar(tmp_path / "a.tar", {"0.latent.npy": NUMBERS}).read_bytes()
+    (tmp_path / "a.tar").unlink()
+    write(tmp_path, "good.npy")
+    write(tmp_path, "._a.tar", data=tar_header(APPLE_DOUBLE) + shard)
+    write(tmp_path, "._b.tar", data=APPLE_DOUBLE.ljust(600, b"\0"))
+    records, passed = read(tmp_path)
+    assert places(records, tmp_path) == ["._a.tar::0.latent.npy", "good.npy"]
+    assert passed.files == {"._*": 1}
+
+
+def test_a_shard_of_unknown_suffix_without_a_magic(tmp_path: Path) -> None:
+    write(tmp_path, "good.npy")
+    write(tmp_path, "a.shard", data=tar_header(b"0.latent.npy", b""))
+    records, _ = read(tmp_path)
+    assert places(records, tmp_path) == ["! a.shard", "good.npy"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.latent.pt.json", "a.jpg", "a.cls"])
+@pytest.mark.parametrize("kind", ["npy", "pt", "tar", "safetensors"])
+def test_numbers_under_the_name_of_a_text_or_picture(tmp_path: Path, name: str, kind: str) -> None:
+    data = {
+        "npy": NUMBERS,
+        "pt": torch_bytes(flux2_batch(1)),
+        "tar": tar_header(b"x"),
+        "safetensors": save({"latents": flux2_batch(1)}),
+    }[kind]
+    write(tmp_path, "good.npy")
+    write(tmp_path, name, data=data)
+    records, _ = read(tmp_path)
+    assert sorted(places(records, tmp_path)) == [f"! {name}", "good.npy"]
+
+
+def test_harmless_contents_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, "good.npy")
+    write(tmp_path, "a.docx", data=b"PK\x03\x04")
+    write(tmp_path, "a.md", data=b"GGUF is a format, ARROW1 is another")
+    write(tmp_path, "a.txt.gz", data=gzip.compress(b"text"))
+    records, passed = read(tmp_path)
+    assert places(records, tmp_path) == ["good.npy"]
+    assert passed.files == {".docx": 1, ".md": 1, ".txt": 1}
 
 
 def test_a_million_suffixes_are_few_counts() -> None:

@@ -230,7 +230,7 @@ def test_a_space_with_statistics_is_used(tmp_path: Path) -> None:
 
 
 def test_folders_globs_and_order(tmp_path: Path) -> None:
-    for name in ("b/2.pt", "b/10.pt", "a/x.npy", "a/readme.txt", "z.safetensors", "[1].pt"):
+    for name in ("b/2.pt", "b/10.pt", "a/x.npy", "z.safetensors", "[1].pt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if name.endswith(".npy"):
             np.save(tmp_path / name, flux2_batch().numpy())
@@ -238,6 +238,7 @@ def test_folders_globs_and_order(tmp_path: Path) -> None:
             shutil.copy(PHOTOS, tmp_path / name)
         else:
             torch.save({"latents": flux2_batch(1), **SAYS}, tmp_path / name)
+    (tmp_path / "a" / "readme.txt").write_text("what these are", encoding="utf-8")
 
     def sources(path: str | Path) -> list[str]:
         records = read_latents([path], **SAYS)

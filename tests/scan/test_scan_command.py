@@ -143,6 +143,22 @@ def test_wrong_usage_is_2(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "calm.yaml"]
 
 
+@pytest.mark.parametrize("target", ["./a.pt", "link", "link.txt", "hard.txt"])
+def test_latents_of_another_name_are_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, calm: Path, target: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_latents(tmp_path / "a.pt", 1)
+    before = (tmp_path / "a.pt").read_bytes()
+    for name in ("link", "link.txt"):
+        os.symlink("a.pt", tmp_path / name)
+    os.link(tmp_path / "a.pt", tmp_path / "hard.txt")
+    ran = command("scan", "a.pt", "--policy", calm, "--output", target)
+    assert ran.code == 2
+    assert "would write over latents" in ran.err
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
 def test_a_model_that_cannot_see_the_policy_is_2(
     tmp_path: Path, policy: Callable[..., Path], command: Any
 ) -> None:

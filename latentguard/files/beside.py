@@ -1,0 +1,81 @@
+"""What a file holds beside the latents that are read: could it be latents, too?
+
+A user of the file gets every array that is in it, so one of the shape of latents that nobody looks
+at must be an error. Text embeddings often have such a shape; they are told by their name and width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from latentguard.errors import LatentsError
+from latentguard.spaces import SPACES
+
+_CHANNELS = {space.channels for space in SPACES.values()}
+_PACKED = {space.packed_channels for space in SPACES.values() if space.packed_patch > 1}
+# A matrix of fewer rows is a list of features rather than the tokens of one image (16x16 cells).
+_MIN_TOKENS = 64
+# Parts of the names under which trainers and pipelines keep text embeddings.
+TEXT = ("prompt_embed", "hidden_state", "pooled", "text_embed", "encoder_hidden", "input_ids")
+_TEXT_PARTS = (*TEXT, "text", "caption", "cond", "emb", "t5", "clip")
+# Text encoders are at least this wide; latents of it are pictures of 4,096 pixels or more.
+_TEXT_WIDTH = 512
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The arrays of a file that are not read.
+
+    unread: names of those that could be latents. texts: how many could, but for their names.
+    """
+
+    unread: tuple[str, ...] = ()
+    texts: int = 0
+
+    @classmethod
+    def of(cls, arrays: Iterable[tuple[str, tuple[int, ...]]]) -> Beside:
+        """Of the name and shape of each array of floating point numbers."""
+        unread: list[str] = []
+        texts = 0
+        for name, shape in arrays:
+            if not _is_shape_of_latents(shape):
+                continue
+            if _is_text(name, shape):
+                texts += 1
+            else:
+                unread.append(name)
+        return cls(tuple(unread), texts)
+
+    def check(self) -> None:
+        """LatentsError where something could be latents."""
+        if not self.unread:
+            return
+        shown = ", ".join(name[:30] for name in self.unread[:_SHOWN])
+        if len(self.unread) > _SHOWN:
+            shown += f" and {len(self.unread) - _SHOWN} more"
+        raise LatentsError(
+            f"holds {shown} beside the latents that are read, which could be latents, too, and "
+            "was not looked at: save each array of latents in a file of its own"
+        )
+
+
+def _is_shape_of_latents(shape: tuple[int, ...]) -> bool:
+    """[..., C, H, W] of a known space, or packed tokens [B, N, C * 4] or [N, C * 4]."""
+    if math.prod(shape) == 0 or len(shape) < 2:
+        return False
+    spatial = len(shape) >= 3 and shape[-3] in _CHANNELS
+    tokens = len(shape) == 3 or (len(shape) == 2 and shape[0] >= _MIN_TOKENS)
+    return spatial or (tokens and shape[-1] in _PACKED)
+
+
+def _is_text(name: str, shape: tuple[int, ...]) -> bool:
+    name = name.lower()
+    return (
+        len(shape) <= 3
+        and shape[-1] >= _TEXT_WIDTH
+        and "latent" not in name
+        and any(part in name for part in _TEXT_PARTS)
+    )
