@@ -160,7 +160,10 @@ def _handed_on(
     original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any, guards: list[LatentGuard]
 ) -> Any:
     """A subclass's `__call__` that hands its arguments on: calls inside are the guarded ones."""
-    outer, here = current.get(), Outermost(pipe)
+    signature = inspect.signature(original)
+    own = list(dict.fromkeys(guards))
+    outer = current.get()
+    here = Outermost(pipe, (lambda: Call(pipe, signature, {}, own, [])) if own else None)
     within = isinstance(outer, Outermost) and outer.pipe is pipe
     token = current.set(here)
     try:

@@ -218,11 +218,15 @@ class Call:
         rows = self._rows_of(z)
         if rows is not None:
             z[[row in self._blocked() for row in rows]] = 0
-        elif not any(equal(one, z) for one in self._let_through):
+        elif not self.let_through(z):
             # A tiny autoencoder decodes scaled latents.
             z = self._judge_end(Latents(z, self._space, is_tiny(decoder_of(self.pipe)))).tensor
         self._let_through.append(z.clone())
         return z
+
+    def let_through(self, z: Tensor) -> bool:
+        """Whether the VAE was given just this a moment ago."""
+        return any(equal(one, z) for one in self._let_through)
 
     def _rows_of(self, z: Tensor) -> list[int] | None:
         """Which of the images that were judged as final these are, as the VAE gets them."""
@@ -527,6 +531,7 @@ class Call:
         else:
             latents = outputs.latents_in(images, self._space)
         if latents is None:
+            outputs.check_pixels(images, self.pipe)
             return output, images, False
         if self._sessions and self._all_blocked():
             latents = torch.zeros_like(latents)

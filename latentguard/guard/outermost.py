@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from latentguard.errors import LatentsError
+from latentguard.guard.components import wrap_components
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
@@ -19,12 +20,19 @@ class Outermost:
 
     It may denoise and decode once more when its parent's call has ended (a second pass at a larger
     size). What is decoded then, and what is returned in the end, is judged by the guards of the
-    last of those calls; a step that nothing decoded comes after is withheld.
+    last of those calls; a step that nothing decoded comes after is withheld. What it decodes before
+    any of those calls is judged by itself, each batch as a call of its own.
+
+    judging: makes a call that judges what is decoded before any guarded call; None without guards.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, judging: Callable[[], Call] | None) -> None:
         self.pipe = pipe
         self.calls: list[Call] = []
+        self._judging_before = judging
+        self._before: Call | None = None  # that of the last batch that was decoded so
+        if judging is not None:
+            wrap_components(pipe)
         self._judged: list[LatentGuard] = []
         self._judging: Call | None = None
         self._stepped = False  # since something was decoded
@@ -80,11 +88,17 @@ class Outermost:
         """The latents that a loop of the subclass's own begins with: only its end is judged."""
 
     def before_decode(self, z: Tensor) -> Tensor:
-        """What the VAE is about to decode, judged once a guarded call has ended."""
-        if self._judging is None:
+        """What the VAE is about to decode, with zeros for images that are blocked."""
+        if self._judging is not None:
+            self._stepped, self._touched = False, True
+            return self._judging.before_decode(z)
+        if self._judging_before is None:
             return z
-        self._stepped, self._touched = False, True
-        return self._judging.before_decode(z)
+        # A `decode` within a `decode` gets what was judged already.
+        if self._before is None or not self._before.let_through(z):
+            self._before = self._judging_before()
+            self.calls.append(self._before)
+        return self._before.before_decode(z)
 
     # -- the end ---------------------------------------------------------------------------------
 
