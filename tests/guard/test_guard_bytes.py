@@ -494,7 +494,10 @@ class _Editing:
 @pytest.mark.parametrize("output_type", ["np", "latent"])
 def test_latents_keep_their_memory_format(output_type: str) -> None:
     """Those of an encoded image have their channels last, and convolutions round by that."""
-    noise = torch.rand(1, 3, small.SIZE, small.SIZE, generator=torch.Generator().manual_seed(0))
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (small.SIZE, small.SIZE, 3), np.uint8)
+    noise = Image.fromarray(pixels)
     images = []
     for guard in (None, LatentGuard(policy(NEVER), XL)):
         pipe = small.img2img()
