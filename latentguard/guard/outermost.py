@@ -23,20 +23,23 @@ class Outermost:
     last of those calls; a step that nothing decoded comes after is withheld. What it decodes before
     any of those calls is judged by itself, each batch as a call of its own.
 
-    judging: makes a call that judges what is decoded before any guarded call; None without guards.
+    given: the guards that it was called with. judging: makes a call of these, which judges what is
+    decoded before any guarded call.
     """
 
-    def __init__(self, pipe: Any, judging: Callable[[], Call] | None) -> None:
+    def __init__(self, pipe: Any, given: list[LatentGuard], judging: Callable[[], Call]) -> None:
         self.pipe = pipe
+        self.given = given
         self.calls: list[Call] = []
         self._judging_before = judging
         self._before: Call | None = None  # that of the last batch that was decoded so
-        if judging is not None:
+        if given:
             wrap_components(pipe)
         self._judged: list[LatentGuard] = []
         self._judging: Call | None = None
         self._stepped = False  # since something was decoded
         self._touched = False  # since the last guarded call
+        self._missed = False  # a call within was made without a guard that this was called with
 
     @property
     def guards(self) -> list[LatentGuard]:
@@ -59,7 +62,8 @@ class Outermost:
         self.calls.append(call)
 
     def returned(self, call: Call) -> None:
-        """A guarded call gave its output to the subclass."""
+        """A call gave its output to the subclass."""
+        self._missed = self._missed or any(guard not in call.guards for guard in self.given)
         if call.guards:
             self._judged += call.guards
             self._judging = call
@@ -70,6 +74,7 @@ class Outermost:
         outer.calls += self.calls
         outer._judged += self._judged
         outer._judging = self._judging or outer._judging
+        outer._missed = outer._missed or self._missed
         outer._stepped = outer._touched = False
 
     # -- what the patches report ---------------------------------------------------------------
@@ -92,7 +97,7 @@ class Outermost:
         if self._judging is not None:
             self._stepped, self._touched = False, True
             return self._judging.before_decode(z)
-        if self._judging_before is None:
+        if not self.given:
             return z
         # A `decode` within a `decode` gets what was judged already.
         if self._before is None or not self._before.let_through(z):
@@ -113,5 +118,11 @@ class Outermost:
             raise LatentsError(
                 f"{type(self.pipe).__name__} returned without calling its parent class with the "
                 "guard, so nothing was judged and its output is withheld"
+            )
+        if self._missed:
+            raise LatentsError(
+                f"{type(self.pipe).__name__} called its parent class without the guard too, so what "
+                "it returned may be what nobody judged, and it is withheld: hand "
+                "callback_on_step_end on to each call, or attach the guard"
             )
         return self._judging.finish_again(output, self._touched, self._stepped)

@@ -509,3 +509,41 @@ def test_latents_in_the_place_of_an_output_are_judged(
     pipe = made(Bare, guard)
     pipe.instead = lambda images: bad.clone() if form == "tensor" else bad.numpy()
     assert not np.asarray(pipe(**small.sdxl_arguments())).any()
+
+
+class Keeps(StableDiffusionXLPipeline):
+    """Returns what its parent made without the guard, which it gives to another call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = kwargs.pop("callback_on_step_end", None)
+        output = super().__call__(*args, **kwargs)
+        super().__call__(*args, callback_on_step_end=own, **kwargs)
+        return output
+
+
+def test_what_was_made_without_the_guard_of_another_call_is_withheld() -> None:
+    with pytest.raises(LatentsError, match="without the guard too"):
+        made(Keeps, None)(**small.sdxl_arguments(callback_on_step_end=blocking_late()))
+
+
+def test_a_guard_that_is_attached_cannot_be_kept_from_a_call() -> None:
+    assert not made(Keeps, blocking_late())(**small.sdxl_arguments()).images.any()
+
+
+class KeepsEarly(Early):
+    """The same, of a parent that decodes before its own parent's call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = kwargs.pop("callback_on_step_end")
+        output = super().__call__(*args, **kwargs)
+        super(Early, self).__call__(*args, callback_on_step_end=own, **kwargs)
+        return output
+
+
+def test_what_is_decoded_where_the_guard_was_kept_from_is_withheld(
+    bad: torch.Tensor, guard: LatentGuard
+) -> None:
+    pipe = made(KeepsEarly, None)
+    pipe.given = bad
+    with pytest.raises(LatentsError, match="without the guard too"):
+        pipe(**small.sdxl_arguments(callback_on_step_end=guard))
