@@ -160,8 +160,10 @@ def _handed_on(
     original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any, guards: list[LatentGuard]
 ) -> Any:
     """A subclass's `__call__` that hands its arguments on: calls inside are the guarded ones."""
-    outer, here = current.get(), Outermost(pipe)
+    signature, outer = inspect.signature(original), current.get()
     within = isinstance(outer, Outermost) and outer.pipe is pipe
+    given = list(dict.fromkeys([*(outer.given if within else ()), *guards]))
+    here = Outermost(pipe, given, lambda: Call(pipe, signature, {}, given, []))
     token = current.set(here)
     try:
         output = here.finish(original(pipe, *args, **kwargs), guards)

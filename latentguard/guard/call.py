@@ -30,7 +30,7 @@ from latentguard.guard.outermost import Outermost
 from latentguard.guard.record import CallRecord
 from latentguard.guard.running import CALLBACK, INPUTS, current, waiting
 from latentguard.guard.sessions import Session
-from latentguard.guard.tensors import equal, plain, private
+from latentguard.guard.tensors import equal, laid_out_as, plain, private
 from latentguard.guard.wrapping import names_of
 from latentguard.spaces import Latents
 
@@ -218,11 +218,16 @@ class Call:
         rows = self._rows_of(z)
         if rows is not None:
             z[[row in self._blocked() for row in rows]] = 0
-        elif not any(equal(one, z) for one in self._let_through):
+        elif not self.let_through(z):
             # A tiny autoencoder decodes scaled latents.
-            z = self._judge_end(Latents(z, self._space, is_tiny(decoder_of(self.pipe)))).tensor
+            judged = self._judge_end(Latents(z, self._space, is_tiny(decoder_of(self.pipe))))
+            z = laid_out_as(judged.tensor, z)
         self._let_through.append(z.clone())
         return z
+
+    def let_through(self, z: Tensor) -> bool:
+        """Whether the VAE was given just this a moment ago."""
+        return any(equal(one, z) for one in self._let_through)
 
     def _rows_of(self, z: Tensor) -> list[int] | None:
         """Which of the images that were judged as final these are, as the VAE gets them."""
@@ -266,7 +271,7 @@ class Call:
         if last:
             tensor = private(tensor)
         latents = self._step(tensor, estimate, error, last)
-        values["latents"] = latents.tensor.reshape(tensor.shape).to(tensor.dtype)
+        values["latents"] = laid_out_as(latents.tensor, tensor)
         if "denoised" in values:
             values["denoised"] = values["latents"] if last else self._blank_rows(values["denoised"])
         # A copy: what runs after this callback could change the tensor in place.
@@ -527,6 +532,7 @@ class Call:
         else:
             latents = outputs.latents_in(images, self._space)
         if latents is None:
+            outputs.check_pixels(images, self.pipe)
             return output, images, False
         if self._sessions and self._all_blocked():
             latents = torch.zeros_like(latents)
@@ -561,7 +567,7 @@ class Call:
         if images.ndim == 4 and self._space.packed_patch > 1:
             # FLUX.2's pipelines differ in whether they give back scaled latents or raw ones.
             judged = self._judge_end(Latents(judged.tensor, self._space, scaled=False))
-        return judged.tensor.reshape(images.shape).to(images.dtype)
+        return laid_out_as(judged.tensor, images)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from latentguard.errors import LatentsError
+from latentguard.guard.components import wrap_components
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
@@ -19,16 +20,26 @@ class Outermost:
 
     It may denoise and decode once more when its parent's call has ended (a second pass at a larger
     size). What is decoded then, and what is returned in the end, is judged by the guards of the
-    last of those calls; a step that nothing decoded comes after is withheld.
+    last of those calls; a step that nothing decoded comes after is withheld. What it decodes before
+    any of those calls is judged by itself, each batch as a call of its own.
+
+    given: the guards that it was called with. judging: makes a call of these, which judges what is
+    decoded before any guarded call.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, given: list[LatentGuard], judging: Callable[[], Call]) -> None:
         self.pipe = pipe
+        self.given = given
         self.calls: list[Call] = []
+        self._judging_before = judging
+        self._before: Call | None = None  # that of the last batch that was decoded so
+        if given:
+            wrap_components(pipe)
         self._judged: list[LatentGuard] = []
         self._judging: Call | None = None
         self._stepped = False  # since something was decoded
         self._touched = False  # since the last guarded call
+        self._missed = False  # a call within was made without a guard that this was called with
 
     @property
     def guards(self) -> list[LatentGuard]:
@@ -51,7 +62,8 @@ class Outermost:
         self.calls.append(call)
 
     def returned(self, call: Call) -> None:
-        """A guarded call gave its output to the subclass."""
+        """A call gave its output to the subclass."""
+        self._missed = self._missed or any(guard not in call.guards for guard in self.given)
         if call.guards:
             self._judged += call.guards
             self._judging = call
@@ -62,6 +74,7 @@ class Outermost:
         outer.calls += self.calls
         outer._judged += self._judged
         outer._judging = self._judging or outer._judging
+        outer._missed = outer._missed or self._missed
         outer._stepped = outer._touched = False
 
     # -- what the patches report ---------------------------------------------------------------
@@ -80,11 +93,17 @@ class Outermost:
         """The latents that a loop of the subclass's own begins with: only its end is judged."""
 
     def before_decode(self, z: Tensor) -> Tensor:
-        """What the VAE is about to decode, judged once a guarded call has ended."""
-        if self._judging is None:
+        """What the VAE is about to decode, with zeros for images that are blocked."""
+        if self._judging is not None:
+            self._stepped, self._touched = False, True
+            return self._judging.before_decode(z)
+        if not self.given:
             return z
-        self._stepped, self._touched = False, True
-        return self._judging.before_decode(z)
+        # A `decode` within a `decode` gets what was judged already.
+        if self._before is None or not self._before.let_through(z):
+            self._before = self._judging_before()
+            self.calls.append(self._before)
+        return self._before.before_decode(z)
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -99,5 +118,11 @@ class Outermost:
             raise LatentsError(
                 f"{type(self.pipe).__name__} returned without calling its parent class with the "
                 "guard, so nothing was judged and its output is withheld"
+            )
+        if self._missed:
+            raise LatentsError(
+                f"{type(self.pipe).__name__} called its parent class without the guard too, so what "
+                "it returned may be what nobody judged, and it is withheld: hand "
+                "callback_on_step_end on to each call, or attach the guard"
             )
         return self._judging.finish_again(output, self._touched, self._stepped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ def images_of(output: Any) -> Any:
     """The images of a pipeline's output, or None where it has none."""
     if isinstance(output, tuple):
         return output[0] if output else None
-    if isinstance(output, list):
+    if isinstance(output, list | Tensor | np.ndarray):
         return output
     return output.get("images") if _is_mapping(output) else getattr(output, "images", None)
 
@@ -48,7 +48,7 @@ def with_images(output: Any, images: Any) -> Any:
     """The output with other images."""
     if isinstance(output, tuple):
         return (images, *output[1:])
-    if isinstance(output, list):
+    if isinstance(output, list | Tensor | np.ndarray):
         return images
     if _is_mapping(output):
         return {**output, "images": images}
@@ -88,6 +88,43 @@ def latents_in(images: Any, space: LatentSpace) -> Tensor | None:
     spatial = len(shape) == 4 and shape[1] == space.channels
     packed = len(shape) == 3 and shape[2] == space.packed_channels > space.channels
     return private(images) if images.is_floating_point() and (spatial or packed) else None
+
+
+def check_pixels(images: Any, pipe: Any) -> None:
+    """Raises LatentsError for "images" in which there may be what nobody looked at.
+
+    Tensors and arrays that have the form of neither pixels nor latents, in lists and tuples too,
+    and what would make its images only once they are asked for (generators, functions).
+    """
+    if isinstance(images, list | tuple):
+        for one in images:
+            check_pixels(one, pipe)
+        return
+    if _is_array(images):
+        shape = tuple(images.shape)
+        if _are_pixels(shape, pipe):
+            return
+        what = f"an array {list(shape)}, which has the form of neither pixels nor its latents"
+    elif isinstance(images, Iterator) or callable(images):
+        what = f"a {type(images).__name__}, which makes its images only later"
+    else:
+        return
+    raise LatentsError(
+        f"{type(pipe).__name__} returned as its images {what}, so it cannot be told whether they "
+        "were judged, and they are withheld: return a list of images, or [B, H, W, 3] or "
+        "[B, 3, H, W]"
+    )
+
+
+def _are_pixels(shape: tuple[int, ...], pipe: Any) -> bool:
+    """Whether a shape is [..., H, W, C] or [..., C, H, W] of colors or of what the VAE draws.
+
+    Gray images have one channel.
+    """
+    channels = {3, getattr(getattr(pipe.vae, "config", None), "out_channels", 3)}
+    if len(shape) <= 4:
+        channels.add(1)
+    return len(shape) > 2 and bool({shape[-1], shape[-3]} & channels)
 
 
 def _is_array(image: Any) -> bool:

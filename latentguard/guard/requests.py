@@ -10,7 +10,7 @@ import asyncio
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 from weakref import ref
@@ -69,6 +69,7 @@ class Request:
     def __init__(self, guard: Any, id: str | None) -> None:
         self.id = id or uuid.uuid4().hex
         self._guard = guard
+        self._open = True
         self._sessions: list[Session] = []
 
     @property
@@ -102,21 +103,30 @@ _requests: ContextVar[tuple[Request, ...]] = ContextVar("latentguard_requests", 
 
 @contextmanager
 def opened(request: Request) -> Iterator[Request]:
-    """Calls of its guard belong to a request while this is open, in copies of this context too."""
+    """Calls of its guard that begin while this is open belong to a request, in copies of this
+    context too.
+
+    It may be closed in another context than it was opened in, as servers do with generators.
+    """
     token = _requests.set((*_requests.get(), request))
     try:
         yield request
     finally:
-        _requests.reset(token)
+        request._open = False
+        with suppress(ValueError):  # in another context there is nothing to take back
+            _requests.reset(token)
 
 
 def request_of(guard: Any) -> Request | None:
-    """The innermost request of a guard that the caller belongs to."""
-    return next((one for one in reversed(_requests.get()) if one._guard is guard), None)
+    """The innermost open request of a guard that the caller belongs to."""
+    return next(
+        (one for one in reversed(_requests.get()) if one._guard is guard and one._open), None
+    )
 
 
 def add_to_request(guard: Any, session: Session) -> None:
-    """A call of a guard has ended: it belongs to the request that it ran in."""
-    request = request_of(guard)
-    if request is not None:
-        request._sessions.append(session)
+    """A call of a guard has ended: it belongs to the request that it began in, open or not."""
+    for one in reversed(_requests.get()):
+        if one._guard is guard and one.id == session.request_id:
+            one._sessions.append(session)
+            return

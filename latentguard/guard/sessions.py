@@ -142,7 +142,15 @@ class Session:
     # -- the loop's side ---------------------------------------------------------------------
 
     def begin(self, count: int) -> None:
-        """Say how many images there are and start the clock; the first `step` does it too."""
+        """Say how many images there are and start the clock; the first `step` does it too.
+
+        Raises LatentsError for a count that is no whole number of at least 1: without an image
+        there is nothing that a verdict would be on.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise LatentsError(
+                f"a session must begin with a whole number of images of at least 1, got {count!r}"
+            )
         if self._state.began is None:
             self._state.began, self._state.count = time.perf_counter(), count
             self._state.latest = [None] * count

@@ -41,6 +41,16 @@ def private(tensor: Any) -> Tensor:
     return plain(tensor).clone()
 
 
+def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor with the dtype, shape and strides of another, which it has as many numbers as.
+
+    Convolutions of another memory format round otherwise, so an image that nothing was done to has
+    to go on in its own.
+    """
+    tensor = tensor.reshape(other.shape).to(other.dtype)
+    return tensor if tensor.stride() == other.stride() else torch.empty_like(other).copy_(tensor)
+
+
 def equal(tensor: Tensor | None, other: Any) -> bool:
     """Bit for bit, shape, dtype and device too, and so never with NaN."""
     return (

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers")
 import guard_pipelines as small
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
-from guard_helpers import LinearEncoder, policy
+from guard_helpers import NEVER, LinearEncoder, policy
 from guard_traps import FINAL_ONLY, XL, guarded
 
 from latentguard import LatentGuard, Latents, Scorer
@@ -489,3 +489,19 @@ class _Editing:
                 pass
 
         return Bar
+
+
+@pytest.mark.parametrize("output_type", ["np", "latent"])
+def test_latents_keep_their_memory_format(output_type: str) -> None:
+    """Those of an encoded image have their channels last, and convolutions round by that."""
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (small.SIZE, small.SIZE, 3), np.uint8)
+    noise = Image.fromarray(pixels)
+    images = []
+    for guard in (None, LatentGuard(policy(NEVER), XL)):
+        pipe = small.img2img()
+        pipe.callback_on_step_end = guard
+        more = small.sdxl_arguments(output_type=output_type, image=noise, strength=1.0)
+        images.append(torch.as_tensor(pipe(**more).images))
+    assert torch.equal(*images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -403,3 +404,146 @@ def test_latents_in_a_mapping_are_judged(bad: torch.Tensor, guard: LatentGuard) 
     output = made(Maps, guard)(**small.sdxl_arguments(output_type="latent"))
     assert list(output) == ["seed", "images"]
     assert not output["images"].any()
+
+
+# -- before the parent's call, and images that nobody can look at --------------------------------
+
+
+class Early(StableDiffusionXLPipeline):
+    """Decodes latents before its parent's call, and returns that image."""
+
+    given: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            image = self.vae.decode(self.given / FACTOR, return_dict=False)[0]
+        output = super().__call__(*args, **kwargs)
+        output.images = self.image_processor.postprocess(image, output_type="np")
+        return output
+
+
+def decoded(pipe: Any, latents: torch.Tensor) -> Any:
+    with torch.no_grad():
+        image = pipe.vae.decode(latents / FACTOR, return_dict=False)[0]
+    return pipe.image_processor.postprocess(image, output_type="np")
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_subclass_decodes_before_any_guarded_call_is_judged(
+    attached: bool, count: int, bad: torch.Tensor, guard: LatentGuard
+) -> None:
+    pipe = made(Early, guard if attached else None)
+    pipe.given = torch.cat([drawn(1), bad])[-count:]
+    more = {} if attached else {"callback_on_step_end": guard}
+    images = pipe(**small.sdxl_arguments(**more)).images
+    left = torch.cat([drawn(1), torch.zeros(SHAPE)])[-count:]
+    assert np.array_equal(images, decoded(small.sdxl(), left))
+
+
+def test_an_image_that_is_decoded_before_any_guarded_call_and_matches_nothing_stays(
+    guard: LatentGuard,
+) -> None:
+    pipe = made(Early, guard)
+    pipe.given = drawn(1)
+    assert np.array_equal(pipe(**small.sdxl_arguments()).images, decoded(small.sdxl(), drawn(1)))
+    assert len(guard.verdicts) == 1
+
+
+UNKNOWN: dict[str, Callable[[torch.Tensor], Any]] = {
+    "a generator": lambda latents: (one for one in latents),
+    "a function": lambda latents: lambda: latents,
+    "more dimensions": lambda latents: latents[:, :, None],
+    "channels last": lambda latents: latents.permute(0, 2, 3, 1),
+    "channels last, array": lambda latents: latents[0].permute(1, 2, 0).numpy(),
+    "a list in a list": lambda latents: [[latents]],
+    "a tuple": lambda latents: (latents,),
+    "one dimension": lambda latents: latents.flatten(),
+}
+
+
+@pytest.mark.parametrize("form", UNKNOWN)
+@pytest.mark.parametrize("cls", SUBCLASSES)
+def test_images_of_no_known_form_are_withheld(
+    cls: Any, form: str, bad: torch.Tensor, guard: LatentGuard
+) -> None:
+    pipe = made(cls, guard)
+    pipe.instead = lambda images: UNKNOWN[form](bad)
+    with pytest.raises(LatentsError, match="withheld"):
+        pipe(**small.sdxl_arguments(output_type="np"))
+
+
+PIXELS: dict[str, Callable[[Any], Any]] = {
+    "a tuple": tuple,
+    "nested": lambda images: [list(images)],
+    "tensor": torch.from_numpy,
+    "tensor, channels first": lambda images: torch.from_numpy(images).permute(0, 3, 1, 2),
+    "gray": lambda images: images[..., :1],
+    "one": lambda images: images[0],
+}
+
+
+@pytest.mark.parametrize("form", PIXELS)
+def test_pixels_in_other_forms_are_left_alone(form: str, guard: LatentGuard) -> None:
+    pipe = made(HandsOn, guard)
+    pipe.instead = PIXELS[form]
+    images = pipe(**small.sdxl_arguments()).images
+    assert np.array_equal(
+        np.asarray(images), PIXELS[form](small.sdxl()(**small.sdxl_arguments()).images)
+    )
+
+
+class Bare(StableDiffusionXLPipeline):
+    """Returns a tensor or an array in the place of an output."""
+
+    instead: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.instead(super().__call__(*args, **kwargs).images)
+
+
+@pytest.mark.parametrize("form", ["tensor", "array"])
+def test_latents_in_the_place_of_an_output_are_judged(
+    form: str, bad: torch.Tensor, guard: LatentGuard
+) -> None:
+    pipe = made(Bare, guard)
+    pipe.instead = lambda images: bad.clone() if form == "tensor" else bad.numpy()
+    assert not np.asarray(pipe(**small.sdxl_arguments())).any()
+
+
+class Keeps(StableDiffusionXLPipeline):
+    """Returns what its parent made without the guard, which it gives to another call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = kwargs.pop("callback_on_step_end", None)
+        output = super().__call__(*args, **kwargs)
+        super().__call__(*args, callback_on_step_end=own, **kwargs)
+        return output
+
+
+def test_what_was_made_without_the_guard_of_another_call_is_withheld() -> None:
+    with pytest.raises(LatentsError, match="without the guard too"):
+        made(Keeps, None)(**small.sdxl_arguments(callback_on_step_end=blocking_late()))
+
+
+def test_a_guard_that_is_attached_cannot_be_kept_from_a_call() -> None:
+    assert not made(Keeps, blocking_late())(**small.sdxl_arguments()).images.any()
+
+
+class KeepsEarly(Early):
+    """The same, of a parent that decodes before its own parent's call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = kwargs.pop("callback_on_step_end")
+        output = super().__call__(*args, **kwargs)
+        super(Early, self).__call__(*args, callback_on_step_end=own, **kwargs)
+        return output
+
+
+def test_what_is_decoded_where_the_guard_was_kept_from_is_withheld(
+    bad: torch.Tensor, guard: LatentGuard
+) -> None:
+    pipe = made(KeepsEarly, None)
+    pipe.given = bad
+    with pytest.raises(LatentsError, match="without the guard too"):
+        pipe(**small.sdxl_arguments(callback_on_step_end=guard))

@@ -345,3 +345,40 @@ def test_a_guard_that_nobody_holds_is_freed() -> None:
     del guard
     gc.collect()
     assert gone() is None
+
+
+def test_a_request_that_is_closed_in_another_context(limit: tuple[float, dict[str, int]]) -> None:
+    """As servers close a generator that they opened: nothing fails, and it does take no more."""
+    guard, generate = choosy(limit)
+
+    def opened() -> Any:
+        with guard.request("one") as record:
+            yield record
+
+    where, dependency = contextvars.copy_context(), opened()
+    record = where.run(next, dependency)
+    where.run(generate, "block")
+    contextvars.copy_context().run(dependency.close)
+    where.run(generate, "allow")
+    assert [verdict.decision for verdict in record.verdicts] == ["block"]
+
+
+def test_a_call_that_outlives_its_request_belongs_to_it(
+    limit: tuple[float, dict[str, int]],
+) -> None:
+    guard, generate = choosy(limit)
+    began, closed = threading.Event(), threading.Event()
+
+    def wait(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        began.set()
+        assert closed.wait(60)
+        return values
+
+    with ThreadPoolExecutor(1) as pool:
+        with guard.request("one") as record:
+            run = contextvars.copy_context().run
+            future = pool.submit(run, lambda: generate("allow", callback_on_step_end=wait))
+            assert began.wait(60)
+        closed.set()
+        future.result()
+    assert record.calls[0].request_id == "one"

@@ -628,3 +628,13 @@ print(guard.step(latents, noise_level=0.0, final=True).verdicts[0].decision)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "allow\n"
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 1.0, "1", None])
+def test_a_session_begins_with_a_whole_number_of_images(count: Any) -> None:
+    guard = Session(scorer(ALWAYS))
+    with pytest.raises(LatentsError, match="a whole number of images of at least 1"):
+        guard.begin(count)
+    result = guard.step(batch(1), noise_level=0.0, final=True)
+    assert [verdict.decision for verdict in guard.verdicts] == ["block"]
+    assert not result.latents.tensor.any()
