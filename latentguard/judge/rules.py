@@ -73,7 +73,12 @@ class Rule:
             raise ValueError(f"concept '{name}' has no known action: {action}")
         if severity not in SEVERITIES:
             raise ValueError(f"concept '{name}' has no known severity: {severity}")
+        if not concept["prompts"]:
+            raise ValueError(f"concept '{name}' has no prompts")
         low, high = concept["noise_window"]
+        window = float(low), math.inf if high is None else float(high)
+        if math.isnan(window[0]) or math.isnan(window[1]):
+            raise ValueError(f"concept '{name}' has no readable noise window: {low} to {high}")
         steer = concept.get("steer")
         return cls(
             id=name,
@@ -83,7 +88,7 @@ class Rule:
             severity=severity,
             prompts=tuple(str(prompt) for prompt in concept["prompts"]),
             threshold=Threshold(kind, value),
-            noise_window=(float(low), math.inf if high is None else float(high)),
+            noise_window=window,
             steer=None if steer is None else Steer(float(steer["strength"]), steer["iterations"]),
         )
 
@@ -342,5 +347,7 @@ def _locked(entries: Iterable[Mapping[str, Any]]) -> dict[_Key, Calibrated]:
     for entry in entries:
         key = (entry["model"], entry["model_sha256"], entry["space"], entry["concept"])
         margins = {float(item["fpr"]): float(item["margin"]) for item in entry["margins"]}
+        if not all(map(math.isfinite, margins.values())):
+            raise ValueError(f"the lock of concept '{key[-1]}' holds a margin that is not finite")
         levels.setdefault(key, {})[float(entry["noise_level"])] = margins
     return {key: Calibrated(tuple(sorted(found.items()))) for key, found in levels.items()}
