@@ -299,9 +299,15 @@ class BoundRules:
 
         Raises ValueError where it was not calibrated.
         """
-        rule = self.rules.concepts[k]
-        rate = rule.threshold.value
-        asked = f"concept '{rule.id}' asks for a false-positive rate of {rate:g}"
+        rate = self.rules.concepts[k].threshold.value
+        return self.calibration(k).margin(rate, noise_level, self._asked(k))
+
+    def calibration(self, k: int) -> Calibrated:
+        """The margins of concept k for this model, at every calibrated noise level.
+
+        Raises ValueError where there are none.
+        """
+        rule, asked = self.rules.concepts[k], self._asked(k)
         if self.rules.locked is None:
             raise ValueError(f"{asked}, but the policy has no lock file with calibrated margins")
         if self.model is None or self.space is None:
@@ -312,7 +318,11 @@ class BoundRules:
                 f"{asked}, but the lock file has none for model {self.model.name} "
                 f"({self.model.sha256[:12]}) on {self.space} latents"
             )
-        return found.margin(rate, noise_level, asked)
+        return found
+
+    def _asked(self, k: int) -> str:
+        rule = self.rules.concepts[k]
+        return f"concept '{rule.id}' asks for a false-positive rate of {rule.threshold.value:g}"
 
     def limit(self, k: int, noise_level: float = 0.0) -> float:
         """The margin from which on concept k matches, whatever its threshold's kind.

@@ -194,13 +194,17 @@ def _bound(artefact: Artefact) -> BoundRules:
         rules = Rules.of(metadata["policy"])
         if list(metadata["prompts"]) != list(rules.prompts):
             raise ValueError("its prompts are not those of the policy")
-        return rules.bind(
+        bound = rules.bind(
             _model(metadata),
             metadata["space"],
             metadata["logit_scale"],
             covered=metadata["covered"],
             seen=metadata["seen"],
         )
+        for k, rule in enumerate(rules.concepts):
+            if rule.threshold.kind == "fpr" and bound.covered[k]:
+                bound.calibration(k)  # without any, no image could ever be judged
+        return bound
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ModelError(f"{artefact.path}: does not fit its policy: {kind}{error}") from error

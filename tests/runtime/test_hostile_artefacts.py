@@ -336,6 +336,7 @@ def test_a_scale_beyond_all_numbers(refused: Callable[[bytes], str], data: bytes
         lambda policy: policy["concepts"][0].update(noise_window=["nan", None]),
         lambda policy: policy.update(lock=locked("nan")),
         lambda policy: policy.update(lock=locked("inf")),
+        lambda policy: policy["concepts"][0]["threshold"].update(kind="fpr", value=0.01),
         lambda policy: policy.update(schema_version=2),
         lambda policy: policy.update(concepts=[None] * len(policy["concepts"])),
     ],
