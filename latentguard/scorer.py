@@ -270,7 +270,7 @@ class _Alone:
         try:
             return Heatmaps(self.scorer._heatmaps(features))
         except Exception as error:  # they are an addition: the verdicts stand without them
-            return Heatmaps(problem=str(error) or type(error).__name__)
+            return Heatmaps.failed(error)
 
 
 def _encoder(

@@ -146,7 +146,13 @@ def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
         await asyncio.wait([warming])
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(title="latentguard", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="latentguard",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect has no decision, and goes where the Host header says
+    )
     app.state.service = service
 
     @app.post("/v1/verdicts")

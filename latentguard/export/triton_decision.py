@@ -60,7 +60,7 @@ class TritonPythonModel:
         # Clips in a network can hide a NaN; no image gets its score from one.
         finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
         probability, margin = (
-            np.where(finite[:, None], scores, np.nan).astype(scores.dtype)
+            np.where(finite[:, None], scores, np.nan).astype(np.float32)
             for scores in (probability, margin)
         )
         verdicts = decide(probability, margin, best, self._bound)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
 from latentguard.errors import ModelError
-from latentguard.judge.protocol import Judge, Judged
+from latentguard.judge.protocol import Heatmaps, Judge, Judged
 from latentguard.judge.rules import BoundRules
 from latentguard.judge.verdict import Verdict
 
@@ -59,21 +59,21 @@ class CascadeJudge(Generic[Batch]):
         by_first = self.first.judge(latents, noise_level, final)
         unsure = [i for i, verdict in enumerate(by_first.verdicts) if not self.is_sure(verdict)]
         verdicts = [self._named(verdict) for verdict in by_first.verdicts]
-        second = None
+        maps: Heatmaps | None = None
+        better: Sequence[Verdict] | None = None
         if heatmaps:
-            second = self.second.judge(latents, noise_level, final, heatmaps=True)
-            for i in unsure:
-                verdicts[i] = second.verdicts[i]
-        elif unsure:
-            some = self.second.judge(self._pick(latents, unsure), noise_level, final)
-            for i, verdict in zip(unsure, some.verdicts, strict=True):
-                verdicts[i] = verdict
+            try:
+                every = self.second.judge(latents, noise_level, final, heatmaps=True)
+                maps, better = every.heatmaps, [every.verdicts[i] for i in unsure]
+            # The second model reads the others for its maps alone.
+            except Exception as error:
+                maps = Heatmaps.failed(error)
+        if unsure and better is None:
+            better = self.second.judge(self._pick(latents, unsure), noise_level, final).verdicts
+        for i, verdict in zip(unsure, better or (), strict=True):
+            verdicts[i] = verdict
         asked = set(unsure)
-        return Judged(
-            verdicts,
-            None if second is None else second.heatmaps,
-            tuple(i in asked for i in range(len(verdicts))),
-        )
+        return Judged(verdicts, maps, tuple(i in asked for i in range(len(verdicts))))
 
     def _named(self, verdict: Verdict) -> Verdict:
         model = self.first.bound.model

@@ -27,6 +27,11 @@ class Heatmaps:
     margins: NDArray[np.float32] | None = None
     problem: str | None = None
 
+    @classmethod
+    def failed(cls, error: Exception) -> Heatmaps:
+        """None, and why."""
+        return cls(problem=" ".join(str(error).split()) or type(error).__name__)
+
 
 @dataclass(frozen=True)
 class Judged:

@@ -73,7 +73,12 @@ class Rule:
             raise ValueError(f"concept '{name}' has no known action: {action}")
         if severity not in SEVERITIES:
             raise ValueError(f"concept '{name}' has no known severity: {severity}")
+        if not concept["prompts"]:
+            raise ValueError(f"concept '{name}' has no prompts")
         low, high = concept["noise_window"]
+        window = float(low), math.inf if high is None else float(high)
+        if math.isnan(window[0]) or math.isnan(window[1]):
+            raise ValueError(f"concept '{name}' has no readable noise window: {low} to {high}")
         steer = concept.get("steer")
         return cls(
             id=name,
@@ -83,7 +88,7 @@ class Rule:
             severity=severity,
             prompts=tuple(str(prompt) for prompt in concept["prompts"]),
             threshold=Threshold(kind, value),
-            noise_window=(float(low), math.inf if high is None else float(high)),
+            noise_window=window,
             steer=None if steer is None else Steer(float(steer["strength"]), steer["iterations"]),
         )
 
@@ -294,9 +299,15 @@ class BoundRules:
 
         Raises ValueError where it was not calibrated.
         """
-        rule = self.rules.concepts[k]
-        rate = rule.threshold.value
-        asked = f"concept '{rule.id}' asks for a false-positive rate of {rate:g}"
+        rate = self.rules.concepts[k].threshold.value
+        return self.calibration(k).margin(rate, noise_level, self._asked(k))
+
+    def calibration(self, k: int) -> Calibrated:
+        """The margins of concept k for this model, at every calibrated noise level.
+
+        Raises ValueError where there are none.
+        """
+        rule, asked = self.rules.concepts[k], self._asked(k)
         if self.rules.locked is None:
             raise ValueError(f"{asked}, but the policy has no lock file with calibrated margins")
         if self.model is None or self.space is None:
@@ -307,7 +318,11 @@ class BoundRules:
                 f"{asked}, but the lock file has none for model {self.model.name} "
                 f"({self.model.sha256[:12]}) on {self.space} latents"
             )
-        return found.margin(rate, noise_level, asked)
+        return found
+
+    def _asked(self, k: int) -> str:
+        rule = self.rules.concepts[k]
+        return f"concept '{rule.id}' asks for a false-positive rate of {rule.threshold.value:g}"
 
     def limit(self, k: int, noise_level: float = 0.0) -> float:
         """The margin from which on concept k matches, whatever its threshold's kind.
@@ -342,5 +357,7 @@ def _locked(entries: Iterable[Mapping[str, Any]]) -> dict[_Key, Calibrated]:
     for entry in entries:
         key = (entry["model"], entry["model_sha256"], entry["space"], entry["concept"])
         margins = {float(item["fpr"]): float(item["margin"]) for item in entry["margins"]}
+        if not all(map(math.isfinite, margins.values())):
+            raise ValueError(f"the lock of concept '{key[-1]}' holds a margin that is not finite")
         levels.setdefault(key, {})[float(entry["noise_level"])] = margins
     return {key: Calibrated(tuple(sorted(found.items()))) for key, found in levels.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import os
 import re
 import stat
@@ -251,7 +252,7 @@ def _check_values(path: Path, found: dict[str, Any]) -> None:
         "space": space is not None,
         "channels": space is not None and found["channels"] == space.channels,
         "packed_patch": space is not None and found["packed_patch"] == space.packed_patch,
-        "logit_scale": found["logit_scale"] > 0,
+        "logit_scale": 0 < found["logit_scale"] < math.inf,
         "height and width": sides == (None, None)
         or all(type(side) is int and side > 0 for side in sides),
         "model": all(type(found["model"].get(key)) is str for key in ("name", "sha256")),

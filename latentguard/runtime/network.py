@@ -60,14 +60,27 @@ class Network:
         heatmaps: bool = False,
     ) -> Judged:
         """Verdicts on [B, C, H, W]; heat maps from the same run. Raises as `outputs` does."""
-        with_maps = heatmaps and self.has_heatmaps
-        outputs = self.outputs(latents, with_maps)
-        verdicts = self._decide(outputs, noise_level, final)
         if not heatmaps:
-            return Judged(verdicts)
-        if not with_maps:
+            return Judged(self._decide(self.outputs(latents), noise_level, final))
+        if not self.has_heatmaps:
+            verdicts = self._decide(self.outputs(latents), noise_level, final)
             return Judged(verdicts, Heatmaps(problem=self.no_heatmaps))
-        return Judged(verdicts, Heatmaps(outputs[HEATMAP].astype(np.float32, copy=False)))
+        try:
+            outputs = self.outputs(latents, heatmaps=True)
+            maps = Heatmaps(self._maps(outputs))
+        except Exception as error:  # they are an addition: the verdicts do not need them
+            outputs, maps = self.outputs(latents), Heatmaps.failed(error)
+        return Judged(self._decide(outputs, noise_level, final), maps)
+
+    def _maps(self, outputs: Outputs) -> NDArray[np.float32]:
+        """The heat maps [B, K, h, w]. Raises ValueError where they are not of that shape."""
+        maps, scores = outputs[HEATMAP], outputs["margin"]
+        if maps.ndim != 4 or maps.shape[:2] != scores.shape:
+            raise ValueError(
+                f"{self.path.name} gives heat maps {list(maps.shape)} for scores "
+                f"{list(scores.shape)}, they must be [images, concepts, height, width]"
+            )
+        return maps.astype(np.float32, copy=False)
 
     @property
     def no_heatmaps(self) -> str:
@@ -181,13 +194,17 @@ def _bound(artefact: Artefact) -> BoundRules:
         rules = Rules.of(metadata["policy"])
         if list(metadata["prompts"]) != list(rules.prompts):
             raise ValueError("its prompts are not those of the policy")
-        return rules.bind(
+        bound = rules.bind(
             _model(metadata),
             metadata["space"],
             metadata["logit_scale"],
             covered=metadata["covered"],
             seen=metadata["seen"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+        for k, rule in enumerate(rules.concepts):
+            if rule.threshold.kind == "fpr" and bound.covered[k]:
+                bound.calibration(k)  # without any, no image could ever be judged
+        return bound
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ModelError(f"{artefact.path}: does not fit its policy: {kind}{error}") from error

@@ -28,7 +28,7 @@ from latentguard.runtime.names import HEATMAP
 from latentguard.runtime.network import Network
 from latentguard.runtime.session import Provider
 from latentguard.spaces import LatentSpace
-from latentguard.spaces.arrays import LatentArray, unpack, widened
+from latentguard.spaces.arrays import LatentArray, check_unmasked, unpack, widened
 
 logger = logging.getLogger("latentguard.runtime")
 logger.addHandler(logging.NullHandler())
@@ -244,6 +244,7 @@ class Guard:
         """[B, C, H, W] float32, contiguous. Raises LatentsError, naming what would be right."""
         if isinstance(latents, LatentArray):
             latents = self._converted(latents)
+        check_unmasked(latents)
         try:
             array = np.asarray(latents)
         except Exception as error:  # ragged lists, tensors on a GPU, objects that are no arrays

@@ -183,6 +183,11 @@ class OnnxJudges(Judges):
                 f"no other: give it '{given.name}' ({given.sha256[:12]}) with "
                 "`latentguard export swap`"
             )
+        if Rules.of(given.plain()) != self.rules:
+            raise PolicyError(
+                f"{path} names policy '{own.name}' ({own.sha256[:12]}), and its concepts or "
+                "thresholds are not those of that policy: export it anew, and pin it by --sha256"
+            )
 
 
 def _judging(guard: Guard) -> Callable[[LatentArray, bool], Judged]:

@@ -31,7 +31,8 @@ class LatentArray:
     space, scaled: as in `Latents`.
     ids: one name per image, or None.
 
-    Raises LatentsError where the array is not floating, is empty, or is not of the space's shape.
+    Raises LatentsError where the array is not floating, is empty, has masked numbers, or is not of
+    the space's shape.
     """
 
     array: NDArray[Any]
@@ -42,6 +43,12 @@ class LatentArray:
     def __post_init__(self) -> None:
         if self.array.dtype not in _FLOATS:
             raise LatentsError(f"latents must be floating point, got {self.array.dtype}")
+        check_unmasked(self.array)
+        if not isinstance(self.scaled, bool):
+            raise LatentsError(
+                f"scaled must be True (as the model denoises) or False (as the VAE encodes), got "
+                f"{self.scaled!r}"
+            )
         if self.array.size == 0:
             raise LatentsError(f"latents must not be empty, got shape {list(self.array.shape)}")
         self.space.size(self.array.shape, "spatial", None, None)
@@ -116,6 +123,15 @@ def _exact(array: NDArray[Any]) -> NDArray[Any]:
     """Half precision as float32, in which conversions are computed."""
     wide = widened(array)
     return wide.astype(np.promote_types(wide.dtype, np.float32), copy=False)
+
+
+def check_unmasked(array: Any) -> None:
+    """LatentsError for a masked array: what lies under a mask is not what its owner sees."""
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise LatentsError(
+            "latents must have all of their numbers, this array masks some: give array.filled(...) "
+            "with the numbers that are decoded"
+        )
 
 
 def native(array: NDArray[Any]) -> NDArray[Any]:

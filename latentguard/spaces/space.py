@@ -192,6 +192,10 @@ class LatentSpace:
                     "packed latents do not carry their size: give height and width in latent "
                     f"cells (pixels / {self.factor})"
                 )
+            if not (hasattr(height, "__index__") and hasattr(width, "__index__")):
+                raise LatentsError(
+                    f"height and width must be whole numbers, got {height!r} and {width!r}"
+                )
             self.check_packed(shape, height, width)
             return height, width
         if len(shape) != 4 or shape[1] != self.channels:

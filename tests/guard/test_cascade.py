@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from guard_helpers import ALWAYS, LinearEncoder, policy
 
@@ -11,6 +12,7 @@ from latentguard import Latents, Scorer, load_encoder, load_policy
 from latentguard.errors import ModelError, PolicyError
 from latentguard.evaluate.calibrate import entries, measure, merge
 from latentguard.files import load_latents
+from latentguard.judge import CascadeJudge, Heatmaps, Judged, ModelId, Rules, decide
 from latentguard.policy import Policy, write_lock
 from latentguard.policy.lock import lock_path
 
@@ -62,6 +64,29 @@ def test_what_the_first_cannot_judge_goes_to_the_second(latents: Latents) -> Non
     verdicts = Scorer(cascade(0.0), LinearEncoder("flux2", 32)).verdicts(broken)
     assert verdicts[0].decision == "block"
     assert "not finite" in (verdicts[0].error or "")
+
+
+@pytest.mark.parametrize("asked", [[], [1]])
+def test_a_second_model_that_fails_on_the_others_costs_heat_maps_alone(asked: list[int]) -> None:
+    class One:
+        def __init__(self, limit: int) -> None:
+            rules = Rules.of(policy(0.5).plain())
+            self.bound, self.limit = rules.bind(ModelId("one", "0" * 64), "flux2", 10.0), limit
+
+        def judge(
+            self, images: list[int], level: float = 0, final: bool = True, heatmaps: bool = False
+        ) -> Judged:
+            if len(images) > self.limit:
+                raise RuntimeError("out of memory")
+            margin = [[0.05 if image in asked else 0.9] for image in images]
+            found = decide(np.full_like(margin, 0.9), margin, [[0]] * len(images), self.bound)
+            return Judged(found, Heatmaps(np.zeros((len(images), 1, 2, 2), np.float32)))
+
+    both = CascadeJudge(One(3), One(1), 0.1, lambda images, rows: [images[row] for row in rows])
+    found, plain = both.judge([0, 1, 2], heatmaps=True), both.judge([0, 1, 2])
+    assert found.verdicts == plain.verdicts
+    assert found.escalated == plain.escalated == tuple(i in asked for i in range(3))
+    assert found.heatmaps == Heatmaps(problem="out of memory")
 
 
 def test_a_first_model_of_another_space_is_refused() -> None:

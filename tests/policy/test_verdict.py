@@ -578,3 +578,25 @@ def test_needs_numpy_alone() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "concept 'guns' has no prompts"),
+        ({"noise_window": [0, math.nan]}, "concept 'guns' has no readable noise window: 0 to nan"),
+        ({"noise_window": [math.nan, None]}, "concept 'guns' has no readable noise window"),
+    ],
+)
+def test_a_concept_that_would_never_match_is_no_rule(change: dict[str, Any], message: str) -> None:
+    first, *others = PLAIN["concepts"]
+    with pytest.raises(ValueError, match=message):
+        Rules.of(PLAIN | {"concepts": [first | change, *others]})
+
+
+@pytest.mark.parametrize("margin", [math.nan, math.inf, -math.inf])
+def test_a_calibrated_margin_that_is_not_finite_is_no_margin(margin: float) -> None:
+    names = {"model": "m", "model_sha256": "0" * 64, "space": "flux2", "concept": "guns"}
+    entry = names | {"noise_level": 0, "margins": [{"fpr": 0.01, "margin": margin}]}
+    with pytest.raises(ValueError, match="the lock of concept 'guns' holds a margin that is not"):
+        Rules.of(PLAIN | {"lock": {"entries": [entry]}})

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as npst
 
 from latentguard.errors import LatentsError, ModelError
 from latentguard.runtime import Guard
+from latentguard.spaces import LatentArray, LatentSpace
 
 QUICK = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -48,6 +49,7 @@ class NoArray:
         ("latents", "must be floating point"),
         ({}, "must be floating point, got object"),
         (NoArray(), "must be a NumPy array, NoArray is none: not today"),
+        (np.ma.masked_values(np.zeros(ONE, np.float32), 0), "this array masks some"),
     ],
 )
 def test_arrays_that_are_no_latents(guard: Guard, array: Any, message: str) -> None:
@@ -76,6 +78,26 @@ def test_packed_latents_of_another_size(
 ) -> None:
     with pytest.raises(LatentsError, match=message):
         guard.scan(np.zeros(shape, np.float32), height=height, width=width)
+
+
+@pytest.mark.parametrize("sides", [(32.0, 32.0), ("32", "32"), (np.float64(32), 32)])
+def test_sides_that_are_no_whole_numbers(guard: Guard, sides: tuple[Any, Any]) -> None:
+    with pytest.raises(LatentsError, match="height and width must be whole numbers, got"):
+        guard.scan(np.zeros((1, 256, 128), np.float32), height=sides[0], width=sides[1])
+
+
+def test_an_array_that_could_be_masked_and_is_not(guard: Guard, arrays: np.ndarray) -> None:
+    expected = [verdict.to_dict() for verdict in guard.scan(arrays[:2])]
+    found = guard.scan(np.ma.masked_array(arrays[:2]))
+    assert [verdict.to_dict() for verdict in found] == expected
+
+
+def test_latents_that_carry_a_convention_that_is_none(arrays: np.ndarray) -> None:
+    flux2 = LatentSpace.get("flux2")
+    with pytest.raises(LatentsError, match="this array masks some"):
+        LatentArray(np.ma.masked_greater(arrays[:1], 1), flux2, True)
+    with pytest.raises(LatentsError, match=r"scaled must be True .* got 'false'"):
+        LatentArray(arrays[:1], flux2, "false")  # type: ignore[arg-type]
 
 
 def test_an_image_over_the_limit(artefact: Any) -> None:

@@ -69,6 +69,12 @@ def edited(data: bytes) -> Callable[[Edit], bytes]:
     return edit
 
 
+def locked(margin: Any) -> dict[str, Any]:
+    """A lock with one calibrated margin."""
+    names = {"model": "nano-flux2", "model_sha256": "0" * 64, "space": "flux2", "concept": "guns"}
+    return {"entries": [names | {"noise_level": 0, "margins": [{"fpr": 0.01, "margin": margin}]}]}
+
+
 def initializer(model: onnx.ModelProto, name: str) -> TensorProto:
     found: TensorProto = next(t for t in model.graph.initializer if t.name == name)
     return found
@@ -305,6 +311,19 @@ def test_metadata_that_are_no_mapping(
     assert "its metadata must be a mapping" in text or "is no readable .onnx file" in text
 
 
+def test_a_scale_beyond_all_numbers(refused: Callable[[bytes], str], data: bytes) -> None:
+    from latentguard.runtime.artefact import inner_digest
+
+    model = onnx.load_from_string(data)
+    entry = next(e for e in model.metadata_props if e.key == METADATA)
+    scale = json.loads(entry.value)["logit_scale"]
+    entry.value = entry.value.replace(f'"logit_scale": {scale}', '"logit_scale": 1e999')
+    assert "1e999" in entry.value
+    stamp = next(e for e in model.metadata_props if e.key == DIGEST)
+    stamp.value = inner_digest(model.SerializeToString())
+    assert "have no valid logit_scale" in refused(model.SerializeToString())
+
+
 @pytest.mark.parametrize("on_error", ["block", "allow"])
 @pytest.mark.parametrize(
     "damage",
@@ -313,6 +332,11 @@ def test_metadata_that_are_no_mapping(
         lambda policy: policy["concepts"][0]["threshold"].update(kind="maybe"),
         lambda policy: policy["concepts"][0].update(action="shrug"),
         lambda policy: policy["concepts"][0].update(prompts=["one more"] * 40),
+        lambda policy: policy["concepts"][0]["threshold"].update(value=10**400),
+        lambda policy: policy["concepts"][0].update(noise_window=["nan", None]),
+        lambda policy: policy.update(lock=locked("nan")),
+        lambda policy: policy.update(lock=locked("inf")),
+        lambda policy: policy["concepts"][0]["threshold"].update(kind="fpr", value=0.01),
         lambda policy: policy.update(schema_version=2),
         lambda policy: policy.update(concepts=[None] * len(policy["concepts"])),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from latentguard.files import read_arrays
 from latentguard.judge import Verdict
 from latentguard.runtime import Batching, Guard
 from latentguard.runtime import network as network_module
+from latentguard.runtime.batching import Outputs
 from latentguard.runtime.network import Network
 from latentguard.spaces import SPACES, LatentArray, Latents, LatentSpace
 
@@ -165,6 +167,33 @@ def test_scores_embeddings_and_heat_maps(
     heats = guard.heatmaps(arrays[:4])
     assert heats.shape[:2] == (4, len(guard.policy["concepts"]))
     assert np.abs(heats - scorer.heatmaps(latents[:4])).max() < MARGIN
+
+
+def test_heat_maps_that_fail_cost_no_verdict(
+    artefact: Path, arrays: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = Guard(artefact, threads=1)
+    expected = guard.judge(arrays, heatmaps=True)
+    assert expected.heatmaps is not None
+    assert expected.heatmaps.margins is not None
+    run = Network._run_for
+
+    def fails(self: Network, array: np.ndarray, names: Sequence[str]) -> Outputs:
+        if "heatmap" in names:
+            raise MemoryError("no room for heat maps")
+        return run(self, array, names)
+
+    def of_another_shape(self: Network, array: np.ndarray, names: Sequence[str]) -> Outputs:
+        outputs = run(self, array, names)
+        return outputs | {name: outputs[name][:, :2] for name in names if name == "heatmap"}
+
+    for broken, message in ((fails, "no room for heat maps"), (of_another_shape, "must be")):
+        monkeypatch.setattr(Network, "_run_for", broken)
+        found = guard.judge(arrays, heatmaps=True)
+        same(list(found.verdicts), list(expected.verdicts))
+        assert found.heatmaps is not None
+        assert found.heatmaps.margins is None
+        assert message in str(found.heatmaps.problem)
 
 
 def test_an_array_larger_than_a_run(

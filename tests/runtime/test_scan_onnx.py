@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from runtime_helpers import ROOT, command_without_torch
 
 from latentguard import cli
 from latentguard.errors import LatentsError, ModelError, PolicyError
+from latentguard.export.metadata import write_metadata
 from latentguard.files import save_latents
 from latentguard.policy import load_policy
+from latentguard.runtime.artefact import METADATA
 from latentguard.runtime.network import Network
 from latentguard.scan import Scan, ScanRecord, Summary
 from latentguard.scan.judges import _providers
@@ -215,6 +218,20 @@ def test_the_pin(artefact: Path, with_torch: Any) -> None:
     scan = ("scan", "--runtime", "onnx", "--model", artefact, EXAMPLES, "--format", "json")
     assert with_torch(*scan, "--sha256", digest)[0] == 1
     assert with_torch(*scan, "--sha256", digest[::-1]) == (2, "")
+
+
+def test_a_file_that_names_a_policy_and_judges_by_other_thresholds(
+    artefact: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(artefact)
+    metadata = json.loads(next(e.value for e in model.metadata_props if e.key == METADATA))
+    for concept in metadata["policy"]["concepts"]:
+        concept["threshold"]["value"] = 0.999
+    path = tmp_path / "mild.onnx"
+    path.write_bytes(write_metadata(model, metadata))
+    with pytest.raises(PolicyError, match=r"names policy 'family' .* are not those of that policy"):
+        Scan(EXAMPLES, "family", path, runtime="onnx")
+    assert Scan(EXAMPLES, "family", artefact, runtime="onnx").policy_id.name == "family"
 
 
 def test_another_policy_is_named_with_the_way_to_it(artefact: Path) -> None:

@@ -179,6 +179,12 @@ def test_other_paths_and_methods_block_too(client: TestClient) -> None:
     refused(client.post("/v1/nothing"), 404)
 
 
+def test_no_answer_is_a_redirect(client: TestClient) -> None:
+    for path in (f"{VERDICTS}/", "/readyz/"):
+        elsewhere = {"host": "elsewhere.example"}
+        refused(client.post(path, headers=elsewhere, follow_redirects=False), 404)
+
+
 def test_a_fault_of_the_service_blocks(
     guard_file: Path, latents: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:

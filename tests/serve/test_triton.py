@@ -133,6 +133,27 @@ def test_verdicts_are_those_of_the_runtime(
         np.testing.assert_array_equal(answer[name], scores[name])
 
 
+def test_scores_of_integers_cannot_hide_that_an_image_is_not_finite(
+    repository: Path, latents: Array
+) -> None:
+    known = json.loads((repository / "latentguard_decision/1/rules.json").read_text())
+    concepts = known["policy"]["concepts"]
+    scores = np.zeros((1, len(concepts)), np.uint8)
+    begins = np.cumsum([0, *(len(concept["prompts"]) for concept in concepts[:-1])])[None]
+    found = run_python(
+        repository / "latentguard_decision" / "1",
+        {
+            "latents": latents[:1] * np.float32(np.nan),
+            "probability": scores,
+            "margin": scores,
+            "best_prompt": begins,
+        },
+        ["decision", "verdict", "probability", "margin"],
+    )
+    assert found["decision"].tolist() == [[b"block"]]
+    assert np.isnan(found["probability"]).all()
+
+
 def test_an_image_that_is_not_finite_is_blocked_and_the_others_are_judged(
     repository: Path, guard_file: Path, latents: Array
 ) -> None:
