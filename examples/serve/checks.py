@@ -97,6 +97,7 @@ def read_latents(data: bytes, asked: Mapping[str, Any], guard: Guard, limits: Li
         claims = Claims.parse(asked)
         opener = open_npy if data.startswith(b"\x93NUMPY") else open_safetensors
         payload = opener(stream, len(data), claims)
+        payload.beside.check()
         _check_convention(payload.claims, guard)
         images = []
         for image in itertools.islice(payload.images(), limits.max_images + 1):

@@ -58,6 +58,14 @@ def test_npy_with_the_querys_convention(guard: Guard, dtype: str) -> None:
     assert (found.height, found.width) == (None, None)
 
 
+def test_a_second_tensor_of_latents_is_refused(guard: Guard) -> None:
+    size = LATENTS.nbytes
+    one = {"dtype": "F32", "shape": list(LATENTS.shape), "data_offsets": [0, size]}
+    header = {"latents": one, "other": {**one, "data_offsets": [size, 2 * size]}}
+    with pytest.raises(Refused, match="other"):
+        read_latents(safetensors(header, 2 * LATENTS.tobytes()), SAID, guard, Limits())
+
+
 def test_safetensors_with_its_own(guard: Guard) -> None:
     data = tensor(LATENTS, "F32", space="flux2", scaled="true")
     np.testing.assert_array_equal(read_latents(data, {}, guard, Limits()).latents, LATENTS)
