@@ -121,8 +121,8 @@ class Outermost:
             )
         if self._missed:
             raise LatentsError(
-                f"{type(self.pipe).__name__} called its parent class without the guard too, so what "
-                "it returned may be what nobody judged, and it is withheld: hand "
+                f"{type(self.pipe).__name__} called its parent class without the guard too, so "
+                "what it returned may be what nobody judged, and it is withheld: hand "
                 "callback_on_step_end on to each call, or attach the guard"
             )
         return self._judging.finish_again(output, self._touched, self._stepped)
