@@ -16,8 +16,8 @@ from latentguard.guard.record import StepRecord
 from latentguard.guard.sessions import Session
 from latentguard.judge import SCHEMA_VERSION
 
-_WRITING = 0.01
-"""Seconds after which a line that another process is just writing has its end."""
+_PATIENCE = 10.0
+"""Seconds for which a log may be held by another process."""
 
 
 class AuditLog:
@@ -111,7 +111,8 @@ class AuditLog:
         with self._lock:
             file = self._open()
             try:
-                if self._torn(file):  # half a line may not take the next one with it
+                self._wait_for_others(file)
+                if not self._ends_whole(file):  # half a line may not take the next one with it
                     data = b"\n" + data
                 written = os.write(file, data)
                 if written != len(data):
@@ -121,12 +122,23 @@ class AuditLog:
             finally:
                 os.close(file)
 
-    def _torn(self, file: int) -> bool:
-        """Whether half a line stands at the end of the open log, left by any process."""
-        if self._ends_whole(file):
-            return False
-        time.sleep(_WRITING)
-        return not self._ends_whole(file)
+    def _wait_for_others(self, file: int) -> None:
+        """Lock the log until it is closed, so that no line of another process is seen half written.
+
+        Raises OSError where somebody holds it for longer than `_PATIENCE`.
+        """
+        if fcntl is None:
+            return None
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise OSError(
+                        f"{self.path}: another process has held the audit log for {_PATIENCE:g} s"
+                    ) from error
+                time.sleep(0.001)
 
     def _ends_whole(self, file: int) -> bool:
         status = os.fstat(file)

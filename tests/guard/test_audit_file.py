@@ -36,3 +36,18 @@ def test_a_new_audit_log_is_its_owners(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "audit.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_that_somebody_holds_ends_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="locks need a POSIX system")
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    monkeypatch.setattr("latentguard.guard.audit._PATIENCE", 0.05)
+    with path.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match=r"audit\.jsonl: another process has held the audit log"):
+            log._append(b"{}\n")
+    log._append(b"{}\n")
+    assert path.read_bytes() == b"{}\n"
