@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import sys
 import threading
 import time
 from datetime import UTC, datetime
@@ -127,12 +128,15 @@ class AuditLog:
 
         Raises OSError where somebody holds it for longer than `_PATIENCE`.
         """
-        if fcntl is None:
-            return None
+        if sys.platform == "win32":  # only threads of one process are kept apart there
+            return
+        import fcntl
+
         until = time.monotonic() + _PATIENCE
         while True:
             try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except BlockingIOError as error:
                 if time.monotonic() > until:
                     raise OSError(
