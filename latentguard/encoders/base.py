@@ -108,8 +108,11 @@ class EncoderBase:
         return self.merge > 0
 
     def tokens_left(self, height: int, width: int) -> tuple[int, int]:
-        """Patch tokens of latents of a size in cells, and how many are left in the last block."""
-        raise NotImplementedError(f"{type(self).__name__} merges no tokens")
+        """Patch tokens of latents of a size in cells, and how many are left in the last block.
+
+        Raises ModelError where an encoder merges none.
+        """
+        raise ModelError(f"{type(self).__name__} merges no tokens")
 
     @contextmanager
     def published(self) -> Iterator[None]:

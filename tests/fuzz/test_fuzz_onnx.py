@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="the official parser is in the onnx extra")
+onnx = pytest.importorskip("onnx", reason="the official parser is in the export extra")
 
 from google.protobuf.message import DecodeError  # noqa: E402
 
