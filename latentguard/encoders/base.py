@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
+from latentguard.errors import ModelError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
