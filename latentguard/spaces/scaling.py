@@ -121,12 +121,17 @@ def _mapped(
 ) -> Any:
     scale, shift = space.scale, space.shift
     if scale is None or shift is None:
-        raise LatentsError(
-            f"space {space.name}: {wanted} latents need the batch-norm statistics of the "
-            f"pipeline's VAE: give space=LatentSpace.get('{space.name}').with_batch_norm("
-            "*BatchNorm.from_vae(pipe.vae))"
-        )
+        raise LatentsError(_missing_statistics(space, wanted))
     shape = tuple(numbers.shape)
+    if len(shape) == 5 and space.temporal_factor > 1:
+        if shape[1:3] != (space.channels, 1):
+            raise LatentsError(
+                f"space {space.name}: latents with an axis of frames must be [B, {space.channels}, "
+                f"1, H, W], got {list(shape)}"
+            )
+        return _mapped(numbers.reshape(shape[:2] + shape[3:]), space, wanted, formula).reshape(
+            shape
+        )
     if len(shape) < 3 or shape[-3] != space.channels:
         raise LatentsError(
             f"space {space.name}: latents must be [B, {space.channels}, H, W], got {list(shape)}"
@@ -148,6 +153,20 @@ def _mapped(
         for value in (scale, shift)
     ]
     return formula(blocks, *factors).reshape(shape)
+
+
+def _missing_statistics(space: LatentSpace, wanted: str) -> str:
+    if space.statistics_of_vae == "mean_std":
+        return (
+            f"space {space.name}: {wanted} latents need the statistics of the pipeline's VAE: give "
+            f"space=LatentSpace.get('{space.name}').with_mean_std(vae.latents_mean, "
+            "vae.latents_std)"
+        )
+    return (
+        f"space {space.name}: {wanted} latents need the batch-norm statistics of the "
+        f"pipeline's VAE: give space=LatentSpace.get('{space.name}').with_batch_norm("
+        "*BatchNorm.from_vae(pipe.vae))"
+    )
 
 
 def _constant(value: Factors, like: Any, shape: tuple[int, ...]) -> Any:
