@@ -154,8 +154,8 @@ def test_other_spaces_and_shapes_are_refused(encoder: LatentCLIP) -> None:
         encoder.encode_latents(Latents(torch.randn(1, 4, 64, 64), "sd1", scaled=False))
     with pytest.raises(LatentsError, match=r"shape \[B, 4, H, W\], got \[1, 16, 64, 64\]"):
         encoder.features(torch.randn(1, 16, 64, 64))
+    one = torch.ones(1)
     with pytest.raises(LatentsError, match="predicted noise must have the shape"):
-        one = torch.ones(1)
         encoder.features(torch.randn(1, 4, 64, 64), torch.randn(1, 4, 32, 64), one, one)
 
 
