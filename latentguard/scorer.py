@@ -233,7 +233,7 @@ class Scorer:
             raise LatentsError(
                 f"model {encoder.name} reads {encoder.space} latents, got {latents.space.name}"
             )
-        converted = latents.spatial().standard(encoder.needs_scaled)
+        converted = latents.to_spatial().to_standard(encoder.needs_scaled)
         return converted.tensor.to(encoder.device, encoder.dtype)
 
     def _head(self) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:

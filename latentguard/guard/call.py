@@ -427,7 +427,7 @@ class Call:
         judged = self._judged
         if judged is None:
             return False
-        forms = (judged.tensor, judged.spatial().tensor)
+        forms = (judged.tensor, judged.to_spatial().tensor)
         if any(equal(form.to(tensor.device, tensor.dtype), tensor) for form in forms):
             return True
         rows = None if tensor.ndim != 4 else self._rows_of(tensor)

@@ -293,7 +293,7 @@ def _noise(pipe: Any, space: LatentSpace, size: tuple[int, int], count: int, see
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
     noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     if space.packed_patch > 1:
-        noise = space.pack(noise)
+        noise = space.to_packed(noise)
         if space.name == "flux2":
             noise = noise.transpose(1, 2).reshape(count, -1, height // 2, width // 2)
     return noise.to(denoiser.dtype)

@@ -104,7 +104,7 @@ class TorchJudges(Judges):
         scorer = Scorer(self._policy, model, space=space, device=self._device)
 
         def judge(latents: LatentArray, heatmaps: bool) -> Judged:
-            return scorer.judge(latents.torch(), heatmaps=heatmaps)
+            return scorer.judge(latents.to_torch(), heatmaps=heatmaps)
 
         notes = str(getattr(scorer.encoder, "notes", "") or "")
         info = _info(scorer.bound, notes, scorer.bank.unseen_contrast)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from latentguard.deprecated import Former
 from latentguard.errors import LatentsError
 from latentguard.spaces import scaling
 from latentguard.spaces.vae_config import space_from_vae_config
@@ -165,16 +166,18 @@ class LatentSpace:
 
     # -- spatial <-> packed ------------------------------------------------------------------
 
-    def pack(self, spatial: Tensor) -> Tensor:
+    def to_packed(self, spatial: Tensor) -> Tensor:
         """[B, C, H, W] -> tokens [B, H/2 * W/2, C * 4], row-major, channel c*4 + dy*2 + dx."""
         return self.patchify(spatial).flatten(2).transpose(1, 2)
 
-    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+    def to_spatial(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Tokens [B, N, C * 4] -> [B, C, height, width]; height and width in latent cells."""
         self.check_packed(tuple(tokens.shape), height, width)
         rows, columns = height // self.packed_patch, width // self.packed_patch
         grid = tokens.transpose(1, 2).reshape(-1, self.packed_channels, rows, columns)
         return self.unpatchify(grid)
+
+    pack, unpack = Former("to_packed"), Former("to_spatial")
 
     def size(
         self, shape: Sequence[int], layout: str, height: int | None, width: int | None
