@@ -75,7 +75,7 @@ class Scorer:
         device: torch.device | str | None = None,
     ) -> None:
         self.policy = load_policy(policy)
-        self.rules = Rules.of(self.policy.plain())
+        self.rules = Rules.of(self.policy.to_dict())
         """The policy as the judge reads it."""
         if model == "auto" and self.policy.model is not None:
             model = self.policy.model

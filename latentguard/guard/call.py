@@ -463,7 +463,7 @@ class Call:
         else:
             latents = read(tensor, self._space, self._size)
             height, width = (
-                side * latents.space.factor for side in (latents.height, latents.width)
+                side * latents.space.vae_scale_factor for side in (latents.height, latents.width)
             )
             images = outputs.blanks(len(latents), height, width, form)
         if images is None:

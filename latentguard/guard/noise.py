@@ -285,7 +285,7 @@ def _count(prompt: str | list[str] | None, call: Mapping[str, Any]) -> int:
 def _noise(pipe: Any, space: LatentSpace, size: tuple[int, int], count: int, seed: int) -> Tensor:
     """Noise in the form that the pipeline's `latents` takes."""
     device = pipe._execution_device
-    height, width = (side // space.factor for side in size)
+    height, width = (side // space.vae_scale_factor for side in size)
     if space.packed_patch > 1:
         height, width = height - height % 2, width - width % 2
     generator = torch.Generator(device).manual_seed(seed)

@@ -82,7 +82,7 @@ class TorchJudges(Judges):
         space: str | LatentSpace | None,
     ) -> None:
         loaded = load_policy(policy)
-        super().__init__(Rules.of(loaded.plain()))
+        super().__init__(Rules.of(loaded.to_dict()))
         self._policy, self._device = loaded, device
         _check_device(device)
         self._judges: dict[str, SpaceJudge | str] = {}
@@ -183,7 +183,7 @@ class OnnxJudges(Judges):
                 f"no other: give it '{given.name}' ({given.sha256[:12]}) with "
                 "`latentguard export swap`"
             )
-        if Rules.of(given.plain()) != self.rules:
+        if Rules.of(given.to_dict()) != self.rules:
             raise PolicyError(
                 f"{path} names policy '{own.name}' ({own.sha256[:12]}), and its concepts or "
                 "thresholds are not those of that policy: export it anew, and pin it by --sha256"

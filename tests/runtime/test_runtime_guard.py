@@ -39,7 +39,7 @@ def test_pytorchs_verdicts(guard: Guard, arrays: np.ndarray, expected: list[Verd
 
 def test_what_a_guard_says_of_itself(guard: Guard, artefact: Path) -> None:
     policy = load_policy("family")
-    assert guard.policy == policy.plain()
+    assert guard.policy == policy.to_dict()
     assert guard.model[0] == "nano-flux2"
     assert (guard.space, guard.scaled) == ("flux2", True)
     assert guard.sha256 == hashlib.sha256(artefact.read_bytes()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from latentguard.deprecated import UNTIL
-from latentguard.spaces import SPACES, LatentArray, Latents
+from latentguard.spaces import SPACES, LatentArray, Latents, LatentSpace
 
 FLUX1 = SPACES["flux1"]
 RAW = torch.randn(1, 16, 4, 6)
@@ -32,6 +33,7 @@ ARRAY = LatentArray(RAW.numpy(), FLUX1, scaled=False)
         (lambda: ARRAY.standard(), lambda: ARRAY.to_standard()),
         (lambda: ARRAY.torch(), lambda: SPATIAL),
         (lambda: FLUX1.pack(RAW), lambda: PACKED.tensor),
+        (lambda: FLUX1.factor, lambda: 8),
         (lambda: FLUX1.unpack(PACKED.tensor, 4, 6), lambda: RAW),
     ],
 )
@@ -40,6 +42,15 @@ def test_former_names(former: Callable[[], Any], present: Callable[[], Any]) -> 
         old = former()
     assert (len(caught), caught[0].filename) == (1, __file__)
     assert np.array_equal(numbers(old), numbers(present()))
+
+
+def test_the_former_keyword_of_the_pixels_of_a_cell() -> None:
+    arguments: dict[str, Any] = {"name": "mine", "channels": 1, "scale": 1.0, "shift": 0.0}
+    arguments |= {"rgb_factors": ((1.0,) * 3,), "rgb_bias": (0.0,) * 3}
+    with pytest.warns(DeprecationWarning, match="argument factor is called vae_scale_factor now"):
+        assert LatentSpace(**arguments, factor=16) == LatentSpace(**arguments, vae_scale_factor=16)
+    with pytest.raises(TypeError, match="give one"):
+        replace(FLUX1, factor=16)  # type: ignore[call-arg]
 
 
 def numbers(found: Any) -> Any:
