@@ -83,7 +83,7 @@ class Scorer:
         device: torch.device | str | None = None,
     ) -> None:
         self.policy = load_policy(policy)
-        self.rules = Rules.of(self.policy.plain())
+        self.rules = Rules.of(self.policy.to_dict())
         """The policy as the judge reads it."""
         if model == "auto" and self.policy.model is not None:
             model = self.policy.model
@@ -246,13 +246,13 @@ class Scorer:
         if space.name != encoder.space:
             raise LatentsError(f"model {encoder.name} reads {encoder.space} latents, got {space}")
         if traits(encoder).unscales:
-            noisy = latents.latents if isinstance(latents, Prediction) else latents.spatial()
+            noisy = latents.latents if isinstance(latents, Prediction) else latents.to_spatial()
             kept = torch.promote_types(noisy.tensor.dtype, encoder.dtype) == encoder.dtype
             needs = encoder.needs_scaled
             affine = noisy.affine(needs)
             if kept and (affine is not None or noisy.is_standard(needs)):
                 return self._parts(latents, noisy, affine)
-        converted = clean(latents).spatial().standard(encoder.needs_scaled)
+        converted = clean(latents).to_spatial().to_standard(encoder.needs_scaled)
         return (converted.tensor.to(encoder.device, encoder.dtype),)
 
     def _parts(

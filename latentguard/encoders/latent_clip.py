@@ -276,8 +276,8 @@ class LatentCLIP(EncoderBase):
                 f"{self.name} reads latents of space {self.space}, got {latents.space.name}"
             )
         wide = torch.promote_types(latents.tensor.dtype, self.dtype)
-        latents = latents.to(self.device, wide).spatial()
-        return latents.standard(self.needs_scaled).tensor
+        latents = latents.to(self.device, wide).to_spatial()
+        return latents.to_standard(self.needs_scaled).tensor
 
     def _adapter(self, height: int, width: int) -> Adapter:
         return ADAPTERS[self.resize](height, width, self.config.grid, self.config.patch)

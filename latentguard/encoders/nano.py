@@ -140,7 +140,7 @@ class NanoEncoder(nn.Module, EncoderBase):
             raise LatentsError(
                 f"model {self.name} reads {self.space} latents, got {latents.space.name}"
             )
-        tensor = latents.spatial().standard().tensor
+        tensor = latents.to_spatial().to_standard().tensor
         return self.features(tensor.to(self.device)).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:

@@ -437,7 +437,7 @@ class Call:
         judged = self._judged
         if judged is None:
             return False
-        forms = (judged.tensor, judged.spatial().tensor)
+        forms = (judged.tensor, judged.to_spatial().tensor)
         if any(equal(form.to(tensor.device, tensor.dtype), tensor) for form in forms):
             return True
         rows = None if tensor.ndim != 4 else self._rows_of(tensor)
@@ -473,7 +473,7 @@ class Call:
         else:
             latents = read(tensor, self._space, self._size)
             height, width = (
-                side * latents.space.factor for side in (latents.height, latents.width)
+                side * latents.space.vae_scale_factor for side in (latents.height, latents.width)
             )
             images = outputs.blanks(len(latents), height, width, form)
         if images is None:
