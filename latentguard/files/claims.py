@@ -215,10 +215,9 @@ def _layout(shape: tuple[int, ...], claims: Claims) -> str:
         )
     size = (claims.height, claims.width)
     # [C, H, W] and packed [B, N, C] have the same rank: the declared size, else the channel count.
-    packed = claims.height is not None and claims.width is not None
-    packed = packed and any(
-        claims.space in (None, space.name)
-        and shape[1] * space.packed_patch**2 == claims.height * claims.width
+    cells = -1 if claims.height is None or claims.width is None else claims.height * claims.width
+    packed = any(
+        claims.space in (None, space.name) and shape[1] * space.packed_patch**2 == cells
         for space in packed_spaces(shape[2])
     )
     channels = {s.channels for s in SPACES.values() if claims.space in (None, s.name)}

@@ -2,7 +2,8 @@
 
 Reading order: data/ (one file a space) -> records.py (what a file says) -> space.py (LatentSpace,
 and which are known) -> vae_config.py (from a pipeline's VAE) -> scaling.py (raw <-> scaled, the one
-place) -> latents.py (a tensor that carries its convention) -> arrays.py (the same as NumPy) ->
+place) -> latents.py (a tensor that carries its convention) -> prediction.py
+(noisy latents and the noise in them) -> arrays.py (the same as NumPy) ->
 tokens.py (whether packed tokens can be of the size that is said) -> preview.py (RGB without a VAE)
 -> statistics.py (the space from statistics). Only functions that touch tensors import torch.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from latentguard.spaces.arrays import LatentArray
 from latentguard.spaces.latents import Latents, Layout
+from latentguard.spaces.prediction import Prediction
 from latentguard.spaces.preview import array_preview, rgb_preview
 from latentguard.spaces.rgb import RGBView
 from latentguard.spaces.space import (
@@ -34,6 +36,7 @@ __all__ = [
     "LatentSpace",
     "Latents",
     "Layout",
+    "Prediction",
     "RGBView",
     "Recognition",
     "all_spaces",

@@ -58,7 +58,7 @@ def array_preview(latents: LatentArray) -> NDArray[np.uint8]:
 
     view = _view(latents.space.standard)
     factors = np.asarray(view.factors, np.float32)
-    numbers = widened(latents.standard(view.scaled).array).astype(np.float32, copy=False)
+    numbers = widened(latents.to_standard(view.scaled).array).astype(np.float32, copy=False)
     rgb = np.einsum("bchw,cr->bhwr", numbers, factors) + np.asarray(view.bias, np.float32)
     pixels = np.clip(np.nan_to_num((rgb + 1) * 127.5), 0, 255).round()
     picture: NDArray[np.uint8] = pixels.astype(np.uint8)
@@ -70,7 +70,7 @@ def linear_rgb(latents: Latents) -> Tensor:
     import torch
 
     view = _view(latents.space.standard)
-    numbers = latents.spatial().standard(view.scaled).tensor.float()
+    numbers = latents.to_spatial().to_standard(view.scaled).tensor.float()
     factors = numbers.new_tensor(view.factors)
     bias = numbers.new_tensor(view.bias)
     return torch.einsum("bchw,cr->brhw", numbers, factors) + bias.view(1, 3, 1, 1)

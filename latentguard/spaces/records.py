@@ -170,7 +170,7 @@ def _record(values: Any, stem: str) -> SpaceRecord:
     sides = f"a number of pixels from 1 to {MAX_FACTOR}"
     fields: dict[str, Any] = {
         "channels": channels,
-        "factor": top.take("factor", _whole(1, MAX_FACTOR), sides),
+        "vae_scale_factor": top.take("factor", _whole(1, MAX_FACTOR), sides),
         "temporal_factor": top.take(
             "temporal_factor", _whole(1, MAX_FACTOR), "a number of frames", 1
         ),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from latentguard import plugins
+from latentguard.deprecated import Former, former_keywords
 from latentguard.errors import LatentsError
 from latentguard.spaces import scaling
 from latentguard.spaces.records import (
@@ -63,6 +64,7 @@ class BatchNorm(NamedTuple):
             ) from error
 
 
+@former_keywords(factor="vae_scale_factor")
 @dataclass(frozen=True)
 class LatentSpace:
     """One latent space: its shape, its two scalings, its packing and its RGB view.
@@ -76,7 +78,7 @@ class LatentSpace:
             space but statistics of a VAE (`statistics_of_vae`).
         rgb_view: the linear RGB view, about [-1, 1] at one pixel per cell, or None. It says whether
             it acts on scaled or raw latents.
-        factor: pixels per latent cell, along both axes of a picture.
+        vae_scale_factor: pixels per latent cell, along both axes of a picture.
         packed_patch: 2 where the pipeline packs 2x2 cells into one token, else 1.
         mean, std: per-channel statistics of raw latents over natural images, or None. Files that do
             not say their space are recognized by them.
@@ -95,13 +97,15 @@ class LatentSpace:
     scale: Factors | None
     shift: Factors | None = 0.0
     rgb_view: RGBView | None = None
-    factor: int = 8
+    vae_scale_factor: int = 8
     packed_patch: int = 1
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     temporal_factor: int = 1
     packed_order: str | None = None
     statistics_of_vae: str | None = None
+
+    factor = Former("vae_scale_factor")
 
     def __post_init__(self) -> None:
         if self.packed_order is None and self.packed_patch != 1:
@@ -122,7 +126,7 @@ class LatentSpace:
             )
         limits = {
             "channels": MAX_CHANNELS,
-            "factor": MAX_FACTOR,
+            "vae_scale_factor": MAX_FACTOR,
             "temporal_factor": MAX_FACTOR,
             "packed_patch": 16,
         }
@@ -158,11 +162,11 @@ class LatentSpace:
             )
 
     def _shape(self) -> tuple[int, ...]:
-        return self.channels, self.factor, self.temporal_factor, self.packed_patch
+        return self.channels, self.vae_scale_factor, self.temporal_factor, self.packed_patch
 
     def _shape_shown(self) -> str:
         return (
-            f"{self.channels} channels, factor {self.factor}, temporal factor "
+            f"{self.channels} channels, factor {self.vae_scale_factor}, temporal factor "
             f"{self.temporal_factor}, patches of {self.packed_patch}"
         )
 
@@ -329,12 +333,12 @@ class LatentSpace:
 
     # -- spatial <-> packed ------------------------------------------------------------------
 
-    def pack(self, spatial: Tensor) -> Tensor:
+    def to_packed(self, spatial: Tensor) -> Tensor:
         """[B, C, H, W] -> tokens [B, H/2 * W/2, C * 4], row-major, channels in `packed_order`."""
         tokens = self.patchify(spatial).flatten(2).transpose(1, 2)
         return tokens if self.packed_order == CANONICAL else tokens[..., self._token_order()]
 
-    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+    def to_spatial(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Tokens [B, N, C * 4] -> [B, C, height, width]; height and width in latent cells."""
         self.check_packed(tuple(tokens.shape), height, width)
         rows, columns = height // self.packed_patch, width // self.packed_patch
@@ -342,6 +346,8 @@ class LatentSpace:
             self.canonical(tokens).transpose(1, 2).reshape(-1, self.packed_channels, rows, columns)
         )
         return self.unpatchify(grid)
+
+    pack, unpack = Former("to_packed"), Former("to_spatial")
 
     def canonical(self, tokens: Any) -> Any:
         """Tokens [..., C * 4], a tensor or an array, with their channels as c*4 + dy*2 + dx."""
@@ -372,7 +378,7 @@ class LatentSpace:
             if height is None or width is None:
                 raise LatentsError(
                     "packed latents do not carry their size: give height and width in latent "
-                    f"cells (pixels / {self.factor})"
+                    f"cells (pixels / {self.vae_scale_factor})"
                 )
             if not (hasattr(height, "__index__") and hasattr(width, "__index__")):
                 raise LatentsError(
@@ -418,7 +424,7 @@ class LatentSpace:
             raise LatentsError(
                 f"space {self.name}: packed latents of {height}x{width} cells must be "
                 f"[B, {count}, {self.packed_channels}], got {list(shape)} "
-                f"(height and width are latent cells: pixels / {self.factor})"
+                f"(height and width are latent cells: pixels / {self.vae_scale_factor})"
             )
 
     def patchify(self, spatial: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def _by_class(classes: Sequence[str], records: Sequence[SpaceRecord]) -> list[Sp
 
 
 def _factors(records: Sequence[SpaceRecord]) -> list[int]:
-    return sorted({record.fields["factor"] for record in records})
+    return sorted({record.fields["vae_scale_factor"] for record in records})
 
 
 def _flux2(config: Mapping[str, Any], numbers: _Numbers, spaces: Spaces) -> LatentSpace:
@@ -134,7 +134,7 @@ class _Numbers:
 
     def sized_as(self, record: SpaceRecord) -> bool:
         same = record.fields["channels"] == self.channels
-        return same and self.factor in (None, record.fields["factor"])
+        return same and self.factor in (None, record.fields["vae_scale_factor"])
 
     def as_in(self, record: SpaceRecord, spaces: Spaces) -> LatentSpace | None:
         """The record's space with these numbers, where they are the record's; else None."""
@@ -183,7 +183,8 @@ def _factor(config: Mapping[str, Any]) -> int | None:
     blocks = config.get("block_out_channels")
     if blocks is None or "patch_size_t" in config:  # where blocks of LTX's do not all halve
         return None
-    return 2 ** (len(blocks) - 1)
+    halvings = len(blocks) - 1
+    return 1 << halvings
 
 
 def _first_frame(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
