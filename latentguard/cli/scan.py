@@ -37,6 +37,14 @@ class Runtime(StrEnum):
     onnx = "onnx"
 
 
+class Layout(StrEnum):
+    """How an array holds images: [C, H, W], tokens [N, C], or [C * 4, H/2, W/2]."""
+
+    spatial = "spatial"
+    packed = "packed"
+    patches = "patches"
+
+
 class FailOn(StrEnum):
     """The mildest decision that makes the exit code 1."""
 
@@ -72,8 +80,17 @@ def scan(
     ),
     sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
     space: str | None = typer.Option(
-        None, help="Latent space of files that do not say: sdxl, sd1, sd3, flux1, flux2."
+        None,
+        help="Latent space of files that do not say: a name of `latentguard spaces list`, or a "
+        "file of your own (.yaml, .json).",
     ),
+    layout: Layout | None = typer.Option(
+        None, help="Layout of files that do not say, where their shape leaves it open."
+    ),
+    height: int | None = typer.Option(
+        None, min=1, help="Height in latent cells of packed latents that do not say."
+    ),
+    width: int | None = typer.Option(None, min=1, help="Width of the same."),
     scaled: bool | None = typer.Option(
         None,
         "--scaled/--unscaled",
@@ -121,6 +138,9 @@ def scan(
         model,
         space=space,
         scaled=scaled,
+        layout=None if layout is None else layout.value,
+        height=height,
+        width=width,
         batch_size=batch_size,
         device=device,
         previews=report is not None,
