@@ -439,9 +439,15 @@ class LatentSpace:
         if (height, width) not in ((None, None), actual):
             raise LatentsError(
                 f"height and width say {height}x{width} latent cells, the tensor is "
-                f"{actual[0]}x{actual[1]}"
+                f"{actual[0]}x{actual[1]}{self._if_pixels((height, width), actual)}"
             )
         return actual
+
+    def _if_pixels(self, said: tuple[int | None, int | None], actual: tuple[int, int]) -> str:
+        factor = self.vae_scale_factor
+        if said != (actual[0] * factor, actual[1] * factor):
+            return ""
+        return f": these are pixels, so divide them by {factor}"
 
     def _other_form(self, shape: Sequence[int]) -> str:
         """What to do with latents that are not spatial, as the end of a sentence."""
