@@ -32,7 +32,7 @@ from latentguard.guard.running import CALLBACK, INPUTS, current, waiting
 from latentguard.guard.sessions import Session
 from latentguard.guard.tensors import equal, laid_out_as, plain, private
 from latentguard.guard.wrapping import names_of
-from latentguard.spaces import Latents
+from latentguard.spaces import Latents, Prediction
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
@@ -334,18 +334,28 @@ class Call:
         self, session: Session, latents: Latents, estimate: Denoised, last: bool
     ) -> Latents:
         assert self._space is not None
-        x0 = read(estimate.x0.to(latents.tensor.dtype), self._space, self._size)
         if last:
             self._step_noisy(session, estimate)
         return session.step(
             latents,
-            x0,
+            self._told(session, latents, estimate),
             noise_level=estimate.latents.noise_level,
             x0_noise_level=estimate.source.noise_level,
             alpha=estimate.latents.alpha,
             final=last,
             how=estimate.how,
         ).latents
+
+    def _told(self, session: Session, latents: Latents, estimate: Denoised) -> Latents | Prediction:
+        """The clean estimate, or what it is made of where the session only scores it."""
+        assert self._space is not None
+        parts = estimate.parts
+        # A callback of the user's may have changed in place what x0 was made of.
+        alone = session.scores_only and not self._callbacks
+        if alone and parts is not None and latents.layout == "spatial":
+            noisy = read(plain(parts.sample), self._space, self._size)
+            return Prediction(noisy, plain(parts.noise), parts.alpha, parts.sigma)
+        return read(estimate.x0.to(latents.tensor.dtype), self._space, self._size)
 
     def _step_noisy(self, session: Session, estimate: Denoised) -> None:
         """Whoever gets latents that are still noisy can denoise them: x0 is judged as well."""
@@ -427,7 +437,7 @@ class Call:
         judged = self._judged
         if judged is None:
             return False
-        forms = (judged.tensor, judged.spatial().tensor)
+        forms = (judged.tensor, judged.to_spatial().tensor)
         if any(equal(form.to(tensor.device, tensor.dtype), tensor) for form in forms):
             return True
         rows = None if tensor.ndim != 4 else self._rows_of(tensor)
@@ -463,7 +473,7 @@ class Call:
         else:
             latents = read(tensor, self._space, self._size)
             height, width = (
-                side * latents.space.factor for side in (latents.height, latents.width)
+                side * latents.space.vae_scale_factor for side in (latents.height, latents.width)
             )
             images = outputs.blanks(len(latents), height, width, form)
         if images is None:
