@@ -340,20 +340,22 @@ class Call:
         return session.step(
             latents,
             x0,
-            noise_level=estimate.latents.noise_level,
-            x0_noise_level=estimate.source.noise_level,
-            alpha=estimate.latents.alpha,
+            noise_level=estimate.level_after.noise_level,
+            x0_noise_level=estimate.level_before.noise_level,
+            alpha=estimate.level_after.alpha,
             final=last,
-            how=estimate.how,
+            estimate_source=estimate.estimate_source,
         ).latents
 
     def _step_noisy(self, session: Session, estimate: Denoised) -> None:
         """Whoever gets latents that are still noisy can denoise them: x0 is judged as well."""
-        if estimate.latents.noise_level > _CLEAN_ENOUGH:
+        if estimate.level_after.noise_level > _CLEAN_ENOUGH:
             assert self._space is not None
             x0 = read(estimate.x0, self._space, self._size)
-            level = estimate.source.noise_level
-            session.step(x0, noise_level=level, final=True, how=estimate.how)
+            level = estimate.level_before.noise_level
+            session.step(
+                x0, noise_level=level, final=True, estimate_source=estimate.estimate_source
+            )
 
     def _begin(self, latents: Latents) -> None:
         if self._sessions:
