@@ -59,6 +59,7 @@ class NanoEncoder(nn.Module, EncoderBase):
     """An Encoder (latentguard.encoders.base) over class posteriors; see the module's text."""
 
     fixed_size = True
+    crop_lead = 0.1
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         self.head = Head()
         self.neutral_prompts = NEUTRAL_PROMPTS
         self.min_coverage = MIN_COVERAGE
+        self.crop_side = net.crop_side
 
     @property
     def module(self) -> nn.Module:

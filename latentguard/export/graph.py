@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentguard import ops
-from latentguard.encoders import traits
+from latentguard.encoders import strongest_view, traits
 from latentguard.errors import ModelError
 from latentguard.ops.onnx import OPSET, translations
 from latentguard.scorer import Scorer
@@ -46,12 +46,14 @@ class _Moderator(torch.nn.Module):
             convert = self._space.to_scaled if encoder.needs_scaled else self._space.to_raw
             latents = convert(latents)
         features = encoder.features(latents)
-        if features.tiles != 1:
+        if features.tiles != 1 and not features.lead:
             raise ModelError("a model that reads an image in tiles cannot be exported")
         shared = (head.ln_weight, head.ln_bias, head.eps, head.projection)
         bank = (embeddings, segments, contrast, ranges)
-        scores = ops.concept_similarity(features.pooled, *shared, *bank, encoder.logit_scale)
-        pooled = features.pooled
+        scale = encoder.logit_scale
+        scores = ops.concept_similarity(features.pooled, *shared, *bank, scale)
+        scores = strongest_view(features.tiles, *scores, features.lead, scale)
+        pooled = features.pooled[:: features.tiles]
         if head.ln_weight is not None:
             shape = pooled.shape[-1:]
             pooled = F.layer_norm(pooled, shape, head.ln_weight, head.ln_bias, head.eps)

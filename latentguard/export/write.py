@@ -116,7 +116,7 @@ def export_onnx(
             needs a size and is given none; a `first_precision` where the policy has no cascade.
         LatentsError: latents of another space or size, or a space whose statistics are not known.
     """
-    scorer, out = Scorer(policy, model, device="cpu"), Path(out)
+    scorer, out = Scorer(policy, model, device="cpu").thorough, Path(out)
     if first_precision is not None and scorer.first is None:
         raise ModelError(f"policy '{scorer.policy.name}' has no cascade, and so no first model")
     first_precision = first_precision or precision

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from latentguard.errors import LatentGuardError, LatentsError, ModelError
 from latentguard.files import ArrayRecord, PassedOver, read_arrays
 from latentguard.judge import Heatmaps, ModelId, PolicyId, Rules, Verdict, failed
-from latentguard.policy import Policy
+from latentguard.policy import Policy, load_policy
 from latentguard.scan.judges import Judges, SpaceJudge
 from latentguard.scan.record import ScanRecord, rank
 from latentguard.scan.summary import ModelInfo
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from latentguard.spaces import LatentArray, LatentSpace
 
 Runtime = Literal["torch", "onnx"]
+Views = Literal["whole", "crops"]
 
 MAX_CELLS = 1 << 26
 """Numbers in the latents of one batch (256 MiB in float32): large images make smaller batches."""
@@ -46,6 +47,7 @@ def scan_files(
     heatmaps: bool = False,
     runtime: Runtime = "torch",
     sha256: str | None = None,
+    views: Views | None = None,
 ) -> Iterator[ScanRecord]:
     """Moderate latents files: one record per image, in the order of the paths, as they come.
 
@@ -62,6 +64,8 @@ def scan_files(
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
         runtime: "torch", or "onnx" for a file that `latentguard export onnx` wrote, without torch.
         sha256: of that file, which must have it.
+        views: "whole", or "crops" to read an image in overlapping crops besides, which finds small
+            objects in large images; None is what the policy says.
 
     Yields:
         ScanRecords. An image that cannot be read has decision block and an error; one that was
@@ -86,6 +90,7 @@ def scan_files(
             heatmaps=heatmaps,
             runtime=runtime,
             sha256=sha256,
+            views=views,
         )
     )
 
@@ -109,6 +114,7 @@ class Scan:
     heatmaps: bool = False
     runtime: Runtime = "torch"
     sha256: str | None = None
+    views: Views | None = None
     seconds: float = field(init=False, default=0.0)
     passed: PassedOver = field(init=False, default_factory=PassedOver)
 
@@ -122,6 +128,8 @@ class Scan:
         if self.runtime == "onnx":
             from latentguard.scan.judges import OnnxJudges
 
+            if self.views is not None:
+                raise ModelError("an exported file has its own views: leave --views out")
             if not isinstance(self.model, (str, Path)) or str(self.model) == "auto":
                 raise ModelError("the onnx runtime needs --model FILE.onnx, an exported file")
             device = None if self.device is None else str(self.device)
@@ -132,7 +140,9 @@ class Scan:
             raise ModelError("--sha256 pins an exported file: give --runtime onnx, too")
         if isinstance(self.model, (str, Path)) and str(self.model).endswith(".onnx"):
             raise ModelError(f"{self.model} is an exported file: give --runtime onnx, too")
-        policy = "default" if self.policy is None else self.policy
+        policy = load_policy("default" if self.policy is None else self.policy)
+        if self.views is not None:
+            policy = policy.with_views(self.views)
         return TorchJudges(policy, self.model, self.device, self.space)
 
     @property

@@ -106,8 +106,9 @@ class TorchJudges(Judges):
         def judge(latents: LatentArray, heatmaps: bool) -> Judged:
             return scorer.judge(latents.to_torch(), heatmaps=heatmaps)
 
-        notes = str(getattr(scorer.encoder, "notes", "") or "")
-        info = _info(scorer.bound, notes, scorer.bank.unseen_contrast)
+        judging = scorer.thorough
+        notes = str(getattr(judging.encoder, "notes", "") or "")
+        info = _info(judging.bound, notes, judging.bank.unseen_contrast)
         self.loading += perf_counter() - begun
         return self._joined(info, judge)
 
