@@ -29,8 +29,6 @@ class Features:
     grid: (rows, columns) with rows * columns == N.
     tiles: how many views of each image were read. Above 1, `pooled` is [B * tiles, D], an image's
         views next to each other, and its scores are those of `strongest_view`.
-    extent: (height, width) in latent cells that `grid` spans, where that is not the latents' own
-        size (a side that is no multiple of the patch is continued beyond its edge).
     lead: what is taken off the margins of all views but the first.
     """
 
@@ -38,7 +36,6 @@ class Features:
     tokens: Tensor
     grid: tuple[int, int]
     tiles: int = 1
-    extent: tuple[int, int] | None = None
     lead: float = 0.0
 
 

@@ -30,8 +30,9 @@ from latentguard.encoders.catalog import (
     source_path,
     write_source,
 )
-from latentguard.encoders.header import first_line, read_metadata
+from latentguard.encoders.header import read_metadata
 from latentguard.errors import ModelError
+from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import torch

@@ -15,6 +15,7 @@ from latentguard.errors import ModelError
 from latentguard.ops.onnx import OPSET, translations
 from latentguard.scorer import Scorer
 from latentguard.spaces import LatentSpace
+from latentguard.text import first_line
 
 BANK = ("bank.embeddings", "bank.segments", "bank.contrast", "bank.contrast_segments")
 """The four arrays that a policy's prompts become; see `ConceptBank`."""
@@ -117,7 +118,7 @@ def _cause(error: BaseException) -> str:
     """The first line of what was raised while the model was traced."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _check_open(model: onnx.ModelProto, name: str, dynamic: bool) -> None:

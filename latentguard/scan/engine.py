@@ -19,6 +19,7 @@ from latentguard.policy import Policy, load_policy
 from latentguard.scan.judges import Judges, SpaceJudge
 from latentguard.scan.record import ScanRecord, rank
 from latentguard.scan.summary import ModelInfo
+from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -298,9 +299,4 @@ def _sentence(error: Exception) -> str:
     """An error as a sentence; the kind is named where it is not one of ours."""
     if isinstance(error, LatentGuardError):
         return str(error)
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no message"
+    return f"{type(error).__name__}: {first_line(error, 'no message')}"
