@@ -294,7 +294,7 @@ def test_numbers_of_the_vae_that_are_changed_in_the_loop(
     channels = {"flux2": 32, "sdxl": 4, "sd3": 16}[kind]
     encoder = LinearEncoder(kind, channels)
     pipe = getattr(small, kind)()
-    space = LatentGuard(policy(), encoder).space_of(pipe)
+    space = LatentGuard(policy(), encoder)._space_of(pipe)
     given: list[torch.Tensor] = []
     decode = type(pipe.vae).decode
 
@@ -424,7 +424,7 @@ def test_a_space_with_other_numbers_than_the_vaes_decides_nothing_by_bytes() -> 
     from latentguard.guard.decoding import Decoding
 
     pipe = small.sdxl()
-    space = LatentGuard(policy(), XL).space_of(pipe)
+    space = LatentGuard(policy(), XL)._space_of(pipe)
     assert Decoding.of(pipe, space) is not None
     pipe.vae = small.autoencoder(4, 0.5)
     assert Decoding.of(pipe, space) is None

@@ -382,7 +382,7 @@ def test_pipelines_that_pack_as_their_space_does(make: Any) -> None:
     from latentguard.guard.layout import packs
 
     pipe = make()
-    space = LatentGuard(policy(), space=None).space_of(pipe)
+    space = LatentGuard(policy(), space=None)._space_of(pipe)
     assert packs(pipe, space)
     assert not packs(small.sdxl(), LatentSpace.get("sdxl"))
 
