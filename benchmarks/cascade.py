@@ -113,7 +113,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         escalated = "-" if row["escalated"] is None else f"{100 * row['escalated']:.1f} %"
-        same = f"{row['same']} of {result['images']}"
+        same = f"{row['same_decisions']} of {result['images']}"
         lines.append(f"| {row['guard']} | {escalated} | {row['ms']:.1f} | {same} |")
     return "\n".join(lines) + "\n"
 

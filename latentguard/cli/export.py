@@ -317,11 +317,11 @@ def _print(result: Exported, quiet: bool) -> None:
 def _compared(result: Exported) -> str:
     checked = result.checked
     kind = "real latents" if checked.real else "latents drawn with the space's statistics"
-    passed = (
-        f"; the first model passed on {checked.escalated}" if checked.escalated is not None else ""
-    )
+    sent = checked.escalated
+    passed = "" if sent is None else f"; the first model passed on {sent}"
     return (
         f"compared with PyTorch on {checked.images} {kind}: margins differ by at most "
         f"{checked.margin:.2g}, embeddings by {checked.embedding:.2g} (cosine "
-        f"{checked.cosine:.6f}), {checked.same_decisions} of {checked.images} decisions are the same{passed}"
+        f"{checked.cosine:.6f}), {checked.same_decisions} of {checked.images} decisions are the "
+        f"same{passed}"
     )

@@ -51,9 +51,10 @@ class Checked:
     """How an export compares with PyTorch on `images` latents.
 
     margin, embedding: the largest absolute differences. cosine: the smallest of an embedding with
-    PyTorch's. same_decisions: images with the same decision and matches. real: whether the latents were real
-    ones, and not drawn with a space's statistics. escalated: images that the first model of a cascade
-    passed on; decisions are those of the whole cascade, scores those of the second model.
+    PyTorch's. same_decisions: images with the same decision and matches. real: whether the latents
+    were real ones, and not drawn with a space's statistics. escalated: images that the first model
+    of a cascade passed on; decisions are those of the whole cascade, scores those of the second
+    model.
     """
 
     images: int
