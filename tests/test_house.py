@@ -109,6 +109,7 @@ OWNERS = {
     "onnxruntime": {"runtime", "export"},
     "ray": {"scan"},
     "pydantic": {"policy"},
+    "jinja2": {"scan"},
 }
 """Which rooms may import a package."""
 

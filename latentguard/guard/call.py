@@ -32,7 +32,7 @@ from latentguard.guard.running import CALLBACK, INPUTS, current, waiting
 from latentguard.guard.sessions import Session
 from latentguard.guard.tensors import equal, laid_out_as, plain, private
 from latentguard.guard.wrapping import names_of
-from latentguard.spaces import Latents
+from latentguard.spaces import Latents, Prediction
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
@@ -334,18 +334,28 @@ class GuardedCall:
         self, session: Session, latents: Latents, estimate: Denoised, last: bool
     ) -> Latents:
         assert self._space is not None
-        x0 = read(estimate.x0.to(latents.tensor.dtype), self._space, self._size)
         if last:
             self._step_noisy(session, estimate)
         return session.step(
             latents,
-            x0,
+            self._told(session, latents, estimate),
             noise_level=estimate.level_after.noise_level,
             x0_noise_level=estimate.level_before.noise_level,
             alpha=estimate.level_after.alpha,
             final=last,
             estimate_source=estimate.estimate_source,
         ).latents
+
+    def _told(self, session: Session, latents: Latents, estimate: Denoised) -> Latents | Prediction:
+        """The clean estimate, or what it is made of where the session only scores it."""
+        assert self._space is not None
+        parts = estimate.parts
+        # A callback of the user's may have changed in place what x0 was made of.
+        alone = session.scores_only and not self._callbacks
+        if alone and parts is not None and latents.layout == "spatial":
+            noisy = read(plain(parts.sample), self._space, self._size)
+            return Prediction(noisy, plain(parts.noise), parts.alpha, parts.sigma)
+        return read(estimate.x0.to(latents.tensor.dtype), self._space, self._size)
 
     def _step_noisy(self, session: Session, estimate: Denoised) -> None:
         """Whoever gets latents that are still noisy can denoise them: x0 is judged as well."""

@@ -94,13 +94,28 @@ class Latents:
 
         Raises LatentsError for flux2 without its batch-norm statistics.
         """
-        standard = SPACES.get(self.space.name, self.space)
-        if scaling.is_standard(self.space, standard, self.scaled, scaled):
+        if self.is_standard(scaled):
             return self
+        standard = self._standard_space()
         numbers = at_least_single(self.to_spatial().tensor)
         converted = scaling.to_standard(numbers, self.space, standard, self.scaled, scaled)
         space = self.space if standard.scale is None or not scaled else standard
         return Latents(converted, space, scaled, ids=self.ids)
+
+    def is_standard(self, scaled: bool = True) -> bool:
+        """Whether `standard` changes nothing."""
+        return scaling.is_standard(self.space, self._standard_space(), self.scaled, scaled)
+
+    def _standard_space(self) -> LatentSpace:
+        return SPACES.get(self.space.name, self.space)
+
+    def affine(self, scaled: bool = True) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """`standard` as tensor * scale + shift, one number for each channel of spatial latents.
+
+        None where nothing changes, and where it is not one number for each channel. Raises as
+        `standard` does.
+        """
+        return scaling.affine(self.space, self._standard_space(), self.scaled, scaled)
 
     def _converted(self, scaled: bool, batch_norm: BatchNorm | None) -> Latents:
         if self.scaled is scaled:
