@@ -161,9 +161,9 @@ def wilson(hits: int, n: int) -> Interval:
         raise ValueError(f"wilson: hits must be 0 to n and n positive, got {hits} of {n}")
     z = 1.959964
     p = hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+    return Interval(p, max(0.0, float(center - half)), min(1.0, float(center + half)))
 
 
 def ranks_of(similarities: ArrayLike, labels: ArrayLike) -> NDArray[np.int64]:

@@ -128,7 +128,7 @@ def zeroshot(
 
 @torch.inference_mode()
 def class_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Unit-norm embeddings [C, dim] float32: the normalised mean over the templates."""
+    """Unit-norm embeddings [C, dim] float32: the normalized mean over the templates."""
     for template in templates:
         if template.count("{}") != 1:
             raise ValueError(f"a template must have one {{}} for the class name, got {template!r}")

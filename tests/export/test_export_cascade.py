@@ -18,7 +18,7 @@ from latentguard.errors import ModelError
 from latentguard.export import Exported, export_onnx, export_triton, swap_policy, write
 from latentguard.policy import Policy
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import METADATA
+from latentguard.runtime.artifact import METADATA
 from latentguard.scorer import Scorer
 
 

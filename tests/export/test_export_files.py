@@ -21,7 +21,7 @@ from latentguard.export.graph import BANK
 from latentguard.ops.onnx import OPSET
 from latentguard.policy import load_policy
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import DIGEST, METADATA, inner_digest
+from latentguard.runtime.artifact import DIGEST, METADATA, inner_digest
 from latentguard.scorer import Scorer
 
 Models = dict[str, Encoder]
@@ -156,7 +156,7 @@ def test_large_weights_lie_beside_the_file(external: Exported, exports: Exports)
         assert np.array_equal(found["margin"], whole.scores(latents)["margin"])
 
 
-def test_external_data_are_part_of_the_artefact(external: Exported, tmp_path: Path) -> None:
+def test_external_data_are_part_of_the_artifact(external: Exported, tmp_path: Path) -> None:
     beside = external.path.with_name("guard.data")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

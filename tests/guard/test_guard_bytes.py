@@ -397,7 +397,7 @@ def test_images_that_are_decoded_one_by_one_are_those_of_the_batch(choosy: Laten
     assert sum(record.final for record in choosy.history) == 1
 
 
-def test_a_vae_that_is_normalised_per_channel_or_tiny_is_not_judged_twice() -> None:
+def test_a_vae_that_is_normalized_per_channel_or_tiny_is_not_judged_twice() -> None:
     pipe = small.sdxl()
     pipe.vae = small.autoencoder(
         4,
