@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import StrEnum
+from typing import Literal
 
 import typer
 
 spaces_app = typer.Typer(no_args_is_help=True, help="List and describe latent spaces.")
 
 
-class Format(StrEnum):
-    """How `list` prints."""
-
-    table = "table"
-    json = "json"
-    markdown = "markdown"
+Format = Literal["table", "json", "markdown"]
+"""How `list` prints."""
 
 
 def register(app: typer.Typer) -> None:
@@ -26,16 +22,16 @@ def register(app: typer.Typer) -> None:
 
 @spaces_app.command("list")
 def list_(
-    output: Format = typer.Option(Format.table, "--format", help="Table, JSON or Markdown."),
+    output: Format = typer.Option("table", "--format", help="Table, JSON or Markdown."),
 ) -> None:
     """List the latent spaces that are known: those that ship, then those of installed packages."""
     from latentguard.spaces import table
 
-    if output is Format.markdown:
+    if output == "markdown":
         typer.echo(table.markdown())
         return
     rows = table.rows()
-    if output is Format.json:
+    if output == "json":
         typer.echo(json.dumps(rows, indent=2))
         return
     from rich.console import Console

@@ -93,5 +93,5 @@ def test_statistics_of_the_vae() -> None:
     for mean, std in (([0.0], [1.0]), ([0.0] * 128, [0.0] * 128)):
         with pytest.raises(LatentsError, match=r"mean and std must hold 128|std must be above 0"):
             ltxv.with_mean_std(mean, std)
-    with pytest.raises(LatentsError, match=r"ltxv is not batch-normalised"):
+    with pytest.raises(LatentsError, match=r"ltxv is not batch-normalized"):
         ltxv.with_batch_norm([0.0] * 128, [1.0] * 128)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from latentguard.errors import LatentsError, ModelError
-from latentguard.spaces import LatentSpace, all_spaces, known_names, recognise
+from latentguard.spaces import LatentSpace, all_spaces, known_names, recognize
 
 SPACE = {
     "schema_version": 1,
@@ -104,7 +104,7 @@ def test_a_package_s_space_of_the_same_shape_makes_sdxl_a_question() -> None:
 
     generator = np.random.default_rng(0)
     images = np.cumsum(np.cumsum(generator.normal(size=(2, 4, 32, 32)), 2), 3)
-    found = recognise(images)
+    found = recognize(images)
     assert not found.certain
     assert "space plugged-4 has the same shape" in found.question
     assert "--space plugged-4" in found.question

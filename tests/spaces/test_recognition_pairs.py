@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from latentguard.files import read_arrays
-from latentguard.spaces import SCALINGS, SPACES, LatentSpace, recognise
+from latentguard.spaces import SCALINGS, SPACES, LatentSpace, recognize
 from latentguard.spaces.arrays import unpatchify
 
 Array = NDArray[np.float64]
@@ -92,7 +92,7 @@ def test_no_space_is_taken_for_another(
     name, scaled = reading
     space = LatentSpace.get(name)
     images = pictures(space.channels, count, seed, photographs)
-    found = recognise(carried_over(space, scaled, images, seed))
+    found = recognize(carried_over(space, scaled, images, seed))
     if found.certain:
         assert (found.space, found.scaled) == (space.name, scaled)
         assert space.standard.mean is not None, "nothing is known of its statistics"
@@ -110,7 +110,7 @@ def test_no_space_is_taken_for_another(
 def test_spaces_without_statistics_are_always_asked(
     channels: int, seed: int, count: int, scale: float
 ) -> None:
-    found = recognise(pictures(channels, count, seed, photographs=True) * scale)
+    found = recognize(pictures(channels, count, seed, photographs=True) * scale)
     assert not found.certain
     assert "say --space" in found.question
 
@@ -125,7 +125,7 @@ def test_pictures_of_one_pattern_are_not_taken_for_flux2(
     pattern = np.where(np.arange(32) < generator.integers(8, 24), 1.0, -1.0) * np.ones((32, 1))
     signs = generator.choice([-1.0, 1.0], (1, 128 if patches else 32, 1, 1))
     noise = 0.05 * generator.normal(size=(1, signs.shape[1], 32, 32))
-    assert not recognise((pattern * signs + noise) * scale * 2).certain
+    assert not recognize((pattern * signs + noise) * scale * 2).certain
 
 
 def patchified(spatial: Array) -> Array:
@@ -142,14 +142,14 @@ def test_patches_of_flux2_are_recognized_as_its_cells_are(index: int) -> None:
     patches = patchified(image)
     np.testing.assert_array_equal(unpatchify(patches, SPACES["flux2"]), image)
     for factor, scaled in ((1.0, True), (1.75, False)):
-        found = recognise(patches * factor)
+        found = recognize(patches * factor)
         assert (found.space, found.scaled) == ("flux2", scaled)
-        assert recognise(patches * factor, space="flux2").scaled is scaled
+        assert recognize(patches * factor, space="flux2").scaled is scaled
 
 
 def test_patches_in_another_order_are_a_question() -> None:
     order = np.random.default_rng(3).permutation(128)
-    found = recognise(patchified(PHOTOS)[:, order])
+    found = recognize(patchified(PHOTOS)[:, order])
     assert not found.certain
     assert "--space flux2 or --space ltxv or --space ltx2" in found.question
 
@@ -157,18 +157,18 @@ def test_patches_in_another_order_are_a_question() -> None:
 @pytest.mark.parametrize("name", ["sana", "hunyuan-video-1.5", "ltxv"])
 def test_the_scaling_of_an_unknown_space_is_a_question(name: str) -> None:
     images = pictures(SPACES[name].channels, 2, 0, photographs=True)
-    found = recognise(images, space=name)
+    found = recognize(images, space=name)
     assert (found.space, found.scaled) == (name, None)
     assert f"no published statistics tell scaled from raw {name} latents" in found.question
-    assert recognise(images, space=name, scaled=True).certain
+    assert recognize(images, space=name, scaled=True).certain
 
 
 def test_a_space_of_one_s_own_makes_its_shape_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = replace(SPACES["flux2"], name="mine-32", statistics_of_vae=None, scale=1.0, shift=0.0)
-    assert recognise(PHOTOS).certain
+    assert recognize(PHOTOS).certain
     monkeypatch.setitem(SPACES, "mine-32", mine)
-    found = recognise(PHOTOS)
+    found = recognize(PHOTOS)
     assert not found.certain
     assert "space mine-32 has the same shape" in found.question
-    assert recognise(PHOTOS, space="flux2").certain
-    assert not recognise(PHOTOS, space="mine-32").certain
+    assert recognize(PHOTOS, space="flux2").certain
+    assert not recognize(PHOTOS, space="mine-32").certain
