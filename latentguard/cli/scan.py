@@ -52,14 +52,17 @@ def scan(
         help="A model's name or file; auto: the policy's own `model`, else the best on this "
         "machine for each space.",
     ),
+    space: str | None = typer.Option(
+        None, help="Latent space of files that do not say: sdxl, sd1, sd3, flux1, flux2."
+    ),
+    device: str | None = typer.Option(
+        None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
+    ),
     runtime: Runtime = typer.Option(
         "torch",
         help="onnx: judge with --model FILE.onnx from `latentguard export onnx`, without torch.",
     ),
     sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
-    space: str | None = typer.Option(
-        None, help="Latent space of files that do not say: sdxl, sd1, sd3, flux1, flux2."
-    ),
     scaled: bool | None = typer.Option(
         None,
         "--scaled/--unscaled",
@@ -78,13 +81,11 @@ def scan(
     heatmap: bool = typer.Option(
         False, "--heatmap", help="Show in the report where in each image a concept is."
     ),
-    report_limit: int = typer.Option(
-        1000, min=1, help="Images shown in the report; all are counted."
+    max_cards: int = typer.Option(1000, min=1, help="Images shown in the report; all are counted."),
+    report_limit: int | None = typer.Option(
+        None, "--report-limit", min=1, hidden=True, help="The former name of --max-cards."
     ),
     batch_size: int = typer.Option(16, min=1, max=4096, help="Images scored together."),
-    device: str | None = typer.Option(
-        None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
-    ),
     fail_on: FailOn = typer.Option(
         "block", help="Exit with 1 when any decision is at or above this."
     ),
@@ -98,6 +99,9 @@ def scan(
     3 some input could not be read or judged (its record says why). 3 wins over 1.
     """
     _check_targets(paths, output, report, heatmap)
+    if report_limit is not None:
+        typer.echo("latentguard: --report-limit is called --max-cards now", err=True)
+        max_cards = report_limit
     from latentguard.cli.console import abandon
     from latentguard.scan import Report, Scan, Summary
 
@@ -106,16 +110,16 @@ def scan(
         policy,
         model,
         space=space,
+        device=device,
         scaled=scaled,
         batch_size=batch_size,
-        device=device,
         previews=report is not None,
         heatmaps=heatmap,
         runtime=runtime,
         sha256=sha256,
     )
     summary = Summary(run.policy_id, passed=run.passed)
-    page = Report(run.rules, report_limit) if report else None
+    page = Report(run.rules, max_cards) if report else None
     try:
         _run(run, summary, page, output_format, output, quiet)
         if page is not None and report is not None and summary.images:

@@ -31,7 +31,7 @@ from latentguard.guard.steering import Steerer
 from latentguard.judge import Verdict, failed
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer, Scores
-from latentguard.spaces import Latents, Prediction
+from latentguard.spaces import Latents, LatentSpace, Prediction
 from latentguard.spaces.prediction import clean
 
 logger = logging.getLogger("latentguard.guard")

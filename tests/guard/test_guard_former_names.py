@@ -72,9 +72,8 @@ def test_former_arguments_of_a_session() -> None:
     assert warned(lambda: one.limits, old="limits", new="budget") is budget
     one = warned(lambda: make_session(shared, limits=budget), old="limits", new="budget")
     assert one.budget is budget
-    with pytest.warns(
-        DeprecationWarning, match=r"session takes 2 arguments by place: write request"
-    ):
+    with pytest.warns(DeprecationWarning, match="2 arguments by place: write request_id") as caught:
         assert call(shared.policy, shared, "mine").request_id == "mine"
+    assert caught[0].filename == __file__
     made = warned(lambda: make_guard("weapons", limits=budget), old="limits", new="budget")
     assert made.session(space="flux2").budget is budget
