@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 import typer
 
+from latentguard.errors import UsageError
+
 if TYPE_CHECKING:
     from latentguard.scan import Report, Scan, Summary
     from latentguard.scan.lines import Sink
@@ -134,9 +136,11 @@ def scan(
         raise typer.Exit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
         abandon()
-        raise _usage(f"cannot write {error.filename or 'the output'}: {error.strerror}") from error
+        raise UsageError(
+            f"cannot write {error.filename or 'the output'}: {error.strerror}"
+        ) from error
     if not summary.images:
-        raise _usage("nothing was scanned: the paths hold no images")
+        raise UsageError("nothing was scanned: the paths hold no images")
     raise typer.Exit(_exit_code(summary, fail_on))
 
 
@@ -262,20 +266,20 @@ def _check_targets(
 ) -> None:
     """Find what cannot be written before an hour of scanning, and never write over latents."""
     if heatmap and report is None:
-        raise typer.BadParameter("heat maps are shown in the report: give --report FILE.html too")
+        raise UsageError("heat maps are shown in the report: give --report FILE.html too")
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
-        raise typer.BadParameter(f"--report must be a file that ends in .html, got {report}")
+        raise UsageError(f"--report must be a file that ends in .html, got {report}")
     for option, target in (("--report", report), ("--output", output)):
         if target is None:
             continue
         if target.resolve().suffix.lower() in _LATENTS or _is_one_of(target, paths):
-            raise typer.BadParameter(f"{option} would write over latents: {target}")
+            raise UsageError(f"{option} would write over latents: {target}")
         if target.is_dir():
-            raise typer.BadParameter(f"{option} must be a file, {target} is a folder")
+            raise UsageError(f"{option} must be a file, {target} is a folder")
         if not target.parent.is_dir():
-            raise typer.BadParameter(f"{option}: there is no folder {target.parent}")
+            raise UsageError(f"{option}: there is no folder {target.parent}")
         if not os.access(target if target.exists() else target.parent, os.W_OK):
-            raise typer.BadParameter(f"{option}: {target} cannot be written")
+            raise UsageError(f"{option}: {target} cannot be written")
 
 
 def _is_one_of(target: Path, paths: list[str]) -> bool:
@@ -285,10 +289,3 @@ def _is_one_of(target: Path, paths: list[str]) -> bool:
         or (target.exists() and os.path.exists(path) and os.path.samefile(target, path))
         for path in paths
     )
-
-
-def _usage(message: str) -> typer.Exit:
-    from latentguard.cli.exit_codes import EXIT_USAGE
-
-    typer.echo(f"latentguard: {message}", err=True)
-    return typer.Exit(EXIT_USAGE)

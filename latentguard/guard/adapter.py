@@ -17,7 +17,7 @@ from diffusers.callbacks import PipelineCallback
 from latentguard.denoised import check_scheduler
 from latentguard.deprecated import former_keywords
 from latentguard.encoders import Encoder
-from latentguard.errors import LatentsError, PolicyError
+from latentguard.errors import GuardError, LatentsError, PolicyError
 from latentguard.guard import output as outputs
 from latentguard.guard.audit import AuditLog
 from latentguard.guard.install import install
@@ -77,7 +77,7 @@ class LatentGuard(PipelineCallback, Marked):
     Raises:
         PolicyError, ModelError: policy or model cannot be used, here or when it is attached.
         ValueError: `compile` is no mode of torch.compile.
-        LatentsError: when it is attached: the pipeline's latent space is not known, or it has no
+        GuardError: when it is attached: the pipeline's latent space is not known, or it has no
             step callback.
     """
 
@@ -203,7 +203,7 @@ class LatentGuard(PipelineCallback, Marked):
     # -- what a guarded call asks ------------------------------------------------------------
 
     def _space_of(self, pipe: Any) -> LatentSpace:
-        """The latent space of a pipeline. Raises LatentsError where it is not known."""
+        """The latent space of a pipeline. Raises GuardError where it is not known."""
         return space_of(pipe, self._space)
 
     def _prepare(self, pipe: Any) -> None:
@@ -258,7 +258,7 @@ class LatentGuard(PipelineCallback, Marked):
         self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Where diffusers would call a callback; a guarded call never gets here."""
-        raise LatentsError(
+        raise GuardError(
             f"LatentGuard was called outside of a guarded call of {type(pipeline).__name__}: only "
             "classes derived from diffusers.DiffusionPipeline can be guarded this way; in a loop "
             "of your own use guard.session(...)"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError, LatentsError
 from latentguard.spaces import BatchNorm, Latents, LatentSpace
 
 # An AutoencoderTiny does not say whose latents it decodes; the pipeline's class does. The first
@@ -27,7 +27,7 @@ _BY_CLASS = (
 def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     """The latent space of a pipeline: what its VAE says, with the VAE's own numbers, or `given`.
 
-    Raises LatentsError, naming the pipeline, where it cannot be known, and where `given` is another
+    Raises GuardError, naming the pipeline, where it cannot be known, and where `given` is another
     than the VAE's or is scaled in another way.
     """
     vae = getattr(pipe, "vae", None)
@@ -42,12 +42,12 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     if given is not None:
         space = LatentSpace.get(given)
         if isinstance(told, LatentSpace) and told.name != space.name:
-            raise LatentsError(
+            raise GuardError(
                 f"space is given as {space}, but the VAE of this {name} is of {told} latents: "
                 "leave space out"
             )
         if isinstance(told, LatentSpace) and not told.is_scaled_as(space):
-            raise LatentsError(
+            raise GuardError(
                 f"space is given as {space} with scale {space.scale} and shift {space.shift}, but "
                 f"the VAE of this {name} has scale {told.scale} and shift {told.shift}: leave "
                 "space out"
@@ -56,9 +56,9 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     if isinstance(told, LatentSpace):
         return _complete(told, vae)
     if told is not None:
-        raise LatentsError(f"{name}: {told}") from told
+        raise GuardError(f"{name}: {told}") from told
     if config is None:
-        raise LatentsError(f"{name} has no VAE that tells its latent space: give space=...")
+        raise GuardError(f"{name} has no VAE that tells its latent space: give space=...")
     return _by_class(pipe)
 
 
@@ -79,7 +79,7 @@ def _by_class(pipe: Any) -> LatentSpace:
         for pattern, name in _BY_CLASS:
             if re.match(pattern, cls.__name__):
                 return LatentSpace.get(name)
-    raise LatentsError(
+    raise GuardError(
         f"{type(pipe).__name__} decodes with an AutoencoderTiny, which does not say which latents "
         "these are: give space=..."
     )
@@ -164,7 +164,7 @@ def _packing(space: LatentSpace) -> str:
 
 
 def check_layout(pipe: Any, space: LatentSpace) -> None:
-    """Raises LatentsError for a pipeline whose latents are not known to be read rightly.
+    """Raises GuardError for a pipeline whose latents are not known to be read rightly.
 
     Those that denoise views one by one; those of packed spaces which neither pack as their space
     does nor prepare latents of a height and width.
@@ -172,7 +172,7 @@ def check_layout(pipe: Any, space: LatentSpace) -> None:
     name = type(pipe).__name__
     instead = "use output_type='latent' and Scorer with latents whose layout you know"
     if hasattr(type(pipe), "get_views"):
-        raise LatentsError(
+        raise GuardError(
             f"{name} denoises its latents in overlapping views, and no step shows a whole image, "
             f"so it cannot be guarded while it denoises: {instead}"
         )
@@ -184,7 +184,7 @@ def check_layout(pipe: Any, space: LatentSpace) -> None:
     )
     sized = sized or space.packed_patch == 1  # all that such a space has is spatial
     if hasattr(type(pipe), "_pack_latents") or not sized:
-        raise LatentsError(
+        raise GuardError(
             f"{name} is not known to pack its latents as space {space} does "
             f"({_packing(space)}; told by its _pack_latents and _unpack_latents), so what they "
             f"show cannot be read while it denoises: {instead}"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentguard.errors import LatentGuardError, LatentsError
+from latentguard.errors import GuardError, LatentGuardError, LatentsError
 from latentguard.guard.record import CallRecord
 from latentguard.guard.tensors import private
 from latentguard.judge import Verdict
@@ -234,7 +234,7 @@ def check_images(pipe: Any) -> None:
         if not fields:
             continue
         if not any("images" in names for names in fields):
-            raise LatentsError(
+            raise GuardError(
                 f"{type(pipe).__name__} returns {', '.join(sorted(set.union(*fields)))} and no "
                 "images, which is what a guard judges and blanks: use output_type='latent' and "
                 "Scorer, or latentguard.guard.session in a loop of your own"
