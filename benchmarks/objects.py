@@ -1,4 +1,4 @@
-"""At which size of an object recall falls: real objects pasted into real scenes, whole and in crops.
+"""At which size of an object recall falls: real ones in real scenes, whole and in crops.
 
     python benchmarks/objects.py CALTECH101 PHOTOS --autoencoder taef2_encoder.pth --cache DIR
 
