@@ -276,7 +276,7 @@ class LatentSpace:
             eps: the VAE's `batch_norm_eps`.
         """
         if self.statistics_of_vae != "batch_norm":
-            raise LatentsError(f"space {self.name} is not batch-normalised: only flux2 is")
+            raise LatentsError(f"space {self.name} is not batch-normalized: only flux2 is")
         means, variances = _floats(mean), _floats(var)
         if len(means) != self.packed_channels or len(variances) != self.packed_channels:
             raise LatentsError(
@@ -324,7 +324,7 @@ class LatentSpace:
     def is_scaled_as(self, other: LatentSpace) -> bool:
         """Whether scaled latents of both have the same numbers, but for rounding.
 
-        flux2 without its statistics fits flux2 with any: scaled means normalised in both.
+        flux2 without its statistics fits flux2 with any: scaled means normalized in both.
         """
         return scaling.same_scaling(self, other)
 
