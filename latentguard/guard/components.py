@@ -19,9 +19,14 @@ def wrap_components(pipe: Any) -> None:
         wrap(type(vae), "decode", _decode)
 
 
+_DECODERS = ("vae", "movq", "vqgan")
+"""The components whose `decode` makes images of latents."""
+
+
 def decoder_of(pipe: Any) -> Any:
-    """A pipeline's VAE, as it was before torch.compile; None where it has none."""
-    vae = getattr(pipe, "vae", None)
+    """What makes a pipeline's images, as it was before torch.compile; None where nothing does."""
+    found = (getattr(pipe, name, None) for name in _DECODERS)
+    vae = next((one for one in found if one is not None), None)
     return getattr(vae, "_orig_mod", vae)
 
 
