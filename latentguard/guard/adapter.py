@@ -161,6 +161,15 @@ class LatentGuard(PipelineCallback, Marked):
             f"model={said['model']!r}, space={said['space']!r})"
         )
 
+    def into(self, blocks: Any) -> Any:
+        """A copy of a modular pipeline's blocks with this guard in them: see `guarded_blocks`.
+
+        pipe = guard.into(blocks).init_pipeline(...)
+        """
+        from latentguard.guard.blocks import guarded_blocks  # where diffusers has them
+
+        return guarded_blocks(blocks, self)
+
     # -- sessions ----------------------------------------------------------------------------
 
     def session(
@@ -214,6 +223,15 @@ class LatentGuard(PipelineCallback, Marked):
         layout_of(pipe, space)
         check_actions(pipe, self.policy)
         self._scorer(space, pipe._execution_device)
+
+    def prepare_blocks(self, pipe: Any) -> None:
+        """Find out whether this guard can serve a modular pipeline, and load what it takes.
+
+        That its latents can be read is found out by the call (modular.py).
+        """
+        if getattr(pipe, "scheduler", None) is not None:
+            check_scheduler(pipe.scheduler)
+        self._scorer(self.space_of(pipe), pipe._execution_device)
 
     def session_for(self, pipe: Any, device: torch.device) -> Session:
         """The session of one call, which belongs to the request that it is made in."""

@@ -105,7 +105,7 @@ def is_tiny(vae: Any) -> bool:
 
 def _complete(space: LatentSpace, pipe: Any) -> LatentSpace:
     """FLUX.2's statistics are buffers of its VAE."""
-    vae = pipe.vae
+    vae = getattr(pipe, "vae", None)
     if space.name != "flux2" or space.scale is not None or not hasattr(vae, "bn"):
         return space
     told = BatchNorm.from_vae(vae)
