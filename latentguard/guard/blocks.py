@@ -34,6 +34,7 @@ NAME = "latentguard"
 _FORMS: dict[str, Form] = {
     "stable-diffusion-xl": SPATIAL,
     "stable-diffusion-3": SPATIAL,
+    "z-image": SPATIAL,
     "flux": tokens(2),
     "flux-kontext": tokens(2),
     "flux2": tokens(2),
@@ -115,8 +116,8 @@ class BeforeBlock(_Block):
 class Found:
     """What is in a tree of blocks, each with where it stands, such as denoise.denoise.
 
-    loops, decoders: that the guard has to be in. unpackers: blocks after a loop that change the
-        latents. others: blocks after a loop that have the VAE and are no decoder.
+    loops, decoders: that the guard has to be in. unpackers: blocks after a loop that may
+        make a grid of tokens. others: blocks after a loop that have the VAE and are no decoder.
     """
 
     loops: list[tuple[str, Any]] = field(default_factory=list)
@@ -197,8 +198,9 @@ def form_of(blocks: Any) -> Form:
     for path, block in found.loops or found.decoders:
         if block.model_name not in _FORMS:
             raise LatentsError(
-                f"how '{path}' ({type(block).__name__}, of model '{block.model_name}') holds its "
-                f"latents is not known, which it is of {', '.join(_FORMS)}: {_INSTEAD}"
+                f"the form of the latents of '{path}' ({type(block).__name__}, of model "
+                f"'{block.model_name}') is not known; known are those of models "
+                f"{', '.join(_FORMS)}: {_INSTEAD}"
             )
         forms[block.model_name] = _FORMS[block.model_name]
     if found.others:
@@ -248,7 +250,7 @@ def _find(block: Any, path: str, looped: bool, found: Found) -> bool:
         found.decoders.append(here)
     elif looped and "vae" in names:
         found.others.append(here)
-    elif looped and "latents" in {*block.input_names} & {*block.intermediate_output_names}:
+    elif looped and _unpacks(block):
         found.unpackers.append(here)
     return looped
 
@@ -268,6 +270,13 @@ def _is_decoder(block: Any) -> bool:
         and "latents" in block.input_names
         and "images" in block.intermediate_output_names
     )
+
+
+def _unpacks(block: Any) -> bool:
+    """Whether a block may make a grid of tokens, for which it needs a size or positions."""
+    given = set(block.input_names)
+    changes = "latents" in given and "latents" in block.intermediate_output_names
+    return changes and bool({"height", "latent_ids"} & given)
 
 
 def _leaves(block: Any) -> Iterator[tuple[str, Any]]:

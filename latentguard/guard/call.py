@@ -439,7 +439,7 @@ class Call:
     def _is_judged(self, tensor: Tensor) -> bool:
         """Whether a tensor is what was judged as final: packed, spatial, or as the VAE gets it."""
         judged = self._judged
-        if judged is None:
+        if judged is None or len(judged) != len(tensor):
             return False
         forms = [judged.tensor, judged.spatial().tensor]
         if self._layout is not None and self._layout.fits(tensor):

@@ -73,30 +73,25 @@ class ModularCall(Call):
         form = form_of(self._blocks)
         if form == SPATIAL:
             return Layout(space, (SPATIAL,))
-        if space.packed_patch == 1:
-            raise LatentsError(
-                f"the blocks of this {type(self.pipe).__name__} pack their latents into tokens, "
-                f"and space {space} is not known to be packed: give the space of its VAE"
-            )
         layout = Layout(space, (form, SPATIAL, patches(form.patch), FRAMED))
         self._check_unpacking(space, form)
         return layout
 
     def _check_unpacking(self, space: LatentSpace, form: Form) -> None:
-        """Raises LatentsError unless a block after the loops undoes just this form: it is tried on
+        """Raises LatentsError unless blocks after the loops undo just this form: they are tried on
         numbers that are all different."""
         found = find(self._blocks)
-        if not found.loops or any(
-            _unpacks(block, self.pipe, space, form) for _, block in found.unpackers
-        ):
-            return
-        tried = ", ".join(type(block).__name__ for _, block in found.unpackers) or "none is there"
-        raise LatentsError(
-            f"no block after the loop of this {type(self.pipe).__name__} is known to unpack tokens "
-            f"of the form {form} ({tried}), so what the loop's latents show cannot be read: keep "
-            "the loop and the block that unpacks its latents together, or use "
-            "latentguard.guard.session in a loop of your own"
-        )
+        undone = {
+            type(block).__name__: _undoes(block, self.pipe, space, form)
+            for _, block in found.unpackers
+        }
+        if found.loops and (False in undone.values() or True not in undone.values()):
+            raise LatentsError(
+                f"no block after the loop of this {type(self.pipe).__name__} is known to unpack "
+                f"tokens of the form {form} ({', '.join(undone) or 'none is there'}), so what the "
+                "loop's latents show cannot be read: keep the loop and the block that unpacks its "
+                "latents together, or use latentguard.guard.session in a loop of your own"
+            )
 
     # -- the call ----------------------------------------------------------------------------
 
@@ -190,7 +185,7 @@ class ModularCall(Call):
             state.set(name, self._judged_latents(private(value)))
         images = state.get("images")
         if images is not None:
-            told = self._argument("output_type") == "latent"
+            told = self._argument("output_type") == "latent" and self._is_latents(images)
             given, images, are_latents = self._with_judged_latents({"images": images}, told)
             state.set("images", given["images"])
             unseen = not are_latents and not self._decoded
@@ -207,15 +202,23 @@ class ModularCall(Call):
     def _latents_in(self, state: Any) -> list[tuple[str, Tensor]]:
         """What a state has in the form of latents, under whatever name: blocks may hand on what
         they like. What was there before the loop is the caller's own."""
-        assert self._layout is not None
         found = []
         for name, value in state.values.items():
             if not isinstance(value, Tensor) or name == "images":
                 continue
-            new = value is not self._before.get(name) and value.is_floating_point()
-            if name == "latents" or (new and self._layout.fits(value)):
+            new = value is not self._before.get(name)
+            if name == "latents" or (new and self._is_latents(value)):
                 found.append((name, value))
         return found
+
+    def _is_latents(self, value: Any) -> bool:
+        """Whether a value may be latents by its form."""
+        return (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and self._layout is not None
+            and self._layout.fits(value)
+        )
 
     def _withhold(self, state: Any) -> None:
         """Put blanks where images are blocked, or what guards give instead, and say why."""
@@ -238,24 +241,25 @@ class ModularCall(Call):
             state.set("images", given["images"])
 
 
-def _unpacks(block: Any, pipe: Any, space: LatentSpace, form: Form) -> bool:
-    """Whether a block makes [B, C, H, W] of tokens, or patches of them, or a single frame."""
+def _undoes(block: Any, pipe: Any, space: LatentSpace, form: Form) -> bool | None:
+    """Whether a block makes [B, C, H, W] of tokens, or patches of them, or a single frame.
+
+    None for a block that leaves tokens as they are, or does not take them.
+    """
     rows, columns = 2 * form.patch, 3 * form.patch
     probe = torch.arange(float(space.channels * rows * columns)).view(1, -1, rows, columns)
-    factor = int(pipe.vae_scale_factor)
-    grid = torch.cartesian_prod(*map(torch.arange, (1, rows // 2, columns // 2, 1)))
+    packed, factor = form.restored(probe), int(pipe.vae_scale_factor)
+    grid = map(torch.arange, (1, rows // form.patch, columns // form.patch, 1))
     state = PipelineState()
-    state.set("latents", form.restored(probe))
+    state.set("latents", packed)
     state.set("height", rows * factor)
     state.set("width", columns * factor)
-    state.set("latent_ids", grid[None])
+    state.set("latent_ids", torch.cartesian_prod(*grid)[None])
     try:
-        _, state = block(pipe, state)
-        unpacked = state.get("latents")
-        return any(
-            torch.equal(unpacked, other.restored(probe))
-            for other in (SPATIAL, FRAMED, patches(form.patch))
-            if other.fits(unpacked.shape, space.channels)
-        )
+        unpacked = block(pipe, state)[1].get("latents")
     except Exception:  # of blocks that want or give something else
-        return False
+        return None
+    if not isinstance(unpacked, Tensor) or unpacked.shape == packed.shape:
+        return None
+    known = (SPATIAL, FRAMED, patches(form.patch))
+    return any(torch.equal(unpacked, other.restored(probe)) for other in known)

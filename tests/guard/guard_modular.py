@@ -7,7 +7,12 @@ from typing import Any
 
 import guard_pipelines as small
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.modular_pipelines import (
     ComponentSpec,
     Flux2AutoBlocks,
@@ -16,7 +21,9 @@ from diffusers.modular_pipelines import (
     ModularPipelineBlocks,
     OutputParam,
     QwenImageAutoBlocks,
+    StableDiffusion3AutoBlocks,
     StableDiffusionXLAutoBlocks,
+    ZImageAutoBlocks,
 )
 
 SIZE = small.SIZE
@@ -39,6 +46,14 @@ def qwen_blocks() -> Any:
     return _without(QwenImageAutoBlocks(), "text_encoder", "vae_encoder", "controlnet_vae_encoder")
 
 
+def sd3_blocks() -> Any:
+    return _without(StableDiffusion3AutoBlocks(), "text_encoder", "vae_encoder")
+
+
+def zimage_blocks() -> Any:
+    return _without(ZImageAutoBlocks(), "text_encoder", "vae_encoder")
+
+
 def _without(blocks: Any, *names: str) -> Any:
     blocks = copy.deepcopy(blocks)  # diffusers' own share some of theirs
     for name in names:
@@ -46,15 +61,28 @@ def _without(blocks: Any, *names: str) -> Any:
     return blocks
 
 
-BLOCKS = {"sdxl": sdxl_blocks, "flux": flux_blocks, "flux2": flux2_blocks, "qwen": qwen_blocks}
+BLOCKS = {
+    "sdxl": sdxl_blocks,
+    "flux": flux_blocks,
+    "flux2": flux2_blocks,
+    "qwen": qwen_blocks,
+    "sd3": sd3_blocks,
+    "zimage": zimage_blocks,
+}
 
 
 def components(family: str) -> dict[str, Any]:
     """The components of a family, the same weights each time."""
-    if family != "qwen":
-        made = getattr(small, family)().components
-        return {name: one for name, one in made.items() if one is not None}
     torch.manual_seed(0)
+    if family == "qwen":
+        return _qwen()
+    if family == "zimage":
+        return _zimage()
+    made = getattr(small, family)().components
+    return {name: one for name, one in made.items() if one is not None}
+
+
+def _qwen() -> dict[str, Any]:
     transformer = QwenImageTransformer2DModel(
         in_channels=64,
         out_channels=16,
@@ -73,6 +101,25 @@ def components(family: str) -> dict[str, Any]:
     )
     scheduler = small.FlowMatchEulerDiscreteScheduler()
     return {"transformer": transformer.eval(), "vae": vae.eval(), "scheduler": scheduler}
+
+
+def _zimage() -> dict[str, Any]:
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=16,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 4, 8],
+        axes_lens=[256, 32, 32],
+    )
+    vae = small.autoencoder(16, 0.3611, 0.1159, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = small.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return {"transformer": transformer.eval(), "vae": vae, "scheduler": scheduler}
 
 
 def pipeline(blocks: ModularPipelineBlocks, parts: dict[str, Any]) -> Any:
@@ -101,11 +148,14 @@ def inputs(family: str, batch: int = 1, steps: int = 4, **more: Any) -> dict[str
         "output_type": "np",
         "generator": torch.Generator().manual_seed(0),
     }
-    if family in ("sdxl", "flux"):
+    if family in ("sdxl", "sd3", "flux"):
         given["pooled_prompt_embeds"] = torch.randn(batch, 16, generator=generator)
-    if family == "sdxl":
+    if family in ("sdxl", "sd3"):
         given["negative_prompt_embeds"] = torch.zeros(batch, 5, 16)
         given["negative_pooled_prompt_embeds"] = torch.zeros(batch, 16)
+    if family == "zimage":
+        given["prompt_embeds"] = list(given["prompt_embeds"])
+        given["negative_prompt_embeds"] = [torch.zeros(5, 16)] * batch
     if family == "qwen":
         given["prompt_embeds_mask"] = torch.ones(batch, 5, dtype=torch.bool)
         given["negative_prompt_embeds"] = torch.zeros(batch, 5, 16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers.modular_pipelines", reason="needs diffusers with modular pipelines")
+import diffusers
 import guard_modular as modular
 from diffusers.modular_pipelines import (
     ComponentsManager,
@@ -26,10 +29,19 @@ from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
 from latentguard import LatentGuard, LatentSpace
 from latentguard.errors import LatentsError
 from latentguard.guard import GenerationBlocked, GuardBlock, guarded_blocks
+from latentguard.guard.blocks import find
 
-SPACES = {"sdxl": ("sdxl", 4), "flux": ("flux1", 16), "flux2": ("flux2", 32), "qwen": ("wan21", 16)}
-FAMILIES = list(SPACES)
-PARTS = {family: modular.components(family) for family in FAMILIES}
+SPACES = {
+    "sdxl": ("sdxl", 4),
+    "flux": ("flux1", 16),
+    "flux2": ("flux2", 32),
+    "qwen": ("wan21", 16),
+    "sd3": ("sd3", 16),
+    "zimage": ("flux1", 16),
+}
+FAMILIES = ["sdxl", "flux", "flux2", "qwen"]
+"""One of each form that loops and decoders hold latents in."""
+PARTS = {family: modular.components(family) for family in SPACES}
 
 
 def _wan21() -> LatentSpace:
@@ -63,7 +75,7 @@ def _threshold_between(family: str, batch: int, **more: Any) -> tuple[float, lis
 # -- what it is for ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPACES)
 def test_images_that_nothing_matched_are_the_same_to_the_last_bit(family: str) -> None:
     plain = _pipe(family)(**modular.inputs(family, 2))
     guard = _guard(family, ALWAYS, "observe")
@@ -76,7 +88,7 @@ def test_images_that_nothing_matched_are_the_same_to_the_last_bit(family: str) -
 
 
 @pytest.mark.parametrize(
-    ("family", "form"), [*((family, "np") for family in FAMILIES), ("qwen", "pil"), ("sdxl", "pt")]
+    ("family", "form"), [*((family, "np") for family in SPACES), ("qwen", "pil"), ("sdxl", "pt")]
 )
 def test_a_call_that_is_blocked_as_a_whole_stops_at_once(family: str, form: str) -> None:
     plain = _pipe(family)(**modular.inputs(family, 2, output_type=form))
@@ -217,8 +229,34 @@ def test_blocks_with_a_decoder_that_is_not_known_are_refused() -> None:
 
 
 def test_blocks_of_latents_whose_form_is_not_known_are_refused() -> None:
-    with pytest.raises(LatentsError, match=r"of model 'wan'.* holds its latents is not known"):
+    with pytest.raises(LatentsError, match=r"of model 'wan'\) is not known; known are"):
         _guard("flux", NEVER).into(WanBlocks())
+
+
+def _modular_classes() -> list[Any]:
+    names = [name for name in dir(diffusers) if name.endswith("ModularPipeline")]
+    return [getattr(diffusers, name) for name in names if name != "ModularPipeline"]
+
+
+def test_each_modular_pipeline_of_diffusers_is_guarded_or_refused_by_a_sentence() -> None:
+    guard, taken, said = _guard("sdxl", NEVER), set(), []
+    for cls in _modular_classes():
+        blocks = getattr(diffusers, cls.default_blocks_name)()
+        try:
+            found = find(guard.into(blocks))
+        except LatentsError as error:
+            said.append(str(error))
+        else:
+            assert found.loops
+            assert found.decoders
+            taken.add(cls.__name__.removesuffix("ModularPipeline"))
+    families = {"StableDiffusionXL", "StableDiffusion3", "Flux", "FluxKontext", "Flux2"}
+    families |= {"Flux2Klein", "Flux2KleinBase", "ZImage"}
+    families |= {"QwenImage", "QwenImageEdit", "QwenImageEditPlus"}
+    assert taken == families
+    assert len(said) == len(_modular_classes()) - len(taken)
+    refusal = "is not known; known are|no denoising loop was found"
+    assert [sentence for sentence in said if not re.search(refusal, sentence)] == []
 
 
 @pytest.mark.parametrize("what", ["pipeline", "model", "class"])
@@ -461,6 +499,76 @@ def test_latents_under_another_name_are_judged() -> None:
     state = _pipe("sdxl", guard, blocks)(**modular.inputs("sdxl", 4))
     for row, blocked in enumerate(matched):
         assert not blocked or not state.mine[row].any()
+
+
+def test_latents_of_another_number_than_were_judged_are_withheld() -> None:
+    for change in (lambda _, latents: torch.cat([latents, latents]), lambda _, x: x[1:]):
+        blocks = modular.sdxl_blocks()
+        blocks.sub_blocks.insert("mine", _Change(change), 2)
+        with pytest.raises(GenerationBlocked, match="this session began with 2 images"):
+            _pipe("sdxl", _guard("sdxl", NEVER), blocks)(**modular.inputs("sdxl", 2))
+
+
+@pytest.mark.parametrize("way", ["no steps", "skips the guard", "ignores the guard"])
+def test_a_loop_that_keeps_its_latents_from_the_guard_is_judged_at_its_end(way: str) -> None:
+    class Own(type(_loop(modular.sdxl_blocks()))):  # type: ignore[misc]
+        def loop_step(self, components: Any, state: Any, **kwargs: Any) -> Any:
+            if way == "ignores the guard":
+                components, state = super().loop_step(components, state, **kwargs)
+                state.latents = state.latents + 1
+                return components, state
+            for name, block in self.sub_blocks.items():
+                if name != "latentguard":
+                    components, state = block(components, state, **kwargs)
+            return components, state
+
+        def __call__(self, components: Any, state: Any) -> Any:
+            if way == "no steps":
+                state.set("timesteps", state.get("timesteps")[:0])
+            return super().__call__(components, state)
+
+    blocks = modular.sdxl_blocks()
+    blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks["denoise"] = Own()
+    state = _pipe("sdxl", _guard("sdxl", NEVER), blocks)(**modular.inputs("sdxl"))
+    finals = [record.final for record in state.latentguard.history]
+    assert finals == ([False] * 3 + [True] * 2 if way == "ignores the guard" else [True])
+    state = _pipe("sdxl", _guard("sdxl", ALWAYS), blocks)(**modular.inputs("sdxl"))
+    assert not state.images.any()
+
+
+def test_what_is_decoded_in_another_thread_is_withheld() -> None:
+    class Threaded(modular.Decoder):
+        def __call__(self, components: Any, state: Any) -> Any:
+            with ThreadPoolExecutor(1) as threads:
+                images = threads.submit(components.vae.decode, state.get("latents")).result()
+            state.set("images", images.sample.permute(0, 2, 3, 1).detach().numpy())
+            return components, state
+
+    blocks = modular.sdxl_blocks()
+    blocks.sub_blocks["decode"] = Threaded()
+    state = _pipe("sdxl", _guard("sdxl", NEVER), blocks)(**modular.inputs("sdxl"))
+    assert "what was decoded was never seen" in state.latentguard.verdicts[0].reason
+    assert not state.images.any()
+
+
+@pytest.mark.parametrize("family", ["flux2", "qwen"])
+def test_half_precision_is_judged_once(family: str) -> None:
+    half = torch.bfloat16
+    parts = {
+        name: part.to(half) if isinstance(part, torch.nn.Module) else part
+        for name, part in modular.components(family).items()
+    }
+    guard, found = _guard(family, ALWAYS, "observe"), []
+    for blocks in (modular.BLOCKS[family](), guard.into(modular.BLOCKS[family]())):
+        given = {
+            name: value.to(half)
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            else value
+            for name, value in modular.inputs(family).items()
+        }
+        found.append(modular.pipeline(blocks, parts)(**given))
+    assert np.array_equal(found[0].images, found[1].images)
+    assert [record.final for record in found[1].latentguard.history] == [False] * 3 + [True]
 
 
 # -- parts of pipelines ------------------------------------------------------------------------
