@@ -54,8 +54,9 @@ class LatentGuard(PipelineCallback, Marked):
         pipe.callback_on_step_end = LatentGuard(policy)
 
     `pipe(..., callback_on_step_end=guard)` and `MultiPipelineCallbacks` work too; your own callback
-    runs first, and the guard sees the latents last. `None` detaches. One guard serves any number of
-    pipelines and threads: each call has a session of its own.
+    runs first, and the guard sees the latents last. `None` detaches. Modular pipelines are guarded
+    by `into(blocks)`. One guard serves any number of pipelines and threads: each call has a session
+    of its own.
 
     Args:
         policy: a Policy, the name of a shipped one, or a path.

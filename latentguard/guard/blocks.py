@@ -306,7 +306,7 @@ def _without_guards(block: Any) -> Any:
             del inner[name]
         else:
             inner[name] = _without_guards(one)
-    if isinstance(block, _Pair) and len(inner) == 1:
+    if isinstance(block, GuardedPart) and len(inner) == 1:
         return next(iter(inner.values()))
     return block
 
@@ -315,16 +315,16 @@ def _with_guards(block: Any, guards: tuple[LatentGuard, ...]) -> Any:
     """A tree of blocks, changed in place, with guards in each loop and decoder."""
     if _is_loop(block):
         block.sub_blocks[NAME] = GuardBlock(*guards)
-        return _Pair.of(block, "denoise", BeforeBlock(*guards))
+        return GuardedPart.of(block, "denoise", BeforeBlock(*guards))
     if _is_decoder(block):
-        return _Pair.of(block, "decode", BeforeBlock(*guards, decodes=True))
+        return GuardedPart.of(block, "decode", BeforeBlock(*guards, decodes=True))
     if not isinstance(block, LoopSequentialPipelineBlocks):
         for name, inner in block.sub_blocks.items():
             block.sub_blocks[name] = _with_guards(inner, guards)
     return block
 
 
-class _Pair(SequentialPipelineBlocks):
+class GuardedPart(SequentialPipelineBlocks):
     """A loop or a decoder, and the block of the guard that stands before it."""
 
     @classmethod

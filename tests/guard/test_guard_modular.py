@@ -18,6 +18,7 @@ import guard_modular as modular
 from diffusers.modular_pipelines import (
     ComponentsManager,
     InputParam,
+    ModularPipeline,
     ModularPipelineBlocks,
     OutputParam,
     SequentialPipelineBlocks,
@@ -29,7 +30,7 @@ from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
 from latentguard import LatentGuard, LatentSpace
 from latentguard.errors import LatentsError
 from latentguard.guard import GenerationBlocked, GuardBlock, guarded_blocks
-from latentguard.guard.blocks import find
+from latentguard.guard.blocks import find, guards_in_blocks
 
 SPACES = {
     "sdxl": ("sdxl", 4),
@@ -666,6 +667,15 @@ def test_blocks_in_a_sequence_of_ones_own_are_guarded() -> None:
     outer = SequentialPipelineBlocks.from_blocks_dict({"whole": inner})
     state = _pipe("sdxl", _guard("sdxl", ALWAYS), outer)(**modular.inputs("sdxl"))
     assert not state.images.any()
+
+
+def test_a_loaded_modular_pipeline_has_no_guard_and_shows_it(tmp_path: Path) -> None:
+    pipe = _pipe("sdxl", _guard("sdxl", NEVER))
+    pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    loaded = ModularPipeline.from_pretrained(str(tmp_path))
+    assert guards_in_blocks(pipe.blocks)
+    assert not guards_in_blocks(loaded.blocks)
+    assert "latentguard" not in [output.name for output in loaded.blocks.intermediate_outputs]
 
 
 def test_pipelines_without_a_guard_are_left_alone() -> None:
