@@ -46,7 +46,8 @@ PARTS = {family: modular.components(family) for family in SPACES}
 
 
 def _wan21() -> LatentSpace:
-    mean, std = modular.WAN["latents_mean"], modular.WAN["latents_std"]
+    config = PARTS["qwen"]["vae"].config
+    mean, std = config.latents_mean, config.latents_std
     scale = tuple(1 / value for value in std)
     view = ((0.0, 0.0, 0.0),) * 16
     return LatentSpace("wan21", 16, scale, tuple(mean), view, (0.0, 0.0, 0.0), packed_patch=2)
