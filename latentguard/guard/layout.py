@@ -82,6 +82,14 @@ def _as_scaled(pipe: Any, space: LatentSpace) -> LatentSpace:
     return replace(space, shift=0.0) if _by_name(pipe, _UNSHIFTED) else space
 
 
+def numbers_of(pipe: Any, config: Mapping[str, Any]) -> Numbers | None:
+    """The numbers of its VAE's config that a pipeline scales by."""
+    numbers = Numbers.of(config)
+    if numbers is None or not _by_name(pipe, _UNSHIFTED):
+        return numbers
+    return replace(numbers, shift=None)
+
+
 def _check_given(space: LatentSpace, config: Mapping[str, Any], name: str) -> None:
     """Raises LatentsError where the config of a VAE that is not known denies the space given."""
     channels = config.get("latent_channels", config.get("z_dim"))
@@ -105,12 +113,18 @@ def is_tiny(vae: Any) -> bool:
 
 def _complete(space: LatentSpace, pipe: Any) -> LatentSpace:
     """FLUX.2's statistics are buffers of its VAE."""
-    vae = pipe.vae
+    vae = getattr(pipe, "vae", None)
     if space.name != "flux2" or space.scale is not None or not hasattr(vae, "bn"):
         return space
     told = BatchNorm.from_vae(vae)
     mean, variance = (by_channel(pipe, torch.tensor(values)) for values in (told.mean, told.var))
-    return space.with_batch_norm(mean, variance, told.eps)
+    return space.with_batch_norm(mean, variance, batch_norm_eps(pipe, told.eps))
+
+
+def batch_norm_eps(pipe: Any, told: float) -> float:
+    """The epsilon that a pipeline normalises with, where its VAE tells another."""
+    own = _by_name(pipe, _EPS)
+    return told if own is None else float(own)
 
 
 def by_channel(pipe: Any, values: Tensor) -> Tensor:
@@ -140,6 +154,8 @@ _DECLARED = (
 )
 # Pipelines that do not add the shift_factor of their VAE before they decode.
 _UNSHIFTED = ((r"^Kandinsky5", True),)
+# Pipelines that normalise with an epsilon of their own.
+_EPS = ((r"^ErnieImage", 1e-5),)
 # Pipelines whose latents are not the image's alone, or show it at no step.
 _NO_IMAGE = (
     (r"^StableDiffusionPanorama", "denoises its latents in overlapping views"),
