@@ -57,7 +57,7 @@ class Decoding:
 
         One index for each of `z`; None where some of it is none of them.
         """
-        x = latents.spatial().tensor
+        x = latents.to_spatial().tensor
         if z.ndim == 5 and z.shape[2] == 1:
             z = z.squeeze(2)
         for dtype in dict.fromkeys((x.dtype, z.dtype, torch.float32)):

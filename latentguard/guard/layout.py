@@ -204,7 +204,7 @@ class Layout:
         """The inverse of `read`: in the form, dtype and strides of a tensor that was read."""
         if latents.tensor.shape == like.shape:
             return laid_out_as(latents.tensor, like)
-        spatial = latents.spatial()
+        spatial = latents.to_spatial()
         form, _ = self._form(like, lambda _: [(spatial.height, spatial.width)])
         return laid_out_as(form.restored(spatial.tensor), like)
 
@@ -221,7 +221,7 @@ class Layout:
                 for step in steps
             ]
 
-        factor = self.space.factor
+        factor = self.space.vae_scale_factor
         return sizes
 
     def _form(
@@ -379,8 +379,8 @@ def _unpacked_by(pipe: Any, name: str, space: LatentSpace, form: Form, probe: Te
         return unpacked
     given = {
         "latents": packed,
-        "height": probe.shape[2] * space.factor,
-        "width": probe.shape[3] * space.factor,
+        "height": probe.shape[2] * space.vae_scale_factor,
+        "width": probe.shape[3] * space.vae_scale_factor,
         "patch_size": form.patch,
         "vae_scale_factor": int(pipe.vae_scale_factor),
     }

@@ -357,7 +357,7 @@ def own_space(part: Any) -> LatentSpace:
         shift=shift,
         rgb_factors=((0.1, 0.1, 0.1),) * channels,
         rgb_bias=(0.0, 0.0, 0.0),
-        factor=factor_of(part),
+        vae_scale_factor=factor_of(part),
     )
 
 

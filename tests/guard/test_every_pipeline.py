@@ -101,7 +101,7 @@ def test_the_guard_reads_what_the_pipeline_decodes(
     watched()
     seen, raw = pairs[-1]
     raw = raw.squeeze(2) if raw.ndim == 5 else raw
-    expected = Latents(raw, watched.space, scaled=False).standard().tensor
+    expected = Latents(raw, watched.space, scaled=False).to_standard().tensor
     torch.testing.assert_close(seen.float(), expected.float(), rtol=1e-3, atol=1e-3)
     finals = [step for step in watched.guard.history if step.final]
     assert len(finals) == (2 if name in DECODES_OTHERWISE else 1)
