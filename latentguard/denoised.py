@@ -76,10 +76,25 @@ class StepCall:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """x0 = (sample - sigma * noise) / alpha, before it is computed; sample and noise [B, ...]."""
+
+    sample: Tensor
+    noise: Tensor
+    alpha: float
+    sigma: float
+
+    def x0(self) -> Tensor:
+        """[B, ...], computed in float32."""
+        return (self.sample.float() - self.sigma * self.noise.float()) / self.alpha
+
+
+@dataclass(frozen=True)
 class Denoised:
     """What a step says of the clean latents.
 
     x0: [B, ...] the prediction, in the shape and dtype of the sample.
+    parts: what x0 was made of, where it is (sample - sigma * noise) / alpha; else None.
     source: the level of the sample that it was predicted from: thresholds go by it.
     latents: the level of the latents after the step.
     how: "scheduler" where it is the scheduler's own, otherwise the algebra that gave it: "epsilon",
@@ -90,6 +105,7 @@ class Denoised:
     source: Level
     latents: Level
     how: str
+    parts: Parts | None = None
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -131,8 +147,9 @@ def denoised(call: StepCall) -> Denoised:
     prediction = "flow_prediction"
     if kind not in _FLOW:
         prediction = str(call.scheduler.config.prediction_type)
-    x0 = _algebra(call, kind, prediction)
-    return Denoised(x0.to(call.sample.dtype), call.level, after, prediction)
+    parts = _parts(call, kind, prediction)
+    x0 = _algebra(call, kind, prediction) if parts is None else parts.x0()
+    return Denoised(x0.to(call.sample.dtype), call.level, after, prediction, parts)
 
 
 def is_last(call: StepCall) -> bool:
@@ -265,22 +282,33 @@ def _position(scheduler: Any, timestep: Any) -> int:
 # -- x0 ----------------------------------------------------------------------------------------
 
 
+def _output(call: StepCall) -> Tensor:
+    """What the model predicts; the second half of its channels can be a learned variance."""
+    channels = call.sample.shape[1]
+    output = call.model_output
+    return output[:, :channels] if output.shape[1] == 2 * channels else output
+
+
+def _parts(call: StepCall, kind: str, prediction: str) -> Parts | None:
+    """What x0 is made of, where the model predicts noise or velocity."""
+    alpha, sigma = call.level.alpha, call.level.sigma
+    if kind == "EDMDPMSolverMultistep" or prediction not in ("epsilon", "flow_prediction"):
+        return None
+    if prediction == "flow_prediction":
+        return Parts(call.sample, _output(call), 1.0, sigma)
+    if alpha <= 0:
+        raise LatentsError("a prediction of the noise tells nothing of x0 at pure noise")
+    return Parts(call.sample, _output(call), alpha, sigma)
+
+
 def _algebra(call: StepCall, kind: str, prediction: str) -> Tensor:
-    x, output = call.sample.float(), call.model_output.float()
-    if output.shape[1] == 2 * x.shape[1]:
-        output = output[:, : x.shape[1]]  # the second half is a learned variance
+    x, output = call.sample.float(), _output(call).float()
     alpha, sigma = call.level.alpha, call.level.sigma
     if kind == "EDMDPMSolverMultistep":
         preconditioned: Tensor = call.scheduler.precondition_outputs(x, output, torch.tensor(sigma))
         return preconditioned
     if prediction == "sample":
         return output
-    if prediction == "flow_prediction":
-        return x - sigma * output
-    if prediction == "epsilon":
-        if alpha <= 0:
-            raise LatentsError("a prediction of the noise tells nothing of x0 at pure noise")
-        return (x - sigma * output) / alpha
     if prediction == "v_prediction":
         # v = a noise - s x0 for unit-variance latents a x0 + s noise.
         size = math.hypot(alpha, sigma)

@@ -33,7 +33,7 @@ from latentguard.guard.running import CALLBACK, INPUTS, current, waiting
 from latentguard.guard.sessions import Session
 from latentguard.guard.tensors import equal, plain, private
 from latentguard.guard.wrapping import names_of
-from latentguard.spaces import Latents, LatentSpace
+from latentguard.spaces import Latents, LatentSpace, Prediction
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
@@ -335,18 +335,28 @@ class Call:
     def _step_seen(
         self, session: Session, latents: Latents, estimate: Denoised, last: bool
     ) -> Latents:
-        x0 = self._read(estimate.x0.to(latents.tensor.dtype))
         if last:
             self._step_noisy(session, estimate)
         return session.step(
             latents,
-            x0,
+            self._told(session, latents, estimate),
             noise_level=estimate.latents.noise_level,
             x0_noise_level=estimate.source.noise_level,
             alpha=estimate.latents.alpha,
             final=last,
             how=estimate.how,
         ).latents
+
+    def _told(self, session: Session, latents: Latents, estimate: Denoised) -> Latents | Prediction:
+        """The clean estimate, or what it is made of where the session only scores it."""
+        assert self._layout is not None
+        parts = estimate.parts
+        # A callback of the user's may have changed in place what x0 was made of.
+        alone = session.scores_only and not self._callbacks
+        if alone and parts is not None and self._layout.forms == (SPATIAL,):
+            noisy = self._read(plain(parts.sample))
+            return Prediction(noisy, plain(parts.noise), parts.alpha, parts.sigma)
+        return self._read(estimate.x0.to(latents.tensor.dtype))
 
     def _step_noisy(self, session: Session, estimate: Denoised) -> None:
         """Whoever gets latents that are still noisy can denoise them: x0 is judged as well."""
@@ -441,7 +451,7 @@ class Call:
         judged = self._judged
         if judged is None or len(judged) != len(tensor):
             return False
-        forms = [judged.tensor, judged.spatial().tensor]
+        forms = [judged.tensor, judged.to_spatial().tensor]
         if self._layout is not None and self._layout.fits(tensor):
             forms.append(self._written(judged, tensor))
         if any(equal(form.to(tensor.device, tensor.dtype), tensor) for form in forms):
@@ -480,7 +490,7 @@ class Call:
         else:
             latents = self._read(tensor)
             height, width = (
-                side * latents.space.factor for side in (latents.height, latents.width)
+                side * latents.space.vae_scale_factor for side in (latents.height, latents.width)
             )
             images = outputs.blanks(len(latents), height, width, form)
         if images is None:
@@ -586,7 +596,7 @@ class Call:
         judged = self._judge_end(self._read(images))
         if not self._layout.forms[0].fits(images.shape, self._space.channels):
             # FLUX.2's pipelines differ in whether they give back scaled latents or raw ones.
-            raw = Latents(judged.spatial().tensor, self._space, scaled=False)
+            raw = Latents(judged.to_spatial().tensor, self._space, scaled=False)
             judged = self._judge_end(raw)
         return self._written(judged, images)
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from latentguard.guard.components import decoder_of
-from latentguard.guard.layout import by_channel, is_tiny
-from latentguard.guard.numbers import Numbers
+from latentguard.guard.layout import batch_norm_eps, by_channel, is_tiny, numbers_of
 from latentguard.guard.tensors import equal
 from latentguard.spaces import Latents, LatentSpace
 
@@ -46,7 +45,7 @@ class Decoding:
             return cls(scaled=True)
         if space.name == "flux2":
             return _batch_normalised(cls, pipe, vae)
-        numbers = Numbers.of(config)
+        numbers = numbers_of(pipe, config)
         if numbers is None or not numbers.scale_as(space):
             return None
         return cls(False, numbers.factor, numbers.shift, numbers.mean, numbers.std)
@@ -58,7 +57,7 @@ class Decoding:
 
         One index for each of `z`; None where some of it is none of them.
         """
-        x = latents.spatial().tensor
+        x = latents.to_spatial().tensor
         if z.ndim == 5 and z.shape[2] == 1:
             z = z.squeeze(2)
         for dtype in dict.fromkeys((x.dtype, z.dtype, torch.float32)):
@@ -103,7 +102,8 @@ def _batch_normalised(cls: type[Decoding], pipe: Any, vae: Any) -> Decoding | No
         by_channel(pipe, values.detach()).clone()
         for values in (vae.bn.running_mean, vae.bn.running_var)
     )
-    return cls(False, mean=mean, std=torch.sqrt(variance + vae.config.batch_norm_eps))
+    eps = batch_norm_eps(pipe, vae.config.batch_norm_eps)
+    return cls(False, mean=mean, std=torch.sqrt(variance + eps))
 
 
 def _index(row: Tensor, batch: Tensor) -> int | None:

@@ -82,6 +82,14 @@ def _as_scaled(pipe: Any, space: LatentSpace) -> LatentSpace:
     return replace(space, shift=0.0) if _by_name(pipe, _UNSHIFTED) else space
 
 
+def numbers_of(pipe: Any, config: Mapping[str, Any]) -> Numbers | None:
+    """The numbers of its VAE's config that a pipeline scales by."""
+    numbers = Numbers.of(config)
+    if numbers is None or not _by_name(pipe, _UNSHIFTED):
+        return numbers
+    return replace(numbers, shift=None)
+
+
 def _check_given(space: LatentSpace, config: Mapping[str, Any], name: str) -> None:
     """Raises LatentsError where the config of a VAE that is not known denies the space given."""
     channels = config.get("latent_channels", config.get("z_dim"))
@@ -110,7 +118,13 @@ def _complete(space: LatentSpace, pipe: Any) -> LatentSpace:
         return space
     told = BatchNorm.from_vae(vae)
     mean, variance = (by_channel(pipe, torch.tensor(values)) for values in (told.mean, told.var))
-    return space.with_batch_norm(mean, variance, told.eps)
+    return space.with_batch_norm(mean, variance, batch_norm_eps(pipe, told.eps))
+
+
+def batch_norm_eps(pipe: Any, told: float) -> float:
+    """The epsilon that a pipeline normalises with, where its VAE tells another."""
+    own = _by_name(pipe, _EPS)
+    return told if own is None else float(own)
 
 
 def by_channel(pipe: Any, values: Tensor) -> Tensor:
@@ -140,6 +154,8 @@ _DECLARED = (
 )
 # Pipelines that do not add the shift_factor of their VAE before they decode.
 _UNSHIFTED = ((r"^Kandinsky5", True),)
+# Pipelines that normalise with an epsilon of their own.
+_EPS = ((r"^ErnieImage", 1e-5),)
 # Pipelines whose latents are not the image's alone, or show it at no step.
 _NO_IMAGE = (
     (r"^StableDiffusionPanorama", "denoises its latents in overlapping views"),
@@ -188,7 +204,7 @@ class Layout:
         """The inverse of `read`: in the form, dtype and strides of a tensor that was read."""
         if latents.tensor.shape == like.shape:
             return laid_out_as(latents.tensor, like)
-        spatial = latents.spatial()
+        spatial = latents.to_spatial()
         form, _ = self._form(like, lambda _: [(spatial.height, spatial.width)])
         return laid_out_as(form.restored(spatial.tensor), like)
 
@@ -205,7 +221,7 @@ class Layout:
                 for step in steps
             ]
 
-        factor = self.space.factor
+        factor = self.space.vae_scale_factor
         return sizes
 
     def _form(
@@ -363,8 +379,8 @@ def _unpacked_by(pipe: Any, name: str, space: LatentSpace, form: Form, probe: Te
         return unpacked
     given = {
         "latents": packed,
-        "height": probe.shape[2] * space.factor,
-        "width": probe.shape[3] * space.factor,
+        "height": probe.shape[2] * space.vae_scale_factor,
+        "width": probe.shape[3] * space.vae_scale_factor,
         "patch_size": form.patch,
         "vae_scale_factor": int(pipe.vae_scale_factor),
     }

@@ -176,7 +176,7 @@ class ModularCall(Call):
         if form == "latent" or self._argument("padding_mask_crop") is not None:
             return None
         read = self._read(latents)
-        height, width = (side * read.space.factor for side in (read.height, read.width))
+        height, width = (side * read.space.vae_scale_factor for side in (read.height, read.width))
         return outputs.blanks(len(read), height, width, str(form))
 
     def _finish_state(self, state: Any) -> None:

@@ -285,7 +285,7 @@ def _noise(pipe: Any, layout: Layout, size: tuple[int, int], count: int, seed: i
     """Noise in the form that the pipeline's `latents` takes."""
     device = pipe._execution_device
     space, form = layout.space, layout.forms[0]
-    height, width = (side // space.factor // form.patch * form.patch for side in size)
+    height, width = (side // space.vae_scale_factor // form.patch * form.patch for side in size)
     generator = torch.Generator(device).manual_seed(seed)
     shape = (count, space.channels, height, width)
     denoiser = getattr(pipe, "transformer", None) or pipe.unet

@@ -25,7 +25,8 @@ from latentguard.guard.steering import Steerer
 from latentguard.judge import Verdict, failed
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer, Scores
-from latentguard.spaces import Latents
+from latentguard.spaces import Latents, Prediction
+from latentguard.spaces.prediction import clean
 
 logger = logging.getLogger("latentguard.guard")
 
@@ -134,7 +135,10 @@ class Session:
         """The text of each image, for audit logs that ask for it; nothing else reads it."""
         self.limits = limits or Limits()
         self._on_record = on_record
-        acts = any(c.action in ("block", "steer") for c in scorer.policy.concepts)
+        actions = {concept.action for concept in scorer.policy.concepts}
+        self.scores_only = "steer" not in actions
+        """Whether nothing is ever done with a clean estimate but to score it."""
+        acts = bool(actions & {"block", "steer"})
         self._defers = not acts and scorer.policy.cascade is None
         self._steerer = Steerer(scorer)
         self._state = _State()
@@ -158,7 +162,7 @@ class Session:
     def step(
         self,
         latents: Latents,
-        x0: Latents | None = None,
+        x0: Latents | Prediction | None = None,
         *,
         noise_level: float,
         x0_noise_level: float | None = None,
@@ -171,7 +175,7 @@ class Session:
         Args:
             latents: [B, ...], as the loop carries them after this step.
             x0: the model's prediction of the clean latents, judged in their place where given; in
-                the convention of `latents`.
+                the convention of `latents`. As a Prediction it is computed where it is needed.
             noise_level: noise-to-signal ratio of `latents`; 0 is clean, inf is pure noise.
             x0_noise_level: that of the latents from which `x0` was predicted; `noise_level` where
                 it is not given. Thresholds and windows go by it.
@@ -190,6 +194,7 @@ class Session:
         self.begin(len(latents))
         state.finished = False  # whatever was judged before, the loop went on
         level = noise_level if final or x0 is None or x0_noise_level is None else x0_noise_level
+        judged: Latents | Prediction
         if x0 is None:
             judged, how = latents, how or "latents"
         else:
@@ -210,7 +215,7 @@ class Session:
             self._resolve()
             verdicts = self._judge(judged, level, final)
             if final:
-                verdicts = self._hold(judged, verdicts, level)
+                verdicts = self._hold(latents, verdicts, level)
             else:
                 latents, steering = self._steer(
                     latents, judged, verdicts, level, noise_level, alpha
@@ -323,15 +328,16 @@ class Session:
 
     # -- judging -----------------------------------------------------------------------------
 
-    def _check(self, latents: Latents, judged: Latents, now: float) -> None:
+    def _check(self, latents: Latents, judged: Latents | Prediction, now: float) -> None:
         state, limits = self._state, self.limits
         if len(latents) != state.count or len(judged) != state.count:
             raise LatentsError(
                 f"this session began with {state.count} images, step {state.step - 1} has "
                 f"{len(latents)} latents and {len(judged)} estimates: use a session a request"
             )
-        ours, its = ((x.space.name, x.scaled, x.height, x.width) for x in (latents, judged))
-        if ours != its or not latents.space.is_scaled_as(judged.space):
+        read = judged.latents if isinstance(judged, Prediction) else judged
+        ours, its = ((x.space.name, x.scaled, x.height, x.width) for x in (latents, read))
+        if ours != its or not latents.space.is_scaled_as(read.space):
             raise LatentsError(
                 f"x0 must be of the space, scaling and size of the latents, {latents!r}, got "
                 f"{judged!r}"
@@ -349,10 +355,12 @@ class Session:
         return not self.stopped and self.scorer.policy.schedule.due(index, level)
 
     @torch.inference_mode()
-    def _scores(self, judged: Latents, level: float) -> Scores:
+    def _scores(self, judged: Latents | Prediction, level: float) -> Scores:
         return self.scorer.score(judged, level)
 
-    def _judge(self, judged: Latents, level: float, final: bool) -> list[Verdict | None]:
+    def _judge(
+        self, judged: Latents | Prediction, level: float, final: bool
+    ) -> list[Verdict | None]:
         """Verdicts on the images that are not blocked yet; None for the others."""
         active = [i for i in range(len(judged)) if i not in self._state.blocked]
         verdicts: list[Verdict | None] = [None] * len(judged)
@@ -385,7 +393,7 @@ class Session:
     def _steer(
         self,
         latents: Latents,
-        judged: Latents,
+        judged: Latents | Prediction,
         verdicts: Sequence[Verdict | None],
         level: float,
         after: float,
@@ -409,7 +417,7 @@ class Session:
             return latents, records
         moved, found = self._steerer(
             latents.pick(held),
-            judged.pick(held),
+            clean(judged.pick(held)),
             list(names.values()),
             level,
             alpha,
