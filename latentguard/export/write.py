@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +12,8 @@ import numpy as np
 import onnx
 import torch
 
+from latentguard.atomic import replacing_all
+from latentguard.deprecated import Former, former_keywords
 from latentguard.encoders import Encoder, traits
 from latentguard.errors import LatentsError, ModelError
 from latentguard.export.graph import attach_bank, bank_arrays, build, not_open
@@ -24,6 +23,7 @@ from latentguard.export.quantize import convert
 from latentguard.export.samples import bundled, drawn, resized
 from latentguard.judge import Verdict
 from latentguard.policy import Policy
+from latentguard.regular import open_regular, sha256_of
 from latentguard.runtime import Guard
 from latentguard.runtime.names import plain
 from latentguard.scorer import Scorer
@@ -44,14 +44,16 @@ OPEN_SIZES = ((32, 32), (64, 64), (96, 128), (50, 41))
 """Latent cells at which an export of open height and width is compared with PyTorch, too."""
 
 
+@former_keywords(same="same_decisions", sent="escalated")
 @dataclass(frozen=True)
 class Checked:
     """How an export compares with PyTorch on `images` latents.
 
     margin, embedding: the largest absolute differences. cosine: the smallest of an embedding with
-    PyTorch's. same: images with the same decision and matches. real: whether the latents were real
-    ones, and not drawn with a space's statistics. sent: images that the first model of a cascade
-    passed on; decisions are those of the whole cascade, scores those of the second model.
+    PyTorch's. same_decisions: images with the same decision and matches. real: whether the latents
+    were real ones, and not drawn with a space's statistics. escalated: images that the first model
+    of a cascade passed on; decisions are those of the whole cascade, scores those of the second
+    model.
     """
 
     images: int
@@ -59,8 +61,10 @@ class Checked:
     margin: float
     embedding: float
     cosine: float
-    same: int
-    sent: int | None = None
+    same_decisions: int
+    escalated: int | None = None
+
+    same, sent = Former("same_decisions"), Former("escalated")
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def export_onnx(
             needs a size and is given none; a `first_precision` where the policy has no cascade.
         LatentsError: latents of another space or size, or a space whose statistics are not known.
     """
-    scorer, out = Scorer(policy, model, device="cpu"), Path(out)
+    scorer, out = Scorer(policy, model, device="cpu").thorough, Path(out)
     if first_precision is not None and scorer.first is None:
         raise ModelError(f"policy '{scorer.policy.name}' has no cascade, and so no first model")
     first_precision = first_precision or precision
@@ -127,17 +131,15 @@ def export_onnx(
             if one is not None:
                 _check_open(one.encoder)
     given, real = _to_check(check, scorer, scaled, size)
-    way = _Way(out.parent, size, scaled, given, real, calibrate, progress)
+    job = ExportJob(out.parent, size, scaled, given, real, calibrate, progress)
     first: Exported | None = None
-    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
-        files: list[Path] = []
+    with replacing_all(out.parent) as (folder, files):
         if scorer.first is not None:
-            beside = Path(folder, first_name(out))
-            files, first = way.make(scorer.first, beside, first_precision)
-        written, made = way.make(scorer, Path(folder, out.name), precision, heatmaps, first)
-        # The file that names the others comes last.
-        for file in (*reversed(files), *reversed(written)):
-            os.replace(file, out.parent / file.name)
+            beside = folder / first_name(out)
+            of_first, first = job.make(scorer.first, beside, first_precision)
+            files += of_first
+        written, made = job.make(scorer, folder / out.name, precision, heatmaps, first)
+        files[:0] = written
     return made
 
 
@@ -156,7 +158,7 @@ def first_name(out: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Way:
+class ExportJob:
     """What the exports of one call have in common; see `export_onnx`.
 
     folder: where the files will be.
@@ -211,7 +213,7 @@ class _Way:
             self.progress(f"comparing it with the model without merging on {len(given)} latents")
             unmerged = compare(path, scorer, given, real=self.real, merging=False)
         bytes_ = sum(file.stat().st_size for file in written)
-        return written, Exported(out, sha256_of(path), bytes_, checked, first, unmerged)
+        return written, Exported(out, digest_of(path), bytes_, checked, first, unmerged)
 
     def _converted(
         self, graph: onnx.ModelProto, scorer: Scorer, precision: Precision, folder: Path
@@ -292,7 +294,7 @@ def write(model: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> list[
             size_threshold=EXTERNAL_TENSOR,
         )
         model = onnx.load(path, load_external_data=False)
-        metadata = {**metadata, "files": {beside.name: sha256_of(beside)}}
+        metadata = {**metadata, "files": {beside.name: digest_of(beside)}}
         files.append(beside)
     path.write_bytes(write_metadata(model, metadata))
     return files
@@ -306,7 +308,7 @@ def compare(
     merging: whether tokens merge in PyTorch's second model, where they do in the file.
     """
     margin = embedding = 0.0
-    cosine, same, sent = 1.0, 0, 0
+    cosine, same, escalated = 1.0, 0, 0
     with Guard(path, providers=["CPUExecutionProvider"]) as guard:
         for begin in range(0, len(latents), 16):
             batch = latents[begin : begin + 16]
@@ -324,9 +326,9 @@ def compare(
             judged = guard.judge(batch.tensor.numpy())
             pairs = zip(judged.verdicts, decided, strict=True)
             same += sum(_outcome(a) == _outcome(b) for a, b in pairs)
-            sent += sum(judged.escalated or ())
-    escalated = None if scorer.first is None else sent
-    return Checked(len(latents), real, margin, embedding, cosine, same, escalated)
+            escalated += sum(judged.escalated or ())
+    sent = None if scorer.first is None else escalated
+    return Checked(len(latents), real, margin, embedding, cosine, same, sent)
 
 
 def _to_check(
@@ -373,7 +375,7 @@ def _outcome(verdict: Verdict) -> tuple[str, tuple[str, ...]]:
     return verdict.decision, tuple(score.id for score in verdict.matched)
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open_regular(path) as file:
+        return sha256_of(file)

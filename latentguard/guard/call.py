@@ -53,7 +53,7 @@ class Stop(BaseException):
     """
 
 
-class Call:
+class GuardedCall:
     """A running call: its sessions, one for each guard, and what was seen of the loop so far.
 
     At each step the guards judge first, so that a preview made by a callback of the user's shows
@@ -76,7 +76,7 @@ class Call:
         self._callbacks = callbacks
         self._requested = self._user_inputs()
         self._sessions: list[Session] = []
-        self._space = guards[0].space_of(pipe) if guards else None
+        self._space = guards[0]._space_of(pipe) if guards else None
         self._layout = None if self._space is None else self._layout_in(self._space)
         self._decoding = None if self._space is None else Decoding.of(pipe, self._space)
         self._pixels = self._size_asked()
@@ -100,7 +100,7 @@ class Call:
     def run(self, original: Callable[..., Any]) -> Any:
         """Call the pipeline, and return what may be seen of its output."""
         for guard in self.guards:
-            guard.prepare(self.pipe)
+            guard._prepare(self.pipe)
         wrap_components(self.pipe)
         inputs = list(self._requested)
         allowed = getattr(self.pipe, "_callback_tensor_inputs", ())
@@ -121,9 +121,9 @@ class Call:
             current.reset(token)
             within = isinstance(outer, Outermost) and outer.pipe is self.pipe
             for guard, session in zip(self.guards, self._sessions, strict=False):
-                guard.keep(session)
+                guard._keep(session)
                 if not within:
-                    guard.ended(session)
+                    guard._ended(session)
             if within:
                 outer.began(self)
         if within:
@@ -133,7 +133,7 @@ class Call:
     def count(self) -> None:
         """Nothing of this call is left to be judged."""
         for guard, session in zip(self.guards, self._sessions, strict=False):
-            guard.ended(session)
+            guard._ended(session)
 
     def enters(self, original: Callable[..., Any]) -> bool:
         """Whether a `__call__` that is entered now is part of this call: a parent class's.
@@ -340,11 +340,11 @@ class Call:
         return session.step(
             latents,
             self._told(session, latents, estimate),
-            noise_level=estimate.latents.noise_level,
-            x0_noise_level=estimate.source.noise_level,
-            alpha=estimate.latents.alpha,
+            noise_level=estimate.level_after.noise_level,
+            x0_noise_level=estimate.level_before.noise_level,
+            alpha=estimate.level_after.alpha,
             final=last,
-            how=estimate.how,
+            estimate_source=estimate.estimate_source,
         ).latents
 
     def _told(self, session: Session, latents: Latents, estimate: Denoised) -> Latents | Prediction:
@@ -360,10 +360,12 @@ class Call:
 
     def _step_noisy(self, session: Session, estimate: Denoised) -> None:
         """Whoever gets latents that are still noisy can denoise them: x0 is judged as well."""
-        if estimate.latents.noise_level > _CLEAN_ENOUGH:
+        if estimate.level_after.noise_level > _CLEAN_ENOUGH:
             x0 = self._read(estimate.x0)
-            level = estimate.source.noise_level
-            session.step(x0, noise_level=level, final=True, how=estimate.how)
+            level = estimate.level_before.noise_level
+            session.step(
+                x0, noise_level=level, final=True, estimate_source=estimate.estimate_source
+            )
 
     def _read(self, tensor: Tensor) -> Latents:
         """A tensor of the loop as scaled latents."""
@@ -384,7 +386,7 @@ class Call:
             return
         device = latents.tensor.device
         for guard in self.guards:
-            session = guard.session_for(self.pipe, device)
+            session = guard._session_for(self.pipe, device)
             session.prompts = self._prompts(len(latents))
             session.begin(len(latents))
             self._sessions.append(session)
@@ -585,7 +587,7 @@ class Call:
         output = outputs.with_images(output, images)
         output = outputs.flagged(output, blocked, self._count, outputs.output_class(self.pipe))
         for guard, session in zip(self.guards, self._sessions, strict=True):
-            output = guard.answer(session, images, output)
+            output = guard._answer(session, images, output)
         return output
 
     def _judged_latents(self, images: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from latentguard.guard.wrapping import MARK, lock, wrap
 
 
 def wrap_call(cls: type) -> None:
-    """Make calls of a pipeline's class honour guards, and those that it has from its bases."""
+    """Make calls of a pipeline's class honor guards, and those that it has from its bases."""
     wrap(cls, "__call__", run)
 
 
@@ -81,7 +81,7 @@ class StepCallback:
             )
         check_pipeline(pipe)
         for guard in guards_in(callback):
-            guard.prepare(pipe)
+            guard._prepare(pipe)
         wrap_call(type(pipe))  # which may have got a new __call__ since it was made
         vars(pipe)[CALLBACK] = callback
 

@@ -26,16 +26,6 @@ from latentguard.guard.numbers import Numbers
 from latentguard.guard.tensors import laid_out_as
 from latentguard.spaces import BatchNorm, Latents, LatentSpace
 
-# An AutoencoderTiny does not say whose latents it decodes; the pipeline's class does. The first
-# pattern that matches the name of the class, or of one that it is derived from, counts.
-_BY_CLASS = (
-    (r"^StableDiffusionXL", "sdxl"),
-    (r"^StableDiffusion3", "sd3"),
-    (r"^Flux2", "flux2"),
-    (r"^Flux", "flux1"),
-    (r"^(StableDiffusion|LatentConsistencyModel)", "sd1"),
-)
-
 
 def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     """The latent space of a pipeline: what its VAE says, with the VAE's own numbers, or `given`.
@@ -49,7 +39,7 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     told: LatentSpace | LatentsError | None = None
     if config is not None and not is_tiny(vae):
         try:
-            told = _as_scaled(pipe, LatentSpace.from_vae_config(config))
+            told = _as_scaled(pipe, LatentSpace.from_vae_config(config, classes_of(vae)))
         except LatentsError as error:
             told = error
     if given is not None:
@@ -75,6 +65,11 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     if config is None:
         raise LatentsError(f"{name} has no VAE that tells its latent space: give space=...")
     return _by_class(pipe)
+
+
+def classes_of(vae: Any) -> list[str]:
+    """The names of a VAE's class and of its parents, by which some spaces are told."""
+    return [cls.__name__ for cls in type(vae).__mro__]
 
 
 def _as_scaled(pipe: Any, space: LatentSpace) -> LatentSpace:
@@ -136,10 +131,11 @@ def by_channel(pipe: Any, values: Tensor) -> Tensor:
 
 
 def _by_class(pipe: Any) -> LatentSpace:
+    # An AutoencoderTiny does not say whose latents it decodes; the pipeline's class does.
     for cls in type(pipe).__mro__:
-        for pattern, name in _BY_CLASS:
-            if re.match(pattern, cls.__name__):
-                return LatentSpace.get(name)
+        space = LatentSpace.of_pipeline(cls.__name__)
+        if space is not None:
+            return space
     raise LatentsError(
         f"{type(pipe).__name__} decodes with an AutoencoderTiny, which does not say which latents "
         "these are: give space=..."

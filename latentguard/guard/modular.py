@@ -20,7 +20,7 @@ from latentguard.guard.blocks import (
     form_of,
     guards_in_blocks,
 )
-from latentguard.guard.call import Call, Stop
+from latentguard.guard.call import GuardedCall, Stop
 from latentguard.guard.components import wrap_components
 from latentguard.guard.forms import FRAMED, SPATIAL, Form, patches
 from latentguard.guard.layout import Layout, pixels_in
@@ -45,19 +45,19 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     if not guards:
         return original(pipe, *args, **kwargs)
     for guard in guards:
-        guard.forget()
+        guard._forget()
     check_complete(pipe._blocks)
     bound = inspect.signature(original).bind(pipe, *args, **kwargs).arguments
     wanted = bound.get("output")
     if not (wanted is None or isinstance(wanted, str | list | tuple)):
         raise ValueError(f"output must be None, a name or a list of names, got {wanted!r}")
-    call = ModularCall(pipe, guards)
+    call = GuardedBlocksCall(pipe, guards)
     state = call.run_blocks(original, bound.get("state"), bound.get("kwargs", {}))
     return state if wanted is None else state.get(wanted)
 
 
-class ModularCall(Call):
-    """A running call of a modular pipeline: a Call that its blocks report to.
+class GuardedBlocksCall(GuardedCall):
+    """A running call of a modular pipeline: a GuardedCall that its blocks report to.
 
     Raises LatentsError where a guard cannot judge this pipeline, with the components it has now.
     """
@@ -98,7 +98,7 @@ class ModularCall(Call):
     def run_blocks(self, original: Callable[..., Any], state: Any, inputs: dict[str, Any]) -> Any:
         """Call the pipeline, and return the state that it ends with, as far as it may be seen."""
         for guard in self.guards:
-            guard.prepare_blocks(self.pipe)
+            guard._prepare_blocks(self.pipe)
         wrap_components(self.pipe)
         token = current.set(self)
         try:
@@ -112,8 +112,8 @@ class ModularCall(Call):
         finally:
             current.reset(token)
             for guard, session in zip(self.guards, self._sessions, strict=False):
-                guard.keep(session)
-                guard.ended(session)
+                guard._keep(session)
+                guard._ended(session)
         return state
 
     # -- what the blocks report ----------------------------------------------------------------
@@ -234,7 +234,7 @@ class ModularCall(Call):
             if images is None and guard.policy.on_block == "callback":
                 continue  # there is no image that another could take the place of
             try:
-                given = guard.answer(session, images, {"images": state.get("images")})
+                given = guard._answer(session, images, {"images": state.get("images")})
             except GenerationBlocked as error:
                 error.output = state
                 raise

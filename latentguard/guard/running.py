@@ -15,7 +15,7 @@ INTO_BLOCKS = (
 """How a modular pipeline is guarded, for the messages of all other ways."""
 
 current: ContextVar[Any] = ContextVar("latentguard_call", default=None)
-"""The guarded call (`latentguard.guard.call.Call`) that runs in this thread, or None."""
+"""The guarded call (`latentguard.guard.call.GuardedCall`) that runs in this thread, or None."""
 waiting: ContextVar[tuple[Any, ...]] = ContextVar("latentguard_waiting", default=())
 """The calls in this thread that wait for a callback of the user's, outermost first."""
 

@@ -27,7 +27,7 @@ from diffusers.modular_pipelines import (
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
 
-from latentguard import LatentGuard, LatentSpace
+from latentguard import LatentGuard
 from latentguard.errors import LatentsError
 from latentguard.guard import GenerationBlocked, GuardBlock, guarded_blocks
 from latentguard.guard.blocks import find, guards_in_blocks
@@ -45,18 +45,9 @@ FAMILIES = ["sdxl", "flux", "flux2", "qwen"]
 PARTS = {family: modular.components(family) for family in SPACES}
 
 
-def _wan21() -> LatentSpace:
-    config = PARTS["qwen"]["vae"].config
-    mean, std = config.latents_mean, config.latents_std
-    scale = tuple(1 / value for value in std)
-    view = ((0.0, 0.0, 0.0),) * 16
-    return LatentSpace("wan21", 16, scale, tuple(mean), view, (0.0, 0.0, 0.0), packed_patch=2)
-
-
 def _guard(family: str, *given: Any, **more: Any) -> LatentGuard:
-    space = {"space": _wan21()} if family == "qwen" else {}
     extra = {key: more.pop(key) for key in ("extra", "concept") if key in more}
-    return LatentGuard(policy(*given, **extra), LinearEncoder(*SPACES[family]), **{**space, **more})
+    return LatentGuard(policy(*given, **extra), LinearEncoder(*SPACES[family]), **more)
 
 
 def _pipe(family: str, guard: LatentGuard | None = None, blocks: Any = None) -> Any:
@@ -596,7 +587,7 @@ def test_a_pipeline_that_only_decodes_judges_what_it_is_given(family: str) -> No
 def test_a_pipeline_that_only_denoises_gives_judged_latents(family: str) -> None:
     denoise = modular.BLOCKS[family]().sub_blocks["denoise"]
     given = {k: v for k, v in modular.inputs(family).items() if k != "output_type"}
-    space = _wan21() if family == "qwen" else SPACES[family][0]
+    space = SPACES[family][0]  # blocks that only denoise have no VAE that tells it
     plain = _pipe(family, None, denoise)(output="latents", **given)
     given["generator"] = torch.Generator().manual_seed(0)
     guard = LatentGuard(policy(NEVER), LinearEncoder(*SPACES[family]), space=space)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from latentguard import spaces
 from latentguard.deprecated import UNTIL
 from latentguard.spaces import SPACES, LatentArray, Latents, LatentSpace
 
@@ -34,6 +35,7 @@ ARRAY = LatentArray(RAW.numpy(), FLUX1, scaled=False)
         (lambda: ARRAY.torch(), lambda: SPATIAL),
         (lambda: FLUX1.pack(RAW), lambda: PACKED.tensor),
         (lambda: FLUX1.factor, lambda: 8),
+        (lambda: spaces.recognise(RAW).space, lambda: spaces.recognize(RAW).space),
         (lambda: FLUX1.unpack(PACKED.tensor, 4, 6), lambda: RAW),
     ],
 )
@@ -46,7 +48,6 @@ def test_former_names(former: Callable[[], Any], present: Callable[[], Any]) -> 
 
 def test_the_former_keyword_of_the_pixels_of_a_cell() -> None:
     arguments: dict[str, Any] = {"name": "mine", "channels": 1, "scale": 1.0, "shift": 0.0}
-    arguments |= {"rgb_factors": ((1.0,) * 3,), "rgb_bias": (0.0,) * 3}
     with pytest.warns(DeprecationWarning, match="argument factor is called vae_scale_factor now"):
         assert LatentSpace(**arguments, factor=16) == LatentSpace(**arguments, vae_scale_factor=16)
     with pytest.raises(TypeError, match="give one"):

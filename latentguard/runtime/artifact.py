@@ -17,12 +17,12 @@ import json
 import math
 import os
 import re
-import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from latentguard.errors import ModelError
+from latentguard.regular import open_regular, problem, read_whole
 from latentguard.runtime.graph import check_graph
 from latentguard.runtime.layout import ENTRY, MODEL
 from latentguard.runtime.names import DIGEST, HEATMAP, INPUT, METADATA, OUTPUTS, STANDARD, plain
@@ -63,7 +63,7 @@ _SHARED = ("space", "scaled", "channels", "packed_patch", "height", "width")
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A file that passed.
 
     sha256: of the file; its metadata hold those of the external data, so it pins them, too.
@@ -78,10 +78,10 @@ class Artefact:
     heatmaps: bool
     data: bytes = field(repr=False)
     external: dict[str, bytes] = field(repr=False)
-    first: Artefact | None = None
+    first: Artifact | None = None
 
 
-def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
+def open_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
     """Look into a file, and into those beside it that it names.
 
     Raises ModelError, naming the file, for whatever is wrong with one.
@@ -98,7 +98,7 @@ def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
     return found if named is None else replace(found, first=_first(found, **named))
 
 
-def _look(path: Path, digest: str, data: bytes) -> Artefact:
+def _look(path: Path, digest: str, data: bytes) -> Artifact:
     try:
         return _inspect(path, digest, data)
     except ModelError:
@@ -109,7 +109,7 @@ def _look(path: Path, digest: str, data: bytes) -> Artefact:
         raise ModelError(f"{path}: is no readable .onnx file ({error})") from error
 
 
-def _first(main: Artefact, file: str, sha256: str) -> Artefact:
+def _first(main: Artifact, file: str, sha256: str) -> Artifact:
     """The first model of the cascade in `main`: another export for the same arrays and policy."""
     data = _beside(main.path, file, sha256, _MAX_FILE)
     first = _look(main.path.parent / file, sha256, data)
@@ -154,33 +154,21 @@ def _pin(sha256: str) -> bytes:
 def _read(path: Path, limit: int) -> bytes:
     """The bytes of a regular file that is no larger than `limit`."""
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _O_BINARY)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelError(f"{path}: is not a regular file")
-            if status.st_size > limit:
-                raise ModelError(f"{path}: {status.st_size} bytes are more than {limit >> 30} GiB")
-            # One byte more than there should be: a file that grows meanwhile is another one.
-            data = file.read(status.st_size + 1)
-    except (OSError, ValueError) as error:  # a NUL byte in the path is a ValueError
-        if isinstance(error, ModelError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise ModelError(f"{path}: cannot be read: {reason or error}") from error
-    if len(data) != status.st_size:
-        raise ModelError(f"{path}: changed while it was read")
-    return data
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise ModelError(f"{path}: {size} bytes are more than {limit >> 30} GiB")
+            return read_whole(file)
+    except OSError as error:
+        raise ModelError(f"{path}: {problem(error)}") from error
 
 
-_O_BINARY = getattr(os, "O_BINARY", 0)
 _ENTRIES = next(number for number, spec in MODEL.fields.items() if spec.of is ENTRY)
 # By these bytes ONNX Runtime tells files of its own format, which nobody here looks into.
 _FLATBUFFER = b"ORTM"
 
 
-def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
+def _inspect(path: Path, digest: str, data: bytes) -> Artifact:
     if data[4:8] == _FLATBUFFER:
         raise ModelError(f"{path}: is a file of ONNX Runtime's own format, and not an .onnx file")
     model = read(data, MODEL)
@@ -210,7 +198,7 @@ def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
     external = {
         name: _beside(path, name, sha, _MAX_EXTERNAL) for name, sha in found["files"].items()
     }
-    return Artefact(path, digest, found, HEATMAP in outputs, data, external)
+    return Artifact(path, digest, found, HEATMAP in outputs, data, external)
 
 
 def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, Any]:
