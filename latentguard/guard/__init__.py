@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
     from latentguard.guard.audit import AuditLog
+    from latentguard.guard.blocks import GuardBlock, guarded_blocks
     from latentguard.guard.noise import optimize_noise
     from latentguard.guard.output import GenerationBlocked
     from latentguard.guard.record import Steering, StepRecord
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 _HOME = {
     "AuditLog": "audit",
     "GenerationBlocked": "output",
+    "GuardBlock": "blocks",
     "LatentGuard": "adapter",
     "Limits": "sessions",
     "Session": "sessions",
     "StepRecord": "record",
     "StepResult": "sessions",
     "Steering": "record",
+    "guarded_blocks": "blocks",
     "optimize_noise": "noise",
     "session": "sessions",
 }
@@ -30,12 +33,14 @@ _HOME = {
 __all__ = [
     "AuditLog",
     "GenerationBlocked",
+    "GuardBlock",
     "LatentGuard",
     "Limits",
     "Session",
     "Steering",
     "StepRecord",
     "StepResult",
+    "guarded_blocks",
     "optimize_noise",
     "session",
 ]
