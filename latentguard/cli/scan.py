@@ -30,6 +30,9 @@ Runtime = Literal["torch", "onnx"]
 Views = Literal["whole", "crops"]
 """How images are read."""
 
+Layout = Literal["spatial", "packed", "patches"]
+"""How an array holds images: [C, H, W], tokens [N, C], or [C * 4, H/2, W/2]."""
+
 FailOn = Literal["block", "review", "never"]
 """The mildest decision that makes the exit code 1."""
 
@@ -61,8 +64,17 @@ def scan(
     ),
     sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
     space: str | None = typer.Option(
-        None, help="Latent space of files that do not say: sdxl, sd1, sd3, flux1, flux2."
+        None,
+        help="Latent space of files that do not say: a name of `latentguard spaces list`, or a "
+        "file of your own (.yaml, .json).",
     ),
+    layout: Layout | None = typer.Option(
+        None, help="Layout of files that do not say, where their shape leaves it open."
+    ),
+    height: int | None = typer.Option(
+        None, min=1, help="Height in latent cells of packed latents that do not say."
+    ),
+    width: int | None = typer.Option(None, min=1, help="Width of the same."),
     scaled: bool | None = typer.Option(
         None,
         "--scaled/--unscaled",
@@ -116,6 +128,9 @@ def scan(
         model,
         space=space,
         scaled=scaled,
+        layout=layout,
+        height=height,
+        width=width,
         batch_size=batch_size,
         device=device,
         previews=report is not None,

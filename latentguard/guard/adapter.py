@@ -89,7 +89,7 @@ class LatentGuard(PipelineCallback, Marked):
         policy: Policy | str | Path = "default",
         model: Encoder | str | Path = "auto",
         *,
-        space: LatentSpace | str | None = None,
+        space: LatentSpace | str | Path | None = None,
         device: torch.device | str | None = None,
         on_block: Callable[[int, Verdict, Any], Any] | None = None,
         limits: Limits | None = None,
@@ -107,7 +107,7 @@ class LatentGuard(PipelineCallback, Marked):
                 "the two go together"
             )
         self._model = model
-        self._space = None if space is None else LatentSpace.get(space)
+        self._space = None if space is None else LatentSpace.of(space)
         self._device = device
         self._on_block = on_block
         self._limits = limits
@@ -174,14 +174,14 @@ class LatentGuard(PipelineCallback, Marked):
     # -- sessions ----------------------------------------------------------------------------
 
     def session(
-        self, request_id: str | None = None, *, space: LatentSpace | str | None = None
+        self, request_id: str | None = None, *, space: LatentSpace | str | Path | None = None
     ) -> Session:
         """A session under this guard's policy, for a loop of your own.
 
         `space` is needed with model "auto" unless the guard or its policy names it.
         """
         given = space if space is not None else self._space or self.policy.space
-        scorer = self._scorer(None if given is None else LatentSpace.get(given), None)
+        scorer = self._scorer(None if given is None else LatentSpace.of(given), None)
         return Session(scorer, request_id, limits=self._limits, on_record=self._recorded_alone)
 
     def _scorer(self, space: LatentSpace | None, device: torch.device | None) -> Scorer:
