@@ -343,7 +343,7 @@ def _packing_functions(pipe: Any) -> list[tuple[Form, str, str]]:
 
 def _agrees(pipe: Any, space: LatentSpace, form: Form, pack: str, unpack: str) -> bool:
     """Whether a pipeline's functions make just this form, and undo it."""
-    rows, columns = 2 * form.patch, 3 * form.patch
+    rows, columns = 4, 6  # of which some pipelines want even numbers
     probe = torch.arange(float(space.channels * rows * columns))
     probe = probe.view(1, space.channels, rows, columns)
     packed = form.restored(probe)
