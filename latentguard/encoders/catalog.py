@@ -19,6 +19,9 @@ HUB = "https://huggingface.co"
 MERGE = "+merge="
 """Behind a model's name or file: the share of its tokens that merge, as in `NAME+merge=0.5`."""
 
+VIEWS = "+views="
+"""Behind a model's name or file: `crops` reads an image whole and in crops, see `crops`."""
+
 MAX_CONTEXT = 1024
 """Tokens of a prompt that a text tower may read; the causal mask grows with their square."""
 

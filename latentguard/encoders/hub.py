@@ -18,6 +18,7 @@ from latentguard.encoders.catalog import (
     HUB,
     MERGE,
     SHA256,
+    VIEWS,
     Entry,
     Source,
     by_hand,
@@ -29,8 +30,9 @@ from latentguard.encoders.catalog import (
     source_path,
     write_source,
 )
-from latentguard.encoders.header import first_line, read_metadata
+from latentguard.encoders.header import read_metadata
 from latentguard.errors import ModelError
+from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +43,15 @@ def load_encoder(name_or_path: str | Path, device: torch.device | str | None = N
 
     A path is an official Latent-CLIP checkpoint (.pt, .pth, .ckpt) or a .safetensors file that
     latentguard wrote, whose metadata says what it is. `+merge=SHARE` behind either makes a
-    Latent-CLIP merge that share of its tokens (see `LatentCLIP.merge`). `device` None is CUDA where
+    Latent-CLIP merge that share of its tokens (see `LatentCLIP.merge`); `+views=crops` makes a nano
+    model read crops besides the whole (see `crops.Crops`). `device` None is CUDA where
     there is one, else the CPU. Raises ModelError for an unknown name, a model that is not on this
     machine (it says how to get it), and a file that cannot be loaded.
     """
     device = _device(device)
+    plain, found, views = str(name_or_path).rpartition(VIEWS)
+    if found:
+        return _in_views(load_encoder(plain, device), views)
     plain, found, share = str(name_or_path).rpartition(MERGE)
     if found:
         return _merging(load_encoder(plain, device), share)
@@ -55,6 +61,16 @@ def load_encoder(name_or_path: str | Path, device: torch.device | str | None = N
     if not path.is_file():
         raise ModelError(_unknown(str(name_or_path)))
     return _load_file(path, device)
+
+
+def _in_views(encoder: Encoder, views: str) -> Encoder:
+    from latentguard.encoders.crops import Crops
+
+    if views == "whole":
+        return encoder
+    if views != "crops":
+        raise ModelError(f"{encoder.name}{VIEWS}{views}: views are `whole` or `crops`")
+    return Crops(encoder)
 
 
 def _merging(encoder: Encoder, share: str) -> Encoder:

@@ -53,7 +53,7 @@ class Stop(BaseException):
     """
 
 
-class Call:
+class GuardedCall:
     """A running call: its sessions, one for each guard, and what was seen of the loop so far.
 
     At each step the guards judge first, so that a preview made by a callback of the user's shows
@@ -96,7 +96,7 @@ class Call:
     def run(self, original: Callable[..., Any]) -> Any:
         """Call the pipeline, and return what may be seen of its output."""
         for guard in self.guards:
-            guard.prepare(self.pipe)
+            guard._prepare(self.pipe)
         wrap_components(self.pipe)
         inputs = list(self._requested)
         allowed = getattr(self.pipe, "_callback_tensor_inputs", ())
@@ -117,9 +117,9 @@ class Call:
             current.reset(token)
             within = isinstance(outer, Outermost) and outer.pipe is self.pipe
             for guard, session in zip(self.guards, self._sessions, strict=False):
-                guard.keep(session)
+                guard._keep(session)
                 if not within:
-                    guard.ended(session)
+                    guard._ended(session)
             if within:
                 outer.began(self)
         if within:
@@ -129,7 +129,7 @@ class Call:
     def count(self) -> None:
         """Nothing of this call is left to be judged."""
         for guard, session in zip(self.guards, self._sessions, strict=False):
-            guard.ended(session)
+            guard._ended(session)
 
     def enters(self, original: Callable[..., Any]) -> bool:
         """Whether a `__call__` that is entered now is part of this call: a parent class's.
@@ -336,11 +336,11 @@ class Call:
         return session.step(
             latents,
             self._told(session, latents, estimate),
-            noise_level=estimate.latents.noise_level,
-            x0_noise_level=estimate.source.noise_level,
-            alpha=estimate.latents.alpha,
+            noise_level=estimate.level_after.noise_level,
+            x0_noise_level=estimate.level_before.noise_level,
+            alpha=estimate.level_after.alpha,
             final=last,
-            how=estimate.how,
+            estimate_source=estimate.estimate_source,
         ).latents
 
     def _told(self, session: Session, latents: Latents, estimate: Denoised) -> Latents | Prediction:
@@ -356,10 +356,12 @@ class Call:
 
     def _step_noisy(self, session: Session, estimate: Denoised) -> None:
         """Whoever gets latents that are still noisy can denoise them: x0 is judged as well."""
-        if estimate.latents.noise_level > _CLEAN_ENOUGH:
+        if estimate.level_after.noise_level > _CLEAN_ENOUGH:
             x0 = self._read(estimate.x0)
-            level = estimate.source.noise_level
-            session.step(x0, noise_level=level, final=True, how=estimate.how)
+            level = estimate.level_before.noise_level
+            session.step(
+                x0, noise_level=level, final=True, estimate_source=estimate.estimate_source
+            )
 
     def _read(self, tensor: Tensor) -> Latents:
         """A tensor of the loop as scaled latents."""
@@ -380,7 +382,7 @@ class Call:
             return
         device = latents.tensor.device
         for guard in self.guards:
-            session = guard.session_for(self.pipe, device)
+            session = guard._session_for(self.pipe, device)
             session.prompts = self._prompts(len(latents))
             session.begin(len(latents))
             self._sessions.append(session)
@@ -581,7 +583,7 @@ class Call:
         output = outputs.with_images(output, images)
         output = outputs.flagged(output, blocked, self._count, outputs.output_class(self.pipe))
         for guard, session in zip(self.guards, self._sessions, strict=True):
-            output = guard.answer(session, images, output)
+            output = guard._answer(session, images, output)
         return output
 
     def _judged_latents(self, images: Tensor) -> Tensor:

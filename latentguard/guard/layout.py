@@ -26,16 +26,6 @@ from latentguard.guard.numbers import Numbers
 from latentguard.guard.tensors import laid_out_as
 from latentguard.spaces import BatchNorm, Latents, LatentSpace
 
-# An AutoencoderTiny does not say whose latents it decodes; the pipeline's class does. The first
-# pattern that matches the name of the class, or of one that it is derived from, counts.
-_BY_CLASS = (
-    (r"^StableDiffusionXL", "sdxl"),
-    (r"^StableDiffusion3", "sd3"),
-    (r"^Flux2", "flux2"),
-    (r"^Flux", "flux1"),
-    (r"^(StableDiffusion|LatentConsistencyModel)", "sd1"),
-)
-
 
 def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     """The latent space of a pipeline: what its VAE says, with the VAE's own numbers, or `given`.
@@ -49,7 +39,7 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     told: LatentSpace | LatentsError | None = None
     if config is not None and not is_tiny(vae):
         try:
-            told = _as_scaled(pipe, LatentSpace.from_vae_config(config))
+            told = _as_scaled(pipe, LatentSpace.from_vae_config(config, classes_of(vae)))
         except LatentsError as error:
             told = error
     if given is not None:
@@ -106,6 +96,11 @@ def _check_given(space: LatentSpace, config: Mapping[str, Any], name: str) -> No
         )
 
 
+def classes_of(vae: Any) -> list[str]:
+    """The names of a VAE's class and of its parents, by which some spaces are told."""
+    return [cls.__name__ for cls in type(vae).__mro__]
+
+
 def is_tiny(vae: Any) -> bool:
     """Whether a VAE is an AutoencoderTiny, which decodes several spaces."""
     return type(vae).__name__ == "AutoencoderTiny" or "latent_magnitude" in vae.config
@@ -114,7 +109,7 @@ def is_tiny(vae: Any) -> bool:
 def _complete(space: LatentSpace, pipe: Any) -> LatentSpace:
     """FLUX.2's statistics are buffers of its VAE."""
     vae = getattr(pipe, "vae", None)
-    if space.name != "flux2" or space.scale is not None or not hasattr(vae, "bn"):
+    if space.scale is not None or not hasattr(vae, "bn"):
         return space
     told = BatchNorm.from_vae(vae)
     mean, variance = (by_channel(pipe, torch.tensor(values)) for values in (told.mean, told.var))
@@ -136,10 +131,11 @@ def by_channel(pipe: Any, values: Tensor) -> Tensor:
 
 
 def _by_class(pipe: Any) -> LatentSpace:
+    # An AutoencoderTiny does not say whose latents it decodes; the pipeline's class does.
     for cls in type(pipe).__mro__:
-        for pattern, name in _BY_CLASS:
-            if re.match(pattern, cls.__name__):
-                return LatentSpace.get(name)
+        space = LatentSpace.of_pipeline(cls.__name__)
+        if space is not None:
+            return space
     raise LatentsError(
         f"{type(pipe).__name__} decodes with an AutoencoderTiny, which does not say which latents "
         "these are: give space=..."
@@ -311,7 +307,9 @@ def pixels_in(arguments: Mapping[str, Any]) -> Size | None:
 
 def _own(space: LatentSpace) -> Form | None:
     """The form in which `Latents` of a space are packed."""
-    return tokens(space.packed_patch) if space.packed_patch > 1 else None
+    known = {"c dy dx": tokens, "dy dx c": tokens_by_cell}
+    form = known.get(str(space.packed_order))
+    return None if form is None else form(space.packed_patch)
 
 
 def _by_name(pipe: Any, table: tuple[tuple[str, Any], ...]) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentguard.deprecated import former_keywords
 from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.guard.record import Action, Steering, StepRecord, session_data
@@ -159,6 +160,7 @@ class Session:
             self._state.began, self._state.count = time.perf_counter(), count
             self._state.latest = [None] * count
 
+    @former_keywords(how="estimate_source")
     def step(
         self,
         latents: Latents,
@@ -168,7 +170,7 @@ class Session:
         x0_noise_level: float | None = None,
         alpha: float = 1.0,
         final: bool = False,
-        how: str | None = None,
+        estimate_source: str | None = None,
     ) -> StepResult:
         """Judge one step and act on it.
 
@@ -184,7 +186,7 @@ class Session:
                 change of x0 is multiplied with.
             final: nothing follows. `latents` themselves are judged, x0 is not, every concept is
                 judged, and a match of `steer` blocks.
-            how: where x0 came from, for the record; without x0, what `latents` are.
+            estimate_source: where x0 came from, for the record; without x0, what `latents` are.
 
         Never raises for what happens while judging: an exception gets the decision that the
         policy's `on_error` names, on every image that is not blocked yet.
@@ -196,9 +198,9 @@ class Session:
         level = noise_level if final or x0 is None or x0_noise_level is None else x0_noise_level
         judged: Latents | Prediction
         if x0 is None:
-            judged, how = latents, how or "latents"
+            judged, source = latents, estimate_source or "latents"
         else:
-            judged, how = (latents, "latents") if final else (x0, how or "x0")
+            judged, source = (latents, "latents") if final else (x0, estimate_source or "x0")
         index, state.step = state.step, state.step + 1
         verdicts: list[Verdict | None] = []
         steering: list[Steering | None] = [None] * state.count
@@ -209,7 +211,7 @@ class Session:
                 return self._result(self.blanked(latents), ())
             if self._defers and not final:
                 scores = self._scores(judged, level)
-                state.waiting.append((index, level, how, scores, time.perf_counter() - began))
+                state.waiting.append((index, level, source, scores, time.perf_counter() - began))
                 state.spent += time.perf_counter() - began
                 return self._result(latents, ())
             self._resolve()
@@ -227,7 +229,7 @@ class Session:
             logger.exception("request %s: step %d could not be judged", self.request_id, index)
             self._resolve()
             verdicts = self._failed(error, level)
-        self._settle(index, level, how, final, verdicts, steering, began)
+        self._settle(index, level, source, final, verdicts, steering, began)
         return self._result(self.blanked(latents), self._current())
 
     def fail(self, error: str, noise_level: float = 0.0, *, final: bool = False) -> bool:
@@ -381,12 +383,12 @@ class Session:
     def _resolve(self) -> None:
         """Make the verdicts that were put off."""
         waiting, self._state.waiting = self._state.waiting, []
-        for index, level, how, scores, seconds in waiting:
+        for index, level, source, scores, seconds in waiting:
             found = self.scorer.decide(scores, final=False)
             verdicts = [None if i in self._state.blocked else v for i, v in enumerate(found)]
             none: list[Steering | None] = [None] * len(verdicts)
             began = time.perf_counter() - seconds
-            self._settle(index, level, how, False, verdicts, none, began)
+            self._settle(index, level, source, False, verdicts, none, began)
 
     # -- acting ------------------------------------------------------------------------------
 
@@ -465,7 +467,7 @@ class Session:
         self,
         index: int,
         level: float,
-        how: str,
+        source: str,
         final: bool,
         verdicts: Sequence[Verdict | None],
         steering: Sequence[Steering | None],
@@ -489,7 +491,7 @@ class Session:
         seconds = time.perf_counter() - began
         state.spent += seconds
         record = StepRecord(
-            index, level, how, final, tuple(verdicts), tuple(actions), tuple(steering), seconds
+            index, level, source, final, tuple(verdicts), tuple(actions), tuple(steering), seconds
         )
         state.history.append(record)
         if self._on_record is not None:

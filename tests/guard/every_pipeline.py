@@ -356,8 +356,6 @@ def own_space(part: Any) -> LatentSpace:
         channels=channels,
         scale=scale,
         shift=shift,
-        rgb_factors=((0.1, 0.1, 0.1),) * channels,
-        rgb_bias=(0.0, 0.0, 0.0),
         vae_scale_factor=factor_of(part),
     )
 
