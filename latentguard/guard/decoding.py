@@ -43,7 +43,7 @@ class Decoding:
             return None
         if is_tiny(vae) or (space.scale, space.shift) == (1.0, 0.0):
             return cls(scaled=True)
-        if space.name == "flux2":
+        if space.statistics_of_vae == "batch_norm":
             return _batch_normalised(cls, pipe, vae)
         numbers = numbers_of(pipe, config)
         if numbers is None or not numbers.scale_as(space):

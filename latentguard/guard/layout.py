@@ -109,7 +109,7 @@ def is_tiny(vae: Any) -> bool:
 def _complete(space: LatentSpace, pipe: Any) -> LatentSpace:
     """FLUX.2's statistics are buffers of its VAE."""
     vae = getattr(pipe, "vae", None)
-    if space.name != "flux2" or space.scale is not None or not hasattr(vae, "bn"):
+    if space.scale is not None or not hasattr(vae, "bn"):
         return space
     told = BatchNorm.from_vae(vae)
     mean, variance = (by_channel(pipe, torch.tensor(values)) for values in (told.mean, told.var))
@@ -307,7 +307,9 @@ def pixels_in(arguments: Mapping[str, Any]) -> Size | None:
 
 def _own(space: LatentSpace) -> Form | None:
     """The form in which `Latents` of a space are packed."""
-    return tokens(space.packed_patch) if space.packed_patch > 1 else None
+    known = {"c dy dx": tokens, "dy dx c": tokens_by_cell}
+    form = known.get(str(space.packed_order))
+    return None if form is None else form(space.packed_patch)
 
 
 def _by_name(pipe: Any, table: tuple[tuple[str, Any], ...]) -> Any:
@@ -339,7 +341,7 @@ def _packing_functions(pipe: Any) -> list[tuple[Form, str, str]]:
 
 def _agrees(pipe: Any, space: LatentSpace, form: Form, pack: str, unpack: str) -> bool:
     """Whether a pipeline's functions make just this form, and undo it."""
-    rows, columns = 2 * form.patch, 3 * form.patch
+    rows, columns = 4, 6  # of which some pipelines want even numbers
     probe = torch.arange(float(space.channels * rows * columns))
     probe = probe.view(1, space.channels, rows, columns)
     packed = form.restored(probe)
