@@ -15,8 +15,9 @@ import torch
 from diffusers.callbacks import PipelineCallback
 
 from latentguard.denoised import check_scheduler
+from latentguard.deprecated import former_keywords
 from latentguard.encoders import Encoder
-from latentguard.errors import LatentsError, PolicyError
+from latentguard.errors import GuardError, LatentsError, PolicyError
 from latentguard.guard import output as outputs
 from latentguard.guard.attachment import check_actions
 from latentguard.guard.audit import AuditLog
@@ -27,7 +28,7 @@ from latentguard.guard.output import GenerationBlocked
 from latentguard.guard.record import StepRecord
 from latentguard.guard.requests import Place, Request, add_to_request, here, opened, request_of
 from latentguard.guard.running import Marked
-from latentguard.guard.sessions import Limits, Session
+from latentguard.guard.sessions import Budget, Session
 from latentguard.judge import PolicyId, Verdict
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer
@@ -66,7 +67,7 @@ class LatentGuard(PipelineCallback, Marked):
         device: where the encoder runs; None is the device of the latents.
         on_block: for `on_block: callback`: called with (index, verdict, blank image) for each
             blocked image, returns what takes its place.
-        limits: timeout, scoring budget and steps of a call.
+        budget: the time, the scoring time and the steps of a call.
         audit: a path or AuditLog: one JSON line for each image and scored step.
         compile: a mode of torch.compile for the encoder ("default", "reduce-overhead" for CUDA
             graphs, ...), None for eager.
@@ -78,12 +79,13 @@ class LatentGuard(PipelineCallback, Marked):
     Raises:
         PolicyError, ModelError: policy or model cannot be used, here or when it is attached.
         ValueError: `compile` is no mode of torch.compile.
-        LatentsError: when it is attached: the pipeline's latent space is not known, or it has no
+        GuardError: when it is attached: the pipeline's latent space is not known, or it has no
             step callback.
     """
 
     tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers reads it as a class attribute)
 
+    @former_keywords(limits="budget")
     def __init__(
         self,
         policy: Policy | str | Path = "default",
@@ -92,7 +94,7 @@ class LatentGuard(PipelineCallback, Marked):
         space: LatentSpace | str | Path | None = None,
         device: torch.device | str | None = None,
         on_block: Callable[[int, Verdict, Any], Any] | None = None,
-        limits: Limits | None = None,
+        budget: Budget | None = None,
         audit: AuditLog | str | Path | None = None,
         compile: str | None = None,
     ) -> None:
@@ -110,7 +112,7 @@ class LatentGuard(PipelineCallback, Marked):
         self._space = None if space is None else LatentSpace.of(space)
         self._device = device
         self._on_block = on_block
-        self._limits = limits
+        self._budget = budget
         self._audit = audit if audit is None or isinstance(audit, AuditLog) else AuditLog(audit)
         self._compile = compile
         self._start()
@@ -182,7 +184,7 @@ class LatentGuard(PipelineCallback, Marked):
         """
         given = space if space is not None else self._space or self.policy.space
         scorer = self._scorer(None if given is None else LatentSpace.of(given), None)
-        return Session(scorer, request_id, limits=self._limits, on_record=self._recorded_alone)
+        return Session(scorer, request_id, budget=self._budget, on_record=self._recorded_alone)
 
     def _scorer(self, space: LatentSpace | None, device: torch.device | None) -> Scorer:
         """One scorer for each space and device, made when it is first needed."""
@@ -212,7 +214,7 @@ class LatentGuard(PipelineCallback, Marked):
     # -- what a guarded call asks ------------------------------------------------------------
 
     def _space_of(self, pipe: Any) -> LatentSpace:
-        """The latent space of a pipeline. Raises LatentsError where it is not known."""
+        """The latent space of a pipeline. Raises GuardError where it is not known."""
         return space_of(pipe, self._space)
 
     def _prepare(self, pipe: Any) -> None:
@@ -239,7 +241,7 @@ class LatentGuard(PipelineCallback, Marked):
         scorer = self._scorer(self._space_of(pipe), device)
         request = request_of(self)
         name = None if request is None else request.id
-        return Session(scorer, name, limits=self._limits, on_record=self._recorded)
+        return Session(scorer, name, budget=self._budget, on_record=self._recorded)
 
     def _forget(self) -> None:
         """A call begins here: what the last one said is not asked for any more."""
@@ -278,7 +280,7 @@ class LatentGuard(PipelineCallback, Marked):
         self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Where diffusers would call a callback; a guarded call never gets here."""
-        raise LatentsError(
+        raise GuardError(
             f"LatentGuard was called outside of a guarded call of {type(pipeline).__name__}: only "
             "classes derived from diffusers.DiffusionPipeline can be guarded this way; in a loop "
             "of your own use guard.session(...)"

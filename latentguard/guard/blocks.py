@@ -19,7 +19,7 @@ from diffusers.modular_pipelines.modular_pipeline import (
 )
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError
 from latentguard.guard.forms import SPATIAL, Form, tokens
 from latentguard.guard.record import CallRecord
 from latentguard.guard.running import INTO_BLOCKS, Marked, current
@@ -51,14 +51,14 @@ class _Block(ModularPipelineBlocks):
         super().__init__()  # type: ignore[no-untyped-call]
         if not guards or not all(isinstance(guard, Marked) for guard in guards):
             found = ", ".join(type(guard).__name__ for guard in guards) or "nothing"
-            raise LatentsError(f"{type(self).__name__} takes one LatentGuard or more, got {found}")
+            raise GuardError(f"{type(self).__name__} takes one LatentGuard or more, got {found}")
         vars(self)["guards"] = guards
 
     def _call(self, pipe: Any) -> Any:
         """The guarded call of a pipeline that runs. Raises LatentsError where none does."""
         call = current.get()
         if call is None or call.pipe is not pipe or not hasattr(call, "before_blocks"):
-            raise LatentsError(
+            raise GuardError(
                 f"guarded blocks were called by themselves on a {type(pipe).__name__}, so nobody "
                 "would see what they return: make a pipeline of them (init_pipeline) and call that"
             )
@@ -141,7 +141,7 @@ def guarded_blocks(blocks: Any, guard: LatentGuard) -> Any:
     if isinstance(blocks, type) and issubclass(blocks, ModularPipelineBlocks):
         blocks = blocks()
     if not isinstance(blocks, ModularPipelineBlocks):
-        raise LatentsError(
+        raise GuardError(
             "a guard goes into ModularPipelineBlocks, and this is a "
             f"{type(blocks).__name__}: {INTO_BLOCKS}"
         )
@@ -174,7 +174,7 @@ def check_complete(blocks: Any) -> None:
             wanted = [("before", before if right else None)]
         for where, found in wanted:
             if list(getattr(found, "guards", ())) != guards:
-                raise LatentsError(
+                raise GuardError(
                     f"these blocks are guarded, but no block of the guard stands {where} "
                     f"'{path}' ({type(block).__name__}), so what that makes would not be judged: "
                     "put the guard in last, by guard.into(blocks), after all other changes"
@@ -189,7 +189,7 @@ def form_of(blocks: Any) -> Form:
     found = find(blocks)
     name = type(blocks).__name__
     if not found.loops and (found.takes_scheduler or not found.decoders):
-        raise LatentsError(
+        raise GuardError(
             f"no denoising loop was found in these {name} (a LoopSequentialPipelineBlocks with a "
             "block that has the scheduler and one that gives the latents), so nothing would be "
             f"judged: {_INSTEAD}"
@@ -197,7 +197,7 @@ def form_of(blocks: Any) -> Form:
     forms: dict[str, Form] = {}
     for path, block in found.loops or found.decoders:
         if block.model_name not in _FORMS:
-            raise LatentsError(
+            raise GuardError(
                 f"the form of the latents of '{path}' ({type(block).__name__}, of model "
                 f"'{block.model_name}') is not known; known are those of models "
                 f"{', '.join(_FORMS)}: {_INSTEAD}"
@@ -205,13 +205,13 @@ def form_of(blocks: Any) -> Form:
         forms[block.model_name] = _FORMS[block.model_name]
     if found.others:
         path, block = found.others[0]
-        raise LatentsError(
+        raise GuardError(
             f"'{path}' ({type(block).__name__}) of these {name} has the VAE after the loop and is "
             "no decoder that is known (of the input latents and the output images), so what it "
             f"makes could not be blanked: {_INSTEAD}"
         )
     if len(set(forms.values())) > 1:
-        raise LatentsError(
+        raise GuardError(
             f"the loops of these {name} hold their latents in several forms ({', '.join(forms)}): "
             "put a guard into the blocks of each model"
         )

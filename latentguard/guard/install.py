@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError
 from latentguard.guard.attachment import check_pipeline, guards_in, guards_of, holds_guard, run
 from latentguard.guard.running import CALLBACK, INTO_BLOCKS, current
 from latentguard.guard.wrapping import MARK, lock, wrap
@@ -37,7 +37,7 @@ def _loop(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> An
     call = current.get()
     inside = call is not None and call.pipe is pipe and call.begins_loop()
     if not inside and guards_of(pipe):
-        raise LatentsError(
+        raise GuardError(
             f"a guard is attached to this {type(pipe).__name__}, but its loop runs outside of a "
             "guarded call (was __call__ replaced or unwrapped?): attach the guard again, or "
             f"detach it ({CALLBACK} = None) and use latentguard.guard.session"
@@ -52,12 +52,12 @@ def _set(
     name, value = (*args, *kwargs.values())
     elsewhere = ("callback" in name and name != CALLBACK) or name == "safety_checker"
     if elsewhere and holds_guard(value):
-        raise LatentsError(
+        raise GuardError(
             f"{type(pipe).__name__}: attach a LatentGuard as {CALLBACK}, not as {name}"
         )
     result = original(pipe, *args, **kwargs)
     if name == CALLBACK and getattr(pipe, name, None) is not value:
-        raise LatentsError(
+        raise GuardError(
             f"{type(pipe).__name__} has a {name} of its own that does not keep what it is given, "
             f"so nothing can be attached to it: give it in the call ({name}=...)"
         )
@@ -117,7 +117,7 @@ def _refuse_attributes(cls: Any) -> None:
 
 def _refuse(owner: Any, value: Any) -> None:
     if holds_guard(value):
-        raise LatentsError(
+        raise GuardError(
             "a LatentGuard does nothing as an attribute, a component or a callback of a "
             f"{type(owner).__name__}: {INTO_BLOCKS}"
         )

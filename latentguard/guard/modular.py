@@ -10,7 +10,7 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from torch import Tensor
 
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError, LatentsError
 from latentguard.guard import output as outputs
 from latentguard.guard.attachment import holds_guard
 from latentguard.guard.blocks import (
@@ -40,7 +40,7 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     values = [*args, *kwargs.values()]
     states = [value.values for value in values if isinstance(value, PipelineState)]
     if holds_guard([*values, *states]):
-        raise LatentsError(f"{type(pipe).__name__} takes no LatentGuard in a call: {INTO_BLOCKS}")
+        raise GuardError(f"{type(pipe).__name__} takes no LatentGuard in a call: {INTO_BLOCKS}")
     guards = guards_in_blocks(pipe._blocks)
     if not guards:
         return original(pipe, *args, **kwargs)

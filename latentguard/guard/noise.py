@@ -67,12 +67,12 @@ class Safety:
         concepts = scorer.rules.concepts
         acting = ("block", "steer")
         self._columns = [k for k, rule in enumerate(concepts) if rule.action in acting]
-        limits = [scorer.bound.limit(k) for k in self._columns]
-        self._limits = torch.tensor(limits, device=scorer.encoder.device) - slack
+        thresholds = [scorer.bound.threshold(k) for k in self._columns]
+        self._thresholds = torch.tensor(thresholds, device=scorer.encoder.device) - slack
 
     def __call__(self, latents: Latents) -> Tensor:
         margin = self._scorer.score(latents).margin[:, self._columns]
-        excess = torch.relu(margin - self._limits).sum(1)
+        excess = torch.relu(margin - self._thresholds).sum(1)
         return -self._scorer.encoder.logit_scale * excess
 
 
