@@ -108,6 +108,10 @@ def onnx_(
             "and --width. The same as +merge=SHARE behind --model.",
         ),
     ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(help="The latent space of a model of your own, a file (.yaml, .json)."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the SHA-256 only.")] = False,
 ) -> None:
     """Write a policy and a model as one .onnx file of standard operators.
@@ -141,6 +145,10 @@ def onnx_(
 
     if merge_tokens is not None:
         model = f"{model}{MERGE}{merge_tokens}"
+    if space is not None:
+        from latentguard.spaces import LatentSpace
+
+        LatentSpace.of(space)  # known by its name from here on
     encoder = load_encoder(model, "cpu")
     result = export_onnx(
         policy,
@@ -152,6 +160,7 @@ def onnx_(
         ),
         size=None if height is None or width is None else (height, width),
         scaled=scaled,
+        space=space,
         heatmaps=heatmaps,
         check=_latents(check, encoder.space),
         calibrate=_latents(calibration, encoder.space),

@@ -26,9 +26,9 @@ def list_(
     output: Format = typer.Option("table", "--format", help="Table or one JSON array."),
 ) -> None:
     """List the encoders that have a name, and which of them are on this machine."""
-    from latentguard.encoders.catalog import CATALOG
+    from latentguard.encoders.catalog import entries
 
-    rows = [_describe(name) for name in CATALOG]
+    rows = [_describe(entry.name) for entry in entries()]
     if output == "json":
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -107,9 +107,9 @@ def show(
 def _describe(name: str) -> dict[str, Any]:
     """All that is known of a model without loading it."""
     from latentguard.encoders import hub
-    from latentguard.encoders.catalog import CATALOG, converted_path, how_to_get, locate
+    from latentguard.encoders.catalog import converted_path, how_to_get, known, locate
 
-    if name not in CATALOG and Path(name).expanduser().is_file():
+    if known(name) is None and Path(name).expanduser().is_file():
         return _describe_file(Path(name).expanduser())
     entry = hub.find(name)
     path = locate(name)
@@ -142,15 +142,14 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 def _from_header(path: Path) -> dict[str, Any]:
     """What a file of latentguard says of itself; the digest as the encoder will state it."""
-    import hashlib
-
-    from latentguard.encoders.header import read_metadata
+    from latentguard.encoders.header import opened, read_metadata
+    from latentguard.regular import sha256_of
 
     metadata = read_metadata(path)
     digest = metadata.get("sha256")
     if digest is None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with opened(path) as file:
+            digest = sha256_of(file)
     facts: dict[str, Any] = {"sha256": digest}
     for key in ("format", "name", "source_sha256", "space", "card"):
         if key in metadata:

@@ -29,6 +29,12 @@ Format = Literal["table", "json", "csv"]
 Runtime = Literal["torch", "onnx"]
 """What judges."""
 
+Views = Literal["whole", "crops"]
+"""How images are read."""
+
+Layout = Literal["spatial", "packed", "patches"]
+"""How an array holds images: [C, H, W], tokens [N, C], or [C * 4, H/2, W/2]."""
+
 FailOn = Literal["block", "review", "never"]
 """The mildest decision that makes the exit code 1."""
 
@@ -55,7 +61,9 @@ def scan(
         "machine for each space.",
     ),
     space: str | None = typer.Option(
-        None, help="Latent space of files that do not say: sdxl, sd1, sd3, flux1, flux2."
+        None,
+        help="Latent space of files that do not say: a name of `latentguard spaces list`, or a "
+        "file of your own (.yaml, .json).",
     ),
     device: str | None = typer.Option(
         None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
@@ -65,11 +73,24 @@ def scan(
         help="onnx: judge with --model FILE.onnx from `latentguard export onnx`, without torch.",
     ),
     sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
+    layout: Layout | None = typer.Option(
+        None, help="Layout of files that do not say, where their shape leaves it open."
+    ),
+    height: int | None = typer.Option(
+        None, min=1, help="Height in latent cells of packed latents that do not say."
+    ),
+    width: int | None = typer.Option(None, min=1, help="Width of the same."),
     scaled: bool | None = typer.Option(
         None,
         "--scaled/--unscaled",
         help="Scaling of files that do not say: as the model denoises, or as the VAE encodes.",
         show_default=False,
+    ),
+    views: Views | None = typer.Option(
+        None,
+        help="crops: read overlapping crops besides the whole image, which finds small objects in "
+        "large images and costs several times as much.",
+        show_default="the policy's",
     ),
     output_format: Format = typer.Option(
         "table", "--format", help="Table, one JSON object per line, or CSV."
@@ -114,11 +135,15 @@ def scan(
         space=space,
         device=device,
         scaled=scaled,
+        layout=layout,
+        height=height,
+        width=width,
         batch_size=batch_size,
         previews=report is not None,
         heatmaps=heatmap,
         runtime=runtime,
         sha256=sha256,
+        views=views,
     )
     summary = Summary(run.policy_id, passed=run.passed)
     page = Report(run.rules, max_cards) if report else None

@@ -24,10 +24,11 @@ from latentguard.atomic import replacing
 from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
 from latentguard.encoders.catalog import Entry
 from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalize
-from latentguard.encoders.header import opened, read_bytes, read_header
+from latentguard.encoders.header import opened, read_header
 from latentguard.encoders.lite import CLASSES, fuse
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
 from latentguard.errors import LatentsError, ModelError
+from latentguard.regular import read_whole
 from latentguard.spaces import Latents, LatentSpace
 
 FORMAT = "latentguard-nano"
@@ -59,6 +60,7 @@ class NanoEncoder(nn.Module, EncoderBase):
     """An Encoder (latentguard.encoders.base) over class posteriors; see the module's text."""
 
     fixed_size = True
+    crop_lead = 0.1
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         self.head = Head()
         self.neutral_prompts = NEUTRAL_PROMPTS
         self.min_coverage = MIN_COVERAGE
+        self.crop_side = net.crop_side
 
     @property
     def module(self) -> nn.Module:
@@ -191,7 +194,7 @@ def load_nano(name_or_path: str | Path, device: str | torch.device | None = None
         size = os.fstat(file.fileno()).st_size
         if size > MAX_BYTES:
             raise ModelError(f"{path}: {size} bytes is too large for a nano model")
-        data = read_bytes(path, file)
+        data = read_whole(file)
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError) as error:

@@ -10,6 +10,7 @@ from latentguard.deprecated import former_names
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
     from latentguard.guard.audit import AuditLog
+    from latentguard.guard.blocks import GuardBlock, guarded_blocks
     from latentguard.guard.noise import optimize_noise
     from latentguard.guard.output import GenerationBlocked
     from latentguard.guard.record import Steering, StepRecord
@@ -20,11 +21,13 @@ _HOME = {
     "AuditLog": "audit",
     "Budget": "sessions",
     "GenerationBlocked": "output",
+    "GuardBlock": "blocks",
     "LatentGuard": "adapter",
     "Session": "sessions",
     "StepRecord": "record",
     "StepResult": "sessions",
     "Steering": "record",
+    "guarded_blocks": "blocks",
     "optimize_noise": "noise",
     "session": "sessions",
 }
@@ -33,11 +36,13 @@ __all__ = [
     "AuditLog",
     "Budget",
     "GenerationBlocked",
+    "GuardBlock",
     "LatentGuard",
     "Session",
     "Steering",
     "StepRecord",
     "StepResult",
+    "guarded_blocks",
     "optimize_noise",
     "session",
 ]

@@ -19,9 +19,10 @@ from latentguard.deprecated import former_keywords
 from latentguard.encoders import Encoder
 from latentguard.errors import GuardError, LatentsError, PolicyError
 from latentguard.guard import output as outputs
+from latentguard.guard.attachment import check_actions
 from latentguard.guard.audit import AuditLog
 from latentguard.guard.install import install
-from latentguard.guard.layout import check_layout, space_of
+from latentguard.guard.layout import check_readable, layout_of, space_of
 from latentguard.guard.metrics import Metrics
 from latentguard.guard.output import GenerationBlocked
 from latentguard.guard.record import StepRecord
@@ -54,8 +55,9 @@ class LatentGuard(PipelineCallback, Marked):
         pipe.callback_on_step_end = LatentGuard(policy)
 
     `pipe(..., callback_on_step_end=guard)` and `MultiPipelineCallbacks` work too; your own callback
-    runs first, and the guard sees the latents last. `None` detaches. One guard serves any number of
-    pipelines and threads: each call has a session of its own.
+    runs first, and the guard sees the latents last. `None` detaches. Modular pipelines are guarded
+    by `into(blocks)`. One guard serves any number of pipelines and threads: each call has a session
+    of its own.
 
     Args:
         policy: a Policy, the name of a shipped one, or a path.
@@ -89,7 +91,7 @@ class LatentGuard(PipelineCallback, Marked):
         policy: Policy | str | Path = "default",
         model: Encoder | str | Path = "auto",
         *,
-        space: LatentSpace | str | None = None,
+        space: LatentSpace | str | Path | None = None,
         device: torch.device | str | None = None,
         on_block: Callable[[int, Verdict, Any], Any] | None = None,
         budget: Budget | None = None,
@@ -107,7 +109,7 @@ class LatentGuard(PipelineCallback, Marked):
                 "the two go together"
             )
         self._model = model
-        self._space = None if space is None else LatentSpace.get(space)
+        self._space = None if space is None else LatentSpace.of(space)
         self._device = device
         self._on_block = on_block
         self._budget = budget
@@ -162,23 +164,32 @@ class LatentGuard(PipelineCallback, Marked):
             f"model={said['model']!r}, space={said['space']!r})"
         )
 
+    def into(self, blocks: Any) -> Any:
+        """A copy of a modular pipeline's blocks with this guard in them: see `guarded_blocks`.
+
+        pipe = guard.into(blocks).init_pipeline(...)
+        """
+        from latentguard.guard.blocks import guarded_blocks  # where diffusers has them
+
+        return guarded_blocks(blocks, self)
+
     # -- sessions ----------------------------------------------------------------------------
 
     def session(
-        self, request_id: str | None = None, *, space: LatentSpace | str | None = None
+        self, request_id: str | None = None, *, space: LatentSpace | str | Path | None = None
     ) -> Session:
         """A session under this guard's policy, for a loop of your own.
 
         `space` is needed with model "auto" unless the guard or its policy names it.
         """
         given = space if space is not None else self._space or self.policy.space
-        scorer = self._scorer(None if given is None else LatentSpace.get(given).name, None)
+        scorer = self._scorer(None if given is None else LatentSpace.of(given), None)
         return Session(scorer, request_id, budget=self._budget, on_record=self._recorded_alone)
 
-    def _scorer(self, space: str | None, device: torch.device | None) -> Scorer:
+    def _scorer(self, space: LatentSpace | None, device: torch.device | None) -> Scorer:
         """One scorer for each space and device, made when it is first needed."""
         where = self._device if self._device is not None else device
-        key = (space or "", str(where))
+        key = ("" if space is None else space.name, str(where))
         with self._lock:
             if key not in self._scorers:
                 # Made within a call in inference mode, it could give no gradients in later ones.
@@ -208,15 +219,26 @@ class LatentGuard(PipelineCallback, Marked):
 
     def _prepare(self, pipe: Any) -> None:
         """Find out whether this guard can serve a pipeline, and load what it takes."""
-        check_scheduler(pipe.scheduler)
         outputs.check_images(pipe)
+        check_readable(pipe)
+        check_scheduler(pipe.scheduler)
         space = self._space_of(pipe)
-        check_layout(pipe, space)
-        self._scorer(space.name, pipe._execution_device)
+        layout_of(pipe, space)
+        check_actions(pipe, self.policy)
+        self._scorer(space, pipe._execution_device)
+
+    def _prepare_blocks(self, pipe: Any) -> None:
+        """Find out whether this guard can serve a modular pipeline, and load what it takes.
+
+        That its latents can be read is found out by the call (modular.py).
+        """
+        if getattr(pipe, "scheduler", None) is not None:
+            check_scheduler(pipe.scheduler)
+        self._scorer(self._space_of(pipe), pipe._execution_device)
 
     def _session_for(self, pipe: Any, device: torch.device) -> Session:
         """The session of one call, which belongs to the request that it is made in."""
-        scorer = self._scorer(self._space_of(pipe).name, device)
+        scorer = self._scorer(self._space_of(pipe), device)
         request = request_of(self)
         name = None if request is None else request.id
         return Session(scorer, name, budget=self._budget, on_record=self._recorded)

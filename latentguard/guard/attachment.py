@@ -7,6 +7,7 @@ it would do nothing is an error.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -17,8 +18,12 @@ from latentguard.guard.running import CALLBACK, INPUTS, Marked, current, waiting
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
+    from latentguard.policy import Policy
 
 _DEPTH = 3
+
+# Pipelines that call a callback, and go on with their own latents whatever it returns.
+_IGNORE_ANSWERS = re.compile(r"PRX")
 
 
 def guards_in(callback: Any) -> list[LatentGuard]:
@@ -75,6 +80,22 @@ def check_pipeline(pipe: Any) -> None:
             f"{name} has no {missing[0] if missing else 'latents in its step callback'}, so it "
             "cannot be guarded while it denoises: use output_type='latent' and Scorer, or "
             "latentguard.guard.session in a loop of your own"
+        )
+
+
+def ignores_answers(cls: type) -> bool:
+    """Whether a pipeline's class goes on with its own latents whatever a callback returns."""
+    return any(_IGNORE_ANSWERS.match(base.__name__) for base in cls.__mro__)
+
+
+def check_actions(pipe: Any, policy: Policy) -> None:
+    """Raises LatentsError for a policy that steers, where a pipeline does not let itself steer."""
+    steering = [concept.id for concept in policy.concepts if concept.action == "steer"]
+    if steering and ignores_answers(type(pipe)):
+        raise GuardError(
+            f"{type(pipe).__name__} ignores the latents that a step callback returns, so nothing "
+            f"can be steered in it, and policy '{policy.name}' steers {', '.join(steering)}: use "
+            "a policy whose actions are observe, review or block"
         )
 
 

@@ -17,17 +17,17 @@ import json
 import math
 import os
 import re
-import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from latentguard.errors import ModelError
+from latentguard.errors import LatentsError, ModelError
+from latentguard.regular import open_regular, problem, read_whole
 from latentguard.runtime.graph import check_graph
 from latentguard.runtime.layout import ENTRY, MODEL
 from latentguard.runtime.names import DIGEST, HEATMAP, INPUT, METADATA, OUTPUTS, STANDARD, plain
 from latentguard.runtime.wire import ForeignError, Message, fields, read, text
-from latentguard.spaces import SPACES
+from latentguard.spaces import RECORDS, SPACES, LatentSpace
 
 SCHEMA_VERSION = 1
 _MAX_FILE = 2**31
@@ -56,6 +56,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
 _LATER: dict[str, tuple[type, ...]] = {
     "seen": (list, type(None)),
     "unseen_contrast": (list, type(None)),
+    "own_space": (dict, type(None)),
 }
 _POLICY = ("name", "version", "sha256")
 # What the two files of a cascade have in common: they read the same arrays.
@@ -154,27 +155,15 @@ def _pin(sha256: str) -> bytes:
 def _read(path: Path, limit: int) -> bytes:
     """The bytes of a regular file that is no larger than `limit`."""
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _O_BINARY)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelError(f"{path}: is not a regular file")
-            if status.st_size > limit:
-                raise ModelError(f"{path}: {status.st_size} bytes are more than {limit >> 30} GiB")
-            # One byte more than there should be: a file that grows meanwhile is another one.
-            data = file.read(status.st_size + 1)
-    except (OSError, ValueError) as error:  # a NUL byte in the path is a ValueError
-        if isinstance(error, ModelError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise ModelError(f"{path}: cannot be read: {reason or error}") from error
-    if len(data) != status.st_size:
-        raise ModelError(f"{path}: changed while it was read")
-    return data
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise ModelError(f"{path}: {size} bytes are more than {limit >> 30} GiB")
+            return read_whole(file)
+    except OSError as error:
+        raise ModelError(f"{path}: {problem(error)}") from error
 
 
-_O_BINARY = getattr(os, "O_BINARY", 0)
 _ENTRIES = next(number for number, spec in MODEL.fields.items() if spec.of is ENTRY)
 # By these bytes ONNX Runtime tells files of its own format, which nobody here looks into.
 _FLATBUFFER = b"ORTM"
@@ -245,7 +234,7 @@ def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, An
 
 def _check_values(path: Path, found: dict[str, Any]) -> None:
     """The parts of the metadata fit each other, and the table of latent spaces."""
-    space = SPACES.get(found["space"])
+    space = _space(path, found)
     sides = (found["height"], found["width"])
     concepts = found["policy"].get("concepts")
     sound = {
@@ -271,6 +260,17 @@ def _check_values(path: Path, found: dict[str, Any]) -> None:
     for key, good in sound.items():
         if not good:
             raise ModelError(f"{path}: its metadata have no valid {key}")
+
+
+def _space(path: Path, found: dict[str, Any]) -> LatentSpace | None:
+    """The space of the metadata's name: one that is known, else the one that the file describes."""
+    if found["own_space"] is None:
+        return SPACES.get(found["space"])
+    try:
+        space = LatentSpace.from_dict(found["own_space"], f"{path}: own_space")
+    except LatentsError as error:
+        raise ModelError(str(error)) from error
+    return space if space.name == found["space"] and space.name not in RECORDS else None
 
 
 def _check_cascade(path: Path, found: dict[str, Any]) -> None:

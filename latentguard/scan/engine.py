@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from latentguard.errors import LatentGuardError, LatentsError, ModelError
 from latentguard.files import ArrayRecord, PassedOver, read_arrays
 from latentguard.judge import Heatmaps, ModelId, PolicyId, Rules, Verdict, failed
-from latentguard.policy import Policy
+from latentguard.policy import Policy, load_policy
 from latentguard.scan.judges import Judges, SpaceJudge
 from latentguard.scan.record import ScanRecord, rank
 from latentguard.scan.summary import ModelInfo
+from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from latentguard.encoders import Encoder
-    from latentguard.spaces import LatentArray, LatentSpace
+    from latentguard.spaces import LatentArray, LatentSpace, Layout
 
 Runtime = Literal["torch", "onnx"]
+Views = Literal["whole", "crops"]
 
 MAX_CELLS = 1 << 26
 """Numbers in the latents of one batch (256 MiB in float32): large images make smaller batches."""
@@ -38,14 +40,18 @@ def scan_files(
     policy: Policy | str | Path | None = None,
     model: Encoder | str | Path = "auto",
     *,
-    space: str | LatentSpace | None = None,
+    space: str | Path | LatentSpace | None = None,
     device: torch.device | str | None = None,
     scaled: bool | None = None,
+    layout: Layout | None = None,
+    height: int | None = None,
+    width: int | None = None,
     batch_size: int = 16,
     previews: bool = False,
     heatmaps: bool = False,
     runtime: Runtime = "torch",
     sha256: str | None = None,
+    views: Views | None = None,
 ) -> Iterator[ScanRecord]:
     """Moderate latents files: one record per image, in the order of the paths, as they come.
 
@@ -56,12 +62,16 @@ def scan_files(
         model: an Encoder, its name or path, or "auto": the policy's own `model`, else for
             each latent space that occurs the best model on this machine. With the onnx runtime
             the exported file.
-        space, scaled: what files do not say of themselves; one that says otherwise is an error.
+        space, scaled: what files do not say of themselves; one that says otherwise is an error. A
+            space is a name, a file of one's own, or a LatentSpace.
+        layout, height, width: the same, for arrays whose shape leaves it open.
         batch_size: images that are scored together, at least 1.
         device: where the model runs; None is CUDA where there is one, else the CPU.
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
         runtime: "torch", or "onnx" for a file that `latentguard export onnx` wrote, without torch.
         sha256: of that file, which must have it.
+        views: "whole", or "crops" to read an image in overlapping crops besides, which finds small
+            objects in large images; None is what the policy says.
 
     Yields:
         ScanRecords. An image that cannot be read has decision block and an error; one that was
@@ -81,11 +91,15 @@ def scan_files(
             space=space,
             device=device,
             scaled=scaled,
+            layout=layout,
+            height=height,
+            width=width,
             batch_size=batch_size,
             previews=previews,
             heatmaps=heatmaps,
             runtime=runtime,
             sha256=sha256,
+            views=views,
         )
     )
 
@@ -101,27 +115,41 @@ class Scan:
     paths: Iterable[str | Path] | str | Path
     policy: Policy | str | Path | None = None
     model: Encoder | str | Path = "auto"
-    space: str | LatentSpace | None = None
+    space: str | Path | LatentSpace | None = None
     scaled: bool | None = None
+    layout: Layout | None = None
+    height: int | None = None
+    width: int | None = None
     batch_size: int = 16
     device: torch.device | str | None = None
     previews: bool = False
     heatmaps: bool = False
     runtime: Runtime = "torch"
     sha256: str | None = None
+    views: Views | None = None
     seconds: float = field(init=False, default=0.0)
     passed: PassedOver = field(init=False, default_factory=PassedOver)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        self._records = read_arrays(self.paths, self.space, self.scaled, self.passed)
+        self._records = read_arrays(
+            self.paths,
+            self.space,
+            self.scaled,
+            self.passed,
+            self.layout,
+            self.height,
+            self.width,
+        )
         self._judges = self._make_judges()
 
     def _make_judges(self) -> Judges:
         if self.runtime == "onnx":
             from latentguard.scan.judges import OnnxJudges
 
+            if self.views is not None:
+                raise ModelError("an exported file has its own views: leave --views out")
             if not isinstance(self.model, (str, Path)) or str(self.model) == "auto":
                 raise ModelError("the onnx runtime needs --model FILE.onnx, an exported file")
             device = None if self.device is None else str(self.device)
@@ -132,7 +160,9 @@ class Scan:
             raise ModelError("--sha256 pins an exported file: give --runtime onnx, too")
         if isinstance(self.model, (str, Path)) and str(self.model).endswith(".onnx"):
             raise ModelError(f"{self.model} is an exported file: give --runtime onnx, too")
-        policy = "default" if self.policy is None else self.policy
+        policy = load_policy("default" if self.policy is None else self.policy)
+        if self.views is not None:
+            policy = policy.with_views(self.views)
         return TorchJudges(policy, self.model, self.device, self.space)
 
     @property
@@ -288,9 +318,4 @@ def _sentence(error: Exception) -> str:
     """An error as a sentence; the kind is named where it is not one of ours."""
     if isinstance(error, LatentGuardError):
         return str(error)
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no message"
+    return f"{type(error).__name__}: {first_line(error, 'no message')}"

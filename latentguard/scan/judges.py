@@ -17,6 +17,7 @@ from latentguard.errors import ModelError, PolicyError
 from latentguard.judge import BoundRules, Judged, Rules
 from latentguard.policy import Policy, load_policy
 from latentguard.scan.summary import ModelInfo
+from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ class TorchJudges(Judges):
         policy: Policy | str | Path,
         model: Encoder | str | Path,
         device: torch.device | str | None,
-        space: str | LatentSpace | None,
+        space: str | Path | LatentSpace | None,
     ) -> None:
         loaded = load_policy(policy)
         super().__init__(Rules.of(loaded.to_dict()))
@@ -97,7 +98,9 @@ class TorchJudges(Judges):
             self._judges[space] = self._choose(space)
         return self._judges[space]
 
-    def _load(self, model: Encoder | str | Path, space: str | LatentSpace | None) -> SpaceJudge:
+    def _load(
+        self, model: Encoder | str | Path, space: str | Path | LatentSpace | None
+    ) -> SpaceJudge:
         from latentguard.scorer import Scorer
 
         begun = perf_counter()
@@ -106,8 +109,9 @@ class TorchJudges(Judges):
         def judge(latents: LatentArray, heatmaps: bool) -> Judged:
             return scorer.judge(latents.to_torch(), heatmaps=heatmaps)
 
-        notes = str(getattr(scorer.encoder, "notes", "") or "")
-        info = _info(scorer.bound, notes, scorer.bank.unseen_contrast)
+        judging = scorer.thorough
+        notes = str(getattr(judging.encoder, "notes", "") or "")
+        info = _info(judging.bound, notes, judging.bank.unseen_contrast)
         self.loading += perf_counter() - begun
         return self._joined(info, judge)
 
@@ -127,7 +131,7 @@ class TorchJudges(Judges):
     def _note_bundled(self, name: str, space: str) -> None:
         from latentguard.encoders.catalog import CATALOG
 
-        if not CATALOG[name].bundled:
+        if name not in CATALOG or not CATALOG[name].bundled:
             return
         better = next((e.name for e in CATALOG.values() if e.space == space and not e.bundled), "")
         hint = f"; for a stronger one: latentguard models get {better}" if better else ""
@@ -148,7 +152,7 @@ class OnnxJudges(Judges):
         path: str | Path,
         policy: Policy | str | Path | None,
         device: str | None,
-        space: str | LatentSpace | None,
+        space: str | Path | LatentSpace | None,
         sha256: str | None,
     ) -> None:
         from latentguard.files.bounds import MAX_IMAGE_CELLS
@@ -237,8 +241,8 @@ def _check_device(device: torch.device | str | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ModelError(f"device {str(device)!r} cannot be used: {first[:300]}") from error
+        said = first_line(error, "no message")
+        raise ModelError(f"device {str(device)!r} cannot be used: {said}") from error
 
 
 def _providers(device: str | None) -> list[str | tuple[str, dict[str, str]]] | None:
@@ -253,7 +257,7 @@ def _providers(device: str | None) -> list[str | tuple[str, dict[str, str]]] | N
     raise ModelError(f"device {str(device)!r} cannot be used: with ONNX Runtime it is cpu or cuda")
 
 
-def _name(space: str | LatentSpace) -> str:
+def _name(space: str | Path | LatentSpace) -> str:
     from latentguard.spaces import LatentSpace
 
-    return LatentSpace.get(space).name
+    return LatentSpace.of(space).name
