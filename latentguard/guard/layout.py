@@ -67,11 +67,6 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     return _by_class(pipe)
 
 
-def classes_of(vae: Any) -> list[str]:
-    """The names of a VAE's class and of its parents, by which some spaces are told."""
-    return [cls.__name__ for cls in type(vae).__mro__]
-
-
 def _as_scaled(pipe: Any, space: LatentSpace) -> LatentSpace:
     """The space of a pipeline's VAE with the scaling that the pipeline denoises in."""
     return replace(space, shift=0.0) if _by_name(pipe, _UNSHIFTED) else space
@@ -101,6 +96,11 @@ def _check_given(space: LatentSpace, config: Mapping[str, Any], name: str) -> No
         )
 
 
+def classes_of(vae: Any) -> list[str]:
+    """The names of a VAE's class and of its parents, by which some spaces are told."""
+    return [cls.__name__ for cls in type(vae).__mro__]
+
+
 def is_tiny(vae: Any) -> bool:
     """Whether a VAE is an AutoencoderTiny, which decodes several spaces."""
     return type(vae).__name__ == "AutoencoderTiny" or "latent_magnitude" in vae.config
@@ -109,7 +109,7 @@ def is_tiny(vae: Any) -> bool:
 def _complete(space: LatentSpace, pipe: Any) -> LatentSpace:
     """FLUX.2's statistics are buffers of its VAE."""
     vae = getattr(pipe, "vae", None)
-    if space.name != "flux2" or space.scale is not None or not hasattr(vae, "bn"):
+    if space.scale is not None or not hasattr(vae, "bn"):
         return space
     told = BatchNorm.from_vae(vae)
     mean, variance = (by_channel(pipe, torch.tensor(values)) for values in (told.mean, told.var))
@@ -117,7 +117,7 @@ def _complete(space: LatentSpace, pipe: Any) -> LatentSpace:
 
 
 def batch_norm_eps(pipe: Any, told: float) -> float:
-    """The epsilon that a pipeline normalises with, where its VAE tells another."""
+    """The epsilon that a pipeline normalizes with, where its VAE tells another."""
     own = _by_name(pipe, _EPS)
     return told if own is None else float(own)
 
@@ -150,7 +150,7 @@ _DECLARED = (
 )
 # Pipelines that do not add the shift_factor of their VAE before they decode.
 _UNSHIFTED = ((r"^Kandinsky5", True),)
-# Pipelines that normalise with an epsilon of their own.
+# Pipelines that normalize with an epsilon of their own.
 _EPS = ((r"^ErnieImage", 1e-5),)
 # Pipelines whose latents are not the image's alone, or show it at no step.
 _NO_IMAGE = (
@@ -307,7 +307,9 @@ def pixels_in(arguments: Mapping[str, Any]) -> Size | None:
 
 def _own(space: LatentSpace) -> Form | None:
     """The form in which `Latents` of a space are packed."""
-    return tokens(space.packed_patch) if space.packed_patch > 1 else None
+    known = {"c dy dx": tokens, "dy dx c": tokens_by_cell}
+    form = known.get(str(space.packed_order))
+    return None if form is None else form(space.packed_patch)
 
 
 def _by_name(pipe: Any, table: tuple[tuple[str, Any], ...]) -> Any:
@@ -339,7 +341,7 @@ def _packing_functions(pipe: Any) -> list[tuple[Form, str, str]]:
 
 def _agrees(pipe: Any, space: LatentSpace, form: Form, pack: str, unpack: str) -> bool:
     """Whether a pipeline's functions make just this form, and undo it."""
-    rows, columns = 2 * form.patch, 3 * form.patch
+    rows, columns = 4, 6  # of which some pipelines want even numbers
     probe = torch.arange(float(space.channels * rows * columns))
     probe = probe.view(1, space.channels, rows, columns)
     packed = form.restored(probe)
