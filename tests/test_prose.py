@@ -11,81 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Beginnings of British words, behind whatever stands before them in a name.
-BRITISH = [
-    "acknowledgement",
-    "aluminium",
-    "amongst",
-    "anticlockwise",
-    "artefact",
-    "authoris",
-    "behaviour",
-    "cancelled",
-    "cancelling",
-    "capitalis",
-    "catalogue",
-    "centimetre",
-    "centre",
-    "characteris",
-    "colour",
-    "customis",
-    "defence",
-    "discretis",
-    "emphasis(e|ing)",
-    "equalis",
-    "favour",
-    "finalis",
-    "generalis",
-    "grey",
-    "honour",
-    "initialis",
-    "judgement",
-    "kilometre",
-    "labelled",
-    "labelling",
-    "learnt",
-    "licence",
-    "localis",
-    "materialis",
-    "maximis",
-    "memoris",
-    "millimetre",
-    "minimis",
-    "modelled",
-    "modelling",
-    "neighbour",
-    "normalis",
-    "optimis(e|ation|ing)",
-    "organis",
-    "parallelis",
-    "parametris",
-    "penalis",
-    "practis",
-    "prioritis",
-    "programme\\b",
-    "quantis",
-    "rasteris",
-    "recognis",
-    "regularis",
-    "sceptic",
-    "serialis",
-    "skilful",
-    "specialis",
-    "spelt",
-    "stabilis",
-    "standardis",
-    "storey",
-    "summaris",
-    "synchronis",
-    "tokenis",
-    "travelled",
-    "travelling",
-    "utilis",
-    "vectoris",
-    "visualis",
-    "whilst",
-    "analys(e|ing)\\b",
-]
-FOUND = re.compile(rf"(?<![a-z])(?:un|re|de|pre)?(?:{'|'.join(BRITISH)})", re.IGNORECASE)
+BRITISH = r"""
+    acknowledgement|aluminium|amongst|anticlockwise|artefact|authoris|behaviour|cancelled|
+    cancelling|capitalis|catalogue|centimetre|centre|characteris|colour|customis|defence|
+    discretis|emphasis(e|ing)|equalis|favour|finalis|generalis|grey|honour|initialis|judgement|
+    kilometre|labelled|labelling|learnt|licence|localis|materialis|maximis|memoris|millimetre|
+    minimis|modelled|modelling|neighbour|normalis|optimis(e|ation|ing)|organis|parallelis|
+    parametris|penalis|practis|prioritis|programme\b|quantis|rasteris|recognis|regularis|sceptic|
+    serialis|skilful|specialis|spelt|stabilis|standardis|storey|summaris|synchronis|tokenis|
+    travelled|travelling|utilis|vectoris|visualis|whilst|analys(e|ing)\b
+"""
+FOUND = re.compile(rf"(?<![a-z])(?:un|re|de|pre)?(?:{BRITISH})", re.IGNORECASE | re.VERBOSE)
 
 # What is quoted from elsewhere, or not prose.
 ELSEWHERE = ("tests/test_prose.py", "LICENSE", "constraints.txt")

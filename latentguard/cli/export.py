@@ -126,14 +126,14 @@ def onnx_(
     Example: latentguard export onnx --policy family --model nano-flux2 --height 64 --width 64
     -o guard.onnx
     """
-    from latentguard.errors import ModelError
+    from latentguard.errors import UsageError
     from latentguard.export import export_onnx
 
     if (height is None) != (width is None):
-        raise ModelError("give both --height and --width, or neither")
+        raise UsageError("give both --height and --width, or neither")
     int8 = "int8" in (precision, first_precision)
     if not int8 and (calibration or dynamic_quantization):
-        raise ModelError(
+        raise UsageError(
             f"--calibration and --dynamic-quantization are of --precision int8, not {precision}"
         )
     _check_target(out)
@@ -273,12 +273,12 @@ def _latents(paths: list[Path] | None, space: str) -> Latents | None:
 
 
 def _check_target(out: Path) -> None:
-    from latentguard.errors import ModelError
+    from latentguard.errors import UsageError
 
     if out.suffix != ".onnx":
-        raise ModelError(f"--out must be a file that ends in .onnx, got {out}")
+        raise UsageError(f"--out must be a file that ends in .onnx, got {out}")
     if not out.parent.is_dir():
-        raise ModelError(f"--out: there is no folder {out.parent}")
+        raise UsageError(f"--out: there is no folder {out.parent}")
 
 
 def _say(quiet: bool, text: str) -> None:

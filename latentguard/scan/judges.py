@@ -210,7 +210,7 @@ def _info(bound: BoundRules, notes: str, unseen_contrast: Sequence[str]) -> Mode
     assert bound.space is not None
     uncovered: list[str] = []
     partly: dict[str, tuple[str, ...]] = {}
-    limits: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
     for k, name in enumerate(bound.rules.ids):
         if not bound.covered[k]:
             uncovered.append(name)
@@ -218,7 +218,7 @@ def _info(bound: BoundRules, notes: str, unseen_contrast: Sequence[str]) -> Mode
         if bound.unseen[k]:
             partly[name] = bound.unseen[k]
         try:
-            limits[name] = bound.limit(k)
+            thresholds[name] = bound.threshold(k)
         except ValueError as error:
             raise PolicyError(f"policy '{bound.rules.policy.name}': {error}") from error
     return ModelInfo(
@@ -226,7 +226,7 @@ def _info(bound: BoundRules, notes: str, unseen_contrast: Sequence[str]) -> Mode
         bound.space,
         notes,
         tuple(uncovered),
-        limits,
+        thresholds,
         partly,
         tuple(unseen_contrast),
     )
