@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exported import SECOND, two_stages
 
 from latentguard.encoders.catalog import LatentClipConfig
 from latentguard.encoders.latent_clip import LatentCLIP
@@ -17,7 +18,6 @@ from latentguard.errors import LatentsError
 from latentguard.export import export_onnx
 from latentguard.runtime import Guard
 from latentguard.spaces import SPACES, LatentSpace
-from tests.exported import SECOND, two_stages
 
 OWN = LatentSpace("own-eight", channels=8, scale=0.5, shift=0.25, packed_patch=2)
 CONFIG: LatentClipConfig = replace(SECOND, channels=8, space="own-eight", grid=16)
