@@ -352,7 +352,7 @@ def test_pipelines_that_pack_as_their_space_does(make: Any) -> None:
     from latentguard.guard.layout import layout_of
 
     pipe = make()
-    space = LatentGuard(policy(), space=None).space_of(pipe)
+    space = LatentGuard(policy(), space=None)._space_of(pipe)
     assert layout_of(pipe, space).forms == (tokens(2), SPATIAL)
     assert layout_of(small.sdxl(), LatentSpace.get("sdxl")).forms == (SPATIAL,)
 
