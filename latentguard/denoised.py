@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentguard.deprecated import Former, former_keywords, former_names
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError, LatentsError
 
 # By what a scheduler's own step works with, looked up by class name along the MRO.
 _EXPLODING = ("EulerDiscrete", "EulerAncestralDiscrete", "EDMEuler", "LMSDiscrete", "HeunDiscrete")
@@ -26,7 +26,7 @@ _CONVERTING = (
     *("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver"),
     "EDMDPMSolverMultistep",
 )
-_TIMESTEPS = ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LCM", "TCD")
+_TIMESTEPS = ("DDIM", "DDIMParallel", "CogVideoXDDIM", "DDPM", "DDPMParallel", "PNDM", "LCM", "TCD")
 _FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM")
 _KNOWN = (*_EXPLODING, *_MIDPOINT, *_CONVERTING, *_TIMESTEPS, *_FLOW)
 
@@ -118,8 +118,11 @@ class Denoised:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raises LatentsError for a scheduler whose noise levels are not known here."""
-    _kind(scheduler)
+    """Raises GuardError for a scheduler whose noise levels are not known here."""
+    try:
+        _kind(scheduler)
+    except LatentsError as error:
+        raise GuardError(str(error)) from None
 
 
 def level_before(scheduler: Any, timestep: Any) -> NoiseLevel:

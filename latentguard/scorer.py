@@ -81,7 +81,7 @@ class Scorer:
         policy: Policy | str | Path = "default",
         model: Encoder | str | Path = "auto",
         *,
-        space: LatentSpace | str | None = None,
+        space: LatentSpace | str | Path | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         self.policy = load_policy(policy)
@@ -90,7 +90,7 @@ class Scorer:
         if model == "auto" and self.policy.model is not None:
             model = self.policy.model
         self._model, self._device = model, device
-        wanted = self.policy.space if space is None else LatentSpace.get(space).name
+        wanted = self.policy.space if space is None else LatentSpace.of(space).name
         if wanted is not None or model != "auto":
             self._bind(wanted)
 

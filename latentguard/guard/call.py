@@ -26,14 +26,14 @@ from latentguard.guard import output as outputs
 from latentguard.guard.components import decoder_of, wrap_components
 from latentguard.guard.decoding import Decoding
 from latentguard.guard.forms import SPATIAL
-from latentguard.guard.layout import decoded_layout, is_tiny, layout_of, pixels_in
+from latentguard.guard.layout import Layout, decoded_layout, is_tiny, layout_of, pixels_in
 from latentguard.guard.outermost import Outermost
 from latentguard.guard.record import CallRecord
 from latentguard.guard.running import CALLBACK, INPUTS, current, waiting
 from latentguard.guard.sessions import Session
 from latentguard.guard.tensors import equal, plain, private
 from latentguard.guard.wrapping import names_of
-from latentguard.spaces import Latents, Prediction
+from latentguard.spaces import Latents, LatentSpace, Prediction
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
@@ -77,7 +77,7 @@ class GuardedCall:
         self._requested = self._user_inputs()
         self._sessions: list[Session] = []
         self._space = guards[0]._space_of(pipe) if guards else None
-        self._layout = None if self._space is None else layout_of(pipe, self._space)
+        self._layout = None if self._space is None else self._layout_in(self._space)
         self._decoding = None if self._space is None else Decoding.of(pipe, self._space)
         self._pixels = self._size_asked()
         self._count = 0
@@ -90,6 +90,10 @@ class GuardedCall:
         self._blank: Any = None
         self._blanked: list[int] = []  # the images that are blank in what was returned
         self._running: list[Any] = []
+
+    def _layout_in(self, space: LatentSpace) -> Layout:
+        """How the pipeline's latents hold those of a space."""
+        return layout_of(self.pipe, space)
 
     # -- the call ----------------------------------------------------------------------------
 
@@ -447,14 +451,14 @@ class GuardedCall:
     def _is_judged(self, tensor: Tensor) -> bool:
         """Whether a tensor is what was judged as final: packed, spatial, or as the VAE gets it."""
         judged = self._judged
-        if judged is None:
+        if judged is None or len(judged) != len(tensor):
             return False
         forms = [judged.tensor, judged.to_spatial().tensor]
         if self._layout is not None and self._layout.fits(tensor):
             forms.append(self._written(judged, tensor))
         if any(equal(form.to(tensor.device, tensor.dtype), tensor) for form in forms):
             return True
-        rows = None if tensor.ndim != 4 else self._rows_of(tensor)
+        rows = None if tensor.ndim not in (4, 5) else self._rows_of(tensor)
         return rows == list(range(len(judged)))
 
     def _is_untouched(self) -> bool:

@@ -12,7 +12,8 @@ from latentguard.guard.wrapping import names_of, wrap
 
 def wrap_components(pipe: Any) -> None:
     """Make a pipeline's scheduler and VAE report to the guarded call."""
-    wrap(type(pipe.scheduler), "step", _step)
+    if getattr(pipe, "scheduler", None) is not None:  # blocks that only decode have none
+        wrap(type(pipe.scheduler), "step", _step)
     wrap(type(pipe), "prepare_latents", _prepare_latents)
     vae = decoder_of(pipe)
     if vae is not None:
@@ -32,7 +33,7 @@ def decoder_of(pipe: Any) -> Any:
 
 def _step(original: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
     call = current.get()
-    if call is None or call.pipe.scheduler is not scheduler:
+    if call is None or getattr(call.pipe, "scheduler", None) is not scheduler:
         return original(scheduler, *args, **kwargs)
     return call.scheduler_step(original, scheduler, args, kwargs)
 

@@ -76,7 +76,7 @@ class Decoding:
             yield x
         elif self.mean is not None and self.std is not None:
             mean, std = (values.view(1, -1, 1, 1).to(x) for values in (self.mean, self.std))
-            inverse = (1 / self.std).view(1, -1, 1, 1).to(x)
+            inverse = 1 / std  # after the cast, as the pipelines compute it
             if len(self.mean) > space.channels:
                 x = space.patchify(x)
                 yield space.unpatchify(x * std + mean)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError, LatentsError
 from latentguard.guard.forms import (
     CHANNELS_LAST,
     FRAMED,
@@ -30,7 +30,7 @@ from latentguard.spaces import BatchNorm, Latents, LatentSpace
 def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     """The latent space of a pipeline: what its VAE says, with the VAE's own numbers, or `given`.
 
-    Raises LatentsError, naming the pipeline, where it cannot be known, and where `given` is another
+    Raises GuardError, naming the pipeline, where it cannot be known, and where `given` is another
     than the VAE's or is scaled in another way.
     """
     vae = getattr(pipe, "vae", None)
@@ -45,12 +45,12 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     if given is not None:
         space = LatentSpace.get(given)
         if isinstance(told, LatentSpace) and told.name != space.name:
-            raise LatentsError(
+            raise GuardError(
                 f"space is given as {space}, but the VAE of this {name} is of {told} latents: "
                 "leave space out"
             )
         if isinstance(told, LatentSpace) and not told.is_scaled_as(space):
-            raise LatentsError(
+            raise GuardError(
                 f"space is given as {space} with scale {space.scale} and shift {space.shift}, but "
                 f"the VAE of this {name} has scale {told.scale} and shift {told.shift}: leave "
                 "space out"
@@ -61,10 +61,15 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     if isinstance(told, LatentSpace):
         return _complete(told, pipe)
     if told is not None:
-        raise LatentsError(f"{name}: {told}") from told
+        raise GuardError(f"{name}: {told}") from told
     if config is None:
-        raise LatentsError(f"{name} has no VAE that tells its latent space: give space=...")
+        raise GuardError(f"{name} has no VAE that tells its latent space: give space=...")
     return _by_class(pipe)
+
+
+def classes_of(vae: Any) -> list[str]:
+    """The names of a VAE's class and of its parents, by which some spaces are told."""
+    return [cls.__name__ for cls in type(vae).__mro__]
 
 
 def _as_scaled(pipe: Any, space: LatentSpace) -> LatentSpace:
@@ -84,21 +89,16 @@ def _check_given(space: LatentSpace, config: Mapping[str, Any], name: str) -> No
     """Raises LatentsError where the config of a VAE that is not known denies the space given."""
     channels = config.get("latent_channels", config.get("z_dim"))
     if isinstance(channels, int) and channels != space.channels:
-        raise LatentsError(
+        raise GuardError(
             f"space is given as {space} of {space.channels} channels, but the VAE of this {name} "
             f"has latents of {channels} channels: give the space of that VAE"
         )
     own = Numbers.of(config)
     if own is not None and own.mean is not None and not own.scale_as(space):
-        raise LatentsError(
+        raise GuardError(
             f"space is given as {space}, but the VAE of this {name} has a latents_mean and "
             f"latents_std that are not those of {space}: give the space of that VAE"
         )
-
-
-def classes_of(vae: Any) -> list[str]:
-    """The names of a VAE's class and of its parents, by which some spaces are told."""
-    return [cls.__name__ for cls in type(vae).__mro__]
 
 
 def is_tiny(vae: Any) -> bool:
@@ -136,7 +136,7 @@ def _by_class(pipe: Any) -> LatentSpace:
         space = LatentSpace.of_pipeline(cls.__name__)
         if space is not None:
             return space
-    raise LatentsError(
+    raise GuardError(
         f"{type(pipe).__name__} decodes with an AutoencoderTiny, which does not say which latents "
         "these are: give space=..."
     )
@@ -255,7 +255,7 @@ def check_readable(pipe: Any) -> None:
     if why is None and _has(pipe, "get_views"):
         why = "denoises its latents in overlapping views"
     if why is not None:
-        raise LatentsError(
+        raise GuardError(
             f"{type(pipe).__name__} {why}, and no step shows a whole image by itself, so it cannot "
             f"be guarded while it denoises: {_INSTEAD}"
         )
@@ -277,7 +277,7 @@ def layout_of(pipe: Any, space: LatentSpace) -> Layout:
     if not _has(pipe, "_pack_latents"):
         # All that a space without packing has is spatial.
         if space.packed_patch > 1 and not _sized(pipe):
-            raise LatentsError(
+            raise GuardError(
                 f"{name} is not known to hold latents of space {space} as [B, C, H, W] or to pack "
                 "them (told by its prepare_latents, _pack_latents and _unpack_latents), so what "
                 f"they show cannot be read while it denoises: {_INSTEAD}"
@@ -289,7 +289,7 @@ def layout_of(pipe: Any, space: LatentSpace) -> Layout:
         if _agrees(pipe, space, form, pack, unpack)
     )
     if not packed:
-        raise LatentsError(
+        raise GuardError(
             f"{name} is not known to pack its latents into tokens of channels, rows and columns "
             "(told by its _pack_latents and _unpack_latents on numbers that are all different), so "
             f"what they show cannot be read while it denoises: {_INSTEAD}"

@@ -1,4 +1,4 @@
-"""Steering models of one or a few steps: the initial noise is optimised against a latent reward.
+"""Steering models of one or a few steps: the initial noise is optimized against a latent reward.
 
 The procedure and its constants are ReNO's (Eyring et al., arXiv 2406.04312), with rewards that read
 latents, as Latent-CLIP's paper does (arXiv 2503.08455): gradient ascent on the noise through the
@@ -31,7 +31,7 @@ from latentguard.spaces import Latents, LatentSpace
 Reward = Callable[[Latents], Tensor]
 """From clean latents [B, ...] to one number an image [B], differentiable; larger is better."""
 
-REGULARISATION = 0.01
+REGULARIZATION = 0.01
 CLIP = 0.1
 LEARNING_RATE = 5.0
 MOMENTUM = 0.9
@@ -67,12 +67,12 @@ class Safety:
         concepts = scorer.rules.concepts
         acting = ("block", "steer")
         self._columns = [k for k, rule in enumerate(concepts) if rule.action in acting]
-        limits = [scorer.bound.limit(k) for k in self._columns]
-        self._limits = torch.tensor(limits, device=scorer.encoder.device) - slack
+        thresholds = [scorer.bound.threshold(k) for k in self._columns]
+        self._thresholds = torch.tensor(thresholds, device=scorer.encoder.device) - slack
 
     def __call__(self, latents: Latents) -> Tensor:
         margin = self._scorer.score(latents).margin[:, self._columns]
-        excess = torch.relu(margin - self._limits).sum(1)
+        excess = torch.relu(margin - self._thresholds).sum(1)
         return -self._scorer.encoder.logit_scale * excess
 
 
@@ -194,7 +194,7 @@ def _ascend(
             if iteration == iterations or satisfied:
                 break
             optimizer.zero_grad()
-            loss = -(value - REGULARISATION * _norm_penalty(current)).sum()
+            loss = -(value - REGULARIZATION * _norm_penalty(current)).sum()
             (gradient,) = torch.autograd.grad(loss, current)
             if not torch.isfinite(gradient).all():
                 raise LatentsError(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentguard.errors import LatentGuardError, LatentsError
+from latentguard.errors import GuardError, LatentGuardError, LatentsError
 from latentguard.guard.components import decoder_of
 from latentguard.guard.layout import Layout
 from latentguard.guard.record import CallRecord
@@ -241,7 +241,7 @@ def check_images(pipe: Any) -> None:
         if not fields:
             continue
         if not any(names & set(IMAGES) for names in fields):
-            raise LatentsError(
+            raise GuardError(
                 f"{type(pipe).__name__} returns {', '.join(sorted(set.union(*fields)))} and no "
                 "images, which is what a guard judges and blanks: use output_type='latent' and "
                 "Scorer, or latentguard.guard.session in a loop of your own"

@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from latentguard.encoders import Features
 from latentguard.errors import LatentsError
 from latentguard.guard.attachment import ignores_answers
 from latentguard.guard.tensors import plain
+from latentguard.spaces import SPACES
 
 # One of each VAE and form of latents; with the others it is the same again.
 FIRST = (
@@ -41,6 +43,15 @@ RUN = [
 ]
 # Decodes without the shift that it denoises with, so that what it decodes is judged once more.
 DECODES_OTHERWISE = ("StableDiffusion3InpaintPipeline",)
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Spaces that a guard makes known here are not known to other tests."""
+    before = set(SPACES)
+    yield
+    for name in set(SPACES) - before:
+        del SPACES[name]
 
 
 class Noting(LinearEncoder):
@@ -186,3 +197,12 @@ def test_steering_moves_what_the_pipeline_goes_on_with(name: str) -> None:
 def margins(watched: Watched) -> list[float]:
     steps = [step.verdicts[0] for step in watched.guard.history]
     return [verdict.concepts[0].margin for verdict in steps if verdict is not None]
+
+
+def test_tokens_without_patches_and_with_them() -> None:
+    """FIBO's pipelines pack as the call says."""
+    name = "BriaFiboPipeline"
+    free = bare(name, do_patching=True)
+    assert same(free, Watched(name)(do_patching=True))
+    assert not same(free, bare(name))
+    assert not Watched(name, policy=policy(ALWAYS))(do_patching=True).any()

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from latentguard.errors import ModelError
+from latentguard.errors import LatentsError, ModelError
 from latentguard.regular import open_regular, problem, read_whole
 from latentguard.runtime.graph import check_graph
 from latentguard.runtime.layout import ENTRY, MODEL
 from latentguard.runtime.names import DIGEST, HEATMAP, INPUT, METADATA, OUTPUTS, STANDARD, plain
 from latentguard.runtime.wire import ForeignError, Message, fields, read, text
-from latentguard.spaces import SPACES
+from latentguard.spaces import RECORDS, SPACES, LatentSpace
 
 SCHEMA_VERSION = 1
 _MAX_FILE = 2**31
@@ -56,6 +56,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
 _LATER: dict[str, tuple[type, ...]] = {
     "seen": (list, type(None)),
     "unseen_contrast": (list, type(None)),
+    "own_space": (dict, type(None)),
 }
 _POLICY = ("name", "version", "sha256")
 # What the two files of a cascade have in common: they read the same arrays.
@@ -63,7 +64,7 @@ _SHARED = ("space", "scaled", "channels", "packed_patch", "height", "width")
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A file that passed.
 
     sha256: of the file; its metadata hold those of the external data, so it pins them, too.
@@ -78,10 +79,10 @@ class Artefact:
     heatmaps: bool
     data: bytes = field(repr=False)
     external: dict[str, bytes] = field(repr=False)
-    first: Artefact | None = None
+    first: Artifact | None = None
 
 
-def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
+def open_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
     """Look into a file, and into those beside it that it names.
 
     Raises ModelError, naming the file, for whatever is wrong with one.
@@ -98,7 +99,7 @@ def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
     return found if named is None else replace(found, first=_first(found, **named))
 
 
-def _look(path: Path, digest: str, data: bytes) -> Artefact:
+def _look(path: Path, digest: str, data: bytes) -> Artifact:
     try:
         return _inspect(path, digest, data)
     except ModelError:
@@ -109,7 +110,7 @@ def _look(path: Path, digest: str, data: bytes) -> Artefact:
         raise ModelError(f"{path}: is no readable .onnx file ({error})") from error
 
 
-def _first(main: Artefact, file: str, sha256: str) -> Artefact:
+def _first(main: Artifact, file: str, sha256: str) -> Artifact:
     """The first model of the cascade in `main`: another export for the same arrays and policy."""
     data = _beside(main.path, file, sha256, _MAX_FILE)
     first = _look(main.path.parent / file, sha256, data)
@@ -168,7 +169,7 @@ _ENTRIES = next(number for number, spec in MODEL.fields.items() if spec.of is EN
 _FLATBUFFER = b"ORTM"
 
 
-def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
+def _inspect(path: Path, digest: str, data: bytes) -> Artifact:
     if data[4:8] == _FLATBUFFER:
         raise ModelError(f"{path}: is a file of ONNX Runtime's own format, and not an .onnx file")
     model = read(data, MODEL)
@@ -198,7 +199,7 @@ def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
     external = {
         name: _beside(path, name, sha, _MAX_EXTERNAL) for name, sha in found["files"].items()
     }
-    return Artefact(path, digest, found, HEATMAP in outputs, data, external)
+    return Artifact(path, digest, found, HEATMAP in outputs, data, external)
 
 
 def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, Any]:
@@ -233,7 +234,7 @@ def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, An
 
 def _check_values(path: Path, found: dict[str, Any]) -> None:
     """The parts of the metadata fit each other, and the table of latent spaces."""
-    space = SPACES.get(found["space"])
+    space = _space(path, found)
     sides = (found["height"], found["width"])
     concepts = found["policy"].get("concepts")
     sound = {
@@ -259,6 +260,17 @@ def _check_values(path: Path, found: dict[str, Any]) -> None:
     for key, good in sound.items():
         if not good:
             raise ModelError(f"{path}: its metadata have no valid {key}")
+
+
+def _space(path: Path, found: dict[str, Any]) -> LatentSpace | None:
+    """The space of the metadata's name: one that is known, else the one that the file describes."""
+    if found["own_space"] is None:
+        return SPACES.get(found["space"])
+    try:
+        space = LatentSpace.from_dict(found["own_space"], f"{path}: own_space")
+    except LatentsError as error:
+        raise ModelError(str(error)) from error
+    return space if space.name == found["space"] and space.name not in RECORDS else None
 
 
 def _check_cascade(path: Path, found: dict[str, Any]) -> None:
