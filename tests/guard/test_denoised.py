@@ -42,6 +42,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     *(("DDIM", p, o) for p in (*BOTH, "sample") for o in (NO_CLIP, SDXL_DDIM)),
     ("DDIM", "v_prediction", ZERO_SNR),
     *(("DDIMParallel", p, NO_CLIP) for p in BOTH),
+    *(("CogVideoXDDIM", p, {**NO_CLIP, "snr_shift_scale": 1.0}) for p in (*BOTH, "sample")),
     *(("DDPM", p, NO_CLIP) for p in BOTH),
     *(("DDPMParallel", p, NO_CLIP) for p in BOTH),
     *(("PNDM", p, {**BETAS, "skip_prk_steps": s}) for p in BOTH for s in (True, False)),
