@@ -50,7 +50,7 @@ def adapt(
 ) -> None:
     """Make an encoder for a latent space: a small student of a pixel-space network.
 
-    Photos are cropped, encoded and labelled by the teacher once (kept in --cache); then the
+    Photos are cropped, encoded and labeled by the teacher once (kept in --cache); then the
     student is trained on them. Interrupt and repeat the command to go on where it stopped. On two
     CPU cores 5,000 photos take about half an hour to encode and an hour to train.
 

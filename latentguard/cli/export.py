@@ -289,7 +289,7 @@ def _print(result: Exported, quiet: bool) -> None:
         typer.echo(
             f"compared with the model without merging: margins differ by at most "
             f"{far.margin:.2g}, the smallest cosine of an embedding is {far.cosine:.6f}, "
-            f"{far.same} of {far.images} decisions are the same"
+            f"{far.same_decisions} of {far.images} decisions are the same"
         )
     if not result.checked.real:
         typer.echo(
@@ -306,9 +306,11 @@ def _print(result: Exported, quiet: bool) -> None:
 def _compared(result: Exported) -> str:
     checked = result.checked
     kind = "real latents" if checked.real else "latents drawn with the space's statistics"
-    passed = f"; the first model passed on {checked.sent}" if checked.sent is not None else ""
+    sent = checked.escalated
+    passed = "" if sent is None else f"; the first model passed on {sent}"
     return (
         f"compared with PyTorch on {checked.images} {kind}: margins differ by at most "
         f"{checked.margin:.2g}, embeddings by {checked.embedding:.2g} (cosine "
-        f"{checked.cosine:.6f}), {checked.same} of {checked.images} decisions are the same{passed}"
+        f"{checked.cosine:.6f}), {checked.same_decisions} of {checked.images} decisions are the "
+        f"same{passed}"
     )

@@ -104,7 +104,7 @@ def best_encoder(space: str) -> str:
 
 
 def find(name: str) -> Entry:
-    """The catalogue's entry of a name; ModelError lists the names and the closest."""
+    """The catalog's entry of a name; ModelError lists the names and the closest."""
     if name not in CATALOG:
         raise ModelError(_unknown(name))
     return CATALOG[name]

@@ -43,7 +43,7 @@ class LatentCLIP(EncoderBase):
     - "pool": averaged (or repeated) to the trained grid; the aspect ratio is not kept.
     - "tile": as views of the trained size, which overlap where they must and together cover all of
       it, after one view of the whole, pooled. `Features.tiles` counts them; an image's score is
-      that of its strongest view. A place's token comes from the view whose centre is nearest.
+      that of its strongest view. A place's token comes from the view whose center is nearest.
       A side shorter than the trained one is continued by its last row or column.
 
     `merge` is the share of the patches' tokens, 0 (none, the default) to less than 1, that merge
@@ -127,7 +127,7 @@ class LatentCLIP(EncoderBase):
     ) -> Self:
         """Random weights of a model's shape, for benchmarks and tests; its scores mean nothing.
 
-        `model` is a name of the catalogue or a configuration; the encoder's name says "random".
+        `model` is a name of the catalog or a configuration; the encoder's name says "random".
         """
         if isinstance(model, str):
             entry = CATALOG.get(model)
@@ -310,7 +310,7 @@ class LatentCLIP(EncoderBase):
 def load(
     path: Path, device: torch.device | str | None = None, entry: Entry | None = None
 ) -> LatentCLIP:
-    """`LatentCLIP.load`, and a ModelError where the file is not of the catalogue's `entry`."""
+    """`LatentCLIP.load`, and a ModelError where the file is not of the catalog's `entry`."""
     encoder = LatentCLIP.load(path, device)
     if entry is not None and encoder.config != entry.config:
         raise ModelError(f"{path}: is not {entry.name}: its configuration is {encoder.config}")

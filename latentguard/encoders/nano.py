@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from latentguard.atomic import replacing
 from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
 from latentguard.encoders.catalog import Entry
-from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalise
+from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalize
 from latentguard.encoders.header import opened, read_header
 from latentguard.encoders.lite import CLASSES, fuse
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
@@ -220,7 +220,7 @@ def load_nano(name_or_path: str | Path, device: str | torch.device | None = None
 def load(
     path: Path, device: torch.device | str | None = None, entry: Entry | None = None
 ) -> NanoEncoder:
-    """`load_nano` for the catalogue, whose `entry` says no more than the file does."""
+    """`load_nano` for the catalog, whose `entry` says no more than the file does."""
     return load_nano(path, device)
 
 
@@ -293,7 +293,7 @@ def save_nano(
     from latentguard.encoders.minilm import minilm
 
     fused = fuse(copy.deepcopy(net).eval())
-    keys = list(dict.fromkeys(normalise(prompt) for prompt in prompts))
+    keys = list(dict.fromkeys(normalize(prompt) for prompt in prompts))
     tensors = {f"net.{k}": v.half().contiguous() for k, v in fused.state_dict().items()}
     tensors["text.table"] = table.half().contiguous()
     tensors["text.prompts"] = similarities(minilm().encode(keys), table).half().contiguous()

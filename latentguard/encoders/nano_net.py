@@ -116,7 +116,7 @@ class RgbViewNet(nn.Module):
         size = tuple(max(32, round(n * ratio / 32) * 32) for n in rgb.shape[-2:])
         if size != tuple(rgb.shape[-2:]):
             rgb = F.interpolate(rgb, size=size, mode="bicubic", antialias=ratio < 1)
-        x = Lite2.normalise(rgb.clamp(0, 1))
+        x = Lite2.normalize(rgb.clamp(0, 1))
         return self.trunk.feature_map(self.stem(x))
 
     def feature_map(self, latents: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class Tile:
         return torch.stack(views, dim=1).flatten(0, 1)
 
     def stitch(self, tokens: Tensor) -> Tensor:
-        """Each place's token from the view whose centre is nearest; the pooled view has none."""
+        """Each place's token from the view whose center is nearest; the pooled view has none."""
         if not self.whole:
             return tokens
         per_side = self.side // self.patch
@@ -141,14 +141,14 @@ def _up(size: int, multiple: int) -> int:
 def _starts(length: int, view: int) -> list[int]:
     """Where views of `view` start so that they cover `length`, both in patches.
 
-    Rounding down keeps neighbours at most `view` apart, as the even spacing is.
+    Rounding down keeps neighbors at most `view` apart, as the even spacing is.
     """
     count = -(-length // view)
     return [index * (length - view) // max(count - 1, 1) for index in range(count)]
 
 
 def _nearest(starts: list[int], length: int, view: int) -> tuple[list[int], list[int]]:
-    """For each of `length` places the view whose centre is nearest, and its index within it."""
+    """For each of `length` places the view whose center is nearest, and its index within it."""
     owner = []
     for place in range(length):
         reach = [abs(2 * place + 1 - (2 * start + view)) for start in starts]

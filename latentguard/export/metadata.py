@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 
 from latentguard.encoders import Encoder, traits
-from latentguard.runtime.artefact import SCHEMA_VERSION, inner_digest
+from latentguard.runtime.artifact import SCHEMA_VERSION, inner_digest
 from latentguard.runtime.names import DIGEST, METADATA
 from latentguard.scorer import Scorer
 from latentguard.spaces import LatentSpace

@@ -73,7 +73,7 @@ class Claims:
         So a file may repeat the numbers of its space, or those of the space that the operator gave,
         and decides nothing by them.
 
-        space: as the operator gave it, else as the file names it or it was recognised.
+        space: as the operator gave it, else as the file names it or it was recognized.
 
         Raises LatentsError, which says what to do.
         """
@@ -87,7 +87,7 @@ class Claims:
             )
         except LatentsError as error:
             raise LatentsError(f"the file declares what cannot be: {error}") from error
-        # flux2 has no numbers without its VAE's statistics: scaled means normalised by any.
+        # flux2 has no numbers without its VAE's statistics: scaled means normalized by any.
         settled = space.scale is not None or scaled
         if settled and space.is_scaled_as(declared):
             return

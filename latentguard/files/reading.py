@@ -22,7 +22,7 @@ from latentguard.files.shards import Sample, member_window, read_samples, sample
 from latentguard.files.streams import open_regular, size_of, state_of, unchanged
 from latentguard.files.tar import Member, printable
 from latentguard.files.torch_files import open_torch
-from latentguard.spaces import Latents, LatentSpace, recognise
+from latentguard.spaces import Latents, LatentSpace, recognize
 from latentguard.spaces.arrays import LatentArray, unpack, widened
 from latentguard.spaces.statistics import MAX_IMAGES
 from latentguard.spaces.tokens import check_layout, check_size
@@ -96,7 +96,7 @@ def read_arrays(
         paths: files (.pt, .pth, .safetensors, .npy, .npz, .tar), folders (searched recursively,
             sorted by name), and glob patterns.
         space, scaled: what the files do not say themselves. A file that says otherwise is an
-            error, and one that says nothing is recognised by its statistics or is an error. A
+            error, and one that says nothing is recognized by its statistics or is an error. A
             scaling that is not the space's usual one comes with `space` alone: a file that declares
             one of its own is an error.
         passed: counts what folders and shards hold besides, which cannot be latents.
@@ -280,7 +280,7 @@ def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
 def _settle(
     payload: Payload, claims: Claims, known: LatentSpace | None
 ) -> tuple[LatentSpace, bool] | None:
-    """Space and scaling as declared or recognised; None where no image can be used anyway.
+    """Space and scaling as declared or recognized; None where no image can be used anyway.
 
     Raises:
         LatentsError: the question that the file leaves open.
@@ -294,10 +294,10 @@ def _settle(
         return None
     if any(image.ndim == 2 for image in sample):
         raise LatentsError(
-            "packed latents are not recognised by their statistics: declare their space and "
+            "packed latents are not recognized by their statistics: declare their space and "
             "scaling in the file, or say --space and --scaled or --unscaled"
         )
-    found = recognise(sample, known, claims.scaled)
+    found = recognize(sample, known, claims.scaled)
     if found.space is None or found.scaled is None:
         raise LatentsError(found.question)
     return known or LatentSpace.get(found.space), found.scaled

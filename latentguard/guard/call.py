@@ -75,7 +75,7 @@ class GuardedCall:
         self._callbacks = callbacks
         self._requested = self._user_inputs()
         self._sessions: list[Session] = []
-        self._space = guards[0].space_of(pipe) if guards else None
+        self._space = guards[0]._space_of(pipe) if guards else None
         self._packs = self._space is not None and packs(pipe, self._space)
         self._decoding = None if self._space is None else Decoding.of(pipe, self._space)
         self._size: tuple[int, int] | None = None

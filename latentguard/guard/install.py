@@ -25,7 +25,7 @@ from latentguard.guard.wrapping import MARK, lock, wrap
 
 
 def wrap_call(cls: type) -> None:
-    """Make calls of a pipeline's class honour guards, and those that it has from its bases."""
+    """Make calls of a pipeline's class honor guards, and those that it has from its bases."""
     wrap(cls, "__call__", run)
 
 

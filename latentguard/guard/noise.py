@@ -1,4 +1,4 @@
-"""Steering models of one or a few steps: the initial noise is optimised against a latent reward.
+"""Steering models of one or a few steps: the initial noise is optimized against a latent reward.
 
 The procedure and its constants are ReNO's (Eyring et al., arXiv 2406.04312), with rewards that read
 latents, as Latent-CLIP's paper does (arXiv 2503.08455): gradient ascent on the noise through the
@@ -30,7 +30,7 @@ from latentguard.spaces import Latents, LatentSpace
 Reward = Callable[[Latents], Tensor]
 """From clean latents [B, ...] to one number an image [B], differentiable; larger is better."""
 
-REGULARISATION = 0.01
+REGULARIZATION = 0.01
 CLIP = 0.1
 LEARNING_RATE = 5.0
 MOMENTUM = 0.9
@@ -193,7 +193,7 @@ def _ascend(
             if iteration == iterations or satisfied:
                 break
             optimizer.zero_grad()
-            loss = -(value - REGULARISATION * _norm_penalty(current)).sum()
+            loss = -(value - REGULARIZATION * _norm_penalty(current)).sum()
             (gradient,) = torch.autograd.grad(loss, current)
             if not torch.isfinite(gradient).all():
                 raise LatentsError(

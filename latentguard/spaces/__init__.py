@@ -9,12 +9,15 @@ statistics.py (the space from statistics). Only functions that touch tensors imp
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from latentguard.deprecated import former_names
 from latentguard.spaces.arrays import LatentArray
 from latentguard.spaces.latents import Latents, Layout
 from latentguard.spaces.prediction import Prediction
 from latentguard.spaces.preview import array_preview, rgb_preview
 from latentguard.spaces.space import SCALINGS, SPACES, BatchNorm, LatentSpace
-from latentguard.spaces.statistics import Recognition, recognise
+from latentguard.spaces.statistics import Recognition, recognize
 
 __all__ = [
     "SCALINGS",
@@ -27,6 +30,9 @@ __all__ = [
     "Prediction",
     "Recognition",
     "array_preview",
-    "recognise",
+    "recognize",
     "rgb_preview",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = former_names(__name__, {"recognise": "recognize"})

@@ -131,7 +131,7 @@ class LatentSpace:
             eps: the VAE's `batch_norm_eps`.
         """
         if self.name != "flux2":
-            raise LatentsError(f"space {self.name} is not batch-normalised: only flux2 is")
+            raise LatentsError(f"space {self.name} is not batch-normalized: only flux2 is")
         means, variances = _floats(mean), _floats(var)
         if len(means) != self.packed_channels or len(variances) != self.packed_channels:
             raise LatentsError(
@@ -160,7 +160,7 @@ class LatentSpace:
     def is_scaled_as(self, other: LatentSpace) -> bool:
         """Whether scaled latents of both have the same numbers, but for rounding.
 
-        flux2 without its statistics fits flux2 with any: scaled means normalised in both.
+        flux2 without its statistics fits flux2 with any: scaled means normalized in both.
         """
         return scaling.same_scaling(self, other)
 
@@ -339,7 +339,7 @@ _RGB_FLUX1: tuple[RGB, ...] = (
     (-0.1262, -0.0982, -0.0778),
 )
 # flux2: fitted with benchmarks/fit_rgb_preview.py to TAEF2 latents (scaled) of 2,400 Caltech-101
-# crops, colour-jittered; on the fifth held out R^2 is 0.742, 0.761, 0.722 for red, green, blue.
+# crops, color-jittered; on the fifth held out R^2 is 0.742, 0.761, 0.722 for red, green, blue.
 # ComfyUI's factors (Flux2) reach 0.705, 0.728, 0.694 on the same latents and correlate with these
 # at 0.95, which also says that TAEF2 speaks the pipeline's scaled convention.
 _RGB_FLUX2: tuple[RGB, ...] = (
@@ -433,7 +433,7 @@ SPACES: dict[str, LatentSpace] = {
     )
 }
 
-# Playground 2.5 denoises SDXL's latents normalised per channel; its VAE config's numbers.
+# Playground 2.5 denoises SDXL's latents normalized per channel; its VAE config's numbers.
 _SDXL_MEAN, _SDXL_STD = SPACES["sdxl"].mean, SPACES["sdxl"].std
 assert _SDXL_MEAN is not None
 assert _SDXL_STD is not None

@@ -30,7 +30,7 @@ def space_from_vae_config(config: Mapping[str, Any], spaces: Spaces) -> LatentSp
         return _flux2(config, channels, spaces, advice)
     scale, shift = _number(config, "scaling_factor"), _number(config, "shift_factor") or 0.0
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-        return _normalised_sdxl(config, channels, scale, spaces, advice)
+        return _normalized_sdxl(config, channels, scale, spaces, advice)
     for space in spaces.values():
         if space.channels != channels or isinstance(space.scale, tuple) or space.scale is None:
             continue
@@ -73,10 +73,10 @@ def _flux2(config: Mapping[str, Any], channels: int, spaces: Spaces, advice: str
     return spaces["flux2"]
 
 
-def _normalised_sdxl(
+def _normalized_sdxl(
     config: Mapping[str, Any], channels: int, scale: float | None, spaces: Spaces, advice: str
 ) -> LatentSpace:
-    """SDXL latents normalised per channel: scaled = (raw - mean) * scale / std (Playground 2.5)."""
+    """SDXL latents normalized per channel: scaled = (raw - mean) * scale / std (Playground 2.5)."""
     sdxl = spaces["sdxl"]
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None or scale is None:

@@ -273,7 +273,7 @@ def test_another_size_of_latent_clip_is_a_json_file(tree: Tree) -> None:
     ("changes", "message"),
     [
         ({"format": "other"}, "`format` must be latentguard-latent-clip or latentguard-nano"),
-        ({"colour": "red"}, "not a model's description"),
+        ({"color": "red"}, "not a model's description"),
         ({"config": {"patch": 7, "embed_dim": 64, "text_width": 64}}, "multiple of `patch`"),
         ({"space": None, "config": {}}, "not a model's description"),
     ],

@@ -62,7 +62,7 @@ def test_whose_verdicts() -> None:
     assert output.latentguard.request_id == "request-1"
 
 
-def test_optimising_the_noise_of_a_one_step_model() -> None:
+def test_optimizing_the_noise_of_a_one_step_model() -> None:
     text = block("optimize_noise(")
     scheduler = EulerAncestralDiscreteScheduler(**small.BETAS, timestep_spacing="trailing")
     turbo = small.sdxl_with_text(scheduler)

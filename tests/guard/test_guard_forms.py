@@ -382,13 +382,13 @@ def test_pipelines_that_pack_as_their_space_does(make: Any) -> None:
     from latentguard.guard.layout import packs
 
     pipe = make()
-    space = LatentGuard(policy(), space=None).space_of(pipe)
+    space = LatentGuard(policy(), space=None)._space_of(pipe)
     assert packs(pipe, space)
     assert not packs(small.sdxl(), LatentSpace.get("sdxl"))
 
 
 def test_tokens_of_a_pipeline_that_is_not_known_to_pack_are_not_read() -> None:
-    """One that learnt to pack after the guard was attached, so that nothing refused it."""
+    """One that learned to pack after the guard was attached, so that nothing refused it."""
     guard = LatentGuard(policy(NEVER), encoder("flux1"))
     pipe = small.flux()
     pipe.callback_on_step_end = guard

@@ -267,7 +267,7 @@ def test_the_table_keeps_what_matters_and_says_what_it_left_out() -> None:
     assert "4 of 30 images are shown" in file.getvalue()
 
 
-def of_a_hostile_artefact(text: str) -> tuple[Rules, ScanRecord]:
+def of_a_hostile_artifact(text: str) -> tuple[Rules, ScanRecord]:
     """A policy as an exported file may hold it: its ids and its model's name are any text."""
     ids = (text, f"{text}!")
     concepts = [{**c, "id": name} for c, name in zip(PLAIN["concepts"], ids, strict=True)]
@@ -281,7 +281,7 @@ def of_a_hostile_artefact(text: str) -> tuple[Rules, ScanRecord]:
 
 @pytest.mark.parametrize("text", ["guns\x1b[2J", "guns\u3164", "guns\u202e", "=1+1", "a,=1+1"])
 def test_names_from_an_exported_file_are_only_text(text: str) -> None:
-    plain, made = of_a_hostile_artefact(text)
+    plain, made = of_a_hostile_artifact(text)
     shown, cells = io.StringIO(), io.StringIO(newline="")
     table = Table(shown)
     table.add(made)

@@ -314,7 +314,7 @@ def test_external_weights_move_along(guard_file: Path, tmp_path: Path, latents: 
     import onnx
 
     from latentguard.export.metadata import write_metadata
-    from latentguard.runtime.artefact import METADATA
+    from latentguard.runtime.artifact import METADATA
 
     source = tmp_path / "big.onnx"
     model = onnx.load(guard_file)

@@ -63,7 +63,7 @@ _SHARED = ("space", "scaled", "channels", "packed_patch", "height", "width")
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A file that passed.
 
     sha256: of the file; its metadata hold those of the external data, so it pins them, too.
@@ -78,10 +78,10 @@ class Artefact:
     heatmaps: bool
     data: bytes = field(repr=False)
     external: dict[str, bytes] = field(repr=False)
-    first: Artefact | None = None
+    first: Artifact | None = None
 
 
-def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
+def open_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
     """Look into a file, and into those beside it that it names.
 
     Raises ModelError, naming the file, for whatever is wrong with one.
@@ -98,7 +98,7 @@ def open_artefact(path: str | Path, sha256: str | None = None) -> Artefact:
     return found if named is None else replace(found, first=_first(found, **named))
 
 
-def _look(path: Path, digest: str, data: bytes) -> Artefact:
+def _look(path: Path, digest: str, data: bytes) -> Artifact:
     try:
         return _inspect(path, digest, data)
     except ModelError:
@@ -109,7 +109,7 @@ def _look(path: Path, digest: str, data: bytes) -> Artefact:
         raise ModelError(f"{path}: is no readable .onnx file ({error})") from error
 
 
-def _first(main: Artefact, file: str, sha256: str) -> Artefact:
+def _first(main: Artifact, file: str, sha256: str) -> Artifact:
     """The first model of the cascade in `main`: another export for the same arrays and policy."""
     data = _beside(main.path, file, sha256, _MAX_FILE)
     first = _look(main.path.parent / file, sha256, data)
@@ -168,7 +168,7 @@ _ENTRIES = next(number for number, spec in MODEL.fields.items() if spec.of is EN
 _FLATBUFFER = b"ORTM"
 
 
-def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
+def _inspect(path: Path, digest: str, data: bytes) -> Artifact:
     if data[4:8] == _FLATBUFFER:
         raise ModelError(f"{path}: is a file of ONNX Runtime's own format, and not an .onnx file")
     model = read(data, MODEL)
@@ -198,7 +198,7 @@ def _inspect(path: Path, digest: str, data: bytes) -> Artefact:
     external = {
         name: _beside(path, name, sha, _MAX_EXTERNAL) for name, sha in found["files"].items()
     }
-    return Artefact(path, digest, found, HEATMAP in outputs, data, external)
+    return Artifact(path, digest, found, HEATMAP in outputs, data, external)
 
 
 def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, Any]:
