@@ -4,8 +4,8 @@ An image's embedding is one token of many (Latent-CLIP's class token, nano's poo
 the end: of the last block's 257 tokens 256 are dropped. A selection passes through operators that
 treat rows alone, so that they see one row. The result is the same numbers, one row of each product.
 
-Two walks: upwards, from the outputs, what is needed of every value (all of it, or one index of one
-axis); then downwards, each operator whose result is needed in part gets its inputs in part.
+Two walks: upward, from the outputs, what is needed of every value (all of it, or one index of one
+axis); then downward, each operator whose result is needed in part gets its inputs in part.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _selection(node: ir.Node) -> Row | None:
 
 
 def _take_rows(node: ir.Node, row: Row, needs: Needs, needed: dict[ir.Value, Row]) -> None:
-    """Give a node the rows that it needs; its output has one row afterwards."""
+    """Give a node the rows that it needs; its output has one row afterward."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     if node.op_type == "Concat":

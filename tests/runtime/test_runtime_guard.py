@@ -318,9 +318,9 @@ def test_pytorchs_verdicts_on_openvino(
         for size, verdicts in pool.map(lambda n: (n, guard.scan(arrays[:n])), [1, 25, 7, 1, 16]):
             same(verdicts, expected[:size])
     assert guard.heatmaps(arrays[:2]).shape[0] == 2
-    spoilt = arrays[:2].copy()
-    spoilt[1, 0, 0, 0] = np.nan
-    assert [verdict.error is None for verdict in guard.scan(spoilt)] == [True, False]
+    spoiled = arrays[:2].copy()
+    spoiled[1, 0, 0, 0] = np.nan
+    assert [verdict.error is None for verdict in guard.scan(spoiled)] == [True, False]
 
 
 def test_the_path_that_binds_outputs(artifact: Path, arrays: np.ndarray) -> None:
