@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentguard.deprecated import Former, former_keywords, former_names
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError, LatentsError
 
 # By what a scheduler's own step works with, looked up by class name along the MRO.
 _EXPLODING = ("EulerDiscrete", "EulerAncestralDiscrete", "EDMEuler", "LMSDiscrete", "HeunDiscrete")
@@ -118,8 +118,11 @@ class Denoised:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raises LatentsError for a scheduler whose noise levels are not known here."""
-    _kind(scheduler)
+    """Raises GuardError for a scheduler whose noise levels are not known here."""
+    try:
+        _kind(scheduler)
+    except LatentsError as error:
+        raise GuardError(str(error)) from None
 
 
 def level_before(scheduler: Any, timestep: Any) -> NoiseLevel:

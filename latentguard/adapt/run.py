@@ -37,7 +37,7 @@ def adapt(
     out: str | Path,
     *,
     name: str,
-    space: str | None = None,
+    space: str | Path | LatentSpace | None = None,
     autoencoder: str | Path | None = None,
     cache: str | Path | None = None,
     recipe: Recipe | None = None,
@@ -49,7 +49,8 @@ def adapt(
         images: folders of photos, labels not needed; 37 at least, thousands for a useful model.
         out: the model file to write (.safetensors); the checkpoint, history and plot lie beside it.
         name: the model's name in verdicts.
-        space: the latent space; may be left out where the autoencoder's is certain.
+        space: the latent space, by name, file or itself; may be left out where the autoencoder's is
+            certain.
         autoencoder: an encoder file of madebyollin/taesd or a diffusers VAE folder. Without one
             the model reads the space's published RGB view instead.
         cache: folder for crops, latents and targets, 360 kB to 430 kB a photo; beside `out`
@@ -109,21 +110,27 @@ def adapt(
 
 def rgb_config(space: LatentSpace) -> dict[str, Any]:
     """RgbViewNet's configuration for a space with a published RGB view."""
-    if space.rgb_factors is None or space.rgb_bias is None:
+    view = space.rgb_view
+    if view is None:
         raise ModelError(f"space {space.name} has no published RGB view: give an autoencoder")
+    if not view.scaled:
+        raise ModelError(
+            f"the RGB view of space {space.name} acts on raw latents, and a nano model reads "
+            "scaled ones: give an autoencoder, or a view of scaled latents"
+        )
     return {
-        "factors": [list(row) for row in space.rgb_factors],
-        "bias": list(space.rgb_bias),
+        "factors": [list(row) for row in view.factors],
+        "bias": list(view.bias),
         "size": RGB_SIZE,
     }
 
 
-def _space(encoder: Autoencoder | None, name: str | None) -> LatentSpace:
+def _space(encoder: Autoencoder | None, name: str | Path | LatentSpace | None) -> LatentSpace:
     if encoder is not None:
         return encoder.space
     if name is None:
         raise ModelError("say which latent space (space=..., --space), or give an autoencoder")
-    return LatentSpace.get(name)
+    return LatentSpace.of(name)
 
 
 def stored_prompts() -> list[str]:

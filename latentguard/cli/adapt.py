@@ -26,7 +26,10 @@ def adapt(
     ] = None,
     space: Annotated[
         str | None,
-        typer.Option(help="Latent space: sdxl, sd1, sd3, flux1, flux2. Needed where not certain."),
+        typer.Option(
+            help="Latent space: a name of `latentguard spaces list`, or a file of your own (.yaml, "
+            ".json). Needed where not certain."
+        ),
     ] = None,
     cache: Annotated[
         Path | None,

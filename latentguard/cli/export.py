@@ -108,6 +108,10 @@ def onnx_(
             "and --width. The same as +merge=SHARE behind --model.",
         ),
     ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(help="The latent space of a model of your own, a file (.yaml, .json)."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the SHA-256 only.")] = False,
 ) -> None:
     """Write a policy and a model as one .onnx file of standard operators.
@@ -122,14 +126,14 @@ def onnx_(
     Example: latentguard export onnx --policy family --model nano-flux2 --height 64 --width 64
     -o guard.onnx
     """
-    from latentguard.errors import ModelError
+    from latentguard.errors import UsageError
     from latentguard.export import export_onnx
 
     if (height is None) != (width is None):
-        raise ModelError("give both --height and --width, or neither")
+        raise UsageError("give both --height and --width, or neither")
     int8 = "int8" in (precision, first_precision)
     if not int8 and (calibration or dynamic_quantization):
-        raise ModelError(
+        raise UsageError(
             f"--calibration and --dynamic-quantization are of --precision int8, not {precision}"
         )
     _check_target(out)
@@ -141,6 +145,10 @@ def onnx_(
 
     if merge_tokens is not None:
         model = f"{model}{MERGE}{merge_tokens}"
+    if space is not None:
+        from latentguard.spaces import LatentSpace
+
+        LatentSpace.of(space)  # known by its name from here on
     encoder = load_encoder(model, "cpu")
     result = export_onnx(
         policy,
@@ -152,6 +160,7 @@ def onnx_(
         ),
         size=None if height is None or width is None else (height, width),
         scaled=scaled,
+        space=space,
         heatmaps=heatmaps,
         check=_latents(check, encoder.space),
         calibrate=_latents(calibration, encoder.space),
@@ -264,12 +273,12 @@ def _latents(paths: list[Path] | None, space: str) -> Latents | None:
 
 
 def _check_target(out: Path) -> None:
-    from latentguard.errors import ModelError
+    from latentguard.errors import UsageError
 
     if out.suffix != ".onnx":
-        raise ModelError(f"--out must be a file that ends in .onnx, got {out}")
+        raise UsageError(f"--out must be a file that ends in .onnx, got {out}")
     if not out.parent.is_dir():
-        raise ModelError(f"--out: there is no folder {out.parent}")
+        raise UsageError(f"--out: there is no folder {out.parent}")
 
 
 def _say(quiet: bool, text: str) -> None:

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentguard import plugins
 from latentguard.encoders.base import Encoder, traits
 from latentguard.encoders.catalog import (
     CATALOG,
@@ -24,7 +25,9 @@ from latentguard.encoders.catalog import (
     by_hand,
     cache_dir,
     converted_path,
+    entries,
     how_to_get,
+    known,
     locate,
     read_source,
     source_path,
@@ -32,6 +35,7 @@ from latentguard.encoders.catalog import (
 )
 from latentguard.encoders.header import read_metadata
 from latentguard.errors import ModelError
+from latentguard.spaces import RECORDS
 from latentguard.text import first_line
 
 if TYPE_CHECKING:
@@ -55,8 +59,9 @@ def load_encoder(name_or_path: str | Path, device: torch.device | str | None = N
     plain, found, share = str(name_or_path).rpartition(MERGE)
     if found:
         return _merging(load_encoder(plain, device), share)
-    if isinstance(name_or_path, str) and name_or_path in CATALOG:
-        return _load_named(CATALOG[name_or_path], device)
+    entry = known(name_or_path) if isinstance(name_or_path, str) else None
+    if entry is not None:
+        return _load_named(entry, device)
     path = Path(name_or_path).expanduser()
     if not path.is_file():
         raise ModelError(_unknown(str(name_or_path)))
@@ -91,23 +96,29 @@ def best_encoder(space: str) -> str:
 
     Raises ModelError where there is none; it says which spaces have one, or how to get it.
     """
-    of_space = [entry for entry in CATALOG.values() if entry.space == space]
+    everything = entries()
+    of_space = [entry for entry in everything if entry.space == space]
     for entry in of_space:
         if locate(entry.name) is not None:
             return entry.name
     if of_space:
         raise ModelError(_missing(of_space[0]))
-    spaces = sorted({entry.space for entry in CATALOG.values()})
+    spaces = sorted({entry.space for entry in everything})
+    record = RECORDS.get(space)
+    why = f" ({record.view_missing})" if record is not None and record.view_missing else ""
     raise ModelError(
-        f"no encoder reads latents of space {space}: there are encoders of {', '.join(spaces)}"
+        f"no encoder reads latents of space {space}{why}: there are encoders of "
+        f"{', '.join(spaces)}; `latentguard adapt` makes one of your own, which --model or model= "
+        "takes"
     )
 
 
 def find(name: str) -> Entry:
     """The catalog's entry of a name; ModelError lists the names and the closest."""
-    if name not in CATALOG:
+    entry = known(name)
+    if entry is None:
         raise ModelError(_unknown(name))
-    return CATALOG[name]
+    return entry
 
 
 def _load_named(entry: Entry, device: str | torch.device) -> Encoder:
@@ -222,7 +233,8 @@ def _load_file(path: Path, device: str | torch.device) -> Encoder:
 def _load_as(
     written_as: str, path: Path, device: str | torch.device, entry: Entry | None = None
 ) -> Encoder:
-    load = importlib.import_module(FORMATS[written_as]).load
+    module = (entry.module if entry is not None else None) or FORMATS[written_as]
+    load = importlib.import_module(module).load
     encoder: Encoder = load(path, device, entry)
     return encoder
 
@@ -236,8 +248,7 @@ def _device(device: torch.device | str | None) -> torch.device | str:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.5)
+    names = [*CATALOG, *plugins.names(plugins.ENCODERS)]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     guess = f" (did you mean {close[0]}?)" if close else ""
-    return (
-        f"no model or file is called {name!r}{guess}: choose from {', '.join(CATALOG)}, or a path"
-    )
+    return f"no model or file is called {name!r}{guess}: choose from {', '.join(names)}, or a path"

@@ -51,6 +51,7 @@ class LatentCLIP(EncoderBase):
     model: `name` ends in `+merge=SHARE`, so that calibrated thresholds and records tell them apart.
     """
 
+    pools = True
     unscales = True
     merges = True
     min_coverage = 0.5
@@ -223,12 +224,15 @@ class LatentCLIP(EncoderBase):
         sigma: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        *,
+        tokens: bool = True,
     ) -> Features:
         """Class token (pooled) and patch tokens before `ln_post`, of raw latents [B, C, H, W].
 
         See `Encoder.features`. With `scale` and `shift` [C], latents in another convention are
         read as latents * scale + shift, after the x0 estimate. Latents and noise are taken to the
         weights' device and dtype; everything up to the patches is computed in float32.
+        Without `tokens` the last block computes the class token alone.
         Raises LatentsError for another rank, number of channels or size 0.
         """
         channels = self.config.channels
@@ -239,7 +243,7 @@ class LatentCLIP(EncoderBase):
             )
         check_prediction(latents, noise, alpha, sigma)
         adapt = self._adapter(*latents.shape[2:])
-        tokens = self.vit(
+        rows = self.vit(
             adapt(self._ready(latents)),
             None if noise is None else adapt(self._ready(noise)),
             self._level(alpha, adapt.tiles),
@@ -247,9 +251,10 @@ class LatentCLIP(EncoderBase):
             None if scale is None else scale.to(self.device, torch.float32),
             None if shift is None else shift.to(self.device, torch.float32),
             share=self.merge,
+            whole=tokens,
         )
-        pooled, places = tokens[:, 0], tokens[:, 1:]
-        return Features(pooled, adapt.stitch(places), adapt.grid, adapt.tiles)
+        pooled, places = rows[:, 0], rows[:, 1:]
+        return Features(pooled, adapt.stitch(places) if tokens else places, adapt.grid, adapt.tiles)
 
     def encode_latents(self, latents: Latents) -> Tensor:
         """Unit-norm float32 embeddings [B, dim], differentiable in the latents' tensor.
@@ -257,7 +262,7 @@ class LatentCLIP(EncoderBase):
         Scaled latents are converted. Raises LatentsError for another space, ModelError where the
         images are read as several views, which have no single embedding.
         """
-        features = self.features(self.prepare(latents))
+        features = self.features(self.prepare(latents), tokens=False)
         if features.tiles > 1:
             raise ModelError(
                 f"{self.name} with resize='tile' reads {features.tiles} views of an image of "

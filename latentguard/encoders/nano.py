@@ -60,6 +60,7 @@ class NanoEncoder(nn.Module, EncoderBase):
     """An Encoder (latentguard.encoders.base) over class posteriors; see the module's text."""
 
     fixed_size = True
+    pools = True
     crop_lead = 0.1
 
     def __init__(
@@ -110,6 +111,8 @@ class NanoEncoder(nn.Module, EncoderBase):
         noise: Tensor | None = None,
         alpha: Tensor | None = None,
         sigma: Tensor | None = None,
+        *,
+        tokens: bool = True,
     ) -> Features:
         """Square roots of class posteriors, of the image and of each cell of the final grid, and
         the baseline's axis.
@@ -118,6 +121,7 @@ class NanoEncoder(nn.Module, EncoderBase):
             latents: [B, C, H, W] in the scaled convention.
             noise, alpha, sigma: predicted noise [B, C, H, W] and the levels [B]: the x0 estimate
                 (latents - sigma * noise) / alpha is read instead, computed in float32.
+            tokens: whether the cells are wanted, too.
 
         Returns:
             pooled [B, 1008] and tokens [B, N, 1008] of unit norm, differentiable in latents.
@@ -132,8 +136,10 @@ class NanoEncoder(nn.Module, EncoderBase):
         cells = self.net.feature_map(x)
         grid = (cells.shape[2], cells.shape[3])
         places = cells.flatten(2).transpose(1, 2)
-        # The image and its cells in one product: at batch 1 reading the classifier is the cost.
-        rows = torch.cat([places.mean(1, keepdim=True), places], 1)
+        rows = places.mean(1, keepdim=True)
+        if tokens:
+            # The image and its cells in one product: at batch 1 reading the classifier is the cost.
+            rows = torch.cat([rows, places], 1)
         embedded = embed_logits(self.net.trunk.classifier(rows))
         return Features(pooled=embedded[:, 0], tokens=embedded[:, 1:], grid=grid)
 
@@ -144,7 +150,7 @@ class NanoEncoder(nn.Module, EncoderBase):
                 f"model {self.name} reads {self.space} latents, got {latents.space.name}"
             )
         tensor = latents.to_spatial().to_standard().tensor
-        return self.features(tensor.to(self.device)).pooled
+        return self.features(tensor.to(self.device), tokens=False).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm class weightings [P, 1008].

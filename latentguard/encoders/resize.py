@@ -15,13 +15,11 @@ Resize = Literal["interpolate", "pool", "tile"]
 class Adapter(Protocol):
     """One way, made for one size of latents.
 
-    tiles: views of each image; grid: patches (rows, columns) that its tokens stand for; extent:
-    latent cells (height, width) that this grid spans.
+    tiles: views of each image; grid: patches (rows, columns) that its tokens stand for.
     """
 
     tiles: int
     grid: tuple[int, int]
-    extent: tuple[int, int]
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """[B, C, H, W] to [B * tiles, C, h, w], linear in the values."""
@@ -56,7 +54,6 @@ class Pool:
 
     def __init__(self, height: int, width: int, side: int, patch: int) -> None:
         self.side = side
-        self.extent = (height, width)
         self.grid = (side // patch, side // patch)
 
     def __call__(self, tensor: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def measured(
     rules = Rules.of(policy.to_dict())
     bound = rules.bind(model, encoder.space, encoder.logit_scale)
     try:
-        threshold = bound.limit(rules.ids.index(concept))
+        threshold = bound.threshold(rules.ids.index(concept))
     except ValueError:
         operating = None
     else:

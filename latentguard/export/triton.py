@@ -148,6 +148,7 @@ def _write_decision(folder: Path, rules: dict[str, Any]) -> None:
     )
     (package / "__init__.py").write_text('"""The part of latentguard that decides."""\n')
     parts = [part for part in (ours / "judge").iterdir() if part.name.endswith(".py")]
-    for part, name in ((ours / "errors.py", "errors.py"), *((p, f"judge/{p.name}") for p in parts)):
+    beside = [(ours / name, name) for name in ("deprecated.py", "errors.py")]
+    for part, name in (*beside, *((p, f"judge/{p.name}") for p in parts)):
         (package / name).write_text(part.read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "rules.json").write_text(json.dumps(rules, sort_keys=True, allow_nan=False))

@@ -27,7 +27,7 @@ from latentguard.regular import open_regular, sha256_of
 from latentguard.runtime import Guard
 from latentguard.runtime.names import plain
 from latentguard.scorer import Scorer
-from latentguard.spaces import Latents
+from latentguard.spaces import Latents, LatentSpace
 
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 
@@ -92,6 +92,7 @@ def export_onnx(
     first_precision: Precision | None = None,
     size: tuple[int, int] | None = None,
     scaled: bool = True,
+    space: LatentSpace | str | Path | None = None,
     heatmaps: bool = False,
     check: Latents | None = None,
     calibrate: Latents | None = None,
@@ -108,6 +109,7 @@ def export_onnx(
         first_precision: of the first model of a cascade; None is that of the second.
         size: height and width in latent cells; None leaves them open.
         scaled: whether the file reads latents as a pipeline denoises them, or raw ones.
+        space: the model's latent space, where it is one of your own: a LatentSpace or its file.
         heatmaps: give heat maps, too.
         check: latents to compare with PyTorch on; None takes the bundled ones where they are of
             the model's space, and else draws some with the space's statistics.
@@ -120,7 +122,7 @@ def export_onnx(
             needs a size and is given none; a `first_precision` where the policy has no cascade.
         LatentsError: latents of another space or size, or a space whose statistics are not known.
     """
-    scorer, out = Scorer(policy, model, device="cpu").thorough, Path(out)
+    scorer, out = Scorer(policy, model, space=space, device="cpu").thorough, Path(out)
     if first_precision is not None and scorer.first is None:
         raise ModelError(f"policy '{scorer.policy.name}' has no cascade, and so no first model")
     first_precision = first_precision or precision

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from latentguard.errors import ModelError
+from latentguard.errors import LatentsError, ModelError
 from latentguard.regular import open_regular, problem, read_whole
 from latentguard.runtime.graph import check_graph
 from latentguard.runtime.layout import ENTRY, MODEL
 from latentguard.runtime.names import DIGEST, HEATMAP, INPUT, METADATA, OUTPUTS, STANDARD, plain
 from latentguard.runtime.wire import ForeignError, Message, fields, read, text
-from latentguard.spaces import SPACES
+from latentguard.spaces import RECORDS, SPACES, LatentSpace
 
 SCHEMA_VERSION = 1
 _MAX_FILE = 2**31
@@ -56,6 +56,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
 _LATER: dict[str, tuple[type, ...]] = {
     "seen": (list, type(None)),
     "unseen_contrast": (list, type(None)),
+    "own_space": (dict, type(None)),
 }
 _POLICY = ("name", "version", "sha256")
 # What the two files of a cascade have in common: they read the same arrays.
@@ -233,7 +234,7 @@ def _metadata(path: Path, metadata: dict[str, str], data: bytes) -> dict[str, An
 
 def _check_values(path: Path, found: dict[str, Any]) -> None:
     """The parts of the metadata fit each other, and the table of latent spaces."""
-    space = SPACES.get(found["space"])
+    space = _space(path, found)
     sides = (found["height"], found["width"])
     concepts = found["policy"].get("concepts")
     sound = {
@@ -259,6 +260,17 @@ def _check_values(path: Path, found: dict[str, Any]) -> None:
     for key, good in sound.items():
         if not good:
             raise ModelError(f"{path}: its metadata have no valid {key}")
+
+
+def _space(path: Path, found: dict[str, Any]) -> LatentSpace | None:
+    """The space of the metadata's name: one that is known, else the one that the file describes."""
+    if found["own_space"] is None:
+        return SPACES.get(found["space"])
+    try:
+        space = LatentSpace.from_dict(found["own_space"], f"{path}: own_space")
+    except LatentsError as error:
+        raise ModelError(str(error)) from error
+    return space if space.name == found["space"] and space.name not in RECORDS else None
 
 
 def _check_cascade(path: Path, found: dict[str, Any]) -> None:

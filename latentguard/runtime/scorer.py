@@ -79,7 +79,10 @@ class Guard:
         self.path = artifact.path
         self.sha256 = artifact.sha256
         self.metadata = artifact.metadata
-        self._space = LatentSpace.get(self.metadata["space"])
+        own = self.metadata["own_space"]
+        self._space = (
+            LatentSpace.get(self.metadata["space"]) if own is None else LatentSpace.from_dict(own)
+        )
         self._max_cells = max_cells
         sides = (self.metadata["height"] or 1, self.metadata["width"] or 1)
         if sides[0] * sides[1] > max_cells:

@@ -32,9 +32,9 @@ def ramp(levels: int = LEVELS) -> np.ndarray:
     return np.stack([*columns[:3], 255 * columns[3]], axis=1).round().astype(np.uint8)
 
 
-def rgb_png(pixels: np.ndarray, limit: int = 128) -> bytes:
-    """PNG of uint8 [h, w, 3]; sides above `limit` are averaged down by a whole factor."""
-    factor = -(-max(pixels.shape[:2]) // limit)
+def rgb_png(pixels: np.ndarray, max_side: int = 128) -> bytes:
+    """PNG of uint8 [h, w, 3]; sides above `max_side` are averaged down by a whole factor."""
+    factor = -(-max(pixels.shape[:2]) // max_side)
     if factor > 1:
         pixels = _shrink(pixels, factor)
     return _png(np.ascontiguousarray(pixels), color_type=2)

@@ -307,7 +307,7 @@ MIN_SIGNATURE = 0.25
 # space, and 16 random signs reach that too often. So the signature has to stand out of what 16
 # random pairs of the same channels would give, as a multiple of their deviation: 3.8 and more in
 # the 445 of 500 photographs that have it; at most 4 where all correlations are 1.
-MIN_PROMINENCE = 3.5
+MIN_PROMINENCE = 3.75
 # The level is the geometric mean, over the channels that TAEF2 reproduces at full strength, of the
 # 99 % quantile of the absolute value: it hardly depends on how much of a picture is flat. Scaled,
 # over 2,500 photographs and drawings: median 2.37, 1.66 to 2.71. Raw is 1.75 times that (the

@@ -110,7 +110,7 @@ def test_both_runtimes_give_a_model_the_same_numbers(
         for is_scaled in (True, False):
             tensor = (space.to_scaled(raw) if is_scaled else raw).to(dtype)
             given = Latents(tensor, space, is_scaled)
-            ours = scorer._input(given) if scaled else given.to_standard(False).tensor.float()
+            ours = scorer._input(given)[0] if scaled else given.to_standard(False).tensor.float()
             theirs = guard._converted(LatentArray(tensor.numpy(), space, is_scaled))
             # Three roundings of float32: half precision is converted in it.
             torch.testing.assert_close(ours, torch.from_numpy(theirs).float(), rtol=1e-6, atol=1e-6)

@@ -103,7 +103,7 @@ def test_the_same_of_models_and_policy(
     assert one.rules == other.rules
     (a,), (b,) = one.models, other.models
     assert (a.id, a.space, a.notes, a.uncovered) == (b.id, b.space, b.notes, b.uncovered)
-    assert a.limits == pytest.approx(b.limits)
+    assert a.thresholds == pytest.approx(b.thresholds)
     assert (a.unseen, a.unseen_contrast) == (b.unseen, b.unseen_contrast)
     assert "jeans" in a.unseen_contrast
     counts = []
