@@ -61,7 +61,7 @@ class NanoEncoder(nn.Module, EncoderBase):
 
     fixed_size = True
     pools = True
-    crop_lead = 0.1
+    crop_lead = 0.25
 
     def __init__(
         self,

@@ -96,8 +96,8 @@ class Transformer(nn.Module):
             tokens = block(tokens, count)
         block, count = last
         if not whole:
-            first: Tensor = block.first(tokens)
-            return first
+            assert isinstance(block, Block)
+            return block.first(tokens)
         restored: Tensor = block(tokens, count).restored()
         return restored
 
@@ -143,7 +143,9 @@ class LatentViT(nn.Module):
         share: float = 0.0,
         whole: bool = True,
     ) -> Tensor:
-        """Tokens before `ln_post`, the class token first (without `whole` that one alone). H and W are multiples of the patch.
+        """Tokens before `ln_post`, the class token first; without `whole` that one alone.
+
+        H and W are multiples of the patch.
 
         What is read is (latents - sigma * noise) / alpha * scale + shift: see `ops.patch_embed`.
 

@@ -34,6 +34,8 @@ from latentguard.guard.layout import check_readable, space_of
 from latentguard.guard.numbers import Numbers
 from latentguard.guard.output import check_images
 
+OWN = "own"
+"""How the names of spaces begin that only these tests know."""
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 
 
@@ -338,8 +340,9 @@ class Row:
     said: str = ""
 
 
-def own_space(part: Any) -> LatentSpace:
+def own_space(pipe: Any) -> LatentSpace:
     """The space that the owner of a VAE would declare, which is none of the known ones."""
+    part = decoder(pipe)
     config = part.config
     channels = config.get("latent_channels") or config.get("z_dim")
     numbers = Numbers.of(config)
@@ -352,7 +355,7 @@ def own_space(part: Any) -> LatentSpace:
         else:
             scale, shift = tuple((factor / numbers.std).tolist()), tuple(numbers.mean.tolist())
     return LatentSpace(
-        name="own",
+        name=f"{OWN}-{published(type(pipe))}",
         channels=channels,
         scale=scale,
         shift=shift,
@@ -383,7 +386,7 @@ def guard_for(pipe: Any, **more: Any) -> tuple[LatentGuard, LatentSpace]:
     except LatentsError:
         if decoder(pipe) is None:
             raise
-        given = space = own_space(decoder(pipe))
+        given = space = own_space(pipe)
     rules = more.pop("policy", None) or policy(action="observe")
     encoder = more.pop("encoder", LinearEncoder)(space.name, space.channels)
     return LatentGuard(rules, encoder, space=given, **more), space
@@ -457,7 +460,7 @@ def page(rows: tuple[Row, ...]) -> str:
         f"- **own model** ({count['own']}): the latents are read rightly, and no model for them "
         "comes with the package. Give one: `LatentGuard(policy, model=...)`, and "
         "`space=LatentSpace(...)` too where the table says that the space is your own.",
-        f"- **refused** ({count['refused']}): attaching a guard raises `LatentsError`, which says "
+        f"- **refused** ({count['refused']}): attaching a guard raises `GuardError`, which says "
         "why. A pipeline that returns no images, such as one for videos, can still be scored: use "
         '`output_type="latent"` and `Scorer`.',
         "",
@@ -468,7 +471,7 @@ def page(rows: tuple[Row, ...]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        space = {"own": "your own"}.get(row.space, row.space)
+        space = "your own" if row.space.startswith(OWN) else row.space
         told = shortly(row.said) if row.state == "refused" else space
         cells = (row.name, row.family, row.decoder or "none", _STATES[row.state], told)
         lines.append(f"| {' | '.join(cells)} |")

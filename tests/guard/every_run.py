@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import every_pipeline
+import guard_pipelines as small
 import torch
-from diffusers import ControlNetUnionModel
+from diffusers import CogVideoXDDIMScheduler, ControlNetUnionModel
 from every_pipeline import decoder, every_class, factor_of, made, published, stub
 from PIL import Image
 
@@ -154,6 +155,17 @@ RUNS: tuple[tuple[str, Run], ...] = (
     ),
     (r"BriaFibo", _FIBO),
     (r"BriaPipeline", Run({"in_channels": 16})),
+    (
+        r"CogView3Plus",
+        Run(
+            {"in_channels": 16},
+            parts={
+                "scheduler": CogVideoXDDIMScheduler(
+                    **small.BETAS, rescale_betas_zero_snr=True, prediction_type="v_prediction"
+                )
+            },
+        ),
+    ),
     (r"CogView4Control", Run({"in_channels": 32, "predicts": 16})),
     (
         r"ErnieImage",

@@ -4,9 +4,12 @@ and those that are guarded are read as they read themselves."""
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +19,21 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers")
 import diffusers
 import every_run
+from diffusers.configuration_utils import FrozenDict
 from every_pipeline import PAGE, decoder, every_class, every_row, guard_for, page, shortly
 from guard_helpers import ALWAYS, LinearEncoder, policy
 from guard_traps import FINAL_ONLY
 
-from latentguard import Latents
+from latentguard import LatentGuard, Latents, LatentSpace
 from latentguard.encoders import Features
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError
+from latentguard.files import load_latents
 from latentguard.guard.attachment import ignores_answers
+from latentguard.guard.forms import tokens_by_cell
 from latentguard.guard.tensors import plain
+from latentguard.spaces import SPACES
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "latents.pt"
 # One of each VAE and form of latents; with the others it is the same again.
 FIRST = (
     *("BriaFiboPipeline", "BriaPipeline", "ErnieImagePipeline", "Ideogram4Pipeline"),
@@ -41,6 +49,15 @@ RUN = [
 ]
 # Decodes without the shift that it denoises with, so that what it decodes is judged once more.
 DECODES_OTHERWISE = ("StableDiffusion3InpaintPipeline",)
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Spaces that a guard makes known here are not known to other tests."""
+    before = set(SPACES)
+    yield
+    for name in set(SPACES) - before:
+        del SPACES[name]
 
 
 class Noting(LinearEncoder):
@@ -170,7 +187,7 @@ def test_what_is_blocked_is_blank(name: str) -> None:
 @pytest.mark.parametrize("name", RUN)
 def test_steering_moves_what_the_pipeline_goes_on_with(name: str) -> None:
     if ignores_answers(every_class()[name]):
-        with pytest.raises(LatentsError, match="nothing can be steered in it, and policy 'test'"):
+        with pytest.raises(GuardError, match="nothing can be steered in it, and policy 'test'"):
             Watched(name, policy=policy(ALWAYS, "steer"))
         return
     watched = Watched(name, policy=policy(ALWAYS, "steer"))
@@ -186,3 +203,68 @@ def test_steering_moves_what_the_pipeline_goes_on_with(name: str) -> None:
 def margins(watched: Watched) -> list[float]:
     steps = [step.verdicts[0] for step in watched.guard.history]
     return [verdict.concepts[0].margin for verdict in steps if verdict is not None]
+
+
+def test_tokens_of_patches_where_the_call_asks_for_them() -> None:
+    """FIBO's pipelines pack single cells otherwise."""
+    cls = every_class()["BriaFiboPipeline"]
+    pipe = every_run.pipeline(cls)
+    pipe.transformer._internal_dict = FrozenDict({**pipe.transformer.config, "in_channels": 192})
+    run = functools.partial(every_run.arguments, cls, pipe, do_patching=True)
+    free = pipe(**run()).images
+    pipe.callback_on_step_end = guard_for(pipe)[0]
+    assert same(free, pipe(**run()).images)
+    pipe.callback_on_step_end = guard_for(pipe, policy=policy(ALWAYS))[0]
+    assert not pipe(**run()).images.any()
+
+
+def test_a_picture_in_tokens_of_another_order_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ideogram 4 has the latents of FLUX.2, and its own order of them in tokens."""
+    photos = load_latents(EXAMPLES)
+    named = dict(zip(photos.ids or (), photos.tensor.float(), strict=True))
+    cls = every_class()["Ideogram4Pipeline"]
+    decisions = {}
+    for name in ("revolver", "cat"):
+        pipe = every_run.pipeline(cls)
+        target = tokens_by_cell(2).restored(named[name][None])
+
+        def towards(
+            *_: Any, hidden_states: Any, timestep: Any, target: Any = target, **__: Any
+        ) -> Any:
+            """The velocity that leads to a picture from wherever the loop is."""
+            left = (1 - timestep.float()).view(-1, 1, 1).clamp_min(1e-6)
+            velocity = torch.zeros_like(hidden_states)
+            own = hidden_states[:, -target.shape[1] :]
+            velocity[:, -target.shape[1] :] = (target - own) / left
+            return (velocity,)
+
+        for part in (pipe.transformer, pipe.unconditional_transformer):
+            monkeypatch.setattr(part, "forward", towards)
+        pipe.callback_on_step_end = guard = LatentGuard("family")
+        given = every_run.arguments(cls, pipe, height=256, width=256, output_type="latent")
+        made = pipe(**given).images
+        decisions[name] = guard.verdicts[0].decision
+        assert same(made, torch.zeros_like(made)) is (name == "revolver")
+        assert name == "revolver" or torch.allclose(made, target, atol=1e-5)
+    assert decisions == {"revolver": "block", "cat": "allow"}
+
+
+def test_another_space_than_the_vaes_is_refused() -> None:
+    """Both have 16 channels, packed alike."""
+    pipe = every_run.pipeline(every_class()["QwenImagePipeline"])
+    with pytest.raises(GuardError, match=r"given as flux1, but the VAE of this QwenImage.* wan21"):
+        pipe.callback_on_step_end = LatentGuard(policy(), LinearEncoder("flux1", 16), space="flux1")
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "message"),
+    [
+        ("CogView4Pipeline", "sdxl", "of 4 channels, but the VAE .* has latents of 16 channels"),
+        ("GlmImagePipeline", "flux1", "latents_mean and latents_std that are not those of flux1"),
+    ],
+)
+def test_a_space_that_an_unknown_vae_denies_is_refused(name: str, space: str, message: str) -> None:
+    pipe = every_run.pipeline(every_class()[name])
+    encoder = LinearEncoder(space, LatentSpace.get(space).channels)
+    with pytest.raises(GuardError, match=message):
+        pipe.callback_on_step_end = LatentGuard(policy(), encoder, space=space)
