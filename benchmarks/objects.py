@@ -57,7 +57,7 @@ def pictures(
     arguments: argparse.Namespace, size: int, scenes: int
 ) -> tuple[NDArray[np.uint8], list[str]]:
     """uint8 [N, size, size, 3], and what each is: "bare", or the share of its object."""
-    rng = random.Random(size)
+    rng = random.Random(size + 1)  # the scenes of `size` chose the lead
     harmless = [
         path
         for path in sorted(arguments.photos.iterdir())

@@ -99,7 +99,7 @@ def export(arguments: argparse.Namespace) -> None:
                     path,
                     precision=precision,
                     size=(cells, cells),
-                    # Judged on other latents below; here only against a spoilt export.
+                    # Judged on other latents below; here only against a spoiled export.
                     check=chosen[:8],
                     calibrate=chosen if precision.startswith("int8") else None,
                 )

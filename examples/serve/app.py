@@ -98,7 +98,7 @@ class Service:
             raise Refused(503, str(error)) from error
 
     def _leave(self, job: asyncio.Future[Any] | None) -> None:
-        if job is not None and not job.canceled():
+        if job is not None and not job.cancelled():
             job.exception()  # of a job that nobody waits for any more
         self._inside -= 1
         self.measures.inside.set(self._inside)
@@ -255,7 +255,7 @@ def serving(limits: Limits) -> dict[str, Any]:
 
 
 def _report(warming: asyncio.Task[None]) -> None:
-    error = None if warming.canceled() else warming.exception()
+    error = None if warming.cancelled() else warming.exception()
     if error is not None:
         logger.error("the guard will not be ready: %s", error)
 

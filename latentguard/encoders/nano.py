@@ -61,7 +61,7 @@ class NanoEncoder(nn.Module, EncoderBase):
 
     fixed_size = True
     pools = True
-    crop_lead = 0.1
+    crop_lead = 0.25
 
     def __init__(
         self,
@@ -216,6 +216,14 @@ def load_nano(name_or_path: str | Path, device: str | torch.device | None = None
             f"{path}: schema_version {metadata.get('schema_version')!r}, "
             f"this latentguard reads {SCHEMA_VERSION!r}"
         )
+    space = str(metadata.get("space"))
+    try:
+        LatentSpace.get(space)
+    except LatentsError as error:
+        raise ModelError(
+            f"{path}: reads latents of space {space!r:.60}, which is not known here: give the file "
+            "of that space, too (--space FILE.yaml, space=)"
+        ) from error
     try:
         encoder = _build(metadata, tensors, hashlib.sha256(data).hexdigest())
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -242,7 +250,6 @@ def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) ->
     prompts = json.loads(metadata["prompts"])
     stored = dict(zip(prompts, tensors["text.prompts"], strict=True))
     names = json.loads(metadata["class_names"])
-    LatentSpace.get(metadata["space"])
     return NanoEncoder(
         net,
         ClassText(tensors["text.table"], stored, names),

@@ -113,7 +113,7 @@ ADAPTERS: dict[Resize, Callable[[int, int, int, int], Adapter]] = {
 
 
 def extend(tensor: Tensor, height: int, width: int) -> Tensor:
-    """Continue [..., h, w] downwards and to the right by the last row and column."""
+    """Continue [..., h, w] downward and to the right by the last row and column."""
     h, w = tensor.shape[-2:]
     # An open size of an export says neither that it is smaller nor that it is not.
     if is_open(h) or h < height:
@@ -131,7 +131,7 @@ def is_open(size: int) -> bool:
 
 
 def _up(size: int, multiple: int) -> int:
-    # Without a negative number: exported, a division rounds towards zero.
+    # Without a negative number: exported, a division rounds toward zero.
     return (size + multiple - 1) // multiple * multiple
 
 

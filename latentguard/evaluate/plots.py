@@ -132,7 +132,7 @@ def plot_thresholds(path: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def check_plot_path(path: Path) -> None:
-    """ModelError, before the measuring starts, where a plot could not be written afterwards."""
+    """ModelError, before the measuring starts, where a plot could not be written afterward."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ModelError(f"--plot: the file must end in .png, .svg or .pdf, got {path.name}")
     if not path.absolute().parent.is_dir():

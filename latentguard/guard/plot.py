@@ -1,4 +1,4 @@
-"""A picture of a session: how each concept's score moved towards its threshold while denoising."""
+"""A picture of a session: how each concept's score moved toward its threshold while denoising."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_both_runtimes_give_a_model_the_same_numbers(
         for is_scaled in (True, False):
             tensor = (space.to_scaled(raw) if is_scaled else raw).to(dtype)
             given = Latents(tensor, space, is_scaled)
-            ours = scorer._input(given) if scaled else given.to_standard(False).tensor.float()
+            ours = scorer._input(given)[0] if scaled else given.to_standard(False).tensor.float()
             theirs = guard._converted(LatentArray(tensor.numpy(), space, is_scaled))
             # Three roundings of float32: half precision is converted in it.
             torch.testing.assert_close(ours, torch.from_numpy(theirs).float(), rtol=1e-6, atol=1e-6)
@@ -318,9 +318,9 @@ def test_pytorchs_verdicts_on_openvino(
         for size, verdicts in pool.map(lambda n: (n, guard.scan(arrays[:n])), [1, 25, 7, 1, 16]):
             same(verdicts, expected[:size])
     assert guard.heatmaps(arrays[:2]).shape[0] == 2
-    spoilt = arrays[:2].copy()
-    spoilt[1, 0, 0, 0] = np.nan
-    assert [verdict.error is None for verdict in guard.scan(spoilt)] == [True, False]
+    spoiled = arrays[:2].copy()
+    spoiled[1, 0, 0, 0] = np.nan
+    assert [verdict.error is None for verdict in guard.scan(spoiled)] == [True, False]
 
 
 def test_the_path_that_binds_outputs(artifact: Path, arrays: np.ndarray) -> None:
