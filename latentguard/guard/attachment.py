@@ -89,7 +89,7 @@ def ignores_answers(cls: type) -> bool:
 
 
 def check_actions(pipe: Any, policy: Policy) -> None:
-    """Raises LatentsError for a policy that steers, where a pipeline does not let itself steer."""
+    """Raises GuardError for a policy that steers, where a pipeline does not let itself steer."""
     steering = [concept.id for concept in policy.concepts if concept.action == "steer"]
     if steering and ignores_answers(type(pipe)):
         raise GuardError(

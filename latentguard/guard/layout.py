@@ -86,7 +86,7 @@ def numbers_of(pipe: Any, config: Mapping[str, Any]) -> Numbers | None:
 
 
 def _check_given(space: LatentSpace, config: Mapping[str, Any], name: str) -> None:
-    """Raises LatentsError where the config of a VAE that is not known denies the space given."""
+    """Raises GuardError where the config of a VAE that is not known denies the space given."""
     channels = config.get("latent_channels", config.get("z_dim"))
     if isinstance(channels, int) and channels != space.channels:
         raise GuardError(
@@ -160,10 +160,7 @@ _NO_IMAGE = (
     (r"^JoyImageEdit", "denoises its input images with the image that it makes"),
     (r"^Kandinsky5I2I", "denoises its input image with the image that it makes"),
     (r"^HunyuanImageRefiner", "orders the channels of its latents anew before it decodes them"),
-    (
-        r"^Cosmos2TextToImage",
-        "rescales its latents by its scheduler before it decodes them",
-    ),
+    (r"^Cosmos2TextToImage", "rescales its latents by its scheduler before it decodes them"),
 )
 
 _INSTEAD = "use output_type='latent' and Scorer with latents whose layout you know"
@@ -198,11 +195,10 @@ class Layout:
 
     def written(self, latents: Latents, like: Tensor) -> Tensor:
         """The inverse of `read`: in the form, dtype and strides of a tensor that was read."""
-        if latents.tensor.shape == like.shape:
+        form, _ = self._form(like, lambda _: [(latents.height, latents.width)])
+        if form == (SPATIAL if latents.layout == "spatial" else _own(self.space)):
             return laid_out_as(latents.tensor, like)
-        spatial = latents.to_spatial()
-        form, _ = self._form(like, lambda _: [(spatial.height, spatial.width)])
-        return laid_out_as(form.restored(spatial.tensor), like)
+        return laid_out_as(form.restored(latents.to_spatial().tensor), like)
 
     def _sizes(self, pixels: Size | None) -> Callable[[Form], list[Size]]:
         """The sizes in cells that an image may have in a form: pipelines round both sides down to
@@ -250,7 +246,7 @@ def decoded_layout(space: LatentSpace) -> Layout:
 
 
 def check_readable(pipe: Any) -> None:
-    """Raises LatentsError for a pipeline no step of which shows an image by itself."""
+    """Raises GuardError for a pipeline no step of which shows an image by itself."""
     why = _by_name(pipe, _NO_IMAGE)
     if why is None and _has(pipe, "get_views"):
         why = "denoises its latents in overlapping views"
@@ -267,7 +263,7 @@ def layout_of(pipe: Any, space: LatentSpace) -> Layout:
     Its own functions are tried on numbers that are all different; where it has none, its class is
     one of those that are known, or its latents are spatial.
 
-    Raises LatentsError for a pipeline whose latents are not known to be read rightly.
+    Raises GuardError for a pipeline whose latents are not known to be read rightly.
     """
     check_readable(pipe)
     name = type(pipe).__name__

@@ -27,8 +27,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from guard_helpers import LinearEncoder, policy
 
 from latentguard import LatentGuard, LatentSpace
-from latentguard.encoders.catalog import CATALOG
-from latentguard.errors import LatentGuardError, LatentsError
+from latentguard.encoders import best_encoder
+from latentguard.errors import LatentGuardError, LatentsError, ModelError
 from latentguard.guard.attachment import check_pipeline
 from latentguard.guard.layout import check_readable, space_of
 from latentguard.guard.numbers import Numbers
@@ -405,9 +405,16 @@ def row_of(cls: type) -> Row:
         pipe.callback_on_step_end = guard
     except LatentGuardError as error:
         return Row(cls.__name__, named, part, "refused", "", str(error))
-    bundled = {entry.space for entry in CATALOG.values() if entry.bundled}
-    state = "bundled" if space.name in bundled else "own"
+    state = "bundled" if _has_model(space) else "own"
     return Row(cls.__name__, named, part, state, space.name)
+
+
+def _has_model(space: LatentSpace) -> bool:
+    try:
+        best_encoder(space.name)
+    except ModelError:
+        return False
+    return True
 
 
 def _ask_class(cls: type) -> None:

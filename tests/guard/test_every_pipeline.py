@@ -25,7 +25,7 @@ from guard_helpers import ALWAYS, LinearEncoder, policy
 from guard_traps import FINAL_ONLY
 
 from latentguard import LatentGuard, Latents, LatentSpace
-from latentguard.encoders import Features
+from latentguard.encoders import Features, best_encoder
 from latentguard.errors import GuardError
 from latentguard.files import load_latents
 from latentguard.guard.attachment import ignores_answers
@@ -47,6 +47,11 @@ RUN = [
     for name in GUARDED
     if name not in every_run.NEEDS_MORE
 ]
+# Those of the README, as far as a model comes with the package.
+LISTED = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "Flux2", "QwenImage")
+WITH_MODEL = re.findall(r"^\| (\w+) \|.*\| bundled model \|", PAGE.read_text("utf-8"), re.M)
+SIMPLE = [f"{name}Pipeline" for name in (*LISTED, "ZImage")]
+
 # Decodes without the shift that it denoises with, so that what it decodes is judged once more.
 DECODES_OTHERWISE = ("StableDiffusion3InpaintPipeline",)
 
@@ -268,3 +273,15 @@ def test_a_space_that_an_unknown_vae_denies_is_refused(name: str, space: str, me
     encoder = LinearEncoder(space, LatentSpace.get(space).channels)
     with pytest.raises(GuardError, match=message):
         pipe.callback_on_step_end = LatentGuard(policy(), encoder, space=space)
+
+
+@pytest.mark.parametrize("name", [name for name in SIMPLE if name in WITH_MODEL])
+def test_the_bundled_model_is_found(name: str) -> None:
+    cls = every_class()[name]
+    pipe = every_run.pipeline(cls)
+    pipe.callback_on_step_end = guard = LatentGuard("default")
+    output = pipe(**every_run.arguments(cls, pipe))
+    (verdict,) = output.latentguard.verdicts
+    assert verdict.error is None
+    assert verdict.model is not None
+    assert verdict.model.name == best_encoder(guard._space_of(pipe).name)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentguard import LatentSpace
+from latentguard import Latents, LatentSpace
 from latentguard.errors import LatentsError
 from latentguard.guard.forms import (
     CHANNELS_LAST,
@@ -82,3 +82,13 @@ def test_other_shapes_are_refused(
     layout = Layout(LatentSpace.get("sdxl"), (tokens(2), SPATIAL))
     with pytest.raises(LatentsError, match=message):
         layout.read(torch.zeros(shape), pixels)
+
+
+def test_tokens_of_equal_shape_keep_their_orders_apart() -> None:
+    space = LatentSpace.get("flux2")
+    latents = torch.randn(1, 32, 4, 6)
+    packed = Latents(tokens(2).restored(latents), space, True, "packed", 4, 6)
+    held = tokens_by_cell(2).restored(latents)
+    assert packed.tensor.shape == held.shape
+    written = Layout(space, (tokens_by_cell(2), SPATIAL)).written(packed, torch.zeros_like(held))
+    assert torch.equal(written, held)
