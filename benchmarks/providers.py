@@ -102,7 +102,7 @@ def judged(files: Sequence[Path]) -> NDArray[np.float32]:
     """All latents but those that int8 was calibrated on, [N, C, H, W]."""
     found = [record.latents for record in read_arrays(files, "flux2", True)]
     kept = [one for place, one in enumerate(found) if place % CALIBRATION and one is not None]
-    return np.concatenate([one.standard().array for one in kept]).astype(np.float32)
+    return np.concatenate([one.to_standard().array for one in kept]).astype(np.float32)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

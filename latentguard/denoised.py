@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from latentguard.deprecated import Former, former_keywords, former_names
 from latentguard.errors import LatentsError
 
 # By what a scheduler's own step works with, looked up by class name along the MRO.
@@ -44,7 +45,7 @@ _RETURNS_X0 = (
 
 
 @dataclass(frozen=True)
-class Level:
+class NoiseLevel:
     """How noisy latents are: x = alpha * x0 + sigma * noise."""
 
     alpha: float
@@ -56,7 +57,10 @@ class Level:
         return self.sigma / self.alpha if self.alpha > 0 else math.inf
 
 
-CLEAN = Level(1.0, 0.0)
+CLEAN = NoiseLevel(1.0, 0.0)
+
+if not TYPE_CHECKING:
+    __getattr__ = former_names(__name__, {"Level": "NoiseLevel"})
 
 
 @dataclass(frozen=True)
@@ -72,24 +76,45 @@ class StepCall:
     timestep: Any
     sample: Tensor
     result: Any
-    level: Level
+    level: NoiseLevel
 
 
+@dataclass(frozen=True)
+class Parts:
+    """x0 = (sample - sigma * noise) / alpha, before it is computed; sample and noise [B, ...]."""
+
+    sample: Tensor
+    noise: Tensor
+    alpha: float
+    sigma: float
+
+    def x0(self) -> Tensor:
+        """[B, ...], computed in float32."""
+        return (self.sample.float() - self.sigma * self.noise.float()) / self.alpha
+
+
+@former_keywords(source="level_before", latents="level_after", how="estimate_source")
 @dataclass(frozen=True)
 class Denoised:
     """What a step says of the clean latents.
 
     x0: [B, ...] the prediction, in the shape and dtype of the sample.
-    source: the level of the sample that it was predicted from: thresholds go by it.
-    latents: the level of the latents after the step.
-    how: "scheduler" where it is the scheduler's own, otherwise the algebra that gave it: "epsilon",
-        "v_prediction", "sample", "flow_prediction"; "consecutive" where two latents did.
+    level_before: of the sample that it was predicted from: thresholds go by it.
+    level_after: of the latents after the step.
+    estimate_source: "scheduler" where it is the scheduler's own, otherwise the algebra that gave
+        it: "epsilon", "v_prediction", "sample", "flow_prediction"; "consecutive" where two latents
+        did.
+    parts: what x0 was made of, where it is (sample - sigma * noise) / alpha; else None.
     """
 
     x0: Tensor
-    source: Level
-    latents: Level
-    how: str
+    level_before: NoiseLevel
+    level_after: NoiseLevel
+    estimate_source: str
+    parts: Parts | None = None
+
+    source, latents = Former("level_before"), Former("level_after")
+    how = Former("estimate_source")
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -97,7 +122,7 @@ def check_scheduler(scheduler: Any) -> None:
     _kind(scheduler)
 
 
-def level_before(scheduler: Any, timestep: Any) -> Level:
+def level_before(scheduler: Any, timestep: Any) -> NoiseLevel:
     """The level of the sample that `step(..., timestep, sample)` is about to be given.
 
     Raises LatentsError for a scheduler that is not known.
@@ -131,8 +156,9 @@ def denoised(call: StepCall) -> Denoised:
     prediction = "flow_prediction"
     if kind not in _FLOW:
         prediction = str(call.scheduler.config.prediction_type)
-    x0 = _algebra(call, kind, prediction)
-    return Denoised(x0.to(call.sample.dtype), call.level, after, prediction)
+    parts = _parts(call, kind, prediction)
+    x0 = _algebra(call, kind, prediction) if parts is None else parts.x0()
+    return Denoised(x0.to(call.sample.dtype), call.level, after, prediction, parts)
 
 
 def is_last(call: StepCall) -> bool:
@@ -164,17 +190,20 @@ def denoised_unseen(scheduler: Any, timestep: Any, before: Tensor, after: Tensor
     return Denoised(from_consecutive(before, after, source, level), source, level, "consecutive")
 
 
-def from_consecutive(before: Tensor, after: Tensor, source: Level, latents: Level) -> Tensor:
+@former_keywords(source="level_before", latents="level_after")
+def from_consecutive(
+    before: Tensor, after: Tensor, level_before: NoiseLevel, level_after: NoiseLevel
+) -> Tensor:
     """x0 from the latents before and after a deterministic first-order step, nothing else known.
 
     Both are made of the same x0 and noise at two levels, two equations for two unknowns:
     x0 = (sigma' x - sigma x') / (alpha sigma' - alpha' sigma). Exact for DDIM, Euler and flow
     matching's Euler. Raises LatentsError where the levels are the same.
     """
-    determinant = source.alpha * latents.sigma - latents.alpha * source.sigma
+    determinant = level_before.alpha * level_after.sigma - level_after.alpha * level_before.sigma
     if abs(determinant) < 1e-12:
         raise LatentsError("two latents of the same noise level do not tell x0")
-    x0 = (latents.sigma * before.float() - source.sigma * after.float()) / determinant
+    x0 = (level_after.sigma * before.float() - level_before.sigma * after.float()) / determinant
     return x0.to(before.dtype)
 
 
@@ -201,30 +230,30 @@ def _adds_noise(scheduler: Any, kind: str) -> bool:
     )
 
 
-def _preserving(alpha_cumprod: float) -> Level:
-    return Level(math.sqrt(alpha_cumprod), math.sqrt(max(0.0, 1 - alpha_cumprod)))
+def _preserving(alpha_cumprod: float) -> NoiseLevel:
+    return NoiseLevel(math.sqrt(alpha_cumprod), math.sqrt(max(0.0, 1 - alpha_cumprod)))
 
 
-def _at(scheduler: Any, kind: str, index: int) -> Level:
+def _at(scheduler: Any, kind: str, index: int) -> NoiseLevel:
     """The level of the sample at a step index, in the state that the scheduler is in."""
     sigmas = scheduler.sigmas
     index = min(index, len(sigmas) - 1)
     sigma = float(sigmas[index])
     if kind in _FLOW:
-        return Level(1 - sigma, sigma)
+        return NoiseLevel(1 - sigma, sigma)
     if kind in _CONVERTING:
         alpha, scaled = scheduler._sigma_to_alpha_sigma_t(torch.tensor(sigma, dtype=torch.float64))
-        return Level(float(alpha), float(scaled))
+        return NoiseLevel(float(alpha), float(scaled))
     if kind in _MIDPOINT and not scheduler.state_in_first_order:
         if kind == "DPMSolverSDE":
             sigma = float(scheduler.mid_point_sigma)
         else:
             back = 1 if kind == "KDPM2AncestralDiscrete" else 0
             sigma = float(scheduler.sigmas_interpol[index - back])
-    return Level(1.0, sigma)
+    return NoiseLevel(1.0, sigma)
 
 
-def _after(scheduler: Any, timestep: Any, kind: str) -> Level:
+def _after(scheduler: Any, timestep: Any, kind: str) -> NoiseLevel:
     """The level of the latents that the step at a timestep returned."""
     if kind not in _TIMESTEPS:
         return _at(scheduler, kind, int(scheduler.step_index))
@@ -265,22 +294,33 @@ def _position(scheduler: Any, timestep: Any) -> int:
 # -- x0 ----------------------------------------------------------------------------------------
 
 
+def _output(call: StepCall) -> Tensor:
+    """What the model predicts; the second half of its channels can be a learned variance."""
+    channels = call.sample.shape[1]
+    output = call.model_output
+    return output[:, :channels] if output.shape[1] == 2 * channels else output
+
+
+def _parts(call: StepCall, kind: str, prediction: str) -> Parts | None:
+    """What x0 is made of, where the model predicts noise or velocity."""
+    alpha, sigma = call.level.alpha, call.level.sigma
+    if kind == "EDMDPMSolverMultistep" or prediction not in ("epsilon", "flow_prediction"):
+        return None
+    if prediction == "flow_prediction":
+        return Parts(call.sample, _output(call), 1.0, sigma)
+    if alpha <= 0:
+        raise LatentsError("a prediction of the noise tells nothing of x0 at pure noise")
+    return Parts(call.sample, _output(call), alpha, sigma)
+
+
 def _algebra(call: StepCall, kind: str, prediction: str) -> Tensor:
-    x, output = call.sample.float(), call.model_output.float()
-    if output.shape[1] == 2 * x.shape[1]:
-        output = output[:, : x.shape[1]]  # the second half is a learned variance
+    x, output = call.sample.float(), _output(call).float()
     alpha, sigma = call.level.alpha, call.level.sigma
     if kind == "EDMDPMSolverMultistep":
         preconditioned: Tensor = call.scheduler.precondition_outputs(x, output, torch.tensor(sigma))
         return preconditioned
     if prediction == "sample":
         return output
-    if prediction == "flow_prediction":
-        return x - sigma * output
-    if prediction == "epsilon":
-        if alpha <= 0:
-            raise LatentsError("a prediction of the noise tells nothing of x0 at pure noise")
-        return (x - sigma * output) / alpha
     if prediction == "v_prediction":
         # v = a noise - s x0 for unit-variance latents a x0 + s noise.
         size = math.hypot(alpha, sigma)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,14 @@ from torch import Tensor
 
 from latentguard import ops
 from latentguard.concepts import ConceptBank
-from latentguard.encoders import Encoder, Features, best_encoder, load_encoder, strongest_view
+from latentguard.encoders import (
+    Encoder,
+    Features,
+    best_encoder,
+    load_encoder,
+    strongest_view,
+    traits,
+)
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.judge import (
     BoundRules,
@@ -25,7 +32,8 @@ from latentguard.judge import (
     decide,
 )
 from latentguard.policy import Policy, load_policy
-from latentguard.spaces import Latents, LatentSpace
+from latentguard.spaces import Latents, LatentSpace, Prediction
+from latentguard.spaces.prediction import clean, pick
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,7 +83,7 @@ class Scorer:
         device: torch.device | str | None = None,
     ) -> None:
         self.policy = load_policy(policy)
-        self.rules = Rules.of(self.policy.plain())
+        self.rules = Rules.of(self.policy.to_dict())
         """The policy as the judge reads it."""
         if model == "auto" and self.policy.model is not None:
             model = self.policy.model
@@ -100,16 +108,16 @@ class Scorer:
             self.bank = ConceptBank.build(self.policy, self.encoder)
         self.bound = self._bound()
         """The policy's rules for this model's scores."""
-        self._features: Callable[[Tensor], Features] = self.encoder.features
+        self._features: Callable[..., Features] = self.encoder.features
         self.first: Scorer | None = None
         """Of the first model of the policy's `cascade`."""
-        self._judge: Judge[Latents] = _Alone(self)
+        self._judge: Judge[Latents | Prediction] = _Alone(self)
         if self.policy.cascade is not None:
             alone = self.policy.model_copy(update={"cascade": None})
             first = load_encoder(self.policy.cascade.first, self.encoder.device)
             self.first = Scorer(alone, first)
             unsure = self.policy.cascade.unsure
-            self._judge = CascadeJudge(self.first._judge, self._judge, unsure, Latents.pick)
+            self._judge = CascadeJudge(self.first._judge, self._judge, unsure, pick)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("encoder", "bank", "bound", "first", "_features", "_judge"):
@@ -129,8 +137,9 @@ class Scorer:
         graphs). The first batch of each shape takes the time to compile."""
         self._features = torch.compile(self.encoder.features, mode=mode)
 
-    def score(self, latents: Latents, noise_level: float = 0.0) -> Scores:
-        """Scores of a batch; differentiable in `latents.tensor`.
+    def score(self, latents: Latents | Prediction, noise_level: float = 0.0) -> Scores:
+        """Scores of a batch, or of the clean estimates of a prediction; differentiable in the
+        tensors.
 
         Raises LatentsError when the latents are of another space than the encoder's.
         """
@@ -138,7 +147,7 @@ class Scorer:
 
     @torch.no_grad()
     def verdicts(
-        self, latents: Latents, noise_level: float = 0.0, final: bool = True
+        self, latents: Latents | Prediction, noise_level: float = 0.0, final: bool = True
     ) -> list[Verdict]:
         """One verdict for each image; what cannot be judged gets the policy's `on_error`.
 
@@ -149,7 +158,7 @@ class Scorer:
     @torch.no_grad()
     def judge(
         self,
-        latents: Latents,
+        latents: Latents | Prediction,
         noise_level: float = 0.0,
         final: bool = True,
         heatmaps: bool = False,
@@ -162,7 +171,7 @@ class Scorer:
         when final packed ones are of another size than they say (`Latents.check_size`).
         """
         self._know(latents)
-        if final:
+        if final and isinstance(latents, Latents):
             latents.check_size()
         return self._judge.judge(latents, noise_level, final, heatmaps)
 
@@ -194,14 +203,14 @@ class Scorer:
         except ValueError as error:
             raise PolicyError(f"policy '{rules.policy.name}': {error}") from error
 
-    def _know(self, latents: Latents) -> None:
+    def _know(self, latents: Latents | Prediction) -> None:
         if self.space is None:
-            self._bind(latents.space.name)
+            self._bind(_space(latents).name)
 
-    def _seen(self, latents: Latents) -> Features:
+    def _seen(self, latents: Latents | Prediction) -> Features:
         self._know(latents)
         with self._exactly():
-            return self._features(self._input(latents))
+            return self._features(*self._input(latents))
 
     def _scores(self, features: Features, noise_level: float) -> Scores:
         with self._exactly():
@@ -227,14 +236,42 @@ class Scorer:
         """Scores do not depend on whether a caller is in autocast."""
         return torch.autocast(self.encoder.device.type, enabled=False)
 
-    def _input(self, latents: Latents) -> Tensor:
+    def _input(self, latents: Latents | Prediction) -> tuple[Tensor | None, ...]:
+        """The arguments of `Encoder.features`.
+
+        Everything up to the encoder's input is computed in float32 and rounded once. An encoder
+        that does this on the way gets the tensors as they are, where its dtype holds them.
+        """
+        encoder, space = self.encoder, _space(latents)
+        if space.name != encoder.space:
+            raise LatentsError(f"model {encoder.name} reads {encoder.space} latents, got {space}")
+        if traits(encoder).unscales:
+            noisy = latents.latents if isinstance(latents, Prediction) else latents.to_spatial()
+            kept = torch.promote_types(noisy.tensor.dtype, encoder.dtype) == encoder.dtype
+            needs = encoder.needs_scaled
+            affine = noisy.affine(needs)
+            if kept and (affine is not None or noisy.is_standard(needs)):
+                return self._parts(latents, noisy, affine)
+        converted = clean(latents).to_spatial().to_standard(encoder.needs_scaled)
+        return (converted.tensor.to(encoder.device, encoder.dtype),)
+
+    def _parts(
+        self,
+        latents: Latents | Prediction,
+        noisy: Latents,
+        affine: tuple[tuple[float, ...], tuple[float, ...]] | None,
+    ) -> tuple[Tensor | None, ...]:
         encoder = self.encoder
-        if latents.space.name != encoder.space:
-            raise LatentsError(
-                f"model {encoder.name} reads {encoder.space} latents, got {latents.space.name}"
-            )
-        converted = latents.spatial().standard(encoder.needs_scaled)
-        return converted.tensor.to(encoder.device, encoder.dtype)
+        scale, shift = (None, None) if affine is None else map(self._vector, affine)
+        where: Any = {"device": encoder.device, "dtype": encoder.dtype}
+        x = noisy.tensor.to(**where)
+        if not isinstance(latents, Prediction):
+            return x, None, None, None, scale, shift
+        levels = (self._vector([value] * len(latents)) for value in (latents.alpha, latents.sigma))
+        return x, latents.noise.to(**where), *levels, scale, shift
+
+    def _vector(self, numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float32, device=self.encoder.device)
 
     def _head(self) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:
         head = self.encoder.head
@@ -257,7 +294,7 @@ class _Alone:
 
     def judge(
         self,
-        latents: Latents,
+        latents: Latents | Prediction,
         noise_level: float = 0.0,
         final: bool = True,
         heatmaps: bool = False,
@@ -271,6 +308,10 @@ class _Alone:
             return Heatmaps(self.scorer._heatmaps(features))
         except Exception as error:  # they are an addition: the verdicts stand without them
             return Heatmaps.failed(error)
+
+
+def _space(latents: Latents | Prediction) -> LatentSpace:
+    return (latents.latents if isinstance(latents, Prediction) else latents).space
 
 
 def _encoder(

@@ -25,7 +25,7 @@ def decided(
     model: Model | None = None,
     space: str | None = None,
 ) -> list[Verdict]:
-    """Verdicts by `Policy.plain()`, bound to a model of that name and digest."""
+    """Verdicts by `Policy.to_dict()`, bound to a model of that name and digest."""
     identity = None if model is None else ModelId(*model)
     rules = Rules.of(policy).bind(identity, space, covered=covered, seen=seen)
     return decide(probability, margin, best_prompt, rules, noise_level, final)

@@ -71,7 +71,7 @@ def _rooms(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if "." in name}
 
 
-COMMON = {"atomic", "errors", "text"}
+COMMON = {"atomic", "deprecated", "errors", "text"}
 """Small files that every room may use."""
 
 WALLS = {
@@ -109,6 +109,7 @@ OWNERS = {
     "onnxruntime": {"runtime", "export"},
     "ray": {"scan"},
     "pydantic": {"policy"},
+    "jinja2": {"scan"},
 }
 """Which rooms may import a package."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,11 +12,8 @@ if TYPE_CHECKING:
     from latentguard.policy import Policy
 
 
-class Estimate(StrEnum):
-    """What is scored of noised latents."""
-
-    none = "none"
-    wiener = "wiener"
+Estimate = Literal["none", "wiener"]
+"""What is scored of noised latents."""
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +46,7 @@ def calibrate(
     estimate: Annotated[
         Estimate,
         typer.Option(help="Above noise level 0, score x_t itself or the Wiener estimate of x0."),
-    ] = Estimate.none,
+    ] = "none",
     space: Annotated[
         str | None, typer.Option(help="Latent space, where the files do not say.")
     ] = None,
@@ -100,7 +96,7 @@ def calibrate(
         margins = _from_records(trajectories, chosen, model, device)
     else:
         margins = _from_latents(
-            latents or [], chosen, model, noise_levels, estimate.value,
+            latents or [], chosen, model, noise_levels, estimate,
             space, scaled, batch_size, device, seed,
         )  # fmt: skip
     new = entries(chosen, margins, rates)
@@ -132,7 +128,7 @@ def _from_latents(
     policy: Policy,
     model: str,
     noise_levels: str,
-    estimate: str,
+    estimate: Estimate,
     space: str | None,
     scaled: bool | None,
     batch_size: int,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -13,13 +12,6 @@ from typer.core import TyperCommand
 evaluate_app = typer.Typer(
     no_args_is_help=True, help="Measure a model or a policy on latents whose content is known."
 )
-
-
-class Format(StrEnum):
-    """How a measurement is printed."""
-
-    table = "table"
-    json = "json"
 
 
 Model = Annotated[
@@ -35,7 +27,9 @@ Scaled = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Images that are encoded together.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a plot: a .png, .svg or .pdf file.")]
-Print = Annotated[Format, typer.Option("--format", "-f", help="table, or one line of JSON.")]
+Print = Annotated[
+    Literal["table", "json"], typer.Option("--format", "-f", help="table, or one line of JSON.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -64,7 +58,7 @@ def zeroshot_(
     batch_size: BatchSize = 16,
     device: Device = None,
     plot: Plot = None,
-    output: Print = Format.table,
+    output: Print = "table",
 ) -> None:
     """How often the most similar class name is the right one.
 
@@ -96,7 +90,7 @@ def zeroshot_(
             raise ModelError(str(error)) from error
     if plot:
         plot_zeroshot(plot, result)
-    if output is Format.json:
+    if output == "json":
         typer.echo(json.dumps(result.to_dict()))
         return
     rows = [("top-1", str(result.top(1))), ("top-5", str(result.top(5)))]
@@ -138,7 +132,7 @@ def detect_(
         int, typer.Option(min=0, max=100_000, help="Of the bootstrap; 0 leaves intervals out.")
     ] = 1000,
     plot: Plot = None,
-    output: Print = Format.table,
+    output: Print = "table",
 ) -> None:
     """How well a concept's scores tell images that show it from images that do not.
 
@@ -168,7 +162,7 @@ def detect_(
         )
     if plot:
         plot_detection(plot, [result], f"{result.policy['name']}: {result.concept}")
-    if output is Format.json:
+    if output == "json":
         typer.echo(json.dumps(result.to_dict()))
         return
     found = result.separation

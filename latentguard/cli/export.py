@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,21 +17,11 @@ export_app = typer.Typer(
 )
 
 
-class Precision(StrEnum):
-    """How weights and activations are kept."""
+Precision = Literal["fp32", "fp16", "int8"]
+"""How weights and activations are kept."""
 
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
-
-
-class Device(StrEnum):
-    """Where a Triton server computes the scores."""
-
-    auto = "auto"
-    cpu = "cpu"
-    gpu = "gpu"
-
+Device = Literal["auto", "cpu", "gpu"]
+"""Where a Triton server computes the scores."""
 
 Policy = Annotated[str, typer.Option(help="A shipped policy's name, or a YAML file.")]
 Sha256 = Annotated[str | None, typer.Option(help="Refuse the file unless its SHA-256 is this one.")]
@@ -57,7 +46,7 @@ def onnx_(
             "it finds the range of each activation anew for each input (see "
             "--dynamic-quantization)."
         ),
-    ] = Precision.fp32,
+    ] = "fp32",
     first_precision: Annotated[
         Precision | None,
         typer.Option(
@@ -138,7 +127,7 @@ def onnx_(
 
     if (height is None) != (width is None):
         raise ModelError("give both --height and --width, or neither")
-    int8 = Precision.int8 in (precision, first_precision)
+    int8 = "int8" in (precision, first_precision)
     if not int8 and (calibration or dynamic_quantization):
         raise ModelError(
             f"--calibration and --dynamic-quantization are of --precision int8, not {precision}"
@@ -225,7 +214,7 @@ def triton(
     ] = 10_000.0,
     device: Annotated[
         Device, typer.Option(help="Where scores are computed; auto is the GPU where there is one.")
-    ] = Device.auto,
+    ] = "auto",
     instances: Annotated[int, typer.Option(min=1, help="Instances there, on each GPU.")] = 1,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of an instance on the CPU.")
@@ -254,7 +243,7 @@ def triton(
         max_delay_ms=max_delay_ms,
         queue=queue,
         timeout_ms=timeout_ms,
-        device=device.value,
+        device=device,
         instances=instances,
         threads=threads,
     )
@@ -265,7 +254,7 @@ def triton(
 
 
 def _precision(given: Precision, dynamic: bool) -> Literal["fp32", "fp16", "int8", "int8-dynamic"]:
-    return "int8-dynamic" if dynamic and given is Precision.int8 else given.value
+    return "int8-dynamic" if dynamic and given == "int8" else given
 
 
 def _latents(paths: list[Path] | None, space: str) -> Latents | None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 
 models_app = typer.Typer(no_args_is_help=True, help="List, fetch and describe encoders.")
 
 
-class Format(StrEnum):
-    """How `list` and `show` print."""
-
-    table = "table"
-    json = "json"
+Format = Literal["table", "json"]
+"""How it is printed."""
 
 
 def register(app: typer.Typer) -> None:
@@ -27,13 +23,13 @@ def register(app: typer.Typer) -> None:
 
 @models_app.command("list")
 def list_(
-    output: Format = typer.Option(Format.table, "--format", help="Table or one JSON array."),
+    output: Format = typer.Option("table", "--format", help="Table or one JSON array."),
 ) -> None:
     """List the encoders that have a name, and which of them are on this machine."""
     from latentguard.encoders.catalog import CATALOG
 
     rows = [_describe(name) for name in CATALOG]
-    if output is Format.json:
+    if output == "json":
         typer.echo(json.dumps(rows, indent=2))
         return
     from rich.console import Console
@@ -92,13 +88,13 @@ def get(
 @models_app.command()
 def show(
     name: str = typer.Argument(help="A name from `latentguard models list`, or a model file."),
-    output: Format = typer.Option(Format.table, "--format", help="Lines or one JSON object."),
+    output: Format = typer.Option("table", "--format", help="Lines or one JSON object."),
 ) -> None:
     """Show where an encoder lies, its size, digest and configuration, and how to get it."""
     from latentguard.text import visible
 
     row = _describe(name)
-    if output is Format.json:
+    if output == "json":
         typer.echo(json.dumps(row, indent=2))
         return
     for key, value in row.items():

@@ -58,7 +58,7 @@ def show(
 
     policy = load_policy(name)
     if as_json:
-        typer.echo(json.dumps(policy.plain(), indent=2))
+        typer.echo(json.dumps(policy.to_dict(), indent=2))
         return
     from rich.console import Console
     from rich.markup import escape

@@ -6,9 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import typer
 
@@ -22,27 +21,14 @@ EXIT_BROKEN_PIPE = 141
 _LATENTS = (".pt", ".pth", ".safetensors", ".npy", ".npz", ".tar")
 
 
-class Format(StrEnum):
-    """How verdicts are written."""
+Format = Literal["table", "json", "csv"]
+"""How verdicts are written."""
 
-    table = "table"
-    json = "json"
-    csv = "csv"
+Runtime = Literal["torch", "onnx"]
+"""What judges."""
 
-
-class Runtime(StrEnum):
-    """What judges."""
-
-    torch = "torch"
-    onnx = "onnx"
-
-
-class FailOn(StrEnum):
-    """The mildest decision that makes the exit code 1."""
-
-    block = "block"
-    review = "review"
-    never = "never"
+FailOn = Literal["block", "review", "never"]
+"""The mildest decision that makes the exit code 1."""
 
 
 def register(app: typer.Typer) -> None:
@@ -67,7 +53,7 @@ def scan(
         "machine for each space.",
     ),
     runtime: Runtime = typer.Option(
-        Runtime.torch,
+        "torch",
         help="onnx: judge with --model FILE.onnx from `latentguard export onnx`, without torch.",
     ),
     sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
@@ -81,7 +67,7 @@ def scan(
         show_default=False,
     ),
     output_format: Format = typer.Option(
-        Format.table, "--format", help="Table, one JSON object per line, or CSV."
+        "table", "--format", help="Table, one JSON object per line, or CSV."
     ),
     output: Path | None = typer.Option(
         None, "--output", "-o", help="Write that to a file instead of standard output."
@@ -100,7 +86,7 @@ def scan(
         None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
     ),
     fail_on: FailOn = typer.Option(
-        FailOn.block, help="Exit with 1 when any decision is at or above this."
+        "block", help="Exit with 1 when any decision is at or above this."
     ),
     quiet: bool = typer.Option(
         False, "--quiet", "-q", help="No progress bar, notes or summary; errors still show."
@@ -125,7 +111,7 @@ def scan(
         device=device,
         previews=report is not None,
         heatmaps=heatmap,
-        runtime=runtime.value,
+        runtime=runtime,
         sha256=sha256,
     )
     summary = Summary(run.policy_id, passed=run.passed)
@@ -135,7 +121,7 @@ def scan(
         if page is not None and report is not None and summary.images:
             page.write(report, run.models, summary)
         if summary.images and not quiet:
-            _conclude(summary, report, to_stdout=output_format is Format.table and output is None)
+            _conclude(summary, report, to_stdout=output_format == "table" and output is None)
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted after {summary.images} images", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -164,7 +150,7 @@ def _run(
         if output is not None:
             file = stack.enter_context(output.open("w", encoding="utf-8", newline=""))
         sink = _sink(output_format, file, run)
-        rows_on_screen = output_format is not Format.table and file.isatty()
+        rows_on_screen = output_format != "table" and file.isatty()
         visible = sys.stderr.isatty() and not rows_on_screen and not quiet
         with _progress(visible) as step:
             told = 0
@@ -182,9 +168,9 @@ def _run(
 def _sink(output_format: Format, file: TextIO, run: Scan) -> Sink:
     from latentguard.scan.lines import Csv, JsonLines
 
-    if output_format is Format.json:
+    if output_format == "json":
         return JsonLines(file)
-    if output_format is Format.csv:
+    if output_format == "csv":
         return Csv(file, run.rules)
     from latentguard.scan.table import Table
 
@@ -261,9 +247,9 @@ def _exit_code(summary: Summary, fail_on: FailOn) -> int:
 
     if summary.outcomes["error"]:
         return EXIT_UNREADABLE
-    if fail_on is FailOn.never:
+    if fail_on == "never":
         return 0
-    level = DECISIONS.index(fail_on.value)
+    level = DECISIONS.index(fail_on)
     return EXIT_MATCH if any(summary.decisions[d] for d in DECISIONS[level:]) else 0
 
 

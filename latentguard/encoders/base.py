@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
-from latentguard.errors import ModelError
+from latentguard.errors import LatentsError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +94,9 @@ class EncoderBase:
 
     fixed_size: bool = False
     """Whether it reads latents of different sizes in different ways: an export is of one size."""
+    unscales: bool = False
+    """Whether `features` takes `scale` and `shift` [C] as well, and reads latents * scale + shift.
+    Its first operator applies them, and the x0 estimate, without a pass of its own."""
     merges: bool = False
     """Whether a share of its tokens can merge (`NAME+merge=SHARE`)."""
     merge: float = 0.0
@@ -124,6 +127,29 @@ class EncoderBase:
             yield
         finally:
             self.merge = share
+
+
+def check_prediction(
+    latents: Tensor, noise: Tensor | None, alpha: Tensor | None, sigma: Tensor | None
+) -> None:
+    """Raises LatentsError unless noise, alpha and sigma are given together, or alpha alone, in the
+    sizes of the latents [B, ...]."""
+    if (noise is None) is not (sigma is None) or (noise is not None and alpha is None):
+        pairs = (("noise", noise), ("alpha", alpha), ("sigma", sigma))
+        got = " and ".join(name for name, value in pairs if value is not None)
+        raise LatentsError(
+            f"a clean estimate needs noise, alpha and sigma together, or alpha alone, got {got}"
+        )
+    if noise is not None and noise.shape != latents.shape:
+        raise LatentsError(
+            f"the predicted noise must have the shape of the latents, {list(latents.shape)}, "
+            f"got {list(noise.shape)}"
+        )
+    for name, level in (("alpha", alpha), ("sigma", sigma)):
+        if level is not None and level.shape != latents.shape[:1]:
+            raise LatentsError(
+                f"{name} must be [{latents.shape[0]}], one for each image, got {list(level.shape)}"
+            )
 
 
 def traits(encoder: Encoder) -> EncoderBase:
@@ -204,8 +230,9 @@ class Encoder(Protocol):
         """Features of latents [B, C, H, W], in the convention that `needs_scaled` names.
 
         With the predicted `noise` (the shape of latents), `alpha` [B] and `sigma` [B] it reads the
-        estimate of the clean latents, (latents - sigma * noise) / alpha; `sigma` goes with `noise`,
-        `alpha` alone divides. Differentiable in latents.
+        estimate of the clean latents, (latents - sigma * noise) / alpha; `alpha` alone divides.
+        Differentiable in latents. Raises LatentsError for some of them without the others, and for
+        sizes that do not fit together (see `check_prediction`).
         """
 
     def encode_latents(self, latents: Latents) -> Tensor:

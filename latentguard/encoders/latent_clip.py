@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentguard.encoders import checkpoint
-from latentguard.encoders.base import EncoderBase, Features, Head
+from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
 from latentguard.encoders.catalog import CATALOG, MERGE, Entry, LatentClipConfig, cache_dir
 from latentguard.encoders.clip_text import ClipText
 from latentguard.encoders.merging import schedule
@@ -51,6 +51,7 @@ class LatentCLIP(EncoderBase):
     model: `name` ends in `+merge=SHARE`, so that calibrated thresholds and records tell them apart.
     """
 
+    unscales = True
     merges = True
     min_coverage = 0.5
     neutral_prompts = NEUTRAL_PROMPTS
@@ -220,10 +221,14 @@ class LatentCLIP(EncoderBase):
         noise: Tensor | None = None,
         alpha: Tensor | None = None,
         sigma: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Features:
         """Class token (pooled) and patch tokens before `ln_post`, of raw latents [B, C, H, W].
 
-        See `Encoder.features`. Latents and noise are taken to the weights' device and dtype.
+        See `Encoder.features`. With `scale` and `shift` [C], latents in another convention are
+        read as latents * scale + shift, after the x0 estimate. Latents and noise are taken to the
+        weights' device and dtype; everything up to the patches is computed in float32.
         Raises LatentsError for another rank, number of channels or size 0.
         """
         channels = self.config.channels
@@ -232,18 +237,16 @@ class LatentCLIP(EncoderBase):
                 f"{self.name} reads latents of shape [B, {channels}, H, W], "
                 f"got {list(latents.shape)}"
             )
-        if noise is not None and noise.shape != latents.shape:
-            raise LatentsError(
-                f"the predicted noise must have the shape of the latents, {list(latents.shape)}, "
-                f"got {list(noise.shape)}"
-            )
+        check_prediction(latents, noise, alpha, sigma)
         adapt = self._adapter(*latents.shape[2:])
         tokens = self.vit(
             adapt(self._ready(latents)),
             None if noise is None else adapt(self._ready(noise)),
             self._level(alpha, adapt.tiles),
             self._level(sigma, adapt.tiles),
-            self.merge,
+            None if scale is None else scale.to(self.device, torch.float32),
+            None if shift is None else shift.to(self.device, torch.float32),
+            share=self.merge,
         )
         pooled, places = tokens[:, 0], tokens[:, 1:]
         return Features(pooled, adapt.stitch(places), adapt.grid, adapt.tiles, adapt.extent)
@@ -273,8 +276,8 @@ class LatentCLIP(EncoderBase):
                 f"{self.name} reads latents of space {self.space}, got {latents.space.name}"
             )
         wide = torch.promote_types(latents.tensor.dtype, self.dtype)
-        latents = latents.to(self.device, wide).spatial()
-        return latents.standard(self.needs_scaled).tensor
+        latents = latents.to(self.device, wide).to_spatial()
+        return latents.to_standard(self.needs_scaled).tensor
 
     def _adapter(self, height: int, width: int) -> Adapter:
         return ADAPTERS[self.resize](height, width, self.config.grid, self.config.patch)

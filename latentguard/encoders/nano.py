@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from latentguard.atomic import replacing
-from latentguard.encoders.base import EncoderBase, Features, Head
+from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
 from latentguard.encoders.catalog import Entry
 from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalise
 from latentguard.encoders.header import opened, read_bytes, read_header
@@ -113,19 +113,19 @@ class NanoEncoder(nn.Module, EncoderBase):
 
         Args:
             latents: [B, C, H, W] in the scaled convention.
-            noise, alpha, sigma: predicted noise [B, C, H, W] and the levels [B]; given together,
-                the x0 estimate (latents - sigma * noise) / alpha is read instead.
+            noise, alpha, sigma: predicted noise [B, C, H, W] and the levels [B]: the x0 estimate
+                (latents - sigma * noise) / alpha is read instead, computed in float32.
 
         Returns:
             pooled [B, 1008] and tokens [B, N, 1008] of unit norm, differentiable in latents.
         """
-        x = latents.to(self.dtype)
-        if noise is not None:
-            assert alpha is not None
-            assert sigma is not None
-            a, s = (v.to(self.dtype).view(-1, 1, 1, 1) for v in (alpha, sigma))
-            x = (x - s * noise.to(self.dtype)) / a
-        x = x.contiguous(memory_format=torch.channels_last)
+        check_prediction(latents, noise, alpha, sigma)
+        x = latents
+        if noise is not None and sigma is not None:
+            x = x.float() - sigma.float().view(-1, 1, 1, 1) * noise.float()
+        if alpha is not None:
+            x = x.float() / alpha.float().view(-1, 1, 1, 1)
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         cells = self.net.feature_map(x)
         grid = (cells.shape[2], cells.shape[3])
         places = cells.flatten(2).transpose(1, 2)
@@ -140,7 +140,7 @@ class NanoEncoder(nn.Module, EncoderBase):
             raise LatentsError(
                 f"model {self.name} reads {self.space} latents, got {latents.space.name}"
             )
-        tensor = latents.spatial().standard().tensor
+        tensor = latents.to_spatial().to_standard().tensor
         return self.features(tensor.to(self.device)).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:

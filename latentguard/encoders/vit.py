@@ -119,9 +119,13 @@ class LatentViT(nn.Module):
         noise: Tensor | None = None,
         alpha: Tensor | None = None,
         sigma: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
         share: float = 0.0,
     ) -> Tensor:
         """Tokens before `ln_post`, the class token first. H and W are multiples of the patch.
+
+        What is read is (latents - sigma * noise) / alpha * scale + shift: see `ops.patch_embed`.
 
         `share` of the patches' tokens have merged into others at the end; see `merging.schedule`.
         """
@@ -134,9 +138,11 @@ class LatentViT(nn.Module):
             self.ln_pre.weight,
             self.ln_pre.bias,
             self.ln_pre.eps,
-            noise=noise,
-            alpha=alpha,
-            sigma=sigma,
+            scale,
+            shift,
+            noise,
+            alpha,
+            sigma,
         )
         blocks = len(self.transformer.resblocks)
         counts = schedule(share, rows * columns, blocks) if share else None

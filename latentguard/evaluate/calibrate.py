@@ -131,7 +131,7 @@ def measure(
     if estimate not in ESTIMATES:
         raise ModelError(f"estimate must be one of {', '.join(ESTIMATES)}, got {estimate!r}")
     read = [
-        part.spatial() if max(levels) == 0 else part.spatial().scaled_()
+        part.to_spatial() if max(levels) == 0 else part.to_spatial().to_scaled()
         for part in batches(paths, space, scaled, batch_size)
     ]
     kept = list(read)

@@ -136,7 +136,7 @@ def measured(
     encoder = scorer.encoder
     model = ModelId(encoder.name, encoder.sha256)
     concept = scorer.policy.concepts[0].id
-    rules = Rules.of(policy.plain())
+    rules = Rules.of(policy.to_dict())
     bound = rules.bind(model, encoder.space, encoder.logit_scale)
     try:
         threshold = bound.limit(rules.ids.index(concept))

@@ -31,7 +31,7 @@ def describe(
     space = LatentSpace.get(encoder.space)
     return {
         "schema_version": SCHEMA_VERSION,
-        "policy": scorer.policy.plain(),
+        "policy": scorer.policy.to_dict(),
         "prompts": list(scorer.bank.prompts),
         "covered": list(scorer.bank.covered),
         "seen": list(scorer.bank.seen),

@@ -19,7 +19,7 @@ def read_samples(paths: Sequence[str | Path], space: str) -> Latents:
     if len(sizes) > 1:
         shown = ", ".join(f"{height}x{width}" for height, width in sizes)
         raise LatentsError(f"latents for an export must be of one size, got {shown}")
-    return Latents.cat([batch.standard() for batch in batches])
+    return Latents.cat([batch.to_standard() for batch in batches])
 
 
 def bundled(space: str) -> Latents | None:
@@ -50,14 +50,14 @@ def drawn(space: str, size: tuple[int, int], count: int = 8) -> Latents:
     if known.mean is None or known.std is None:
         return Latents(mixed, known, scaled=True)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (known.mean, known.std))
-    return Latents(mixed * std + mean, known, scaled=False).scaled_()
+    return Latents(mixed * std + mean, known, scaled=False).to_scaled()
 
 
 def resized(latents: Latents, size: tuple[int, int]) -> Latents:
     """Latents averaged or repeated to another size: still of an image, if a blurred one."""
     if (latents.height, latents.width) == size:
         return latents
-    spatial = latents.spatial()
+    spatial = latents.to_spatial()
     tensor = torch.nn.functional.interpolate(
         spatial.tensor.float(), size, mode="bilinear", antialias=True
     )

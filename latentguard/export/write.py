@@ -349,8 +349,8 @@ def _as(latents: Latents, scorer: Scorer, scaled: bool, size: tuple[int, int] | 
         raise LatentsError(
             f"model {encoder.name} reads {encoder.space} latents, got {latents.space.name}"
         )
-    spatial = latents.spatial().to("cpu", torch.float32)
-    converted = spatial.standard(scaled)
+    spatial = latents.to_spatial().to("cpu", torch.float32)
+    converted = spatial.to_standard(scaled)
     if size is not None and (converted.height, converted.width) != size:
         raise LatentsError(
             f"the export reads {size[0]}x{size[1]} latent cells, the latents given for it have "

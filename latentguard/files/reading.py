@@ -76,7 +76,9 @@ def read_latents(
     if importlib.util.find_spec("torch") is None:
         raise LatentsError("tensors need torch: pip install 'latentguard[torch]', or read_arrays")
     return (
-        Record(r.source, r.index, r.id, None if r.latents is None else r.latents.torch(), r.error)
+        Record(
+            r.source, r.index, r.id, None if r.latents is None else r.latents.to_torch(), r.error
+        )
         for r in records
     )
 

@@ -200,45 +200,45 @@ class LatentGuard(PipelineCallback, Marked):
 
     # -- what a guarded call asks ------------------------------------------------------------
 
-    def space_of(self, pipe: Any) -> LatentSpace:
+    def _space_of(self, pipe: Any) -> LatentSpace:
         """The latent space of a pipeline. Raises LatentsError where it is not known."""
         return space_of(pipe, self._space)
 
-    def prepare(self, pipe: Any) -> None:
+    def _prepare(self, pipe: Any) -> None:
         """Find out whether this guard can serve a pipeline, and load what it takes."""
         check_scheduler(pipe.scheduler)
         outputs.check_images(pipe)
-        space = self.space_of(pipe)
+        space = self._space_of(pipe)
         check_layout(pipe, space)
         self._scorer(space.name, pipe._execution_device)
 
-    def session_for(self, pipe: Any, device: torch.device) -> Session:
+    def _session_for(self, pipe: Any, device: torch.device) -> Session:
         """The session of one call, which belongs to the request that it is made in."""
-        scorer = self._scorer(self.space_of(pipe).name, device)
+        scorer = self._scorer(self._space_of(pipe).name, device)
         request = request_of(self)
         name = None if request is None else request.id
         return Session(scorer, name, limits=self._limits, on_record=self._recorded)
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """A call begins here: what the last one said is not asked for any more."""
         self._called = True
-        self._keep(None)
+        self._remember(None)
 
-    def keep(self, session: Session) -> None:
+    def _keep(self, session: Session) -> None:
         """A call has ended: its session is the one that `verdicts` and `history` tell of here."""
-        self._keep(session)
+        self._remember(session)
         add_to_request(self, session)
 
-    def _keep(self, session: Session | None) -> None:
+    def _remember(self, session: Session | None) -> None:
         place = here()
         with self._lock:
             self._kept[place] = session
 
-    def ended(self, session: Session) -> None:
+    def _ended(self, session: Session) -> None:
         """Nothing of a call is left to be judged: count its images."""
         self._metrics.ended(session)
 
-    def answer(self, session: Session, images: Any, output: Any) -> Any:
+    def _answer(self, session: Session, images: Any, output: Any) -> Any:
         """What the policy's `on_block` makes of an output whose blocked images are blank already.
 
         Raises GenerationBlocked where it says `raise`.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from latentguard.errors import LatentsError
-from latentguard.guard.call import Call
+from latentguard.guard.call import GuardedCall
 from latentguard.guard.outermost import Outermost
 from latentguard.guard.running import CALLBACK, INPUTS, Marked, current, waiting
 
@@ -112,7 +112,7 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     if not guarded and not holds_guard([*args, *kwargs.values()]):
         return original(pipe, *args, **kwargs)
     for guard in [g for value in (attached, *args, *kwargs.values()) for g in guards_in(value)]:
-        guard.forget()
+        guard._forget()
     signature = inspect.signature(original)
     if not _takes_callbacks(signature.parameters):
         _check_places(type(pipe).__name__, {k: v for k, v in kwargs.items() if k != CALLBACK})
@@ -144,7 +144,7 @@ def _guarded(
         )
     if guards:
         check_pipeline(pipe)
-    return Call(pipe, signature, arguments, guards, others).run(original)
+    return GuardedCall(pipe, signature, arguments, guards, others).run(original)
 
 
 def _check_places(name: str, arguments: Mapping[str, Any]) -> None:
@@ -163,7 +163,7 @@ def _handed_on(
     signature, outer = inspect.signature(original), current.get()
     within = isinstance(outer, Outermost) and outer.pipe is pipe
     given = list(dict.fromkeys([*(outer.given if within else ()), *guards]))
-    here = Outermost(pipe, given, lambda: Call(pipe, signature, {}, given, []))
+    here = Outermost(pipe, given, lambda: GuardedCall(pipe, signature, {}, given, []))
     token = current.set(here)
     try:
         output = here.finish(original(pipe, *args, **kwargs), guards)

@@ -85,7 +85,7 @@ class AuditLog:
             **session.identity,
             "step": record.step,
             "final": record.final,
-            "how": record.how,
+            "how": record.estimate_source,
             "seconds": round(record.seconds, 6),
         }
         if self._extra is not None:

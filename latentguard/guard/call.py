@@ -32,7 +32,7 @@ from latentguard.guard.running import CALLBACK, INPUTS, current, waiting
 from latentguard.guard.sessions import Session
 from latentguard.guard.tensors import equal, laid_out_as, plain, private
 from latentguard.guard.wrapping import names_of
-from latentguard.spaces import Latents
+from latentguard.spaces import Latents, Prediction
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
@@ -52,7 +52,7 @@ class Stop(BaseException):
     """
 
 
-class Call:
+class GuardedCall:
     """A running call: its sessions, one for each guard, and what was seen of the loop so far.
 
     At each step the guards judge first, so that a preview made by a callback of the user's shows
@@ -96,7 +96,7 @@ class Call:
     def run(self, original: Callable[..., Any]) -> Any:
         """Call the pipeline, and return what may be seen of its output."""
         for guard in self.guards:
-            guard.prepare(self.pipe)
+            guard._prepare(self.pipe)
         wrap_components(self.pipe)
         inputs = list(self._requested)
         allowed = getattr(self.pipe, "_callback_tensor_inputs", ())
@@ -117,9 +117,9 @@ class Call:
             current.reset(token)
             within = isinstance(outer, Outermost) and outer.pipe is self.pipe
             for guard, session in zip(self.guards, self._sessions, strict=False):
-                guard.keep(session)
+                guard._keep(session)
                 if not within:
-                    guard.ended(session)
+                    guard._ended(session)
             if within:
                 outer.began(self)
         if within:
@@ -129,7 +129,7 @@ class Call:
     def count(self) -> None:
         """Nothing of this call is left to be judged."""
         for guard, session in zip(self.guards, self._sessions, strict=False):
-            guard.ended(session)
+            guard._ended(session)
 
     def enters(self, original: Callable[..., Any]) -> bool:
         """Whether a `__call__` that is entered now is part of this call: a parent class's.
@@ -334,33 +334,45 @@ class Call:
         self, session: Session, latents: Latents, estimate: Denoised, last: bool
     ) -> Latents:
         assert self._space is not None
-        x0 = read(estimate.x0.to(latents.tensor.dtype), self._space, self._size)
         if last:
             self._step_noisy(session, estimate)
         return session.step(
             latents,
-            x0,
-            noise_level=estimate.latents.noise_level,
-            x0_noise_level=estimate.source.noise_level,
-            alpha=estimate.latents.alpha,
+            self._told(session, latents, estimate),
+            noise_level=estimate.level_after.noise_level,
+            x0_noise_level=estimate.level_before.noise_level,
+            alpha=estimate.level_after.alpha,
             final=last,
-            how=estimate.how,
+            estimate_source=estimate.estimate_source,
         ).latents
+
+    def _told(self, session: Session, latents: Latents, estimate: Denoised) -> Latents | Prediction:
+        """The clean estimate, or what it is made of where the session only scores it."""
+        assert self._space is not None
+        parts = estimate.parts
+        # A callback of the user's may have changed in place what x0 was made of.
+        alone = session.scores_only and not self._callbacks
+        if alone and parts is not None and latents.layout == "spatial":
+            noisy = read(plain(parts.sample), self._space, self._size)
+            return Prediction(noisy, plain(parts.noise), parts.alpha, parts.sigma)
+        return read(estimate.x0.to(latents.tensor.dtype), self._space, self._size)
 
     def _step_noisy(self, session: Session, estimate: Denoised) -> None:
         """Whoever gets latents that are still noisy can denoise them: x0 is judged as well."""
-        if estimate.latents.noise_level > _CLEAN_ENOUGH:
+        if estimate.level_after.noise_level > _CLEAN_ENOUGH:
             assert self._space is not None
             x0 = read(estimate.x0, self._space, self._size)
-            level = estimate.source.noise_level
-            session.step(x0, noise_level=level, final=True, how=estimate.how)
+            level = estimate.level_before.noise_level
+            session.step(
+                x0, noise_level=level, final=True, estimate_source=estimate.estimate_source
+            )
 
     def _begin(self, latents: Latents) -> None:
         if self._sessions:
             return
         device = latents.tensor.device
         for guard in self.guards:
-            session = guard.session_for(self.pipe, device)
+            session = guard._session_for(self.pipe, device)
             session.prompts = self._prompts(len(latents))
             session.begin(len(latents))
             self._sessions.append(session)
@@ -427,7 +439,7 @@ class Call:
         judged = self._judged
         if judged is None:
             return False
-        forms = (judged.tensor, judged.spatial().tensor)
+        forms = (judged.tensor, judged.to_spatial().tensor)
         if any(equal(form.to(tensor.device, tensor.dtype), tensor) for form in forms):
             return True
         rows = None if tensor.ndim != 4 else self._rows_of(tensor)
@@ -463,7 +475,7 @@ class Call:
         else:
             latents = read(tensor, self._space, self._size)
             height, width = (
-                side * latents.space.factor for side in (latents.height, latents.width)
+                side * latents.space.vae_scale_factor for side in (latents.height, latents.width)
             )
             images = outputs.blanks(len(latents), height, width, form)
         if images is None:
@@ -556,7 +568,7 @@ class Call:
         output = outputs.with_images(output, images)
         output = outputs.flagged(output, blocked, self._count, outputs.output_class(self.pipe))
         for guard, session in zip(self.guards, self._sessions, strict=True):
-            output = guard.answer(session, images, output)
+            output = guard._answer(session, images, output)
         return output
 
     def _judged_latents(self, images: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Decoding:
 
         One index for each of `z`; None where some of it is none of them.
         """
-        x = latents.spatial().tensor
+        x = latents.to_spatial().tensor
         for dtype in dict.fromkeys((x.dtype, z.dtype, torch.float32)):
             for form in self._forms(x.to(dtype), latents.space):
                 form = form.to(z.device, z.dtype)

@@ -78,7 +78,7 @@ class StepCallback:
             )
         check_pipeline(pipe)
         for guard in guards_in(callback):
-            guard.prepare(pipe)
+            guard._prepare(pipe)
         wrap_call(type(pipe))  # which may have got a new __call__ since it was made
         vars(pipe)[CALLBACK] = callback
 

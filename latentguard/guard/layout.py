@@ -145,11 +145,11 @@ def _packs_like(pipe: Any, space: LatentSpace, probe: Tensor) -> bool:
     names = list(inspect.signature(pipe._pack_latents).parameters)
     if names == ["latents"]:  # FLUX.2's, which get patches
         given["latents"] = pipe._patchify_latents(probe)
-    return torch.equal(pipe._pack_latents(**{n: given[n] for n in names}), space.pack(probe))
+    return torch.equal(pipe._pack_latents(**{n: given[n] for n in names}), space.to_packed(probe))
 
 
 def _unpacks_like(pipe: Any, space: LatentSpace, probe: Tensor) -> bool:
-    tokens = space.pack(probe)
+    tokens = space.to_packed(probe)
     if hasattr(type(pipe), "_unpack_latents"):
         factor = int(pipe.vae_scale_factor)
         size = (probe.shape[2] * factor, probe.shape[3] * factor)

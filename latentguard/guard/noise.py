@@ -285,7 +285,7 @@ def _count(prompt: str | list[str] | None, call: Mapping[str, Any]) -> int:
 def _noise(pipe: Any, space: LatentSpace, size: tuple[int, int], count: int, seed: int) -> Tensor:
     """Noise in the form that the pipeline's `latents` takes."""
     device = pipe._execution_device
-    height, width = (side // space.factor for side in size)
+    height, width = (side // space.vae_scale_factor for side in size)
     if space.packed_patch > 1:
         height, width = height - height % 2, width - width % 2
     generator = torch.Generator(device).manual_seed(seed)
@@ -293,7 +293,7 @@ def _noise(pipe: Any, space: LatentSpace, size: tuple[int, int], count: int, see
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
     noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     if space.packed_patch > 1:
-        noise = space.pack(noise)
+        noise = space.to_packed(noise)
         if space.name == "flux2":
             noise = noise.transpose(1, 2).reshape(count, -1, height // 2, width // 2)
     return noise.to(denoiser.dtype)

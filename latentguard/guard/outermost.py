@@ -12,7 +12,7 @@ from latentguard.guard.components import wrap_components
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
-    from latentguard.guard.call import Call
+    from latentguard.guard.call import GuardedCall
 
 
 class Outermost:
@@ -27,16 +27,18 @@ class Outermost:
     decoded before any guarded call.
     """
 
-    def __init__(self, pipe: Any, given: list[LatentGuard], judging: Callable[[], Call]) -> None:
+    def __init__(
+        self, pipe: Any, given: list[LatentGuard], judging: Callable[[], GuardedCall]
+    ) -> None:
         self.pipe = pipe
         self.given = given
-        self.calls: list[Call] = []
+        self.calls: list[GuardedCall] = []
         self._judging_before = judging
-        self._before: Call | None = None  # that of the last batch that was decoded so
+        self._before: GuardedCall | None = None  # that of the last batch that was decoded so
         if given:
             wrap_components(pipe)
         self._judged: list[LatentGuard] = []
-        self._judging: Call | None = None
+        self._judging: GuardedCall | None = None
         self._stepped = False  # since something was decoded
         self._touched = False  # since the last guarded call
         self._missed = False  # a call within was made without a guard that this was called with
@@ -57,11 +59,11 @@ class Outermost:
 
     # -- the guarded calls within --------------------------------------------------------------
 
-    def began(self, call: Call) -> None:
+    def began(self, call: GuardedCall) -> None:
         """A guarded call has judged something, whether it returns or not."""
         self.calls.append(call)
 
-    def returned(self, call: Call) -> None:
+    def returned(self, call: GuardedCall) -> None:
         """A call gave its output to the subclass."""
         self._missed = self._missed or any(guard not in call.guards for guard in self.given)
         if call.guards:

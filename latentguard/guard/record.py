@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from latentguard.deprecated import Former, former_keywords
 from latentguard.judge import DECISIONS, SCHEMA_VERSION, Verdict
 
 if TYPE_CHECKING:
@@ -30,14 +31,15 @@ class Steering:
     reached: bool
 
 
+@former_keywords(how="estimate_source")
 @dataclass(frozen=True)
 class StepRecord:
     """One step of one session.
 
     step: counted from 0. noise_level: noise-to-signal ratio of the latents that were judged (of
         those that the x0 prediction was made from, where there is one).
-    how: where the judged estimate came from ("latents": they were judged as they are; otherwise
-        as `Denoised.how` names it).
+    estimate_source: where the judged estimate came from ("latents": they were judged as they are;
+        otherwise as `Denoised.estimate_source` names it). JSON calls it `how`.
     final: whether nothing follows these latents.
     verdicts: one for each image; None for an image that was blocked before.
     actions: one for each image.
@@ -47,19 +49,21 @@ class StepRecord:
 
     step: int
     noise_level: float
-    how: str
+    estimate_source: str
     final: bool
     verdicts: tuple[Verdict | None, ...]
     actions: tuple[Action, ...]
     steering: tuple[Steering | None, ...]
     seconds: float
 
+    how = Former("estimate_source")
+
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON-able data; an infinite noise level is null."""
         return {
             "step": self.step,
             "noise_level": self.noise_level if math.isfinite(self.noise_level) else None,
-            "how": self.how,
+            "how": self.estimate_source,
             "final": self.final,
             "seconds": round(self.seconds, 6),
             "images": [

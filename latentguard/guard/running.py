@@ -9,7 +9,7 @@ CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 """The arguments of a pipeline's call by which diffusers takes callbacks."""
 
 current: ContextVar[Any] = ContextVar("latentguard_call", default=None)
-"""The guarded call (`latentguard.guard.call.Call`) that runs in this thread, or None."""
+"""The guarded call (`latentguard.guard.call.GuardedCall`) that runs in this thread, or None."""
 waiting: ContextVar[tuple[Any, ...]] = ContextVar("latentguard_waiting", default=())
 """The calls in this thread that wait for a callback of the user's, outermost first."""
 

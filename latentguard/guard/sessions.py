@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentguard.deprecated import former_keywords
 from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.guard.record import Action, Steering, StepRecord, session_data
@@ -25,7 +26,8 @@ from latentguard.guard.steering import Steerer
 from latentguard.judge import Verdict, failed
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer, Scores
-from latentguard.spaces import Latents
+from latentguard.spaces import Latents, Prediction
+from latentguard.spaces.prediction import clean
 
 logger = logging.getLogger("latentguard.guard")
 
@@ -134,7 +136,10 @@ class Session:
         """The text of each image, for audit logs that ask for it; nothing else reads it."""
         self.limits = limits or Limits()
         self._on_record = on_record
-        acts = any(c.action in ("block", "steer") for c in scorer.policy.concepts)
+        actions = {concept.action for concept in scorer.policy.concepts}
+        self.scores_only = "steer" not in actions
+        """Whether nothing is ever done with a clean estimate but to score it."""
+        acts = bool(actions & {"block", "steer"})
         self._defers = not acts and scorer.policy.cascade is None
         self._steerer = Steerer(scorer)
         self._state = _State()
@@ -155,23 +160,24 @@ class Session:
             self._state.began, self._state.count = time.perf_counter(), count
             self._state.latest = [None] * count
 
+    @former_keywords(how="estimate_source")
     def step(
         self,
         latents: Latents,
-        x0: Latents | None = None,
+        x0: Latents | Prediction | None = None,
         *,
         noise_level: float,
         x0_noise_level: float | None = None,
         alpha: float = 1.0,
         final: bool = False,
-        how: str | None = None,
+        estimate_source: str | None = None,
     ) -> StepResult:
         """Judge one step and act on it.
 
         Args:
             latents: [B, ...], as the loop carries them after this step.
             x0: the model's prediction of the clean latents, judged in their place where given; in
-                the convention of `latents`.
+                the convention of `latents`. As a Prediction it is computed where it is needed.
             noise_level: noise-to-signal ratio of `latents`; 0 is clean, inf is pure noise.
             x0_noise_level: that of the latents from which `x0` was predicted; `noise_level` where
                 it is not given. Thresholds and windows go by it.
@@ -180,7 +186,7 @@ class Session:
                 change of x0 is multiplied with.
             final: nothing follows. `latents` themselves are judged, x0 is not, every concept is
                 judged, and a match of `steer` blocks.
-            how: where x0 came from, for the record; without x0, what `latents` are.
+            estimate_source: where x0 came from, for the record; without x0, what `latents` are.
 
         Never raises for what happens while judging: an exception gets the decision that the
         policy's `on_error` names, on every image that is not blocked yet.
@@ -190,10 +196,11 @@ class Session:
         self.begin(len(latents))
         state.finished = False  # whatever was judged before, the loop went on
         level = noise_level if final or x0 is None or x0_noise_level is None else x0_noise_level
+        judged: Latents | Prediction
         if x0 is None:
-            judged, how = latents, how or "latents"
+            judged, source = latents, estimate_source or "latents"
         else:
-            judged, how = (latents, "latents") if final else (x0, how or "x0")
+            judged, source = (latents, "latents") if final else (x0, estimate_source or "x0")
         index, state.step = state.step, state.step + 1
         verdicts: list[Verdict | None] = []
         steering: list[Steering | None] = [None] * state.count
@@ -204,13 +211,13 @@ class Session:
                 return self._result(self.blanked(latents), ())
             if self._defers and not final:
                 scores = self._scores(judged, level)
-                state.waiting.append((index, level, how, scores, time.perf_counter() - began))
+                state.waiting.append((index, level, source, scores, time.perf_counter() - began))
                 state.spent += time.perf_counter() - began
                 return self._result(latents, ())
             self._resolve()
             verdicts = self._judge(judged, level, final)
             if final:
-                verdicts = self._hold(judged, verdicts, level)
+                verdicts = self._hold(latents, verdicts, level)
             else:
                 latents, steering = self._steer(
                     latents, judged, verdicts, level, noise_level, alpha
@@ -222,7 +229,7 @@ class Session:
             logger.exception("request %s: step %d could not be judged", self.request_id, index)
             self._resolve()
             verdicts = self._failed(error, level)
-        self._settle(index, level, how, final, verdicts, steering, began)
+        self._settle(index, level, source, final, verdicts, steering, began)
         return self._result(self.blanked(latents), self._current())
 
     def fail(self, error: str, noise_level: float = 0.0, *, final: bool = False) -> bool:
@@ -323,15 +330,16 @@ class Session:
 
     # -- judging -----------------------------------------------------------------------------
 
-    def _check(self, latents: Latents, judged: Latents, now: float) -> None:
+    def _check(self, latents: Latents, judged: Latents | Prediction, now: float) -> None:
         state, limits = self._state, self.limits
         if len(latents) != state.count or len(judged) != state.count:
             raise LatentsError(
                 f"this session began with {state.count} images, step {state.step - 1} has "
                 f"{len(latents)} latents and {len(judged)} estimates: use a session a request"
             )
-        ours, its = ((x.space.name, x.scaled, x.height, x.width) for x in (latents, judged))
-        if ours != its or not latents.space.is_scaled_as(judged.space):
+        read = judged.latents if isinstance(judged, Prediction) else judged
+        ours, its = ((x.space.name, x.scaled, x.height, x.width) for x in (latents, read))
+        if ours != its or not latents.space.is_scaled_as(read.space):
             raise LatentsError(
                 f"x0 must be of the space, scaling and size of the latents, {latents!r}, got "
                 f"{judged!r}"
@@ -349,10 +357,12 @@ class Session:
         return not self.stopped and self.scorer.policy.schedule.due(index, level)
 
     @torch.inference_mode()
-    def _scores(self, judged: Latents, level: float) -> Scores:
+    def _scores(self, judged: Latents | Prediction, level: float) -> Scores:
         return self.scorer.score(judged, level)
 
-    def _judge(self, judged: Latents, level: float, final: bool) -> list[Verdict | None]:
+    def _judge(
+        self, judged: Latents | Prediction, level: float, final: bool
+    ) -> list[Verdict | None]:
         """Verdicts on the images that are not blocked yet; None for the others."""
         active = [i for i in range(len(judged)) if i not in self._state.blocked]
         verdicts: list[Verdict | None] = [None] * len(judged)
@@ -373,19 +383,19 @@ class Session:
     def _resolve(self) -> None:
         """Make the verdicts that were put off."""
         waiting, self._state.waiting = self._state.waiting, []
-        for index, level, how, scores, seconds in waiting:
+        for index, level, source, scores, seconds in waiting:
             found = self.scorer.decide(scores, final=False)
             verdicts = [None if i in self._state.blocked else v for i, v in enumerate(found)]
             none: list[Steering | None] = [None] * len(verdicts)
             began = time.perf_counter() - seconds
-            self._settle(index, level, how, False, verdicts, none, began)
+            self._settle(index, level, source, False, verdicts, none, began)
 
     # -- acting ------------------------------------------------------------------------------
 
     def _steer(
         self,
         latents: Latents,
-        judged: Latents,
+        judged: Latents | Prediction,
         verdicts: Sequence[Verdict | None],
         level: float,
         after: float,
@@ -409,7 +419,7 @@ class Session:
             return latents, records
         moved, found = self._steerer(
             latents.pick(held),
-            judged.pick(held),
+            clean(judged.pick(held)),
             list(names.values()),
             level,
             alpha,
@@ -457,7 +467,7 @@ class Session:
         self,
         index: int,
         level: float,
-        how: str,
+        source: str,
         final: bool,
         verdicts: Sequence[Verdict | None],
         steering: Sequence[Steering | None],
@@ -481,7 +491,7 @@ class Session:
         seconds = time.perf_counter() - began
         state.spent += seconds
         record = StepRecord(
-            index, level, how, final, tuple(verdicts), tuple(actions), tuple(steering), seconds
+            index, level, source, final, tuple(verdicts), tuple(actions), tuple(steering), seconds
         )
         state.history.append(record)
         if self._on_record is not None:

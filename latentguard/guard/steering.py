@@ -120,7 +120,7 @@ class Steerer:
         after: float | None,
         since: Sequence[float],
     ) -> tuple[Tensor, list[Steering | None]]:
-        x0 = x0.spatial()
+        x0 = x0.to_spatial()
         start = x0.tensor.detach().clone().float()
         device = start.device
         limits = self.limits(concepts, noise_level).to(device)
@@ -153,7 +153,7 @@ class Steerer:
             carry = carry * risen.clamp(1.0, GROWN)
         way = Latents(moving.detach() - start, x0.space, x0.scaled)
         if latents.layout == "packed":
-            way = way.packed()
+            way = way.to_packed()
         moved = given + alpha * _per_image(carry, given) * way.tensor
         moved = torch.where(_per_image(taken > 0, given), _same_norm(moved, given), given)
         return moved, self._records(limits, first, last, taken)

@@ -1,6 +1,6 @@
 """A policy as the judge reads it: typed, frozen, and checked once.
 
-`Rules.of` reads what `Policy.plain()` gives, which is also what an exported file carries, so that
+`Rules.of` reads what `Policy.to_dict()` gives, which is also what an exported file carries, so that
 judging needs neither pydantic nor torch. `Rules.bind` adds the model that the scores come from;
 from then on every threshold is a margin that can be looked up.
 """
@@ -63,7 +63,7 @@ class Rule:
 
     @classmethod
     def of(cls, concept: Mapping[str, Any]) -> Rule:
-        """Read a concept of `Policy.plain()`. Raises ValueError where it cannot be judged by."""
+        """Read a concept of `Policy.to_dict()`. Raises ValueError where it cannot be judged by."""
         name = str(concept["id"])
         kind, value = concept["threshold"]["kind"], float(concept["threshold"]["value"])
         if kind not in _KINDS or not math.isfinite(value):
@@ -174,7 +174,7 @@ class Rules:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Rules:
-        """Read `Policy.plain()`.
+        """Read `Policy.to_dict()`.
 
         Raises ValueError for an unknown schema_version and for whatever cannot be judged by.
         """

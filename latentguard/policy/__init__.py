@@ -1,7 +1,7 @@
 """Policies: which concepts to look for, at which threshold, and what to do about a match.
 
 A policy is one YAML file; docs/policies.md describes every key. What is loaded is frozen and
-complete: `Policy.plain()` is the same as JSON-able data, which is all that `latentguard.judge`
+complete: `Policy.to_dict()` is the same as JSON-able data, which is all that `latentguard.judge`
 needs. Calibrated thresholds lie beside the policy in NAME.lock.yaml.
 
 fields: what each kind of value accepts. models: Policy and its parts. lock: calibrated thresholds.

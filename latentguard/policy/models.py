@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, PrivateAttr, field_validator, model_validator
 
+from latentguard.deprecated import Former
 from latentguard.policy.fields import (
     Band,
     Description,
@@ -245,7 +246,7 @@ class Policy(Frozen):
             _canonical([self.templates, concept.prompts, self.contrast_of(concept)])
         ).hexdigest()
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The policy as JSON-able data, complete with `sha256` and `lock`.
 
         Each concept's `threshold` is {"kind", "value"}, and `steer` is {"strength", "iterations"}
@@ -259,6 +260,8 @@ class Policy(Frozen):
         data["sha256"] = self.sha256
         data["lock"] = self._lock.model_dump(mode="json") if self._lock else None
         return data
+
+    plain = Former("to_dict")
 
 
 def _check_contrast(prompts: Sequence[str], contrast: Sequence[str], field: str) -> None:

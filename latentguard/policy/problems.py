@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from latentguard.policy.fields import SCHEMA_VERSION
+from latentguard.policy.fields import PATTERNS, SCHEMA_VERSION
 from latentguard.policy.yaml_nodes import Node, Problem, clip, problems_error, show
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -90,6 +90,19 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
+def _range(model: type[BaseModel], loc: Sequence[int | str]) -> str:
+    """The numbers that the field at `loc` takes, as its JSON Schema gives them."""
+    owner = _model_at(model, loc[:-1])
+    assert owner is not None  # a number stands in a model
+    schema = owner.model_json_schema()["properties"][loc[-1]]
+    number = schema.get("anyOf", [schema])[0]
+    if number["type"] == "integer":
+        return f"a whole number from {number['minimum']} to {number['maximum']}"
+    if "minimum" in number:
+        return f"between {number['minimum']:g} and {number['maximum']:g}"
+    return f"above {number['exclusiveMinimum']:g} and below {number['exclusiveMaximum']:g}"
+
+
 def _problem(model: type[BaseModel], root: Node, what: str, detail: Any) -> Problem:
     """pydantic's description of one error as a line and a sentence."""
     loc: tuple[int | str, ...] = detail["loc"]
@@ -111,7 +124,22 @@ def _problem(model: type[BaseModel], root: Node, what: str, detail: Any) -> Prob
             near = closest(str(loc[-1]), known)
             hint = f"did you mean '{near}'?" if near else f"known keys: {', '.join(known)}"
             sentence = f"{name} is not a known key; {hint}"
-        case "string_type":
+        case "float_type":
+            sentence = f"{name} must be a number, got {got}"
+        case (
+            "int_type"
+            | "greater_than"
+            | "greater_than_equal"
+            | "less_than"
+            | "less_than_equal"
+            | "finite_number"
+        ):
+            sentence = f"{name} must be {_range(model, loc)}, got {got}"
+        case "string_pattern_mismatch":
+            sentence = f"{name} {PATTERNS[context['pattern']]}, got {got}"
+        case "string_too_long":
+            sentence = f"{name} must be at most {context['max_length']} characters long, got {got}"
+        case "string_type" | "string_unicode":
             quotes = isinstance(detail["input"], bool | int | float)
             sentence = f"{name} must be text, got {got}{'; put it in quotes' if quotes else ''}"
         case "tuple_type":

@@ -280,7 +280,7 @@ class Guard:
             raise LatentsError(
                 f"{self.path.name} reads {self.space} latents, not {latents.space.name}"
             )
-        return widened(latents.standard(self.scaled).array)
+        return widened(latents.to_standard(self.scaled).array)
 
     def _cascade(self, first: Network) -> CascadeJudge[Array]:
         """The judge that asks `first` first. Raises ModelError where it cannot be one."""

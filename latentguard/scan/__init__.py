@@ -1,9 +1,9 @@
 """Many latents files against a policy: `scan_files`, and the sinks of `latentguard scan`.
 
-Reading order: record.py (one image's result) -> judging.py (who judges) with scoring.py (torch) and
-onnx.py (an exported file, no torch) -> engine.py (paths to records) -> summary.py -> the sinks:
-lines.py (JSON lines, CSV), table.py, report.py with page.py and card.py. text.py keeps untrusted
-text harmless in all of them.
+Reading order: record.py (one image's result) -> judges.py (who judges, in PyTorch or from an
+exported file) -> engine.py (paths to records) -> summary.py -> the sinks: lines.py (JSON lines and
+CSV), table.py and report.py. The report collects report_data.py; page.py, with scales.py and
+card.py, hands it to the templates. text.py keeps untrusted text harmless in all of them.
 """
 
 from latentguard.judge import ModelId, PolicyId

@@ -82,7 +82,7 @@ class TorchJudges(Judges):
         space: str | LatentSpace | None,
     ) -> None:
         loaded = load_policy(policy)
-        super().__init__(Rules.of(loaded.plain()))
+        super().__init__(Rules.of(loaded.to_dict()))
         self._policy, self._device = loaded, device
         _check_device(device)
         self._judges: dict[str, SpaceJudge | str] = {}
@@ -104,7 +104,7 @@ class TorchJudges(Judges):
         scorer = Scorer(self._policy, model, space=space, device=self._device)
 
         def judge(latents: LatentArray, heatmaps: bool) -> Judged:
-            return scorer.judge(latents.torch(), heatmaps=heatmaps)
+            return scorer.judge(latents.to_torch(), heatmaps=heatmaps)
 
         notes = str(getattr(scorer.encoder, "notes", "") or "")
         info = _info(scorer.bound, notes, scorer.bank.unseen_contrast)
@@ -183,7 +183,7 @@ class OnnxJudges(Judges):
                 f"no other: give it '{given.name}' ({given.sha256[:12]}) with "
                 "`latentguard export swap`"
             )
-        if Rules.of(given.plain()) != self.rules:
+        if Rules.of(given.to_dict()) != self.rules:
             raise PolicyError(
                 f"{path} names policy '{own.name}' ({own.sha256[:12]}), and its concepts or "
                 "thresholds are not those of that policy: export it anew, and pin it by --sha256"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentguard.deprecated import Former
 from latentguard.errors import LatentsError
 from latentguard.spaces import scaling
 from latentguard.spaces.space import SPACES, LatentSpace
@@ -64,7 +65,7 @@ class LatentArray:
     def __len__(self) -> int:
         return len(self.array)
 
-    def scaled_(self) -> LatentArray:
+    def to_scaled(self) -> LatentArray:
         """As the diffusion model denoises them, float32 (self when they are scaled).
 
         Raises LatentsError for flux2 without its batch-norm statistics.
@@ -73,17 +74,17 @@ class LatentArray:
             return self
         return self._like(scaling.to_scaled(_exact(self.array), self.space), self.space, True)
 
-    def raw(self) -> LatentArray:
-        """As the VAE encodes them, float32 (self when they are raw). Raises as `scaled_` does."""
+    def to_raw(self) -> LatentArray:
+        """As the VAE encodes them, float32 (self when they are raw). Raises as `to_scaled` does."""
         if not self.scaled:
             return self
         return self._like(scaling.to_raw(_exact(self.array), self.space), self.space, False)
 
-    def standard(self, scaled: bool = True) -> LatentArray:
+    def to_standard(self, scaled: bool = True) -> LatentArray:
         """As encoders read them: raw, or in the scaling that `SPACES` gives the space; float32.
 
         A space may have a scaling of its own, as Playground 2.5's. Self where nothing changes.
-        Raises as `scaled_` does.
+        Raises as `to_scaled` does.
         """
         standard = SPACES.get(self.space.name, self.space)
         if scaling.is_standard(self.space, standard, self.scaled, scaled):
@@ -93,7 +94,7 @@ class LatentArray:
         space = self.space if standard.scale is None or not scaled else standard
         return self._like(converted, space, scaled)
 
-    def torch(self) -> Latents:
+    def to_torch(self) -> Latents:
         """The same as `Latents`, in the same dtype; the numbers are shared where they can be."""
         import torch
 
@@ -105,6 +106,9 @@ class LatentArray:
         else:
             tensor = torch.from_numpy(np.ascontiguousarray(self.array))
         return Latents(tensor, self.space, self.scaled, ids=self.ids)
+
+    raw, scaled_, standard = Former("to_raw"), Former("to_scaled"), Former("to_standard")
+    torch = Former("to_torch")
 
     @staticmethod
     def cat(batches: Sequence[LatentArray]) -> LatentArray:

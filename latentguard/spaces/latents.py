@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from latentguard.deprecated import Former
 from latentguard.errors import LatentsError
 from latentguard.spaces import scaling
 from latentguard.spaces.space import SPACES, BatchNorm, LatentSpace, at_least_single
@@ -74,21 +75,18 @@ class Latents:
 
     # -- conventions -------------------------------------------------------------------------
 
-    def raw(self, batch_norm: BatchNorm | None = None) -> Latents:
+    def to_raw(self, batch_norm: BatchNorm | None = None) -> Latents:
         """These latents as the VAE encodes them (self when they are).
 
         `batch_norm` is needed for flux2 unless the space carries it; the result's space does.
         """
         return self._converted(False, batch_norm)
 
-    def scaled_(self, batch_norm: BatchNorm | None = None) -> Latents:
-        """These latents as the diffusion model denoises them (self when they are).
-
-        Not in place; the underscore tells it from the attribute `scaled`.
-        """
+    def to_scaled(self, batch_norm: BatchNorm | None = None) -> Latents:
+        """These latents as the diffusion model denoises them (self when they are)."""
         return self._converted(True, batch_norm)
 
-    def standard(self, scaled: bool = True) -> Latents:
+    def to_standard(self, scaled: bool = True) -> Latents:
         """As encoders read them: raw, or in the scaling that `SPACES` gives the space.
 
         A space may have a scaling of its own, as Playground 2.5's. Self where nothing changes;
@@ -96,28 +94,43 @@ class Latents:
 
         Raises LatentsError for flux2 without its batch-norm statistics.
         """
-        standard = SPACES.get(self.space.name, self.space)
-        if scaling.is_standard(self.space, standard, self.scaled, scaled):
+        if self.is_standard(scaled):
             return self
-        numbers = at_least_single(self.spatial().tensor)
+        standard = self._standard_space()
+        numbers = at_least_single(self.to_spatial().tensor)
         converted = scaling.to_standard(numbers, self.space, standard, self.scaled, scaled)
         space = self.space if standard.scale is None or not scaled else standard
         return Latents(converted, space, scaled, ids=self.ids)
+
+    def is_standard(self, scaled: bool = True) -> bool:
+        """Whether `standard` changes nothing."""
+        return scaling.is_standard(self.space, self._standard_space(), self.scaled, scaled)
+
+    def _standard_space(self) -> LatentSpace:
+        return SPACES.get(self.space.name, self.space)
+
+    def affine(self, scaled: bool = True) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """`standard` as tensor * scale + shift, one number for each channel of spatial latents.
+
+        None where nothing changes, and where it is not one number for each channel. Raises as
+        `standard` does.
+        """
+        return scaling.affine(self.space, self._standard_space(), self.scaled, scaled)
 
     def _converted(self, scaled: bool, batch_norm: BatchNorm | None) -> Latents:
         if self.scaled is scaled:
             return self
         space = self.space if batch_norm is None else self.space.with_batch_norm(*batch_norm)
         if self.layout == "packed":
-            return self.spatial()._converted(scaled, batch_norm).packed()
+            return self.to_spatial()._converted(scaled, batch_norm).to_packed()
         convert = space.to_scaled if scaled else space.to_raw
         return Latents(convert(self.tensor), space, scaled, ids=self.ids)
 
-    def spatial(self) -> Latents:
+    def to_spatial(self) -> Latents:
         """The same latents as [B, C, H, W] (self when they are)."""
         if self.layout == "spatial":
             return self
-        tensor = self.space.unpack(self.tensor, self.height, self.width)
+        tensor = self.space.to_spatial(self.tensor, self.height, self.width)
         return Latents(tensor, self.space, self.scaled, ids=self.ids)
 
     def check_size(self) -> None:
@@ -129,11 +142,14 @@ class Latents:
             tokens = self.tensor.detach().float().cpu().numpy()
             check_size(tokens, self.space, self.height, self.width)
 
-    def packed(self) -> Latents:
+    def to_packed(self) -> Latents:
         """The same latents as tokens [B, H/2 * W/2, C * 4] (self when they are)."""
         if self.layout == "packed":
             return self
-        return self._like(self.space.pack(self.tensor), self.ids, layout="packed")
+        return self._like(self.space.to_packed(self.tensor), self.ids, layout="packed")
+
+    raw, scaled_, standard = Former("to_raw"), Former("to_scaled"), Former("to_standard")
+    spatial, packed = Former("to_spatial"), Former("to_packed")
 
     # -- a batch -----------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def array_preview(latents: LatentArray) -> NDArray[np.uint8]:
 
     space = SPACES[latents.space.name]
     factors = np.asarray(space.rgb_factors, np.float32)
-    numbers = widened(latents.standard().array).astype(np.float32, copy=False)
+    numbers = widened(latents.to_standard().array).astype(np.float32, copy=False)
     rgb = np.einsum("bchw,cr->bhwr", numbers, factors) + np.asarray(space.rgb_bias, np.float32)
     pixels = np.clip(np.nan_to_num((rgb + 1) * 127.5), 0, 255).round()
     picture: NDArray[np.uint8] = pixels.astype(np.uint8)
@@ -69,7 +69,7 @@ def linear_rgb(latents: Latents) -> Tensor:
     import torch
 
     space = SPACES[latents.space.name]
-    scaled = latents.spatial().standard().tensor.float()
+    scaled = latents.to_spatial().to_standard().tensor.float()
     factors = scaled.new_tensor(space.rgb_factors)
     bias = scaled.new_tensor(space.rgb_bias)
     return torch.einsum("bchw,cr->brhw", scaled, factors) + bias.view(1, 3, 1, 1)

@@ -116,16 +116,58 @@ def to_standard(
     return to_scaled(raw, space if standard.scale is None else standard)
 
 
+def affine(
+    space: LatentSpace, standard: LatentSpace, scaled: bool, wanted: bool
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """`to_standard` as x * scale + shift, one number for each channel, for a kernel that applies it
+    on the way.
+
+    None where nothing changes, and where the numbers are those of packed channels, which hold for
+    whole 2x2 blocks alone. Raises LatentsError as `to_standard` does.
+    """
+    if is_standard(space, standard, scaled, wanted):
+        return None
+    scale, shift = [1.0] * space.channels, [0.0] * space.channels
+    if scaled:
+        numbers = _per_channel(space, "raw")
+        if numbers is None:
+            return None
+        scale, shift = [1 / a for a in numbers[0]], numbers[1]
+    if wanted:
+        numbers = _per_channel(space if standard.scale is None else standard, "scaled")
+        if numbers is None:
+            return None
+        triples = list(zip(scale, shift, *numbers, strict=True))
+        scale = [factor * a for factor, _, a, _ in triples]
+        shift = [(offset - b) * a for _, offset, a, b in triples]
+    return tuple(scale), tuple(shift)
+
+
+def _per_channel(space: LatentSpace, wanted: str) -> tuple[list[float], list[float]] | None:
+    """Scale and shift of each channel; None where they differ within packed channels."""
+    if space.scale is None or space.shift is None:
+        raise _unknown(space, wanted)
+    scale, shift = _numbers(space.scale), _numbers(space.shift)
+    if {len(scale), len(shift)} - {1, space.channels}:
+        return None
+    repeat = space.channels
+    return list(scale) * (repeat // len(scale)), list(shift) * (repeat // len(shift))
+
+
+def _unknown(space: LatentSpace, wanted: str) -> LatentsError:
+    return LatentsError(
+        f"space {space.name}: {wanted} latents need the batch-norm statistics of the "
+        f"pipeline's VAE: give space=LatentSpace.get('{space.name}').with_batch_norm("
+        "*BatchNorm.from_vae(pipe.vae))"
+    )
+
+
 def _mapped(
     numbers: Any, space: LatentSpace, wanted: str, formula: Callable[[Any, Any, Any], Any]
 ) -> Any:
     scale, shift = space.scale, space.shift
     if scale is None or shift is None:
-        raise LatentsError(
-            f"space {space.name}: {wanted} latents need the batch-norm statistics of the "
-            f"pipeline's VAE: give space=LatentSpace.get('{space.name}').with_batch_norm("
-            "*BatchNorm.from_vae(pipe.vae))"
-        )
+        raise _unknown(space, wanted)
     shape = tuple(numbers.shape)
     if len(shape) < 3 or shape[-3] != space.channels:
         raise LatentsError(

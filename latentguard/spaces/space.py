@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from latentguard.deprecated import Former, former_keywords
 from latentguard.errors import LatentsError
 from latentguard.spaces import scaling
 from latentguard.spaces.vae_config import space_from_vae_config
@@ -46,6 +47,7 @@ class BatchNorm(NamedTuple):
             ) from error
 
 
+@former_keywords(factor="vae_scale_factor")
 @dataclass(frozen=True)
 class LatentSpace:
     """One latent space: its shape, its two scalings, its packing and its RGB view.
@@ -53,7 +55,7 @@ class LatentSpace:
     Attributes:
         name: `sdxl`, `sd1`, `sd3`, `flux1` or `flux2`.
         channels: channels of the spatial layout [B, channels, H, W].
-        factor: pixels per latent cell and axis.
+        vae_scale_factor: pixels per latent cell and axis.
         scale, shift: `scaled = (raw - shift) * scale`; a number, `channels` numbers, or
             `packed_channels` numbers in packed order, finite and near what the statistics of
             images make plausible. None where the numbers are no constants of the space (flux2
@@ -70,10 +72,12 @@ class LatentSpace:
     shift: Factors | None
     rgb_factors: tuple[RGB, ...]
     rgb_bias: RGB
-    factor: int = 8
+    vae_scale_factor: int = 8
     packed_patch: int = 1
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+    factor = Former("vae_scale_factor")
 
     def __post_init__(self) -> None:
         scaling.check_plausible(self)
@@ -165,16 +169,18 @@ class LatentSpace:
 
     # -- spatial <-> packed ------------------------------------------------------------------
 
-    def pack(self, spatial: Tensor) -> Tensor:
+    def to_packed(self, spatial: Tensor) -> Tensor:
         """[B, C, H, W] -> tokens [B, H/2 * W/2, C * 4], row-major, channel c*4 + dy*2 + dx."""
         return self.patchify(spatial).flatten(2).transpose(1, 2)
 
-    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+    def to_spatial(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Tokens [B, N, C * 4] -> [B, C, height, width]; height and width in latent cells."""
         self.check_packed(tuple(tokens.shape), height, width)
         rows, columns = height // self.packed_patch, width // self.packed_patch
         grid = tokens.transpose(1, 2).reshape(-1, self.packed_channels, rows, columns)
         return self.unpatchify(grid)
+
+    pack, unpack = Former("to_packed"), Former("to_spatial")
 
     def size(
         self, shape: Sequence[int], layout: str, height: int | None, width: int | None
@@ -190,7 +196,7 @@ class LatentSpace:
             if height is None or width is None:
                 raise LatentsError(
                     "packed latents do not carry their size: give height and width in latent "
-                    f"cells (pixels / {self.factor})"
+                    f"cells (pixels / {self.vae_scale_factor})"
                 )
             if not (hasattr(height, "__index__") and hasattr(width, "__index__")):
                 raise LatentsError(
@@ -220,7 +226,7 @@ class LatentSpace:
             raise LatentsError(
                 f"space {self.name}: packed latents of {height}x{width} cells must be "
                 f"[B, {count}, {self.packed_channels}], got {list(shape)} "
-                f"(height and width are latent cells: pixels / {self.factor})"
+                f"(height and width are latent cells: pixels / {self.vae_scale_factor})"
             )
 
     def patchify(self, spatial: Tensor) -> Tensor:

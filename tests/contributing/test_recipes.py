@@ -101,9 +101,9 @@ assert space.packed_channels == 32
 
 raw = np.random.default_rng(0).normal(size=(2, 8, 6, 4)).astype(np.float32)
 array = LatentArray(raw, space, scaled=False)
-np.testing.assert_allclose(array.scaled_().array, (raw - 0.25) * 0.5, rtol=1e-6)
-np.testing.assert_allclose(array.scaled_().raw().array, raw, rtol=1e-5, atol=1e-6)
-assert array_preview(array.scaled_()).shape[0] == 2
+np.testing.assert_allclose(array.to_scaled().array, (raw - 0.25) * 0.5, rtol=1e-6)
+np.testing.assert_allclose(array.to_scaled().to_raw().array, raw, rtol=1e-5, atol=1e-6)
+assert array_preview(array.to_scaled()).shape[0] == 2
 
 np.savez("toy.npz", latents=raw, space="toy", scaled=False)
 records = list(read_arrays("toy.npz"))
@@ -177,7 +177,7 @@ class ToyEncoder(EncoderBase):
     def encode_latents(self, latents: Latents) -> Tensor:
         if latents.space.name != self.space:
             raise LatentsError(f"{self.name} reads {self.space}, got {latents.space.name}")
-        return self.head.embed(self.features(latents.spatial().scaled_().tensor).pooled)
+        return self.head.embed(self.features(latents.to_spatial().to_scaled().tensor).pooled)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         rows = [torch.tensor([float(b) for b in hashlib.md5(t.encode()).digest()]) for t in texts]

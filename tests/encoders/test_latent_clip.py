@@ -16,7 +16,7 @@ from clip_reference import SMALL_B4, SMALL_B8, Reference, make_reference
 from torch import Tensor
 
 from latentguard import ops
-from latentguard.encoders import Encoder, strongest_view
+from latentguard.encoders import Encoder, load_encoder, strongest_view
 from latentguard.encoders import checkpoint as files
 from latentguard.encoders.catalog import CATALOG, LatentClipConfig
 from latentguard.encoders.header import read_metadata
@@ -24,7 +24,7 @@ from latentguard.encoders.latent_clip import LatentCLIP
 from latentguard.encoders.resize import Tile
 from latentguard.errors import LatentsError, ModelError
 from latentguard.scorer import Scorer
-from latentguard.spaces import Latents
+from latentguard.spaces import SCALINGS, Latents, Prediction
 
 Write = Callable[..., Path]
 
@@ -154,8 +154,9 @@ def test_other_spaces_and_shapes_are_refused(encoder: LatentCLIP) -> None:
         encoder.encode_latents(Latents(torch.randn(1, 4, 64, 64), "sd1", scaled=False))
     with pytest.raises(LatentsError, match=r"shape \[B, 4, H, W\], got \[1, 16, 64, 64\]"):
         encoder.features(torch.randn(1, 16, 64, 64))
+    one = torch.ones(1)
     with pytest.raises(LatentsError, match="predicted noise must have the shape"):
-        encoder.features(torch.randn(1, 4, 64, 64), torch.randn(1, 4, 32, 64))
+        encoder.features(torch.randn(1, 4, 64, 64), torch.randn(1, 4, 32, 64), one, one)
 
 
 def test_prompts_that_would_be_cut_are_refused(encoder: LatentCLIP) -> None:
@@ -530,3 +531,52 @@ def test_a_failed_write_leaves_nothing(
 def test_configurations_are_validated(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelError, match=says):
         LatentClipConfig.from_dict(SMALL_B8.to_dict() | changes)
+
+
+@pytest.mark.parametrize("resize", ["interpolate", "pool", "tile"])
+def test_latents_are_unscaled_on_the_way(resize: Any) -> None:
+    encoder = LatentCLIP.random(SMALL_B8, resize=resize).to(dtype=torch.float64)
+    raw = raw_latents(2, 52, 76).double()
+    scale, shift = torch.tensor([7.5, 6.0, 8.0, 9.0]), torch.tensor([0.5, -1.0, 0.0, 2.0])
+    scaled = (raw - shift.double().view(-1, 1, 1)) / scale.double().view(-1, 1, 1)
+    got = encoder.features(scaled, scale=scale, shift=shift)
+    torch.testing.assert_close(got.pooled, encoder.features(raw).pooled, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("space", ["sdxl", SCALINGS["sdxl-playground25"]], ids=str)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_scores_are_the_same_fused_and_converted_before(space: Any, scaled: bool) -> None:
+    # In float64, where neither rounds. `clean` is what an encoder of another kind is given.
+    encoder = LatentCLIP.random(SMALL_B8).to(dtype=torch.float64)
+    scorer = Scorer("weapons", encoder)
+    latents = Latents(raw_latents(2, 48, 64).double() / (7.7 if scaled else 1), space, scaled)
+    noise = torch.randn_like(latents.tensor)
+    prediction = Prediction(latents, noise, 0.75, 0.5)
+    before = scorer.score(latents).margin, scorer.score(prediction).margin
+    LatentCLIP.unscales = False
+    try:
+        after = scorer.score(latents).margin, scorer.score(prediction.x0()).margin
+    finally:
+        LatentCLIP.unscales = True
+    torch.testing.assert_close(before, after, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "given", [("noise",), ("sigma",), ("noise", "sigma"), ("noise", "alpha"), ("alpha", "sigma")]
+)
+def test_a_part_of_an_estimate_is_refused(given: tuple[str, ...]) -> None:
+    x = raw_latents(2, 64, 64)
+    parts = {"noise": x, "alpha": torch.ones(2), "sigma": torch.ones(2)}
+    some = {name: parts[name] for name in given}
+    for encoder in (LatentCLIP.random(SMALL_B8), load_encoder("nano-sdxl")):
+        with pytest.raises(LatentsError, match="noise, alpha and sigma together, or alpha alone"):
+            encoder.features(x, **some)
+        with pytest.raises(LatentsError, match=r"alpha must be \[2\], one for each image"):
+            encoder.features(x, alpha=torch.ones(3))
+
+
+def test_alpha_alone_divides() -> None:
+    x, alpha = raw_latents(2, 64, 64), torch.tensor([0.5, 2.0])
+    for encoder in (LatentCLIP.random(SMALL_B8), load_encoder("nano-sdxl")):
+        got = encoder.features(x * alpha.view(-1, 1, 1, 1), alpha=alpha).pooled
+        torch.testing.assert_close(got, encoder.features(x).pooled, atol=1e-4, rtol=1e-4)

@@ -157,7 +157,9 @@ def test_lock_loads_and_the_policy_decides(policy_path):
     just_under = [float(np.nextafter(np.float32(limit), np.float32(-1))) for limit in limits]
     margin = np.array([limits, just_under, [limits[0], just_under[1]]])
     best = np.array([[0, 1]] * 3)
-    found = decided(np.full((3, 2), 0.5), margin, best, locked.plain(), model=MODEL, space="flux2")
+    found = decided(
+        np.full((3, 2), 0.5), margin, best, locked.to_dict(), model=MODEL, space="flux2"
+    )
     assert [v.error for v in found] == [None] * 3
     assert [[c.matched for c in v.concepts] for v in found] == [
         [True, True], [False, False], [True, False],

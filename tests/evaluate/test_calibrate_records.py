@@ -30,7 +30,7 @@ WHO = {"model": "test-model", "model_sha256": "a" * 64, "space": "flux2"}
 
 def _verdict(margin, level, prompt=0):
     found = decided(
-        [[0.4]], [[margin]], [[prompt]], POLICY.plain(), noise_level=level, final=level == 0
+        [[0.4]], [[margin]], [[prompt]], POLICY.to_dict(), noise_level=level, final=level == 0
     )
     assert found[0].error is None
     return found[0].to_dict()

@@ -40,7 +40,7 @@ class ChannelEncoder:
         return Features(pooled, pooled[:, None], (1, 1))
 
     def encode_latents(self, latents):
-        return self.features(latents.spatial().scaled_().tensor).pooled
+        return self.features(latents.to_spatial().to_scaled().tensor).pooled
 
     def encode_text(self, texts):
         return torch.eye(32)[[int(text.rsplit(" ", 1)[1]) for text in texts]]

@@ -30,7 +30,7 @@ DEEP_B4 = replace(SMALL_B4, width=128, layers=3)
 def sdxl(count: int, size: tuple[int, int], scaled: bool = True) -> Latents:
     """Random latents with SDXL's channel statistics."""
     made = drawn("sdxl", size, count)
-    return made if scaled else made.raw()
+    return made if scaled else made.to_raw()
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def test_nano_sdxl_agrees(exports: Exports, models: Models) -> None:
 
 def test_raw_and_scaled_inputs_mean_the_same_image(exports: Exports, models: Models) -> None:
     scaled = sdxl(4, (64, 64))
-    raw = scaled.raw()
+    raw = scaled.to_raw()
     wanted = expected(Scorer("family", models["b8"]), raw)
     with Guard(exports("clip").path) as takes_scaled, Guard(exports("clip-raw").path) as takes_raw:
         assert (takes_scaled.scaled, takes_raw.scaled) == (True, False)

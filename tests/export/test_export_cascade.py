@@ -46,7 +46,7 @@ def test_two_files(cascade: Exported) -> None:
         assert (made.checked.images, made.checked.same) == (25, 25)
     ours, theirs = metadata(cascade.path), metadata(first.path)
     assert ours["first"] == {"file": "guard.first.onnx", "sha256": first.sha256}
-    assert ours["policy"] == json.loads(json.dumps(two_stages().plain()))
+    assert ours["policy"] == json.loads(json.dumps(two_stages().to_dict()))
     assert theirs["first"] is theirs["policy"]["cascade"] is None
     assert theirs["model"]["name"] == "nano-flux2"
     assert (ours["precision"], theirs["precision"]) == ("fp32", "fp32")

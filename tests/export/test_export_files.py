@@ -72,7 +72,7 @@ def test_metadata(exports: Exports, models: Models) -> None:
     encoder, policy = models["nano-flux2"], load_policy("family")
     bank = Scorer(policy, encoder).bank
     assert found["schema_version"] == 1
-    assert found["policy"] == json.loads(json.dumps(policy.plain()))
+    assert found["policy"] == json.loads(json.dumps(policy.to_dict()))
     assert found["policy"]["sha256"] == policy.sha256
     assert all("threshold" in concept for concept in found["policy"]["concepts"])
     assert found["prompts"] == list(bank.prompts)

@@ -101,7 +101,7 @@ def test_round_trip(
     latents = Latents(tensor, name, scaled, ids=None if ids is None else ids[:count])
     packed = packed and SPACES[name].packed_patch > 1
     path = tmp_path / f"a{suffix}"
-    save_latents(path, latents.packed() if packed else latents)
+    save_latents(path, latents.to_packed() if packed else latents)
     back = load_latents(path)
     assert torch.equal(back.tensor, tensor)
     assert back.tensor.dtype == dtype

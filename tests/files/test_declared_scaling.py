@@ -82,7 +82,7 @@ def test_the_numbers_of_the_space_may_be_repeated(tmp_path: Path) -> None:
 
 def test_the_operator_gives_the_scaling_by_its_name_or_as_a_space(tmp_path: Path) -> None:
     raw = torch.randn(1, 4, 4, 4) * 5
-    own = Latents(raw, PLAYGROUND, scaled=False).scaled_().tensor
+    own = Latents(raw, PLAYGROUND, scaled=False).to_scaled().tensor
     says = {"scale": list(PLAYGROUND.scale), "shift": list(PLAYGROUND.shift)}  # type: ignore[arg-type]
     for path in (
         write(tmp_path / "a.pt", own, **SDXL, **says),
@@ -92,7 +92,7 @@ def test_the_operator_gives_the_scaling_by_its_name_or_as_a_space(tmp_path: Path
         for space in (PLAYGROUND, "sdxl-playground25"):
             back = load_latents(path, space, True)
             assert back.space == PLAYGROUND
-            torch.testing.assert_close(back.raw().tensor, raw, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(back.to_raw().tensor, raw, rtol=1e-5, atol=1e-5)
     usual = write(tmp_path / "d.pt", own, **SDXL, scale=0.13025)
     assert "not that of sdxl (scale 0.0588741, " in only_error(usual, space=PLAYGROUND)
 
@@ -119,7 +119,7 @@ def test_statistics_in_a_file_do_not_convert_raw_flux2(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz", ".tar"])
 def test_packed_tokens_of_a_false_size(tmp_path: Path, suffix: str) -> None:
     photos = load_latents(Path(__file__).parents[2] / "examples" / "latents.pt")[:3]
-    tokens = photos.packed().tensor.float().contiguous()
+    tokens = photos.to_packed().tensor.float().contiguous()
     says = {"space": "flux2", "scaled": True, "layout": "packed"}
     true = write(tmp_path / f"a{suffix}", tokens, **says, height=32, width=32)
     assert torch.equal(load_latents(true).tensor, photos.tensor.float())

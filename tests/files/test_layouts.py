@@ -42,7 +42,7 @@ def test_a_picture_said_to_be_tokens(tmp_path: Path, number: int, enlarge: Any) 
 
 def test_tokens_said_to_be_a_picture(tmp_path: Path) -> None:
     """Without a word of their layout they would be read as one image, too."""
-    batch = Latents.cat([PICTURES, PICTURES[:7]]).packed().tensor
+    batch = Latents.cat([PICTURES, PICTURES[:7]]).to_packed().tensor
     assert batch.shape == (32, 256, 128)
     for says in (SAYS, {**SAYS, "layout": "spatial"}):
         (error,) = errors(tmp_path / "a.pt", batch, **says)

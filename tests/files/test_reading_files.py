@@ -138,7 +138,7 @@ def test_safetensors_of_the_library(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_packed_tokens(tmp_path: Path) -> None:
     spatial = Latents(torch.randn(2, 16, 6, 4), "flux1", scaled=True)
-    tokens = spatial.packed().tensor
+    tokens = spatial.to_packed().tensor
     says = {"space": "flux1", "scaled": True, "height": 6, "width": 4}
     torch.save({"latents": tokens, "layout": "packed", **says}, tmp_path / "a.pt")
     torch.save({"latents": tokens, **says}, tmp_path / "b.pt")
@@ -223,7 +223,7 @@ def test_a_space_with_statistics_is_used(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", flux2_batch().numpy())
     (first, *_) = read_all(tmp_path / "a.npy", space=space, scaled=False)
     assert first.latents is not None
-    assert first.latents.scaled_().scaled
+    assert first.latents.to_scaled().scaled
 
 
 # -- paths -----------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_save_and_load(tmp_path: Path, suffix: str, packed: bool, dtype: torch.d
     path = tmp_path / f"a{suffix}"
     tensor = torch.randn(3, 16, 4, 6).to(dtype)[1:]
     latents = Latents(tensor, "flux1", scaled=False, ids=["ä", "b c"])
-    save_latents(path, latents.packed() if packed else latents, licence="CC0", steps=[1, 2])
+    save_latents(path, latents.to_packed() if packed else latents, licence="CC0", steps=[1, 2])
     back = load_latents(path)
     assert torch.equal(back.tensor, tensor)
     assert (back.space, back.scaled, back.ids) == (latents.space, False, latents.ids)
@@ -340,7 +340,7 @@ def test_a_scaling_of_its_own_is_saved_and_read_by_who_gives_it(
             save_latents(path, latents)
             back = load_latents(path, space)
             assert back.space == space
-            assert torch.equal(back.raw().tensor, latents.raw().tensor)
+            assert torch.equal(back.to_raw().tensor, latents.to_raw().tensor)
             if scaled and space.name == "flux2":  # normalised by any statistics
                 back = load_latents(path)
                 assert back.space == SPACES["flux2"]

@@ -70,7 +70,7 @@ def test_what_the_first_cannot_judge_goes_to_the_second(latents: Latents) -> Non
 def test_a_second_model_that_fails_on_the_others_costs_heat_maps_alone(asked: list[int]) -> None:
     class One:
         def __init__(self, limit: int) -> None:
-            rules = Rules.of(policy(0.5).plain())
+            rules = Rules.of(policy(0.5).to_dict())
             self.bound, self.limit = rules.bind(ModelId("one", "0" * 64), "flux2", 10.0), limit
 
         def judge(

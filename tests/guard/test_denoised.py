@@ -14,7 +14,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 from guard_pipelines import BETAS  # noqa: E402
 
 from latentguard.denoised import (  # noqa: E402
-    Level,
+    NoiseLevel,
     StepCall,
     denoised,
     from_consecutive,
@@ -82,7 +82,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 TOLERANCE = 5e-6
 
 
-def _model(name: str, scheduler: Any, prediction: str, x0: Any, x: Any, level: Level) -> Any:
+def _model(name: str, scheduler: Any, prediction: str, x0: Any, x: Any, level: NoiseLevel) -> Any:
     """What a model would say that knows x0 and the noise."""
     alpha, sigma = level.alpha, level.sigma
     if name.startswith("EDM"):
@@ -126,15 +126,15 @@ def test_x0_and_levels_are_recovered_at_every_call(
         found = denoised(call)
         assert ((found.x0 - x0).norm() / x0.norm()) < TOLERANCE
         assert found.x0.dtype == before.dtype
-        assert found.source == level
+        assert found.level_before == level
         last.append(is_last(call))
         x = result[0]
-        left = (x.double() - found.latents.alpha * x0).norm() / x0.numel() ** 0.5
+        left = (x.double() - found.level_after.alpha * x0).norm() / x0.numel() ** 0.5
         # The noise of ancestral and SDE steps is drawn: 1 / sqrt(2 * 16384) is 0.6 %. DPM-Solver's
         # SDE and PNDM's Runge-Kutta steps overshoot a little where steps are as large as here.
         coarse = options.get("algorithm_type") == "sde-dpmsolver++" or name == "PNDM"
-        assert left == pytest.approx(found.latents.sigma, rel=0.2 if coarse else 0.04, abs=0.01)
-        levels.append(found.latents.noise_level)
+        assert left == pytest.approx(found.level_after.sigma, rel=0.2 if coarse else 0.04, abs=0.01)
+        levels.append(found.level_after.noise_level)
     # An ancestral midpoint lies below the level to which noise is added afterwards.
     seen = levels[::2] if name == "KDPM2AncestralDiscrete" else levels
     assert all(a >= b for a, b in itertools.pairwise(seen))
@@ -164,20 +164,21 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "after"),
-    [(Level(1, 5), Level(1, 3)), (Level(0.3, 0.954), Level(0.6, 0.8)), (Level(0, 1), Level(1, 0))],
+    ("source", "after"), [((1, 5), (1, 3)), ((0.3, 0.954), (0.6, 0.8)), ((0, 1), (1, 0))]
 )
-def test_two_latents_of_a_deterministic_step_give_x0(source: Level, after: Level) -> None:
+def test_two_latents_of_a_deterministic_step_give_x0(
+    source: tuple[float, float], after: tuple[float, float]
+) -> None:
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    a = source.alpha * x0 + source.sigma * noise
-    b = after.alpha * x0 + after.sigma * noise
-    torch.testing.assert_close(from_consecutive(a, b, source, after), x0, atol=1e-5, rtol=1e-5)
+    a, b = (alpha * x0 + sigma * noise for alpha, sigma in (source, after))
+    found = from_consecutive(a, b, NoiseLevel(*source), NoiseLevel(*after))
+    torch.testing.assert_close(found, x0, atol=1e-5, rtol=1e-5)
 
 
 def test_two_latents_of_one_level_do_not() -> None:
     x = torch.randn(1, 4, 4, 4)
     with pytest.raises(LatentsError, match="same noise level"):
-        from_consecutive(x, x, Level(1, 2), Level(1, 2))
+        from_consecutive(x, x, NoiseLevel(1, 2), NoiseLevel(1, 2))
 
 
 def test_an_unknown_scheduler_is_an_error_that_lists_the_known_ones() -> None:
@@ -192,7 +193,7 @@ def test_epsilon_tells_nothing_at_pure_noise() -> None:
     x = torch.randn(1, 4, 4, 4)
     scheduler._step_index = 1
     with pytest.raises(LatentsError, match="pure noise"):
-        denoised(StepCall(scheduler, x, scheduler.timesteps[0], x, (x,), Level(0.0, 1.0)))
+        denoised(StepCall(scheduler, x, scheduler.timesteps[0], x, (x,), NoiseLevel(0.0, 1.0)))
 
 
 def test_the_docs_list_every_scheduler() -> None:

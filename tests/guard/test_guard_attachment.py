@@ -212,7 +212,7 @@ def test_a_vae_with_a_scaling_of_its_own_is_read_by_that_scaling() -> None:
         latents_std=list(playground.std or ()),
     )
     guard = LatentGuard(policy(NEVER), LinearEncoder("sdxl", 4))
-    assert guard.space_of(pipe) == playground
+    assert guard._space_of(pipe) == playground
     pipe.callback_on_step_end = guard
     latents = pipe(**small.sdxl_arguments(2, output_type="latent")).images
     scorer = Scorer(policy(NEVER), LinearEncoder("sdxl", 4))

@@ -455,7 +455,7 @@ def test_a_scheduler_that_hides_its_x0(signature: str) -> None:
     pipe = guarded(guard, lambda: small.sdxl(scheduler=kind(**small.BETAS)))
     assert pipe(**small.sdxl_arguments(eta=0.0)).images.any()
     how = "epsilon" if signature == "named" else "scheduler"
-    assert [record.how for record in guard.history[:3]] == [how] * 3
+    assert [record.estimate_source for record in guard.history[:3]] == [how] * 3
 
 
 def test_a_scheduler_that_cannot_be_read_blocks() -> None:
@@ -552,7 +552,7 @@ def test_interrupted_at_a_step(at: int, by: str) -> None:
     assert not found.any()
     assert guard.history[-1].final
     if at < 3:
-        assert "scheduler" in [record.how for record in guard.history if record.final]
+        assert "scheduler" in [record.estimate_source for record in guard.history if record.final]
 
 
 def test_interrupted_between_two_steps_by_another_thread() -> None:
@@ -571,7 +571,7 @@ def test_interrupted_between_two_steps_by_another_thread() -> None:
     pipe.progress_bar = lambda *args, **kwargs: Bar()
     assert not latents_of(pipe).any()
     finals = [record for record in pipe.callback_on_step_end.history if record.final]
-    assert finals[0].how == "scheduler"
+    assert finals[0].estimate_source == "scheduler"
     assert finals[0].noise_level > 1
 
 
@@ -651,7 +651,7 @@ def test_a_step_that_is_not_seen_is_told_by_the_latents_around_it(kind: str) -> 
             scheduler.step = inspect.unwrap(type(scheduler).step).__get__(scheduler)
         pipe(**arguments())
         steps.append(guard.history)
-    assert [record.how for record in steps[1]] == ["consecutive"] * 3 + ["latents"]
+    assert [record.estimate_source for record in steps[1]] == ["consecutive"] * 3 + ["latents"]
     for seen, told in zip(*steps, strict=True):
         assert told.noise_level == pytest.approx(seen.noise_level)
         a, b = (one.verdicts[0].concepts[0].margin for one in (seen, told) if one.verdicts[0])

@@ -78,7 +78,7 @@ def test_history_has_each_step_with_all_that_was_done() -> None:
     history = guard.history
     assert [record.step for record in history] == [0, 1, 2, 3]
     assert [record.final for record in history] == [False] * 3 + [True]
-    assert [record.how for record in history] == ["scheduler"] * 3 + ["latents"]
+    assert [record.estimate_source for record in history] == ["scheduler"] * 3 + ["latents"]
     levels = [record.noise_level for record in history]
     assert levels == sorted(levels, reverse=True)
     assert levels[-1] == 0

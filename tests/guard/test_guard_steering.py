@@ -117,9 +117,9 @@ def test_packed_latents_are_steered_as_spatial_ones_are(photos: Latents) -> None
     x0 = photos.pick(rows)
     steerer = Steerer(Scorer(policy(0.5, "steer"), NANO))
     spatial, records = steerer(x0, x0, [{"guns"}] * len(x0), 1.0, 0.5)
-    packed, again = steerer(x0.packed(), x0.packed(), [{"guns"}] * len(x0), 1.0, 0.5)
+    packed, again = steerer(x0.to_packed(), x0.to_packed(), [{"guns"}] * len(x0), 1.0, 0.5)
     assert records == again
-    torch.testing.assert_close(packed, x0.space.pack(spatial))
+    torch.testing.assert_close(packed, x0.space.to_packed(spatial))
 
 
 def test_a_push_follows_the_schedule_and_grows_with_what_comes_back(photos: Latents) -> None:

@@ -98,7 +98,7 @@ def run(scheduler: Any, guard: LatentGuard | None) -> Any:
 
 def told(guard: LatentGuard) -> list[Any]:
     return [
-        (record.how, record.noise_level, record.verdicts[0].concepts[0].margin)  # type: ignore[union-attr]
+        (record.estimate_source, record.noise_level, record.verdicts[0].concepts[0].margin)  # type: ignore[union-attr]
         for record in guard.history
     ]
 
@@ -115,7 +115,7 @@ def test_a_step_that_a_subclass_passes_on(base: Any, way: Any) -> None:
     run(parent(**small.BETAS), LatentGuard(policy(NEVER), XL))
     assert np.array_equal(run(cls(**small.BETAS), second), images)
     assert told(first) == told(second)
-    assert "consecutive" not in [record.how for record in first.history]
+    assert "consecutive" not in [record.estimate_source for record in first.history]
     assert first.verdicts[0].decision == "allow"
 
 
@@ -130,7 +130,7 @@ def test_the_outermost_named_step_is_the_one_that_counts() -> None:
     pipe = small.sdxl(scheduler=Halved(**small.BETAS))
     pipe.callback_on_step_end = guard
     pipe(**small.sdxl_arguments(steps=3))
-    assert [record.how for record in guard.history] == ["scheduler"] * 2 + ["latents"]
+    assert [record.estimate_source for record in guard.history] == ["scheduler"] * 2 + ["latents"]
     assert guard.history[-1].final
 
 
@@ -141,4 +141,4 @@ def test_a_step_of_another_form_leaves_its_parents_to_be_seen() -> None:
 
     guard = LatentGuard(policy(NEVER, action="observe"), XL)
     run(Other(**small.BETAS), guard)
-    assert [record.how for record in guard.history] == ["scheduler"] * 3 + ["latents"]
+    assert [record.estimate_source for record in guard.history] == ["scheduler"] * 3 + ["latents"]

@@ -172,7 +172,7 @@ def test_the_final_latents_themselves_are_judged_not_their_estimate() -> None:
     guard.step(latents, other, noise_level=1.0)
     guard.step(latents, other, noise_level=0.0, final=True)
     first, last = guard.history
-    assert (first.how, last.how) == ("x0", "latents")
+    assert (first.estimate_source, last.estimate_source) == ("x0", "latents")
     for record, judged in ((first, other), (last, latents)):
         scores = [v.concepts[0].probability for v in record.verdicts if v is not None]
         assert scores == probabilities(judged)

@@ -53,7 +53,7 @@ def test_show(name: str) -> None:
 def test_show_json() -> None:
     result = runner.invoke(app, ["policy", "show", "default", "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == load_policy("default").plain()
+    assert json.loads(result.stdout) == load_policy("default").to_dict()
 
 
 def test_show_does_not_read_markup(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_the_examples_are_valid() -> None:
 
 
 def test_the_quoted_reason() -> None:
-    policy = parse_policy(EXAMPLE).plain()
+    policy = parse_policy(EXAMPLE).to_dict()
     (verdict,) = decided([[0.93, 0.1]], [[0.1, 0.0]], [[0, 3]], policy)
     assert f"    {verdict.reason}\n" in TEXT
 

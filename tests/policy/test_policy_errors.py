@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from latentguard.errors import LatentGuardError, PolicyError
 from latentguard.policy import load_policy, parse_policy
+from latentguard.policy.models import Cascade, Threshold
 from latentguard.policy.yaml_nodes import MAX_BYTES, MAX_SHOWN_ERRORS
 
 GOOD = """\
@@ -161,6 +163,12 @@ def test_the_good_one_is_good() -> None:
             '      - "a\\e[31mb"',
             "p.yaml:11: concepts[0].prompts[1] must be one line of printable text, "
             "got 'a\\x1b[31mb'",
+        ),
+        (
+            "      - rifle",
+            '      - "\\x1crifle"',
+            "p.yaml:11: concepts[0].prompts[1] must be one line of printable text, "
+            "got '\\x1crifle'",
         ),
         (
             "prompts: [a glass of beer]",
@@ -433,3 +441,14 @@ def test_the_parser_in_python_says_the_same_lines(monkeypatch: pytest.MonkeyPatc
     assert error.startswith("p.yaml:6: this is not valid YAML")
     (error,) = errors_of('a: "\\UFFFFFFFF"')
     assert "this is not valid YAML" in error
+
+
+@pytest.mark.parametrize("wrong", [10**400, -(10**400), b"0.5", "0.5", True])
+def test_what_is_no_number_is_an_error_in_python_too(wrong: object) -> None:
+    with pytest.raises(ValidationError, match="number"):
+        Threshold.model_validate({"margin": wrong})
+
+
+def test_text_of_another_type_is_an_error_in_python_too() -> None:
+    with pytest.raises(ValidationError, match="string"):
+        Cascade.model_validate({"first": b"nano-sdxl"})

@@ -51,7 +51,7 @@ def test_shipped_policy(name: str) -> None:
     assert policy.description
     text = shipped_policies()[name].read_bytes()
     assert policy.sha256 == hashlib.sha256(text).hexdigest()
-    json.dumps(policy.plain(), allow_nan=False)
+    json.dumps(policy.to_dict(), allow_nan=False)
 
 
 def test_shipped_policies_keep_their_promises() -> None:
@@ -193,14 +193,14 @@ def test_a_policy_made_in_python_has_a_digest_of_its_content() -> None:
 
 
 def test_plain_is_complete() -> None:
-    plain = parse_policy(MINIMAL.replace("block", "steer")).plain()
+    plain = parse_policy(MINIMAL.replace("block", "steer")).to_dict()
     assert plain["concepts"][0]["threshold"] == {"kind": "probability", "value": 0.5}
     assert plain["concepts"][0]["steer"] == {"strength": 1.0, "iterations": 5}
     assert plain["concepts"][0]["noise_window"] == [0.0, None]
     assert plain["lock"] is None
     assert plain["schema_version"] == 1
     assert len(plain["sha256"]) == 64
-    assert parse_policy(MINIMAL).plain()["concepts"][0]["steer"] is None
+    assert parse_policy(MINIMAL).to_dict()["concepts"][0]["steer"] is None
 
 
 def test_load_by_path_by_name_and_as_it_is(tmp_path: Path) -> None:
@@ -243,3 +243,9 @@ def test_five_thousand_prompts_load(tmp_path: Path) -> None:
     path = tmp_path / "large.yaml"
     path.write_text(MINIMAL.replace("revolver, rifle", prompts))
     assert len(load_policy(path).concepts[0].prompts) == 5000
+
+
+def test_the_former_name_of_to_dict() -> None:
+    policy = parse_policy(MINIMAL)
+    with pytest.warns(DeprecationWarning, match=r"Policy\.plain is called to_dict now"):
+        assert policy.plain() == policy.to_dict()

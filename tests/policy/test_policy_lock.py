@@ -106,7 +106,7 @@ def test_the_lock_is_part_of_the_digest(path: Path) -> None:
     write_lock(lock_path(path), Lock(schema_version=1, entries=(entry(policy, margin=0.2),)))
     assert load_policy(path).sha256 != locked.sha256
     assert load_policy(path, use_lock=False) == policy
-    plain = load_policy(path).plain()
+    plain = load_policy(path).to_dict()
     assert plain["lock"]["entries"][0]["margins"][1] == {"fpr": 0.01, "margin": 0.2}
     assert plain["sha256"] == load_policy(path).sha256
 

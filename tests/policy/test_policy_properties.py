@@ -112,7 +112,7 @@ def test_one_wrong_value_in_a_good_policy(key: str, value: Any) -> None:
         policy = parse_policy(text)
     except PolicyError:
         return
-    json.dumps(policy.plain(), allow_nan=False)
+    json.dumps(policy.to_dict(), allow_nan=False)
 
 
 PLAIN = parse_policy(
@@ -124,7 +124,7 @@ concepts:
 - {id: a, category: c, prompts: [x, y], threshold: {probability: 0.7}, action: block}
 - {id: b, category: c, prompts: [z], threshold: {margin: 0.1}, action: observe}
 """
-).plain()
+).to_dict()
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4) | st.sampled_from(
     [(1, 2), (3, 2)]

@@ -52,7 +52,7 @@ concepts:
     threshold: {probability: 0.5}
     action: observe
 """
-PLAIN = parse_policy(POLICY).plain()
+PLAIN = parse_policy(POLICY).to_dict()
 PROMPTS = ("revolver", "rifle", "knife", "a glass of beer", "beer bottle", "dog")
 BEST = (1, 2, 4, 5)
 QUIET = ((0.1, 0.2, 0.3, 0.4), (-0.2, -0.1, -0.1, -0.1))
@@ -158,7 +158,7 @@ def test_a_concept_is_judged_in_its_noise_window_only() -> None:
 
 def test_no_concept_at_this_noise_level() -> None:
     policy = parse_policy(POLICY.replace("action:", "noise_window: [0, 1]\n    action:", 1))
-    plain = policy.model_copy(update={"concepts": policy.concepts[:1]}).plain()
+    plain = policy.model_copy(update={"concepts": policy.concepts[:1]}).to_dict()
     (verdict,) = decided([[0.99]], [[0.5]], [[0]], plain, noise_level=9, final=False)
     assert (verdict.decision, verdict.reason) == (
         "allow",
@@ -449,7 +449,7 @@ def locked(margins: dict[float, float], rate: float = 0.01) -> dict[str, Any]:
         )
         for level, margin in margins.items()
     )
-    plain = policy.plain()
+    plain = policy.to_dict()
     plain["lock"] = Lock(schema_version=1, entries=entries).model_dump(mode="json")
     return plain
 
@@ -561,7 +561,7 @@ def test_limit_of() -> None:
 
 def test_shipped_policies_are_all_that_decide_needs() -> None:
     for name in ("default", "family", "i2p", "observe", "weapons"):
-        plain = json.loads(json.dumps(load_policy(name).plain()))
+        plain = json.loads(json.dumps(load_policy(name).to_dict()))
         begins = np.cumsum([0] + [len(c["prompts"]) for c in plain["concepts"]])[:-1]
         shape = (2, len(plain["concepts"]))
         low = decided(np.zeros(shape), np.full(shape, -0.5), [begins] * 2, plain)

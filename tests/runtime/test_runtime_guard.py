@@ -39,7 +39,7 @@ def test_pytorchs_verdicts(guard: Guard, arrays: np.ndarray, expected: list[Verd
 
 def test_what_a_guard_says_of_itself(guard: Guard, artefact: Path) -> None:
     policy = load_policy("family")
-    assert guard.policy == policy.plain()
+    assert guard.policy == policy.to_dict()
     assert guard.model[0] == "nano-flux2"
     assert (guard.space, guard.scaled) == ("flux2", True)
     assert guard.sha256 == hashlib.sha256(artefact.read_bytes()).hexdigest()
@@ -55,7 +55,7 @@ def test_dtypes(
 
 
 def test_packed_latents(guard: Guard, latents: Latents, expected: list[Verdict]) -> None:
-    tokens = latents.packed().tensor.numpy()
+    tokens = latents.to_packed().tensor.numpy()
     assert tokens.shape == (25, 256, 128)
     same(guard.scan(tokens, height=32, width=32), expected)
     same(guard.scan(tokens[:3].astype(np.float32), height=32, width=32), expected[:3])
@@ -67,7 +67,7 @@ def test_latents_that_carry_their_convention(
     flux2 = SPACES["flux2"].with_batch_norm([0.5] * 128, [3.0] * 128)
     scaled = LatentArray(arrays, flux2, True)
     same(guard.scan(scaled), expected)
-    same(guard.scan(scaled.raw()), expected)
+    same(guard.scan(scaled.to_raw()), expected)
     for record, verdict in zip(
         read_arrays(ROOT / "examples" / "latents.pt"), expected, strict=True
     ):
@@ -110,7 +110,7 @@ def test_both_runtimes_give_a_model_the_same_numbers(
         for is_scaled in (True, False):
             tensor = (space.to_scaled(raw) if is_scaled else raw).to(dtype)
             given = Latents(tensor, space, is_scaled)
-            ours = scorer._input(given) if scaled else given.standard(False).tensor.float()
+            ours = scorer._input(given) if scaled else given.to_standard(False).tensor.float()
             theirs = guard._converted(LatentArray(tensor.numpy(), space, is_scaled))
             # Three roundings of float32: half precision is converted in it.
             torch.testing.assert_close(ours, torch.from_numpy(theirs).float(), rtol=1e-6, atol=1e-6)
@@ -125,8 +125,8 @@ def test_decisions_are_the_same_in_every_convention(
     scorer = Scorer("family", "nano-flux2", device="cpu")
     flux2 = SPACES["flux2"].with_batch_norm([0.5] * 128, [3.0] * 128)
     scaled = Latents(latents.tensor.float(), flux2, True)
-    for form in (scaled, scaled.raw(), scaled.packed(), scaled.raw().packed()):
-        array = LatentArray(form.spatial().tensor.numpy(), flux2, form.scaled)
+    for form in (scaled, scaled.to_raw(), scaled.to_packed(), scaled.to_raw().to_packed()):
+        array = LatentArray(form.to_spatial().tensor.numpy(), flux2, form.scaled)
         decisions = [verdict.decision for verdict in scorer.verdicts(form)]
         assert decisions == [verdict.decision for verdict in expected]
         assert decisions == [verdict.decision for verdict in guard.scan(array)]
@@ -134,7 +134,7 @@ def test_decisions_are_the_same_in_every_convention(
 
 def test_packed_latents_of_a_false_size_are_refused(guard: Guard, latents: Latents) -> None:
     scorer = Scorer("family", "nano-flux2", device="cpu")
-    tokens = latents.packed().tensor.float()
+    tokens = latents.to_packed().tensor.float()
     for height, width in ((16, 64), (64, 16), (8, 128), (128, 8), (2, 512)):
         with pytest.raises(LatentsError, match=f"said to be of {height}x{width} cells"):
             scorer.verdicts(Latents(tokens, "flux2", True, "packed", height, width))

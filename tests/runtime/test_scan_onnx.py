@@ -175,7 +175,7 @@ def test_every_kind_of_file_without_torch(artefact: Path, tmp_path: Path, arrays
     batch = Latents(torch.from_numpy(arrays[15:17]).to(torch.bfloat16), "flux2", True)
     save_latents(folder / "a.pt", batch)
     save_latents(folder / "b.safetensors", batch)
-    save_latents(folder / "c.pt", batch.packed())
+    save_latents(folder / "c.pt", batch.to_packed())
     np.save(folder / "d.npy", arrays[15:17])
     np.savez(folder / "e.npz", latents=arrays[15:17], space="flux2", scaled=True)
     with tarfile.open(folder / "f.tar", "w") as archive:

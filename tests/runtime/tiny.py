@@ -30,7 +30,7 @@ def metadata(**changes: Any) -> dict[str, Any]:
     """What stands in a file of `graph`."""
     found = {
         "schema_version": 1,
-        "policy": parse_policy(POLICY, "tiny.yaml").plain(),
+        "policy": parse_policy(POLICY, "tiny.yaml").to_dict(),
         "prompts": ["revolver"],
         "covered": [True],
         "model": {"name": "tiny", "sha256": "0" * 64},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,17 @@ def policy(tmp_path: Path) -> Callable[..., Path]:
 def calm(policy: Callable[..., Path]) -> Path:
     """A policy that allows everything."""
     return policy(("revolver", "block", NEVER), ("wine bottle", "review", NEVER), name="calm")
+
+
+@pytest.fixture
+def pipe() -> Callable[[Path], Callable[[], bytes]]:
+    """Makes a named pipe and reads it in the background; the answer gives what came through."""
+
+    def make(path: Path) -> Callable[[], bytes]:
+        os.mkfifo(path)
+        pool = ThreadPoolExecutor(1)
+        reading = pool.submit(path.read_bytes)
+        pool.shutdown(wait=False)
+        return lambda: reading.result(timeout=60)
+
+    return make

@@ -25,7 +25,7 @@ from latentguard.scan.table import Table
 
 PLAIN = parse_policy(
     policy_text(("revolver", "block", 0.0), ("wine bottle", "review", NEVER))
-).plain()
+).to_dict()
 RULES = Rules.of(PLAIN)
 POLICY = RULES.policy
 MODEL = ModelId("nano-flux2", "ab" * 32)
@@ -110,7 +110,7 @@ concepts:
 
 def half_seen() -> ScanRecord:
     """Allowed by a model that sees the hatchet alone."""
-    plain = parse_policy(HALF_SEEN).plain()
+    plain = parse_policy(HALF_SEEN).to_dict()
     verdict = decided([[0.1]], [[-0.2]], [[0]], plain, seen=[True, False, False])[0]
     ranked = tuple(rank(verdict.concepts, Rules.of(plain)))
     return ScanRecord("a.pt", 0, "knife", "flux2", verdict, POLICY, MODEL, ranked=ranked)
@@ -131,7 +131,7 @@ def test_lines_name_the_prompts_that_were_not_checked() -> None:
     (concept,) = json.loads(file.getvalue())["concepts"]
     assert (concept["covered"], concept["unseen"]) == (True, ["knife", "sword"])
     file = io.StringIO(newline="")
-    Csv(file, Rules.of(parse_policy(HALF_SEEN).plain())).add(half_seen())
+    Csv(file, Rules.of(parse_policy(HALF_SEEN).to_dict())).add(half_seen())
     (row,) = csv.DictReader(io.StringIO(file.getvalue(), newline=""))
     assert (row["not_checked"], row["prompts_not_checked"]) == ("", "blades: knife, sword")
 
@@ -308,7 +308,7 @@ def test_records_in_memory_carry_no_pictures() -> None:
 @pytest.mark.parametrize("kind", ["probability", "margin"])
 def test_histograms_hold_every_image(kind: str) -> None:
     text = policy_text(("revolver", "block", 0.0)).replace("margin: 0.0", f"{kind}: 0.5")
-    plain = parse_policy(text).plain()
+    plain = parse_policy(text).to_dict()
     report = Report(Rules.of(plain))
     margins = np.linspace(-1, 1, 21)
     probabilities = 1 / (1 + np.exp(-3 * margins))

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scan_helpers import HOSTILE
 
-from latentguard.scan.markup import Html, el
 from latentguard.scan.text import spreadsheet_cell, visible
 from latentguard.text import unseen
 
@@ -77,17 +76,3 @@ def test_no_cell_begins_a_formula_whatever_the_delimiter(text: str) -> None:
 @pytest.mark.parametrize("text", ["beer.pt", "a-b", "3 + 4", "x=y", "it's"])
 def test_harmless_cells_stay_as_they_are(text: str) -> None:
     assert spreadsheet_cell(text) == text
-
-
-@given(ANY_TEXT, ANY_TEXT)
-def test_elements_escape_children_and_attributes(child: str, attribute: str) -> None:
-    made = el("p", child, title=attribute)
-    inner = made.removeprefix('<p title="').removesuffix("</p>")
-    value, _, content = inner.partition('">')
-    assert not set('<>"') & set(value)
-    assert not set("<>") & set(content)
-
-
-def test_only_markup_passes_unescaped() -> None:
-    assert el("p", Html("<b>x</b>"), "<b>") == "<p><b>x</b>&lt;b&gt;</p>"
-    assert el("input", hidden=True, checked=False, value="a&b") == '<input hidden value="a&amp;b">'

@@ -35,8 +35,8 @@ def test_nano_sdxl_decides_alike_in_every_scaling(dtype: torch.dtype) -> None:
     expected = scorer.verdicts(usual)
     decisions = [verdict.decision for verdict in expected]
     assert "block" in decisions
-    raw = usual.raw()
-    own = Latents(raw.tensor, PLAYGROUND, scaled=False).scaled_()
+    raw = usual.to_raw()
+    own = Latents(raw.tensor, PLAYGROUND, scaled=False).to_scaled()
     for form in (raw, own):
         found = scorer.verdicts(form.to(dtype))
         assert [verdict.decision for verdict in found] == decisions

@@ -60,16 +60,16 @@ def test_scaled_is_raw_minus_shift_times_scale() -> None:
 def test_gradients_pass_through() -> None:
     space = SPACES["flux2"].with_batch_norm(*STATISTICS)
     raw = batch(space, 2, 2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: space.pack(space.to_scaled(x)), raw)
+    assert torch.autograd.gradcheck(lambda x: space.to_packed(space.to_scaled(x)), raw)
 
 
 @pytest.mark.parametrize("name", ["flux1", "flux2"])
 def test_packing_round_trip(name: str) -> None:
     space = SPACES[name]
     spatial = batch(space)
-    tokens = space.pack(spatial)
+    tokens = space.to_packed(spatial)
     assert tokens.shape == (2, 6, space.packed_channels)
-    assert torch.equal(space.unpack(tokens, 6, 4), spatial)
+    assert torch.equal(space.to_spatial(tokens, 6, 4), spatial)
     # c*4 + dy*2 + dx of the token (row, column) is cell (2 row + dy, 2 column + dx) of channel c.
     assert tokens[1, 1 * 2 + 1, 5 * 4 + 1 * 2 + 0] == spatial[1, 5, 3, 2]
 
@@ -78,10 +78,10 @@ def test_flux1_packs_as_diffusers_does() -> None:
     flux = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux", reason="needs diffusers")
     spatial = batch(SPACES["flux1"], 8, 12)
     tokens = flux.FluxPipeline._pack_latents(spatial, 2, 16, 8, 12)
-    assert torch.equal(SPACES["flux1"].pack(spatial), tokens)
+    assert torch.equal(SPACES["flux1"].to_packed(spatial), tokens)
     # That one counts pixels.
     back = flux.FluxPipeline._unpack_latents(tokens, 64, 96, 8)
-    assert torch.equal(SPACES["flux1"].unpack(tokens, 8, 12), back)
+    assert torch.equal(SPACES["flux1"].to_spatial(tokens, 8, 12), back)
 
 
 def test_flux2_converts_as_diffusers_does() -> None:
@@ -109,13 +109,13 @@ def test_flux2_converts_as_diffusers_does() -> None:
     std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
     tokens = pipeline._pack_latents((patched - mean) / std)
 
-    ours = Latents(raw, "flux2", scaled=False).scaled_(statistics).packed()
+    ours = Latents(raw, "flux2", scaled=False).to_scaled(statistics).to_packed()
     # float32, division against multiplication by the reciprocal; measured worst 2.4e-7.
     torch.testing.assert_close(ours.tensor, tokens, rtol=1e-6, atol=1e-6)
     # torch's own batch norm is what the training of that VAE ran.
     normalised = vae.bn.eval()(patched)
     torch.testing.assert_close(
-        space.patchify(ours.spatial().tensor), normalised, rtol=1e-5, atol=1e-6
+        space.patchify(ours.to_spatial().tensor), normalised, rtol=1e-5, atol=1e-6
     )
 
 
@@ -138,8 +138,8 @@ def test_every_route_commutes(
     shape = (count, space.channels, 2 * rows, 2 * columns)
     tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
     start = Latents(tensor, space, scaled, ids=[str(i) for i in range(count)])
-    one = start.packed().raw().scaled_().spatial()
-    two = start.scaled_()
+    one = start.to_packed().to_raw().to_scaled().to_spatial()
+    two = start.to_scaled()
     assert one.ids == two.ids == start.ids
     assert one.space == two.space
     torch.testing.assert_close(one.tensor, two.tensor, rtol=1e-12, atol=1e-12)
@@ -148,9 +148,9 @@ def test_every_route_commutes(
 def test_flux2_without_statistics_says_what_it_needs() -> None:
     latents = Latents(batch(SPACES["flux2"]), "flux2", scaled=True)
     with pytest.raises(LatentsError, match=r"raw latents need the batch-norm statistics.*from_vae"):
-        latents.raw()
-    assert latents.scaled_() is latents
-    assert latents.raw(STATISTICS).scaled_().tensor.shape == latents.tensor.shape
+        latents.to_raw()
+    assert latents.to_scaled() is latents
+    assert latents.to_raw(STATISTICS).to_scaled().tensor.shape == latents.tensor.shape
 
 
 def test_what_a_conversion_refuses() -> None:
@@ -164,12 +164,12 @@ def test_what_a_conversion_refuses() -> None:
     with pytest.raises(LatentsError, match=r"even numbers of latent cells.* got 5x4"):
         flux2.with_batch_norm(*STATISTICS).to_raw(torch.zeros(1, 32, 5, 4))
     with pytest.raises(LatentsError, match=r"even numbers of latent cells.* got 5x4"):
-        flux2.pack(torch.zeros(1, 32, 5, 4))
+        flux2.to_packed(torch.zeros(1, 32, 5, 4))
     with pytest.raises(LatentsError, match="sdxl has no packed layout"):
-        SPACES["sdxl"].pack(torch.zeros(1, 4, 4, 4))
+        SPACES["sdxl"].to_packed(torch.zeros(1, 4, 4, 4))
     with pytest.raises(LatentsError, match=r"\[B, 4, H, W\], got \[1, 16, 4, 4\]"):
         SPACES["sdxl"].to_raw(torch.zeros(1, 16, 4, 4))
     with pytest.raises(LatentsError, match=r"64x64 cells must be \[B, 1024, 64\].*pixels / 8"):
-        SPACES["flux1"].unpack(torch.zeros(1, 4096, 64), 64, 64)
+        SPACES["flux1"].to_spatial(torch.zeros(1, 4096, 64), 64, 64)
     with pytest.raises(LatentsError, match="no batch-norm statistics"):
         BatchNorm.from_vae(object())

@@ -40,7 +40,10 @@ def test_conversions_and_previews_are_those_of_torch(space: LatentSpace) -> None
     for scaled in (True, False):
         tensor = random(space)
         latents, array = Latents(tensor, space, scaled), LatentArray(tensor.numpy(), space, scaled)
-        for one, other in ((latents.scaled_(), array.scaled_()), (latents.raw(), array.raw())):
+        for one, other in (
+            (latents.to_scaled(), array.to_scaled()),
+            (latents.to_raw(), array.to_raw()),
+        ):
             assert one.scaled is other.scaled
             # One rounding more or less of float32.
             assert np.allclose(one.tensor.numpy(), other.array, rtol=1e-6, atol=1e-6)
@@ -50,15 +53,15 @@ def test_conversions_and_previews_are_those_of_torch(space: LatentSpace) -> None
 
 def test_flux2_without_its_statistics() -> None:
     array = LatentArray(random(SPACES["flux2"]).numpy(), SPACES["flux2"], True)
-    assert array.scaled_() is array
+    assert array.to_scaled() is array
     with pytest.raises(LatentsError, match="raw latents need the batch-norm statistics"):
-        array.raw()
+        array.to_raw()
 
 
 @pytest.mark.parametrize("name", ["flux1", "flux2"])
 def test_unpacking(name: str) -> None:
     space, tensor = SPACES[name], random(SPACES[name])
-    tokens = space.pack(tensor).numpy()
+    tokens = space.to_packed(tensor).numpy()
     assert np.array_equal(unpack(tokens, space, 6, 4), tensor.numpy())
     with pytest.raises(LatentsError, match="give height and width"):
         unpack(tokens, space, 6, None)
@@ -75,7 +78,7 @@ def test_bfloat16(tmp_path: Path) -> None:
             assert record.latents is not None
             assert record.latents.array.dtype == BFLOAT16
             assert np.array_equal(widened(record.latents.array)[0], tensor[index].float().numpy())
-            back = record.latents.torch().tensor
+            back = record.latents.to_torch().tensor
             assert back.dtype == torch.bfloat16
             assert torch.equal(back[0], tensor[index])
 

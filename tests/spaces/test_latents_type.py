@@ -58,9 +58,9 @@ def test_concatenation() -> None:
 
 def test_conversions_that_change_nothing_return_self() -> None:
     latents = sdxl()
-    assert latents.scaled_() is latents
-    assert latents.spatial() is latents
-    assert latents.raw().raw().scaled is False
+    assert latents.to_scaled() is latents
+    assert latents.to_spatial() is latents
+    assert latents.to_raw().to_raw().scaled is False
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_shape_type_and_definition(name: str) -> None:
 @pytest.mark.parametrize("name", ["sdxl", "sd1", "sd3", "flux1"])
 def test_raw_and_scaled_look_the_same(name: str) -> None:
     scaled = Latents(torch.randn(1, SPACES[name].channels, 8, 8), name, scaled=True)
-    assert np.abs(rgb_preview(scaled).astype(int) - rgb_preview(scaled.raw())).max() <= 1
+    assert np.abs(rgb_preview(scaled).astype(int) - rgb_preview(scaled.to_raw())).max() <= 1
 
 
 def test_other_scalings_of_a_space_look_the_same() -> None:
@@ -77,8 +77,8 @@ def test_other_scalings_of_a_space_look_the_same() -> None:
 
 def test_raw_flux2_needs_statistics() -> None:
     latents = Latents(torch.randn(1, 32, 8, 8), "flux2", scaled=True)
-    raw = latents.raw(BatchNorm([0.1] * 128, [3.0] * 128))
-    assert np.abs(rgb_preview(raw).astype(int) - rgb_preview(latents.packed())).max() <= 1
+    raw = latents.to_raw(BatchNorm([0.1] * 128, [3.0] * 128))
+    assert np.abs(rgb_preview(raw).astype(int) - rgb_preview(latents.to_packed())).max() <= 1
     with pytest.raises(LatentsError, match="batch-norm statistics"):
         rgb_preview(Latents(raw.tensor, "flux2", scaled=False))
 

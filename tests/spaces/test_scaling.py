@@ -55,7 +55,7 @@ def test_torch_and_numpy_convert_alike_and_back(
     latents = Latents(numbers, space, scaled)
     array = LatentArray(numbers.numpy(), space, scaled)
     for wanted in (True, False):
-        one, other = latents.standard(wanted), array.standard(wanted)
+        one, other = latents.to_standard(wanted), array.to_standard(wanted)
         assert (one.space, one.scaled) == (other.space, other.scaled)
         assert one.scaled is wanted
         # Three operations of float32, each to half a unit in the last place.
@@ -64,8 +64,8 @@ def test_torch_and_numpy_convert_alike_and_back(
         )
         assert np.array_equal(np.isfinite(one.tensor.numpy()), np.isfinite(other.array))
     exact = Latents(numbers.double(), space, scaled)
-    there = exact.raw() if scaled else exact.scaled_()
-    back = there.scaled_() if scaled else there.raw()
+    there = exact.to_raw() if scaled else exact.to_scaled()
+    back = there.to_scaled() if scaled else there.to_raw()
     torch.testing.assert_close(back.tensor, exact.tensor, rtol=1e-12, atol=1e-12)
 
 
@@ -81,8 +81,8 @@ def test_every_scaling_of_a_space_gives_the_same_standard_latents(
     own = replace(space, scale=other.scale, shift=other.shift) if fits(space, other) else space
     shape = (1, space.channels, 4, 4)
     raw = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3 + 1
-    expected = Latents(raw, space.name, scaled=False).standard().tensor
-    found = Latents(raw, own, scaled=False).scaled_().standard().tensor
+    expected = Latents(raw, space.name, scaled=False).to_standard().tensor
+    found = Latents(raw, own, scaled=False).to_scaled().to_standard().tensor
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -100,8 +100,8 @@ def fits(space: LatentSpace, other: LatentSpace) -> bool:
 @pytest.mark.parametrize("space", CONVERTING, ids=lambda space: f"{space}-{space.scale!s:.8}")
 def test_half_precision_is_converted_in_float32(space: LatentSpace) -> None:
     raw = (torch.randn(1, space.channels, 4, 4, generator=GENERATOR) * 8).half()
-    expected = Latents(raw.float(), space, scaled=False).standard()
-    assert torch.equal(Latents(raw, space, scaled=False).standard().tensor, expected.tensor)
+    expected = Latents(raw.float(), space, scaled=False).to_standard()
+    assert torch.equal(Latents(raw, space, scaled=False).to_standard().tensor, expected.tensor)
     # What keeps its dtype is rounded once, at the end.
     assert torch.equal(space.to_scaled(raw), space.to_scaled(raw.float()).half())
     assert torch.equal(space.to_raw(raw), space.to_raw(raw.float()).half())
@@ -110,19 +110,19 @@ def test_half_precision_is_converted_in_float32(space: LatentSpace) -> None:
 def test_what_is_standard_stays_as_it_is() -> None:
     for name, space in SPACES.items():
         latents = Latents(torch.randn(1, space.channels, 4, 4).half(), name, scaled=True)
-        assert latents.standard() is latents
+        assert latents.to_standard() is latents
         array = LatentArray(latents.tensor.numpy(), space, True)
-        assert array.standard() is array
+        assert array.to_standard() is array
     close = replace(SPACES["sdxl"], scale=0.130251)  # digits of a config's own
     latents = Latents(torch.randn(1, 4, 4, 4), close, scaled=True)
-    assert latents.standard() is latents
+    assert latents.to_standard() is latents
 
 
 def test_packed_latents_and_gradients_pass_through() -> None:
     tensor = torch.randn(1, 32, 4, 4, dtype=torch.float64, requires_grad=True)
     raw = Latents(tensor, FLUX2, scaled=False)
-    spatial = raw.standard()
-    assert torch.equal(raw.packed().standard().tensor, spatial.tensor)
+    spatial = raw.to_standard()
+    assert torch.equal(raw.to_packed().to_standard().tensor, spatial.tensor)
     spatial.tensor.sum().backward()
     assert tensor.grad is not None
     assert torch.isfinite(tensor.grad).all()
@@ -131,7 +131,7 @@ def test_packed_latents_and_gradients_pass_through() -> None:
 def test_previews_do_not_depend_on_the_scaling() -> None:
     raw = torch.randn(1, 4, 8, 8) * 5
     expected = rgb_preview(Latents(raw, "sdxl", scaled=False)).astype(int)
-    own = Latents(raw, PLAYGROUND, scaled=False).scaled_()
+    own = Latents(raw, PLAYGROUND, scaled=False).to_scaled()
     assert np.abs(rgb_preview(own) - expected).max() <= 1
     view = array_preview(LatentArray(own.tensor.numpy(), PLAYGROUND, True))
     assert np.abs(view - expected).max() <= 1

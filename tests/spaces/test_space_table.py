@@ -12,7 +12,7 @@ from latentguard.spaces import SPACES, LatentSpace
 
 
 def test_names_channels_and_packing() -> None:
-    table = {s.name: (s.channels, s.factor, s.packed_channels) for s in SPACES.values()}
+    table = {s.name: (s.channels, s.vae_scale_factor, s.packed_channels) for s in SPACES.values()}
     assert table == {
         "sdxl": (4, 8, 4),
         "sd1": (4, 8, 4),

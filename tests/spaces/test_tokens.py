@@ -23,7 +23,7 @@ FLUX2 = SPACES["flux2"]
 
 def refused(picture: torch.Tensor, height: int | None = None, width: int | None = None) -> bool:
     """Whether one picture [C, H, W] is refused with that size, or with its own."""
-    tokens = FLUX2.pack(picture[None])
+    tokens = FLUX2.to_packed(picture[None])
     latents = Latents(
         tokens, FLUX2, True, "packed", height or picture.shape[1], width or picture.shape[2]
     )
@@ -68,7 +68,7 @@ def test_most_false_sizes_of_pictures_are_refused(size: tuple[int, int]) -> None
 
 
 def test_the_refusal_says_which_size_fits() -> None:
-    tokens = FLUX2.pack(PHOTOS[:1])
+    tokens = FLUX2.to_packed(PHOTOS[:1])
     with pytest.raises(
         LatentsError, match=r"said to be of 16x64 cells, but the rows do not .* 32x32 cells fit"
     ):

@@ -46,7 +46,7 @@ class Photos:
 
     def __init__(self, latents: Latents, labels: Sequence[str] | None = None) -> None:
         if not latents.scaled:
-            raise LatentsError("the set must hold scaled latents: call .scaled_() on them first")
+            raise LatentsError("the set must hold scaled latents: call .to_scaled() on them first")
         if len(latents) < 2:
             raise LatentsError("the set must hold at least two photos, got one")
         if labels is None:
@@ -55,7 +55,7 @@ class Photos:
             labels = [name.split("/")[0] for name in latents.ids]
         if len(labels) != len(latents):
             raise LatentsError(f"{len(latents)} photos need as many labels, got {len(labels)}")
-        self.latents = latents.spatial()
+        self.latents = latents.to_spatial()
         self.space = latents.space
         tensor = self.latents.tensor.detach()
         self.tensor = tensor if tensor.dtype == torch.float64 else tensor.float()

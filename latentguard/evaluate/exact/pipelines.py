@@ -162,7 +162,7 @@ def outcome(pipe: Any, latents: Tensor) -> Outcome:
     photos: Photos = _model(pipe).photos
     if latents.ndim == 3:
         height, width = photos.tensor.shape[2:]
-        latents = photos.space.unpack(latents, height, width)
+        latents = photos.space.to_spatial(latents, height, width)
     return photos.outcome(latents)
 
 

@@ -51,7 +51,7 @@ class ExactFlowTransformer(ModelMixin, ConfigMixin, CacheMixin):
     @classmethod
     def of(cls, photos: Photos, tempering: Tempering | None = Tempering()) -> ExactFlowTransformer:
         """The transformer of a set; tempering None is the exact posterior."""
-        packed = photos.space.pack(photos.tensor)
+        packed = photos.space.to_packed(photos.tensor)
         model: ExactFlowTransformer = cls(
             in_channels=packed.shape[2],
             joint_attention_dim=len(photos.classes),
