@@ -16,6 +16,7 @@ from latentguard.encoders import (
     Features,
     best_encoder,
     load_encoder,
+    needs_space,
     strongest_view,
     traits,
 )
@@ -64,8 +65,9 @@ class Scorer:
         policy: a Policy, the name of a shipped one, or a path.
         model: an Encoder, its name or path, or "auto": the policy's own `model`, else the best
             encoder of `space` that is on this machine, else the bundled one.
-        space: the latent space. With "auto", where the policy does not name it either, it is that
-            of the first latents, and the model is loaded with them.
+        space: the latent space. With "auto" and with a model of several spaces (`nano-view`), where
+            the policy does not name it either, it is that of the first latents, and the model is
+            loaded with them.
         device: where the encoder runs; None is CUDA where there is one, else the CPU.
 
     Raises:
@@ -89,7 +91,7 @@ class Scorer:
             model = self.policy.model
         self._model, self._device = model, device
         wanted = self.policy.space if space is None else LatentSpace.get(space).name
-        if wanted is not None or model != "auto":
+        if wanted is not None or isinstance(model, Encoder) or not needs_space(model):
             self._bind(wanted)
 
     def _bind(self, space: str | None) -> None:
@@ -114,7 +116,8 @@ class Scorer:
         self._judge: Judge[Latents | Prediction] = _Alone(self)
         if self.policy.cascade is not None:
             alone = self.policy.model_copy(update={"cascade": None})
-            first = load_encoder(self.policy.cascade.first, self.encoder.device)
+            name, device = self.policy.cascade.first, self.encoder.device
+            first = load_encoder(name, device, self.encoder.space if needs_space(name) else None)
             self.first = Scorer(alone, first)
             unsure = self.policy.cascade.unsure
             self._judge = CascadeJudge(self.first._judge, self._judge, unsure, pick)
@@ -122,7 +125,7 @@ class Scorer:
     def __getattr__(self, name: str) -> Any:
         if name in ("encoder", "bank", "bound", "first", "_features", "_judge"):
             raise ModelError(
-                "model 'auto' is chosen by the latents' space, which is not known before the first "
+                f"model {str(self._model)!r} depends on the latents' space, which is not known before the first "
                 f"latents: to use {name.lstrip('_')} now, give space=... or name the model"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -322,4 +325,4 @@ def _encoder(
     if model == "auto":
         assert space is not None
         model = best_encoder(space)
-    return load_encoder(model, device)
+    return load_encoder(model, device, space if needs_space(model) else None)

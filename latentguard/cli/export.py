@@ -39,6 +39,10 @@ def onnx_(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file to write.")],
     policy: Policy = "default",
+    space: Annotated[
+        str | None,
+        typer.Option(help="Latent space, where the model reads several (nano-view)."),
+    ] = None,
     precision: Annotated[
         Precision,
         typer.Option(
@@ -141,7 +145,7 @@ def onnx_(
 
     if merge_tokens is not None:
         model = f"{model}{MERGE}{merge_tokens}"
-    encoder = load_encoder(model, "cpu")
+    encoder = load_encoder(model, "cpu", space)
     result = export_onnx(
         policy,
         encoder,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from latentguard.encoders.base import Encoder, traits
 from latentguard.encoders.catalog import (
+    ANY_VIEW,
     CATALOG,
     FORMATS,
     HUB,
@@ -31,30 +32,56 @@ from latentguard.encoders.catalog import (
 )
 from latentguard.encoders.header import first_line, read_metadata
 from latentguard.errors import ModelError
+from latentguard.spaces import SPACES
 
 if TYPE_CHECKING:
     import torch
 
+    from latentguard.spaces import LatentSpace
 
-def load_encoder(name_or_path: str | Path, device: torch.device | str | None = None) -> Encoder:
+
+def load_encoder(
+    name_or_path: str | Path,
+    device: torch.device | str | None = None,
+    space: str | LatentSpace | None = None,
+) -> Encoder:
     """An encoder by name (`latentguard models list`) or from a file.
 
     A path is an official Latent-CLIP checkpoint (.pt, .pth, .ckpt) or a .safetensors file that
     latentguard wrote, whose metadata says what it is. `+merge=SHARE` behind either makes a
     Latent-CLIP merge that share of its tokens (see `LatentCLIP.merge`). `device` None is CUDA where
-    there is one, else the CPU. Raises ModelError for an unknown name, a model that is not on this
-    machine (it says how to get it), and a file that cannot be loaded.
+    there is one, else the CPU. `space` is the latent space that it is to read: needed for a model
+    of several spaces (`needs_space`). Raises ModelError for an unknown name, a model that is not on
+    this machine (it says how to get it), one that reads another space, and a file that cannot be
+    loaded.
     """
     device = _device(device)
     plain, found, share = str(name_or_path).rpartition(MERGE)
     if found:
-        return _merging(load_encoder(plain, device), share)
+        return _merging(load_encoder(plain, device, space), share)
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
-        return _load_named(CATALOG[name_or_path], device)
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        raise ModelError(_unknown(str(name_or_path)))
-    return _load_file(path, device)
+        encoder = _load_named(CATALOG[name_or_path], device, space)
+    else:
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise ModelError(_unknown(str(name_or_path)))
+        encoder = _load_file(path, device, space)
+    if space is not None and encoder.space != str(space):
+        raise ModelError(f"model {encoder.name} reads {encoder.space} latents, not {space}")
+    return encoder
+
+
+def needs_space(model: str | Path) -> bool:
+    """Whether the latent space must be known before a model can be loaded.
+
+    So it is of `auto`, and of a model that reads the RGB view of several spaces.
+    """
+    if isinstance(model, str) and model in CATALOG:
+        return CATALOG[model].space is None
+    path = Path(model).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return model == "auto"
+    return read_metadata(path).get("kind") == ANY_VIEW
 
 
 def _merging(encoder: Encoder, share: str) -> Encoder:
@@ -75,15 +102,16 @@ def best_encoder(space: str) -> str:
 
     Raises ModelError where there is none; it says which spaces have one, or how to get it.
     """
-    of_space = [entry for entry in CATALOG.values() if entry.space == space]
+    of_space = [entry for entry in CATALOG.values() if entry.reads(space)]
     for entry in of_space:
         if locate(entry.name) is not None:
             return entry.name
     if of_space:
         raise ModelError(_missing(of_space[0]))
-    spaces = sorted({entry.space for entry in CATALOG.values()})
+    spaces = [name for name in SPACES if any(entry.reads(name) for entry in CATALOG.values())]
     raise ModelError(
-        f"no encoder reads latents of space {space}: there are encoders of {', '.join(spaces)}"
+        f"no encoder reads latents of space {space}: there are encoders of {', '.join(spaces)}; "
+        "`latentguard adapt` makes one of a folder of photos and the space's autoencoder"
     )
 
 
@@ -94,13 +122,15 @@ def find(name: str) -> Entry:
     return CATALOG[name]
 
 
-def _load_named(entry: Entry, device: str | torch.device) -> Encoder:
+def _load_named(
+    entry: Entry, device: str | torch.device, space: str | LatentSpace | None
+) -> Encoder:
     path = locate(entry.name)
     if path is None:
         raise ModelError(_missing(entry))
     if not entry.bundled and path != converted_path(entry.name):
         path = install(entry.name, path)
-    return _load_as(entry.format, path, device, entry)
+    return _load_as(entry.format, path, device, entry, space)
 
 
 def _missing(entry: Entry) -> str:
@@ -192,7 +222,9 @@ def fetch(name: str, keep: bool = False) -> Path:
     return target
 
 
-def _load_file(path: Path, device: str | torch.device) -> Encoder:
+def _load_file(
+    path: Path, device: str | torch.device, space: str | LatentSpace | None
+) -> Encoder:
     if path.suffix in (".pt", ".pth", ".ckpt"):  # official checkpoints are of Latent-CLIPs
         return _load_as("latentguard-latent-clip", path, device)
     written_as = read_metadata(path).get("format")
@@ -200,14 +232,18 @@ def _load_file(path: Path, device: str | torch.device) -> Encoder:
         raise ModelError(
             f"{path}: metadata `format` must be {' or '.join(FORMATS)}, got {written_as!r}"
         )
-    return _load_as(written_as, path, device)
+    return _load_as(written_as, path, device, None, space)
 
 
 def _load_as(
-    written_as: str, path: Path, device: str | torch.device, entry: Entry | None = None
+    written_as: str,
+    path: Path,
+    device: str | torch.device,
+    entry: Entry | None = None,
+    space: str | LatentSpace | None = None,
 ) -> Encoder:
     load = importlib.import_module(FORMATS[written_as]).load
-    encoder: Encoder = load(path, device, entry)
+    encoder: Encoder = load(path, device, entry, space)
     return encoder
 
 

@@ -18,7 +18,7 @@ from latentguard.encoders.merging import schedule
 from latentguard.encoders.resize import ADAPTERS, Adapter, Resize
 from latentguard.encoders.vit import LatentViT
 from latentguard.errors import LatentsError, ModelError
-from latentguard.spaces import Latents
+from latentguard.spaces import Latents, LatentSpace
 
 # What pictures have in common: the contrast for policies that give none.
 NEUTRAL_PROMPTS = (
@@ -308,9 +308,15 @@ class LatentCLIP(EncoderBase):
 
 
 def load(
-    path: Path, device: torch.device | str | None = None, entry: Entry | None = None
+    path: Path,
+    device: torch.device | str | None = None,
+    entry: Entry | None = None,
+    space: str | LatentSpace | None = None,
 ) -> LatentCLIP:
-    """`LatentCLIP.load`, and a ModelError where the file is not of the catalogue's `entry`."""
+    """`LatentCLIP.load`, and a ModelError where the file is not of the catalogue's `entry`.
+
+    A Latent-CLIP reads one space, which its file says: `space` changes nothing.
+    """
     encoder = LatentCLIP.load(path, device)
     if entry is not None and encoder.config != entry.config:
         raise ModelError(f"{path}: is not {entry.name}: its configuration is {encoder.config}")

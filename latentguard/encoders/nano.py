@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from latentguard.atomic import replacing
 from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
-from latentguard.encoders.catalog import Entry
+from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path, readable_view
 from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalise
 from latentguard.encoders.header import opened, read_bytes, read_header
 from latentguard.encoders.lite import CLASSES, fuse
@@ -33,7 +33,7 @@ from latentguard.spaces import Latents, LatentSpace
 FORMAT = "latentguard-nano"
 SCHEMA_VERSION = "1"
 WEIGHTS = Path(__file__).parent / "weights"
-BUNDLED = ("nano-flux2", "nano-sdxl")
+BUNDLED = ("nano-flux2", "nano-view")
 MAX_BYTES = 64 << 20
 """No nano model is larger; a larger file is something else."""
 MAX_SIZE = 4096
@@ -70,6 +70,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         space: str,
         card: str,
         class_names: Sequence[str],
+        needs_scaled: bool = True,
     ) -> None:
         super().__init__()
         self.net = net
@@ -79,7 +80,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         self.space = space
         self.notes = card
         self.class_names = tuple(class_names)
-        self.needs_scaled = True
+        self.needs_scaled = needs_scaled
         self.uses_templates = False
         self.always_neutral = True
         self.dim = DIM
@@ -112,7 +113,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         the baseline's axis.
 
         Args:
-            latents: [B, C, H, W] in the scaled convention.
+            latents: [B, C, H, W] in the convention that `needs_scaled` names.
             noise, alpha, sigma: predicted noise [B, C, H, W] and the levels [B]: the x0 estimate
                 (latents - sigma * noise) / alpha is read instead, computed in float32.
 
@@ -140,7 +141,7 @@ class NanoEncoder(nn.Module, EncoderBase):
             raise LatentsError(
                 f"model {self.name} reads {self.space} latents, got {latents.space.name}"
             )
-        tensor = latents.to_spatial().to_standard().tensor
+        tensor = latents.to_spatial().to_standard(self.needs_scaled).tensor
         return self.features(tensor.to(self.device)).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -173,18 +174,27 @@ def embed_logits(logits: Tensor) -> Tensor:
     return (padded + axis).to(logits.dtype)
 
 
-def load_nano(name_or_path: str | Path, device: str | torch.device | None = None) -> NanoEncoder:
+def load_nano(
+    name_or_path: str | Path,
+    device: str | torch.device | None = None,
+    space: str | LatentSpace | None = None,
+) -> NanoEncoder:
     """A bundled nano encoder by name, or one that `latentguard adapt` wrote, by path.
 
+    space: whose RGB view a model of several spaces is to read; other models read the space that
+    their file says.
+
     Raises:
-        ModelError: no such file, not a nano model, an unknown schema_version, a broken file.
+        ModelError: no such file, not a nano model, an unknown schema_version, a broken file, a
+            model of several spaces without a space, or a space without a view that can be read.
     """
     import safetensors
     import safetensors.torch
 
     path = Path(name_or_path)
-    if str(name_or_path) in BUNDLED:
-        path = WEIGHTS / f"{name_or_path}.safetensors"
+    entry = CATALOG.get(str(name_or_path))
+    if entry is not None and entry.format == FORMAT and entry.bundled:
+        path, space = bundled_path(entry.name), entry.space or space
     if not path.is_file():
         raise ModelError(f"no nano model at {path}; bundled are {', '.join(BUNDLED)}")
     with opened(path) as file:
@@ -208,24 +218,60 @@ def load_nano(name_or_path: str | Path, device: str | torch.device | None = None
             f"this latentguard reads {SCHEMA_VERSION!r}"
         )
     try:
+        if metadata["kind"] == ANY_VIEW:
+            metadata = metadata | _of_space(metadata, space)
         encoder = _build(metadata, tensors, hashlib.sha256(data).hexdigest())
+    except (ModelError, LatentsError):
+        raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: damaged nano model ({error})") from error
+    if entry is not None:
+        encoder.name = entry.name
     return encoder if device is None else encoder.to(device)
 
 
 def load(
-    path: Path, device: torch.device | str | None = None, entry: Entry | None = None
+    path: Path,
+    device: torch.device | str | None = None,
+    entry: Entry | None = None,
+    space: str | LatentSpace | None = None,
 ) -> NanoEncoder:
-    """`load_nano` for the catalogue, whose `entry` says no more than the file does."""
-    return load_nano(path, device)
+    """`load_nano` for the catalogue; an `entry` of the catalogue is loaded by its name."""
+    return load_nano(path if entry is None else entry.name, device, space)
+
+
+def _of_space(metadata: dict[str, str], given: str | LatentSpace | None) -> dict[str, str]:
+    """What the file of a model of several spaces says once its space is known.
+
+    Raises ModelError where no space is given, or one whose view cannot be read.
+    """
+    name = metadata["name"]
+    if given is None:
+        raise ModelError(
+            f"model {name} reads the RGB view of several latent spaces: say of which (space=..., "
+            "--space)"
+        )
+    space = LatentSpace.get(given)
+    if not readable_view(space):
+        raise ModelError(
+            f"model {name} reads linear RGB views, and space {space.name} has none that is fine "
+            "enough to be read"
+        )
+    view = {"factors": space.rgb_factors, "bias": space.rgb_bias}
+    card = f"{metadata['card']} Here it reads {space.name} latents."
+    config = json.loads(metadata["config"]) | view
+    return {"space": space.name, "card": card, "config": json.dumps(config)}
 
 
 def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) -> NanoEncoder:
     weights = {k[4:]: v.float() for k, v in tensors.items() if k.startswith("net.")}
+    config = json.loads(metadata["config"])
+    if metadata["kind"] == ANY_VIEW:
+        # The view is the space's, not the file's.
+        weights |= {key: torch.tensor(config[key]) for key in ("factors", "bias")}
     # Without memory: the file's own tensors become the weights, and no size is taken at its word.
     with torch.device("meta"):
-        net = make_net(metadata["kind"], _config(json.loads(metadata["config"]), len(weights)))
+        net = make_net(metadata["kind"], _config(config, len(weights)))
     fuse(net)
     net.load_state_dict(weights, assign=True)
     net.eval().requires_grad_(False)
@@ -256,7 +302,11 @@ def _config(config: dict[str, Any], tensors: int) -> dict[str, Any]:
 
 def make_net(kind: str, config: dict[str, Any]) -> NanoNet | RgbViewNet:
     """The network that a model file's `kind` and `config` describe, with fresh weights."""
-    kinds: dict[str, type[NanoNet] | type[RgbViewNet]] = {"adapter": NanoNet, "rgb": RgbViewNet}
+    kinds: dict[str, type[NanoNet] | type[RgbViewNet]] = {
+        "adapter": NanoNet,
+        "rgb": RgbViewNet,
+        ANY_VIEW: RgbViewNet,
+    }
     if kind not in kinds:
         raise ModelError(f"unknown nano network {kind!r}; known are {', '.join(kinds)}")
     return kinds[kind](**config)
@@ -279,6 +329,7 @@ def save_nano(
 
     Args:
         net: a trained network; its batch norms are folded in a copy.
+        space: that it reads; "" where `kind` is `ANY_VIEW`, and the view is left out.
         table: [2, 1000, 384], see ClassText.
         prompts: stored with the model, so that they need no sentence encoder.
     """
@@ -291,7 +342,11 @@ def save_nano(
 
     fused = fuse(copy.deepcopy(net).eval())
     keys = list(dict.fromkeys(normalise(prompt) for prompt in prompts))
-    tensors = {f"net.{k}": v.half().contiguous() for k, v in fused.state_dict().items()}
+    weights = fused.state_dict()
+    if kind == ANY_VIEW:
+        weights = {k: v for k, v in weights.items() if k not in ("factors", "bias")}
+        config = {k: v for k, v in config.items() if k not in ("factors", "bias")}
+    tensors = {f"net.{k}": v.half().contiguous() for k, v in weights.items()}
     tensors["text.table"] = table.half().contiguous()
     tensors["text.prompts"] = similarities(minilm().encode(keys), table).half().contiguous()
     metadata = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from latentguard.encoders import Encoder, load_encoder
+from latentguard.encoders import Encoder, load_encoder, needs_space
 from latentguard.errors import ModelError, PolicyError
 from latentguard.export.graph import attach_bank
 from latentguard.export.metadata import describe
@@ -43,7 +43,7 @@ def swap_policy(
     artefact = open_artefact(source, sha256)
     before = artefact.metadata
     name = before["model"]["name"]
-    encoder = model if isinstance(model, Encoder) else load_encoder(model or name, "cpu")
+    encoder = model if isinstance(model, Encoder) else _encoder(model or name, before["space"])
     _check_model(artefact, encoder)
     rules = load_policy(policy)
     if rules.space not in (None, before["space"]):
@@ -73,6 +73,10 @@ def swap_policy(
         for file in (*reversed(files), *reversed(main)):
             os.replace(file, out.parent / file.name)
     return digest
+
+
+def _encoder(name: str | Path, space: str) -> Encoder:
+    return load_encoder(name, "cpu", space if needs_space(name) else None)
 
 
 def _check_model(artefact: Artefact, encoder: Encoder) -> None:
