@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,13 +22,39 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
     Raises OSError where the folder cannot be written.
     """
-    target = Path(path)
+    with _replacing(Path(path)) as (file, _):
+        yield file
+
+
+@contextmanager
+def replacing_by_name(path: str | Path) -> Iterator[Path]:
+    """As `replacing`, for libraries that write a file by its name: the new one, still empty."""
+    with _replacing(Path(path)) as (_, partial):
+        yield partial
+
+
+@contextmanager
+def replacing_all(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """A new folder, to be written in, and a list, to be filled with the files that belong together.
+
+    When the block ends, they take their places in `folder`, the last one first: a file that names
+    others stands before them in the list. Where the block raises, none does.
+    """
+    with tempfile.TemporaryDirectory(dir=folder if folder.is_dir() else None) as made:
+        files: list[Path] = []
+        yield Path(made), files
+        for file in reversed(files):
+            os.replace(file, folder / file.name)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
     partial = target.with_name(f".{secrets.token_hex(16)}.part")
     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666)
     try:
         with os.fdopen(descriptor, "w+b") as file:
             _take_mode(descriptor, target)
-            yield file
+            yield file, partial
             file.flush()
             # Otherwise the new name may reach the disk before the new content.
             os.fsync(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from latentguard.encoders import (
     strongest_view,
     traits,
 )
+from latentguard.encoders.crops import Crops
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.judge import (
     BoundRules,
@@ -113,20 +115,44 @@ class Scorer:
         self._features: Callable[..., Features] = self.encoder.features
         self.first: Scorer | None = None
         """Of the first model of the policy's `cascade`."""
-        self._judge: Judge[Latents | Prediction] = _Alone(self)
+        self.thorough: Scorer = self
+        """What judges final latents: this one, or where the policy says `views: crops` another that
+        reads crops besides."""
         if self.policy.cascade is not None:
-            alone = self.policy.model_copy(update={"cascade": None})
+            alone = self.policy.model_copy(update={"cascade": None, "views": "whole"})
             name, device = self.policy.cascade.first, self.encoder.device
             first = load_encoder(name, device, self.encoder.space if needs_space(name) else None)
             self.first = Scorer(alone, first)
-            unsure = self.policy.cascade.unsure
-            self._judge = CascadeJudge(self.first._judge, self._judge, unsure, pick)
+        self._judge = self._final = self._judging(self)
+        if self.policy.views == "crops" and not traits(self.encoder).reads_crops:
+            self.thorough = self._over(Crops(self.encoder))
+            self._final = self.thorough._final
+
+    def _over(self, encoder: Encoder) -> Scorer:
+        """The same over an encoder with the same text side."""
+        other = copy(self)
+        other.encoder, other._features, other.thorough = encoder, encoder.features, other
+        other.bound = other._bound()
+        other._judge = other._final = other._judging(other)
+        return other
+
+    def _judging(self, scorer: Scorer) -> Judge[Latents | Prediction]:
+        """A scorer as a judge, behind the first one of the policy's cascade."""
+        if self.policy.cascade is None or self.first is None:
+            return _Alone(scorer)
+        unsure = self.policy.cascade.unsure
+        return CascadeJudge(_Alone(self.first), _Alone(scorer), unsure, pick)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("encoder", "bank", "bound", "first", "_features", "_judge"):
+        if name in (
+            *("encoder", "bank", "bound", "first", "thorough"),
+            "_features",
+            "_judge",
+            "_final",
+        ):
             raise ModelError(
-                f"model {str(self._model)!r} depends on the latents' space, which is not known before the first "
-                f"latents: to use {name.lstrip('_')} now, give space=... or name the model"
+                f"model {str(self._model)!r} depends on the latents' space, which is not known "
+                f"before the first latents: to use {name.lstrip('_')} now, give space=... or name the model"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -139,6 +165,8 @@ class Scorer:
         """Compile the encoder with torch.compile: `mode` as there ("reduce-overhead" records CUDA
         graphs). The first batch of each shape takes the time to compile."""
         self._features = torch.compile(self.encoder.features, mode=mode)
+        if self.thorough is not self:
+            self.thorough.compile(mode)
 
     def score(self, latents: Latents | Prediction, noise_level: float = 0.0) -> Scores:
         """Scores of a batch, or of the clean estimates of a prediction; differentiable in the
@@ -169,6 +197,7 @@ class Scorer:
         """Verdicts, and heat maps from the same pass through the encoder where they are asked for.
 
         With a `cascade` in the policy its first model judges, and this one what that is unsure of.
+        With `views: crops` final latents are read in crops besides.
         `noise_level` is the noise-to-signal ratio (0 is clean); `final` says that nothing follows
         these latents. Raises LatentsError when they are of another space than the encoder's, and
         when final packed ones are of another size than they say (`Latents.check_size`).
@@ -176,7 +205,8 @@ class Scorer:
         self._know(latents)
         if final and isinstance(latents, Latents):
             latents.check_size()
-        return self._judge.judge(latents, noise_level, final, heatmaps)
+        judge = self._final if final else self._judge
+        return judge.judge(latents, noise_level, final, heatmaps)
 
     def decide(self, scores: Scores, final: bool = True) -> list[Verdict]:
         """The verdicts that the policy gives scores of this model."""
@@ -223,10 +253,12 @@ class Scorer:
                 *self._bank(),
                 self.encoder.logit_scale,
             )
-        return Scores(*strongest_view(features.tiles, probability, margin, best), noise_level)
+        scores = probability, margin, best
+        scale = self.encoder.logit_scale
+        return Scores(*strongest_view(features.tiles, *scores, features.lead, scale), noise_level)
 
     def _heatmaps(self, features: Features) -> NDArray[np.float32]:
-        if features.tiles != 1:
+        if len(features.tokens) != len(features.pooled) and not features.lead:
             raise LatentsError("heat maps need an encoder that reads an image in one view")
         with self._exactly():
             margin = ops.concept_heatmap(features.tokens.contiguous(), *self._head(), *self._bank())

@@ -47,6 +47,15 @@ def unseen(text: str) -> str | None:
     return None
 
 
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """The gist of a library's error: the first line of what it says, at most 300 characters.
+
+    An error that says nothing gives `otherwise`, or the name of its class.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else otherwise or type(error).__name__
+
+
 def _shown(text: str) -> Iterator[str]:
     """Each character, or its escape."""
     marks = _MARKS  # nothing stands before the first one

@@ -71,7 +71,7 @@ def _rooms(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if "." in name}
 
 
-COMMON = {"atomic", "deprecated", "errors", "text"}
+COMMON = {"atomic", "deprecated", "errors", "plugins", "regular", "text"}
 """Small files that every room may use."""
 
 WALLS = {
@@ -123,6 +123,34 @@ def test_who_imports_a_package(package: str) -> None:
         if found.partition(".")[0] == package
     }
     assert _rooms(users) <= OWNERS[package]
+
+
+SYSTEM = {
+    "O_NONBLOCK": {"latentguard.regular"},
+    "S_ISREG": {"latentguard.atomic", "latentguard.files.paths", "latentguard.regular"},
+    "mkstemp": set(),
+    "replace": {"latentguard.atomic", "latentguard.export.triton"},
+}
+"""Which modules may use a name of os, stat or tempfile: opening and replacing files has one place.
+
+paths.py asks what a folder holds before it opens anything; triton.py moves whole folders.
+"""
+
+
+def _of_the_system(tree: ast.AST) -> Iterator[str]:
+    """The X of each os.X and getattr(os, "X", ...); and so for stat and tempfile."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(ast.Name("os" | "stat" | "tempfile"), name):
+                yield name
+            case ast.Call(ast.Name("getattr"), [ast.Name("os"), ast.Constant(str(name)), *_]):
+                yield name
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_files_are_opened_and_replaced_in_one_place(name: str) -> None:
+    users = {module for module, tree in MODULES.items() if name in _of_the_system(tree)}
+    assert users == SYSTEM[name]
 
 
 @pytest.mark.parametrize("room", ["judge", "policy", "runtime", "files", "spaces", "scan"])

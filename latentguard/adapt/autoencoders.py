@@ -118,13 +118,17 @@ def load_autoencoder(path: str | Path, space: str | None = None) -> Autoencoder:
     return Autoencoder(net, source.name, LatentSpace.get(name), scaled=True)
 
 
+def _space_of(vae: Any) -> LatentSpace:
+    return LatentSpace.from_vae_config(vae.config, [cls.__name__ for cls in type(vae).__mro__])
+
+
 def _diffusers(folder: Path, space: str | None) -> Autoencoder:
     from diffusers import AutoencoderKL
 
     try:
         load: Any = AutoencoderKL.from_pretrained
         vae = load(str(folder), local_files_only=True).eval()
-        found = LatentSpace.get(space) if space else LatentSpace.from_vae_config(vae.config)
+        found = LatentSpace.of(space) if space else _space_of(vae)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a readable diffusers autoencoder ({error})") from error
     vae.requires_grad_(False)

@@ -95,7 +95,7 @@ def adapt(
         config=config,
         name=name,
         space=found.name,
-        card=card(name, found, encoder, filled.meta.done, recipe),
+        card=card(name, found, encoder, filled.meta.done),
         class_names=class_names(),
         table=class_table(),
         prompts=stored_prompts(),
@@ -138,9 +138,7 @@ def stored_prompts() -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def card(
-    name: str, space: LatentSpace, encoder: Autoencoder | None, photos: int, recipe: Recipe
-) -> str:
+def card(name: str, space: LatentSpace, encoder: Autoencoder | None, photos: int) -> str:
     """The model's card in a few sentences, as reports show it."""
     limits = (
         "It sees what ImageNet's 1,000 classes span: objects and animals, not nudity, hate, gore "

@@ -142,15 +142,14 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 def _from_header(path: Path) -> dict[str, Any]:
     """What a file of latentguard says of itself; the digest as the encoder will state it."""
-    import hashlib
-
-    from latentguard.encoders.header import read_metadata
+    from latentguard.encoders.header import opened, read_metadata
+    from latentguard.regular import sha256_of
 
     metadata = read_metadata(path)
     digest = metadata.get("sha256")
     if digest is None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with opened(path) as file:
+            digest = sha256_of(file)
     facts: dict[str, Any] = {"sha256": digest}
     for key in ("format", "name", "source_sha256", "space", "card"):
         if key in metadata:

@@ -27,6 +27,9 @@ Format = Literal["table", "json", "csv"]
 Runtime = Literal["torch", "onnx"]
 """What judges."""
 
+Views = Literal["whole", "crops"]
+"""How images are read."""
+
 FailOn = Literal["block", "review", "never"]
 """The mildest decision that makes the exit code 1."""
 
@@ -65,6 +68,12 @@ def scan(
         "--scaled/--unscaled",
         help="Scaling of files that do not say: as the model denoises, or as the VAE encodes.",
         show_default=False,
+    ),
+    views: Views | None = typer.Option(
+        None,
+        help="crops: read overlapping crops besides the whole image, which finds small objects in "
+        "large images and costs several times as much.",
+        show_default="the policy's",
     ),
     output_format: Format = typer.Option(
         "table", "--format", help="Table, one JSON object per line, or CSV."
@@ -113,6 +122,7 @@ def scan(
         heatmaps=heatmap,
         runtime=runtime,
         sha256=sha256,
+        views=views,
     )
     summary = Summary(run.policy_id, passed=run.passed)
     page = Report(run.rules, report_limit) if report else None

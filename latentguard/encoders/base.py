@@ -29,34 +29,45 @@ class Features:
     grid: (rows, columns) with rows * columns == N.
     tiles: how many views of each image were read. Above 1, `pooled` is [B * tiles, D], an image's
         views next to each other, and its scores are those of `strongest_view`.
-    extent: (height, width) in latent cells that `grid` spans, where that is not the latents' own
-        size (a side that is no multiple of the patch is continued beyond its edge).
+    lead: what is taken off the margins of all views but the first.
     """
 
     pooled: Tensor
     tokens: Tensor
     grid: tuple[int, int]
     tiles: int = 1
-    extent: tuple[int, int] | None = None
+    lead: float = 0.0
 
 
 def strongest_view(
-    tiles: int, probability: Tensor, margin: Tensor, best_prompt: Tensor
+    tiles: int,
+    probability: Tensor,
+    margin: Tensor,
+    best_prompt: Tensor,
+    lead: float = 0.0,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the scores of views [B * tiles, K] to those of images [B, K]: the largest margin wins.
+
+    With a `lead`, the margins of all views but the first count less by it, and probabilities are
+    those of the margins that are left, by the encoder's logit scale.
 
     A NaN in any view stays a NaN, so that whoever reads the score fails closed.
     """
     if tiles == 1:
         return probability, margin, best_prompt
     shape = (-1, tiles, margin.shape[-1])
-    best, view = margin.reshape(shape).max(dim=1)
+    margins = margin.reshape(shape)
+    if lead:
+        import torch
+
+        margins = torch.cat([margins[:, :1], margins[:, 1:] - lead], 1)
+    best, view = margins.max(dim=1)
     pick = view.unsqueeze(1)
-    return (
-        probability.reshape(shape).gather(1, pick).squeeze(1),
-        best,
-        best_prompt.reshape(shape).gather(1, pick).squeeze(1),
-    )
+    chosen = probability.reshape(shape).gather(1, pick).squeeze(1)
+    if lead:
+        chosen = (logit_scale * best).sigmoid()
+    return chosen, best, best_prompt.reshape(shape).gather(1, pick).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,12 @@ class EncoderBase:
     unscales: bool = False
     """Whether `features` takes `scale` and `shift` [C] as well, and reads latents * scale + shift.
     Its first operator applies them, and the x0 estimate, without a pass of its own."""
+    crop_side: int | None = None
+    """The side in latent cells of crops that it reads well (see `crops`); None where its crops were
+    not measured. `crop_lead` is the margin that one has to have above what the whole needs."""
+    crop_lead: float = 0.0
+    reads_crops: bool = False
+    """Whether it reads an image in crops already."""
     merges: bool = False
     """Whether a share of its tokens can merge (`NAME+merge=SHARE`)."""
     merge: float = 0.0

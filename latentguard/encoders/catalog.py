@@ -22,6 +22,8 @@ HUB = "https://huggingface.co"
 MERGE = "+merge="
 """Behind a model's name or file: the share of its tokens that merge, as in `NAME+merge=0.5`."""
 
+VIEWS = "+views="
+"""Behind a model's name or file: `crops` reads an image whole and in crops, see `crops`."""
 ANY_VIEW = "view"
 """The kind of a nano network that reads the linear RGB view of any space, as its file says."""
 
@@ -177,7 +179,7 @@ cells a side there."""
 
 def readable_view(space: LatentSpace) -> bool:
     """Whether a space has a linear RGB view that is fine enough to be read."""
-    return space.rgb_factors is not None and space.vae_scale_factor <= COARSEST
+    return space.rgb_view is not None and space.vae_scale_factor <= COARSEST
 
 
 # How weights are written -> the module whose `load(path, device, entry, space)` makes an encoder of

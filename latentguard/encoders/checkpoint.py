@@ -8,9 +8,7 @@ import hashlib
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,15 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentguard.atomic import replacing_by_name
 from latentguard.encoders.catalog import CATALOG, LatentClipConfig
-from latentguard.encoders.header import (
-    digest_of,
-    first_line,
-    opened,
-    read_bytes,
-    read_header,
-)
+from latentguard.encoders.header import opened, read_header
 from latentguard.errors import ModelError
+from latentguard.regular import read_whole, sha256_of
+from latentguard.text import first_line
 
 FORMAT = "latentguard-latent-clip"
 SCHEMA_VERSION = "1"
@@ -109,7 +104,7 @@ def read_official(
     than `sha256`.
     """
     with opened(path) as file:
-        digest = digest_of(file)
+        digest = sha256_of(file)
         if sha256 is not None and digest != sha256:
             raise ModelError(f"{path}: has SHA-256 {digest}, not the expected {sha256}")
         tensors = _rename(path, _state_dict(path, file))
@@ -277,15 +272,8 @@ def write(target: Path, weights: Weights) -> None:
         "config": json.dumps(weights.config.to_dict(), sort_keys=True),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(weights.tensors, temporary, metadata=metadata)
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing_by_name(target) as partial:
+        save_file(weights.tensors, partial, metadata=metadata)
 
 
 def read_converted(path: Path) -> Weights:
@@ -305,7 +293,7 @@ def read_converted(path: Path) -> Weights:
             config = LatentClipConfig.from_dict(json.loads(metadata["config"]))
             _check_layers(path, config, len(header.shapes))
             # A copy, and not a map of the file: what is digested below is what will run.
-            tensors = load(read_bytes(path, file))
+            tensors = load(read_whole(file))
         except (KeyError, ValueError, RecursionError, SafetensorError, OSError) as error:
             raise ModelError(f"{path}: cannot be read: {first_line(error)}") from error
     _check(path, tensors, config)
@@ -335,7 +323,7 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 def file_sha256(path: Path) -> str:
     """Digest of a file's bytes."""
     with opened(path) as file:
-        return digest_of(file)
+        return sha256_of(file)
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -4,10 +4,8 @@ the same bytes that its weights come from.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from latentguard.errors import ModelError
+from latentguard.regular import RefusedError, open_regular, problem
+from latentguard.text import first_line
 
 # The format's own limit for the JSON header.
 MAX_HEADER = 100_000_000
@@ -37,25 +37,20 @@ def opened(path: Path) -> Iterator[BufferedReader]:
     Raises ModelError where it cannot be opened, is no regular file, or was written to meanwhile.
     """
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _O_BINARY)
+        opening = open_regular(path)
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise ModelError(f"{path}: cannot be read: {reason or error}") from error
-    before = os.fstat(descriptor)
-    if not stat.S_ISREG(before.st_mode):
-        os.close(descriptor)
-        raise ModelError(f"{path}: is not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        yield file
-        after = os.fstat(descriptor)
+    except OSError as error:
+        raise ModelError(f"{path}: {problem(error)}") from error
+    with opening as file:
+        before = os.fstat(file.fileno())
+        try:
+            yield file
+        except RefusedError as error:
+            raise ModelError(f"{path}: {problem(error)}") from error
+        after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise ModelError(f"{path}: changed while it was read")
-
-
-_O_BINARY = getattr(os, "O_BINARY", 0)
 
 
 def read_header(path: Path, file: BinaryIO) -> Header:
@@ -92,25 +87,3 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, from its header alone; ModelError if it has none."""
     with opened(path) as file:
         return read_header(path, file).metadata
-
-
-def read_bytes(path: Path, file: BinaryIO) -> bytes:
-    """All bytes of an open file. Raises ModelError where there are more or fewer than it says."""
-    file.seek(0)
-    size = os.fstat(file.fileno()).st_size
-    data = file.read(size + 1)
-    if len(data) != size:
-        raise ModelError(f"{path}: changed while it was read")
-    return data
-
-
-def digest_of(file: BufferedReader) -> str:
-    """SHA-256 of an open file."""
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The gist of a library's error: its first line, its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -19,6 +19,7 @@ from latentguard.encoders.catalog import (
     HUB,
     MERGE,
     SHA256,
+    VIEWS,
     Entry,
     Source,
     by_hand,
@@ -30,9 +31,10 @@ from latentguard.encoders.catalog import (
     source_path,
     write_source,
 )
-from latentguard.encoders.header import first_line, read_metadata
+from latentguard.encoders.header import read_metadata
 from latentguard.errors import ModelError
 from latentguard.spaces import SPACES
+from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -49,13 +51,17 @@ def load_encoder(
 
     A path is an official Latent-CLIP checkpoint (.pt, .pth, .ckpt) or a .safetensors file that
     latentguard wrote, whose metadata says what it is. `+merge=SHARE` behind either makes a
-    Latent-CLIP merge that share of its tokens (see `LatentCLIP.merge`). `device` None is CUDA where
+    Latent-CLIP merge that share of its tokens (see `LatentCLIP.merge`); `+views=crops` makes a nano
+    model read crops besides the whole (see `crops.Crops`). `device` None is CUDA where
     there is one, else the CPU. `space` is the latent space that it is to read: needed for a model
     of several spaces (`needs_space`). Raises ModelError for an unknown name, a model that is not on
     this machine (it says how to get it), one that reads another space, and a file that cannot be
     loaded.
     """
     device = _device(device)
+    plain, found, views = str(name_or_path).rpartition(VIEWS)
+    if found:
+        return _in_views(load_encoder(plain, device, space), views)
     plain, found, share = str(name_or_path).rpartition(MERGE)
     if found:
         return _merging(load_encoder(plain, device, space), share)
@@ -76,12 +82,23 @@ def needs_space(model: str | Path) -> bool:
 
     So it is of `auto`, and of a model that reads the RGB view of several spaces.
     """
-    if isinstance(model, str) and model in CATALOG:
-        return CATALOG[model].space is None
-    path = Path(model).expanduser()
+    plain = str(model).split(VIEWS)[0].split(MERGE)[0]
+    if isinstance(model, str) and plain in CATALOG:
+        return CATALOG[plain].space is None
+    path = Path(plain).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         return model == "auto"
     return read_metadata(path).get("kind") == ANY_VIEW
+
+
+def _in_views(encoder: Encoder, views: str) -> Encoder:
+    from latentguard.encoders.crops import Crops
+
+    if views == "whole":
+        return encoder
+    if views != "crops":
+        raise ModelError(f"{encoder.name}{VIEWS}{views}: views are `whole` or `crops`")
+    return Crops(encoder)
 
 
 def _merging(encoder: Encoder, share: str) -> Encoder:

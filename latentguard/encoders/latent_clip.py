@@ -249,7 +249,7 @@ class LatentCLIP(EncoderBase):
             share=self.merge,
         )
         pooled, places = tokens[:, 0], tokens[:, 1:]
-        return Features(pooled, adapt.stitch(places), adapt.grid, adapt.tiles, adapt.extent)
+        return Features(pooled, adapt.stitch(places), adapt.grid, adapt.tiles)
 
     def encode_latents(self, latents: Latents) -> Tensor:
         """Unit-norm float32 embeddings [B, dim], differentiable in the latents' tensor.

@@ -24,10 +24,11 @@ from latentguard.atomic import replacing
 from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
 from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path, readable_view
 from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalise
-from latentguard.encoders.header import opened, read_bytes, read_header
+from latentguard.encoders.header import opened, read_header
 from latentguard.encoders.lite import CLASSES, fuse
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
 from latentguard.errors import LatentsError, ModelError
+from latentguard.regular import read_whole
 from latentguard.spaces import Latents, LatentSpace
 
 FORMAT = "latentguard-nano"
@@ -59,6 +60,7 @@ class NanoEncoder(nn.Module, EncoderBase):
     """An Encoder (latentguard.encoders.base) over class posteriors; see the module's text."""
 
     fixed_size = True
+    crop_lead = 0.1
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         self.head = Head()
         self.neutral_prompts = NEUTRAL_PROMPTS
         self.min_coverage = MIN_COVERAGE
+        self.crop_side = net.crop_side
 
     @property
     def module(self) -> nn.Module:
@@ -201,7 +204,7 @@ def load_nano(
         size = os.fstat(file.fileno()).st_size
         if size > MAX_BYTES:
             raise ModelError(f"{path}: {size} bytes is too large for a nano model")
-        data = read_bytes(path, file)
+        data = read_whole(file)
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError) as error:
@@ -251,16 +254,19 @@ def _of_space(metadata: dict[str, str], given: str | LatentSpace | None) -> dict
             f"model {name} reads the RGB view of several latent spaces: say of which (space=..., "
             "--space)"
         )
-    space = LatentSpace.get(given)
-    if not readable_view(space):
+    # The view is of latents in the space's usual scaling, to which they are brought.
+    space = LatentSpace.get(given).standard
+    found = space.rgb_view
+    if found is None or not readable_view(space):
         raise ModelError(
             f"model {name} reads linear RGB views, and space {space.name} has none that is fine "
             "enough to be read"
         )
-    view = {"factors": space.rgb_factors, "bias": space.rgb_bias}
+    view = {"factors": found.factors, "bias": found.bias}
     card = f"{metadata['card']} Here it reads {space.name} latents."
     config = json.loads(metadata["config"]) | view
-    return {"space": space.name, "card": card, "config": json.dumps(config)}
+    scaled = "yes" if found.scaled else "no"
+    return {"space": space.name, "card": card, "config": json.dumps(config), "scaled": scaled}
 
 
 def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) -> NanoEncoder:
@@ -288,6 +294,7 @@ def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) ->
         space=metadata["space"],
         card=metadata["card"],
         class_names=names,
+        needs_scaled=metadata.get("scaled", "yes") == "yes",
     )
 
 

@@ -68,6 +68,8 @@ class LatentAdapter(nn.Module):
 class NanoNet(nn.Module):
     """Adapter and trunk: latents [B, C, h, w] (scaled convention) -> class logits [B, 1000]."""
 
+    crop_side: int | None = GRID
+
     def __init__(self, channels: int, width: int = 96, hidden: int = 128, depth: int = 4) -> None:
         super().__init__()
         self.adapter = LatentAdapter(channels, width, hidden, depth)
@@ -132,6 +134,9 @@ class RgbViewNet(nn.Module):
     it. size: pixels per side that the view is resized to before the stem. filter_width: of the
     ViewFilter before that; 0 is none.
     """
+
+    crop_side: int | None = None
+    """A crop of a view is a picture of very few pixels; what it shows was not measured."""
 
     def __init__(
         self, factors: list[list[float]], bias: list[float], size: int, filter_width: int = 0

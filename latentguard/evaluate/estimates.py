@@ -97,16 +97,3 @@ class Wiener:
         size = (noisy.shape[2], noisy.shape[3])
         estimate: Tensor = torch.fft.irfft2(filtered, s=size, norm="ortho") + self.mean
         return estimate
-
-    def expected_error(self, noise_level: float) -> float:
-        """Mean squared error per number that its own statistics predict at a noise level."""
-        noise = noise_level**2
-        error = (self.power * noise / (self.power + noise)).sum(-1)
-        # rfft2 keeps half of the columns: the others are their mirror images.
-        height, half = error.shape
-        width = self.mean.shape[2]
-        counts = torch.full((half,), 2.0, device=error.device)
-        counts[0] = 1
-        if width % 2 == 0:
-            counts[-1] = 1
-        return float((error * counts).sum() / (height * width * self.mean.shape[0]))

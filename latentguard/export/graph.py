@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentguard import ops
-from latentguard.encoders import traits
+from latentguard.encoders import strongest_view, traits
 from latentguard.errors import ModelError
 from latentguard.ops.onnx import OPSET, translations
 from latentguard.scorer import Scorer
 from latentguard.spaces import LatentSpace
+from latentguard.text import first_line
 
 BANK = ("bank.embeddings", "bank.segments", "bank.contrast", "bank.contrast_segments")
 """The four arrays that a policy's prompts become; see `ConceptBank`."""
@@ -46,12 +47,14 @@ class _Moderator(torch.nn.Module):
             convert = self._space.to_scaled if encoder.needs_scaled else self._space.to_raw
             latents = convert(latents)
         features = encoder.features(latents)
-        if features.tiles != 1:
+        if features.tiles != 1 and not features.lead:
             raise ModelError("a model that reads an image in tiles cannot be exported")
         shared = (head.ln_weight, head.ln_bias, head.eps, head.projection)
         bank = (embeddings, segments, contrast, ranges)
-        scores = ops.concept_similarity(features.pooled, *shared, *bank, encoder.logit_scale)
-        pooled = features.pooled
+        scale = encoder.logit_scale
+        scores = ops.concept_similarity(features.pooled, *shared, *bank, scale)
+        scores = strongest_view(features.tiles, *scores, features.lead, scale)
+        pooled = features.pooled[:: features.tiles]
         if head.ln_weight is not None:
             shape = pooled.shape[-1:]
             pooled = F.layer_norm(pooled, shape, head.ln_weight, head.ln_bias, head.eps)
@@ -115,7 +118,7 @@ def _cause(error: BaseException) -> str:
     """The first line of what was raised while the model was traced."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _check_open(model: onnx.ModelProto, name: str, dynamic: bool) -> None:

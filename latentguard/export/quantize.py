@@ -22,7 +22,6 @@ from latentguard.errors import ModelError
 from latentguard.export.matrices import Batch, observe, replace
 
 Precision = Literal["fp16", "int8", "int8-dynamic"]
-Ranges = Literal["minmax", "percentile", "entropy"]
 
 # Where these start, values leave the range that half precision holds (sums of squares), or a
 # small difference decides.
@@ -37,7 +36,6 @@ def convert(
     batches: Iterable[Batch] | None = None,
     *,
     keep: Collection[str] = (),
-    ranges: Ranges = "minmax",
 ) -> None:
     """Write `source` (float32) as `target` in another precision; the metadata is kept.
 
@@ -51,9 +49,6 @@ def convert(
             be judged on. 32 to 256 images do.
         keep: names of initializers or inputs (a concept bank) which, with all that is computed
             from them, stay float32.
-        ranges: how int8 finds an activation's range: its extremes, its 99.99th percentile, or
-            the range of least relative entropy. The latter two keep all activations of `batches`
-            in memory.
 
     Raises:
         ModelError: int8 without batches, an unknown precision, or nothing to quantise.
@@ -72,7 +67,7 @@ def convert(
         if precision == "fp16":
             converted = _half(model, chosen.compared)
         else:
-            converted = _integer(model, Path(folder), chosen, precision, batches, ranges)
+            converted = _integer(model, Path(folder), chosen, precision, batches)
     _keep_standard(converted)
     del converted.metadata_props[:]
     converted.metadata_props.extend(metadata)
@@ -140,7 +135,6 @@ def _integer(
     chosen: _Choice,
     precision: Precision,
     batches: Iterable[Batch] | None,
-    ranges: Ranges,
 ) -> onnx.ModelProto:
     dynamic = precision == "int8-dynamic"
     if batches is None and not dynamic:
@@ -156,14 +150,12 @@ def _integer(
     watched = list(dict.fromkeys(by_name[name].input[0] for name in chosen.products))
     seen = observe(path, watched, inputs) if inputs and watched else {}
     if chosen.convolutions and not dynamic:
-        model = _convolutions(path, chosen.convolutions, inputs, ranges)
+        model = _convolutions(path, chosen.convolutions, inputs)
     replace(model, chosen.products, seen, dynamic)
     return model
 
 
-def _convolutions(
-    path: Path, nodes: list[str], batches: list[Batch], ranges: Ranges
-) -> onnx.ModelProto:
+def _convolutions(path: Path, nodes: list[str], batches: list[Batch]) -> onnx.ModelProto:
     from onnxruntime import quantization
 
     written = path.with_name("convolutions.onnx")
@@ -178,12 +170,7 @@ def _convolutions(
         reduce_range=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        calibrate_method={
-            "minmax": quantization.CalibrationMethod.MinMax,
-            "percentile": quantization.CalibrationMethod.Percentile,
-            "entropy": quantization.CalibrationMethod.Entropy,
-        }[ranges],
-        extra_options={"CalibPercentile": 99.99},
+        calibrate_method=quantization.CalibrationMethod.MinMax,
     )
     return onnx.load(written)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from latentguard.atomic import replacing_all
 from latentguard.encoders import Encoder, load_encoder, needs_space
 from latentguard.errors import ModelError, PolicyError
 from latentguard.export.graph import attach_bank
 from latentguard.export.metadata import describe
-from latentguard.export.write import first_name, sha256_of, write
+from latentguard.export.write import digest_of, first_name, write
 from latentguard.policy import Policy, load_policy
 from latentguard.runtime import Guard
 from latentguard.runtime.artefact import Artefact, open_artefact
@@ -54,14 +53,13 @@ def swap_policy(
             f"{source}: has no first model, which policy '{rules.name}' asks for by its cascade: "
             "export it anew with this policy"
         )
-    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
+    with replacing_all(out.parent) as (folder, files):
         first: Path | None = None
-        files: list[Path] = []
         if scorer.first is not None and artefact.first is not None:
             _check_model(artefact.first, scorer.first.encoder)
-            first = Path(folder, first_name(out))
-            files = _swapped(artefact.first, scorer.first, first)
-        main = _swapped(artefact, scorer, Path(folder, out.name), first)
+            first = folder / first_name(out)
+            files += _swapped(artefact.first, scorer.first, first)
+        main = _swapped(artefact, scorer, folder / out.name, first)
         with Guard(main[0], providers=["CPUExecutionProvider"]) as guard:
             size = (before["height"] or 32, before["width"] or 32)
             found = guard.scores(np.ones((1, before["channels"], *size), np.float32))["margin"]
@@ -70,8 +68,7 @@ def swap_policy(
                     f"{out}: not written, the new bank gives scores {list(found.shape)}"
                 )
             digest = guard.sha256
-        for file in (*reversed(files), *reversed(main)):
-            os.replace(file, out.parent / file.name)
+        files[:0] = main
     return digest
 
 
@@ -106,7 +103,7 @@ def _swapped(
         precision=before["precision"],
         size=None if before["height"] is None else (before["height"], before["width"]),
         calibration=before.get("calibration"),
-        first=None if first is None else (first.name, sha256_of(first)),
+        first=None if first is None else (first.name, digest_of(first)),
     )
     return write(graph, metadata, path)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +12,7 @@ import numpy as np
 import onnx
 import torch
 
+from latentguard.atomic import replacing_all
 from latentguard.encoders import Encoder, traits
 from latentguard.errors import LatentsError, ModelError
 from latentguard.export.graph import attach_bank, bank_arrays, build, not_open
@@ -24,6 +22,7 @@ from latentguard.export.quantize import convert
 from latentguard.export.samples import bundled, drawn, resized
 from latentguard.judge import Verdict
 from latentguard.policy import Policy
+from latentguard.regular import open_regular, sha256_of
 from latentguard.runtime import Guard
 from latentguard.runtime.names import plain
 from latentguard.scorer import Scorer
@@ -116,7 +115,7 @@ def export_onnx(
             needs a size and is given none; a `first_precision` where the policy has no cascade.
         LatentsError: latents of another space or size, or a space whose statistics are not known.
     """
-    scorer, out = Scorer(policy, model, device="cpu"), Path(out)
+    scorer, out = Scorer(policy, model, device="cpu").thorough, Path(out)
     if first_precision is not None and scorer.first is None:
         raise ModelError(f"policy '{scorer.policy.name}' has no cascade, and so no first model")
     first_precision = first_precision or precision
@@ -129,15 +128,13 @@ def export_onnx(
     given, real = _to_check(check, scorer, scaled, size)
     way = _Way(out.parent, size, scaled, given, real, calibrate, progress)
     first: Exported | None = None
-    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
-        files: list[Path] = []
+    with replacing_all(out.parent) as (folder, files):
         if scorer.first is not None:
-            beside = Path(folder, first_name(out))
-            files, first = way.make(scorer.first, beside, first_precision)
-        written, made = way.make(scorer, Path(folder, out.name), precision, heatmaps, first)
-        # The file that names the others comes last.
-        for file in (*reversed(files), *reversed(written)):
-            os.replace(file, out.parent / file.name)
+            beside = folder / first_name(out)
+            of_first, first = way.make(scorer.first, beside, first_precision)
+            files += of_first
+        written, made = way.make(scorer, folder / out.name, precision, heatmaps, first)
+        files[:0] = written
     return made
 
 
@@ -211,7 +208,7 @@ class _Way:
             self.progress(f"comparing it with the model without merging on {len(given)} latents")
             unmerged = compare(path, scorer, given, real=self.real, merging=False)
         bytes_ = sum(file.stat().st_size for file in written)
-        return written, Exported(out, sha256_of(path), bytes_, checked, first, unmerged)
+        return written, Exported(out, digest_of(path), bytes_, checked, first, unmerged)
 
     def _converted(
         self, graph: onnx.ModelProto, scorer: Scorer, precision: Precision, folder: Path
@@ -292,7 +289,7 @@ def write(model: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> list[
             size_threshold=EXTERNAL_TENSOR,
         )
         model = onnx.load(path, load_external_data=False)
-        metadata = {**metadata, "files": {beside.name: sha256_of(beside)}}
+        metadata = {**metadata, "files": {beside.name: digest_of(beside)}}
         files.append(beside)
     path.write_bytes(write_metadata(model, metadata))
     return files
@@ -373,7 +370,7 @@ def _outcome(verdict: Verdict) -> tuple[str, tuple[str, ...]]:
     return verdict.decision, tuple(score.id for score in verdict.matched)
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open_regular(path) as file:
+        return sha256_of(file)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from latentguard.errors import LatentsError
 from latentguard.spaces import SPACES
 
-_CHANNELS = {space.channels for space in SPACES.values()}
-_PACKED = {space.packed_channels for space in SPACES.values() if space.packed_patch > 1}
 # A matrix of fewer rows is a list of features rather than the tokens of one image (16x16 cells).
 _MIN_TOKENS = 64
 # Parts of the names under which trainers and pipelines keep text embeddings.
@@ -66,9 +64,12 @@ def _is_shape_of_latents(shape: tuple[int, ...]) -> bool:
     """[..., C, H, W] of a known space, or packed tokens [B, N, C * 4] or [N, C * 4]."""
     if math.prod(shape) == 0 or len(shape) < 2:
         return False
-    spatial = len(shape) >= 3 and shape[-3] in _CHANNELS
+    packed = {space.packed_channels for space in SPACES.values() if space.packs}
+    spatial = len(shape) >= 3 and shape[-3] in {s.channels for s in SPACES.values()} | packed
+    if len(shape) >= 4 and shape[-3] == 1:  # an axis of frames
+        spatial = spatial or shape[-4] in {space.channels for space in SPACES.values()}
     tokens = len(shape) == 3 or (len(shape) == 2 and shape[0] >= _MIN_TOKENS)
-    return spatial or (tokens and shape[-1] in _PACKED)
+    return spatial or (tokens and shape[-1] in packed)
 
 
 def _is_text(name: str, shape: tuple[int, ...]) -> bool:

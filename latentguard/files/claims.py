@@ -19,14 +19,24 @@ from numpy.typing import NDArray
 from latentguard.errors import LatentsError
 from latentguard.files.beside import Beside
 from latentguard.files.bounds import MAX_ID, MAX_IMAGE_CELLS
-from latentguard.spaces import SCALINGS, SPACES, LatentSpace
+from latentguard.spaces import SCALINGS, SPACES, LatentSpace, known_names
 
 Image = NDArray[Any]
 """One image's numbers, an array of its own: float16, float32, float64 or `BFLOAT16`."""
 
-LAYOUTS = ("spatial", "packed")
-_CHANNELS = {space.channels for space in SPACES.values()}
-_PACKED = {space.packed_channels: space for space in SPACES.values() if space.packed_patch > 1}
+LAYOUTS = ("spatial", "packed", "patches")
+
+
+def channel_counts() -> set[int]:
+    """Of images of the known spaces, as cells or as patches."""
+    return {space.channels for space in SPACES.values()} | {
+        space.packed_channels for space in SPACES.values() if space.packs
+    }
+
+
+def packed_spaces(width: int) -> list[LatentSpace]:
+    """The known spaces whose tokens have so many channels."""
+    return [s for s in SPACES.values() if s.packs and s.packed_channels == width]
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Claims:
             )
         except LatentsError as error:
             raise LatentsError(f"the file declares what cannot be: {error}") from error
-        # flux2 has no numbers without its VAE's statistics: scaled means normalised by any.
+        # flux2 has no numbers without its VAE's statistics: scaled means normalized by any.
         settled = space.scale is not None or scaled
         if settled and space.is_scaled_as(declared):
             return
@@ -121,11 +131,15 @@ class Payload:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one array holds images: `count` of them of `shape`, one after the other."""
+    """How one array holds images: `count` of them of `shape`, one after the other.
+
+    frames: the array's axis of frames, of which there is one, and which `shape` leaves out.
+    """
 
     count: int
     shape: tuple[int, ...]
     layout: str
+    frames: int | None = None
 
 
 def plan(shape: tuple[int, ...], claims: Claims) -> Plan:
@@ -138,6 +152,9 @@ def plan(shape: tuple[int, ...], claims: Claims) -> Plan:
         raise LatentsError(f"the latents are empty (shape {list(shape)})")
     layout = _layout(shape, claims)
     rank = 2 if layout == "packed" else 3
+    frames = _frames(shape, claims) if layout != "packed" else None
+    if frames is not None:
+        shape = (*shape[:frames], *shape[frames + 1 :])
     if len(shape) not in (rank, rank + 1):
         expected = "[B, N, C] or [N, C]" if layout == "packed" else "[B, C, H, W] or [C, H, W]"
         raise LatentsError(f"{layout} latents must be {expected}, got shape {list(shape)}")
@@ -149,25 +166,48 @@ def plan(shape: tuple[int, ...], claims: Claims) -> Plan:
             f"an image of {cells} latent cells (shape {list(shape)}) is over the limit of "
             f"{MAX_IMAGE_CELLS}"
         )
-    if channels > max(_PACKED):
+    if channels > max(channel_counts()):
         raise LatentsError(
             f"latents of {channels} channels (shape {list(shape)}) are of no known space "
             f"({', '.join(f'{s.name} {s.channels}' for s in SPACES.values())})"
         )
-    return Plan(count, image, layout)
+    return Plan(count, image, layout, frames)
+
+
+def _frames(shape: tuple[int, ...], claims: Claims) -> int | None:
+    """The axis of frames of [B, C, 1, H, W] and [C, 1, H, W].
+
+    Raises LatentsError for latents of a video, of which no frame is an image of its own.
+    """
+    video = "latents of a video are not images ({} frames, got shape {}): only one can be judged"
+    if len(shape) == 5:
+        if shape[2] != 1:
+            raise LatentsError(video.format(shape[2], list(shape)))
+        return 2
+    if len(shape) != 4:
+        return None
+    space = None if claims.space is None else SPACES[claims.space]
+    if space is not None and space.temporal_factor > 1 and shape[0] == space.channels:
+        counts = {space.channels, space.packed_channels}
+        if shape[1] not in {1, *counts}:
+            raise LatentsError(video.format(shape[1], list(shape)))
+    counts = channel_counts() if space is None else {space.channels}
+    return 1 if shape[1] == 1 and shape[0] in counts else None
 
 
 def is_twofold(shape: tuple[int, ...]) -> bool:
-    """Whether an array can be one image [C, H, W] and packed tokens [B, N, C * 4] of one space."""
-    space = _PACKED.get(shape[-1]) if len(shape) == 3 else None
-    return space is not None and shape[0] == space.channels
+    """Whether an array can be one image [C, H, W], of cells or of patches, and packed tokens
+    [B, N, C * 4] of one space."""
+    if len(shape) != 3:
+        return False
+    return any(shape[0] in (s.channels, s.packed_channels) for s in packed_spaces(shape[2]))
 
 
 def _layout(shape: tuple[int, ...], claims: Claims) -> str:
     """The declared layout, else what the shape can only be."""
     if claims.layout is not None:
         return claims.layout
-    if len(shape) == 4:
+    if len(shape) in (4, 5):
         return "spatial"
     if len(shape) != 3:
         raise LatentsError(
@@ -175,21 +215,34 @@ def _layout(shape: tuple[int, ...], claims: Claims) -> str:
         )
     size = (claims.height, claims.width)
     # [C, H, W] and packed [B, N, C] have the same rank: the declared size, else the channel count.
-    space = _PACKED.get(shape[2])
-    packed = (
-        space is not None
-        and claims.space in (None, space.name)
-        and claims.height is not None
-        and claims.width is not None
-        and shape[1] * 4 == claims.height * claims.width
+    cells = -1 if claims.height is None or claims.width is None else claims.height * claims.width
+    packed = any(
+        claims.space in (None, space.name) and shape[1] * space.packed_patch**2 == cells
+        for space in packed_spaces(shape[2])
     )
-    channels = _CHANNELS if claims.space is None else {SPACES[claims.space].channels}
+    channels = {s.channels for s in SPACES.values() if claims.space in (None, s.name)}
     spatial = shape[0] in channels and size in ((None, None), shape[1:])
+    if not packed and not spatial:
+        spatial = _is_patches(shape, claims)
     if packed is not spatial:
         return "packed" if packed else "spatial"
     raise LatentsError(
         f"shape {list(shape)} could be one image [C, H, W] or packed tokens [B, N, C]: declare "
-        "layout (spatial or packed), and for packed ones height and width in latent cells"
+        "layout (spatial or packed; in the file, or by --layout), and for packed ones height and "
+        "width in latent cells"
+    )
+
+
+def _is_patches(shape: tuple[int, ...], claims: Claims) -> bool:
+    """Whether [C, H, W] is one image whose cells are gathered to patches."""
+    return any(
+        shape[0] == space.packed_channels
+        and shape[2] != space.packed_channels
+        and claims.space in (None, space.name)
+        and (claims.height, claims.width)
+        in ((None, None), (shape[1] * space.packed_patch, shape[2] * space.packed_patch))
+        for space in SPACES.values()
+        if space.packed_patch > 1
     )
 
 
@@ -208,9 +261,9 @@ def _from_text(key: str, value: str) -> Any:
 
 
 def _space(key: str, value: Any) -> str:
-    if not isinstance(value, str) or value not in SPACES:
+    if not isinstance(value, str) or value in SCALINGS or value not in known_names():
         raise LatentsError(f"{key} must be one of {', '.join(SPACES)}, got {_shown(value)}")
-    return value
+    return LatentSpace.get(value).name
 
 
 def _scaled(key: str, value: Any) -> bool:
@@ -252,7 +305,7 @@ def _factors(key: str, value: Any) -> float | tuple[float, ...]:
     good = numbers and all(
         isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers
     )
-    if not good or len(numbers) > max(_PACKED) or not all(abs(n) < 1e30 for n in numbers):
+    if not good or len(numbers) > max(channel_counts()) or not all(abs(n) < 1e30 for n in numbers):
         raise LatentsError(f"{key} must be a finite number or one per channel, got {_shown(value)}")
     if isinstance(value, (list, tuple)):
         return tuple(float(number) for number in value)

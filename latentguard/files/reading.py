@@ -23,7 +23,7 @@ from latentguard.files.streams import open_regular, size_of, state_of, unchanged
 from latentguard.files.tar import Member, printable
 from latentguard.files.torch_files import open_torch
 from latentguard.spaces import Latents, LatentSpace, recognise
-from latentguard.spaces.arrays import LatentArray, unpack, widened
+from latentguard.spaces.arrays import LatentArray, unpack, unpatchify, widened
 from latentguard.spaces.statistics import MAX_IMAGES
 from latentguard.spaces.tokens import check_layout, check_size
 
@@ -274,7 +274,7 @@ def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
             space.size((1, *image.shape), "packed", claims.height, claims.width)
         except LatentsError:
             continue  # an image of another size is an error of its own
-        check_size(widened(image)[None], space, claims.height, claims.width)
+        check_size(space.canonical(widened(image))[None], space, claims.height, claims.width)
 
 
 def _settle(
@@ -321,6 +321,8 @@ def _record(
     try:
         if image.ndim == 2:
             batch = unpack(batch, space, claims.height, claims.width)
+        elif _is_patches(image, space, claims):
+            batch = unpatchify(batch, space)
         space.size(batch.shape, "spatial", claims.height, claims.width)
         latents = LatentArray(batch, space, scaled, None if name is None else (name,))
         return ArrayRecord(source, index, name, latents, None)
@@ -328,12 +330,21 @@ def _record(
         return ArrayRecord(source, index, name, None, str(error))
 
 
+def _is_patches(image: Image, space: LatentSpace, claims: Claims) -> bool:
+    """Whether [C, H, W] holds patches of cells: as declared, or since nothing else fits."""
+    if claims.layout is not None:
+        return claims.layout == "patches"
+    return space.packs and image.shape[0] == space.packed_channels != space.channels
+
+
 def _one_layout(record: ArrayRecord, image: Image | LatentsError) -> ArrayRecord:
     """A record of an image whose shape is of both layouts, or the error that it is of the other."""
     if record.latents is None or isinstance(image, LatentsError):
         return record
     try:
-        check_layout(widened(image), record.latents.space)
+        space = record.latents.space
+        numbers = widened(image)
+        check_layout(space.canonical(numbers) if image.ndim == 2 else numbers, space)
     except LatentsError as error:
         return replace(record, latents=None, error=str(error))
     return record

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from latentguard import regular
 from latentguard.errors import LatentsError
 
 Item = TypeVar("Item")
@@ -17,17 +17,9 @@ Item = TypeVar("Item")
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; a FIFO, device or folder is an error and never blocks."""
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _O_BINARY)
+        return regular.open_regular(path)
     except OSError as error:
-        raise LatentsError(f"cannot be opened: {error.strerror or error}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise LatentsError("is not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
-_O_BINARY = getattr(os, "O_BINARY", 0)
+        raise LatentsError(regular.problem(error, "opened")) from error
 
 
 def size_of(stream: BinaryIO) -> int:

@@ -258,8 +258,11 @@ def _images(
         yield error
         return
     begin = places[tensor.key]
-    batched = len(tensor.shape) > len(layout.shape)
-    strides = tensor.strides[1:] if batched else tensor.strides
+    strides = tensor.strides
+    if layout.frames is not None:
+        strides = strides[: layout.frames] + strides[layout.frames + 1 :]
+    batched = len(strides) > len(layout.shape)
+    strides = strides[1:] if batched else strides
     step = tensor.strides[0] if batched else 0
     one = _extent(layout.shape, strides)
     whole = one + (layout.count - 1) * step

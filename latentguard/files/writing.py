@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from latentguard.atomic import replacing
 from latentguard.errors import LatentsError
 from latentguard.files.claims import KEYS
-from latentguard.spaces import SPACES, Latents
+from latentguard.spaces import Latents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,11 @@ def save_latents(path: str | Path, latents: Latents, **metadata: Any) -> None:
         extra = json.loads(json.dumps(metadata))
     except (TypeError, ValueError) as error:
         raise LatentsError(f"{target}: metadata must be JSON: {error}") from error
+    if (
+        latents.layout == "patches"
+        or latents.space.packed_order != latents.space.standard.packed_order
+    ):
+        latents = latents.spatial()  # a file cannot say in which order its tokens are
     fields = {**_description(latents), **extra}
     tensor = latents.tensor.detach().cpu().contiguous().clone()
     with replacing(target) as file:
@@ -62,7 +67,7 @@ def _description(latents: Latents) -> dict[str, Any]:
     }
     if latents.ids is not None:
         fields["ids"] = list(latents.ids)
-    standard = SPACES[latents.space.name]
+    standard = latents.space.standard
     for key in ("scale", "shift"):
         value = getattr(latents.space, key)
         if value != getattr(standard, key):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import stat
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from latentguard.guard.record import StepRecord
 from latentguard.guard.sessions import Session
 from latentguard.judge import SCHEMA_VERSION
+from latentguard.regular import RefusedError, open_regular, regular_descriptor
 
 _PATIENCE = 10.0
 """Seconds for which a log may be held by another process."""
@@ -69,13 +69,11 @@ class AuditLog:
 
     def _open(self) -> int:
         """Open the file for appending. Raises OSError where it is none: a pipe keeps no record."""
-        # Without O_NONBLOCK, opening a FIFO waits for a reader.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
-        file = os.open(self.path, flags, 0o600)
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            os.close(file)
-            raise OSError(errno.EINVAL, "the audit log must be a regular file", str(self.path))
-        return file
+        try:
+            return regular_descriptor(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        except RefusedError as error:
+            said = "the audit log must be a regular file"
+            raise OSError(errno.EINVAL, said, str(self.path)) from error
 
     def write(self, session: Session, record: StepRecord) -> None:
         """Append the lines of one step."""
@@ -145,11 +143,10 @@ class AuditLog:
                 time.sleep(0.001)
 
     def _ends_whole(self, file: int) -> bool:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+        if os.fstat(file).st_size == 0:
             return True
         try:
-            with self.path.open("rb") as log:
+            with open_regular(self.path) as log:
                 log.seek(-1, os.SEEK_END)
                 return log.read().endswith(b"\n")
         except OSError:  # may not be read, or was replaced just now: who knows how it ends

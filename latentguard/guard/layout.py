@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,16 +11,6 @@ from torch import Tensor
 
 from latentguard.errors import LatentsError
 from latentguard.spaces import BatchNorm, Latents, LatentSpace
-
-# An AutoencoderTiny does not say whose latents it decodes; the pipeline's class does. The first
-# pattern that matches the name of the class, or of one that it is derived from, counts.
-_BY_CLASS = (
-    (r"^StableDiffusionXL", "sdxl"),
-    (r"^StableDiffusion3", "sd3"),
-    (r"^Flux2", "flux2"),
-    (r"^Flux", "flux1"),
-    (r"^(StableDiffusion|LatentConsistencyModel)", "sd1"),
-)
 
 
 def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
@@ -36,7 +25,7 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     told: LatentSpace | LatentsError | None = None
     if config is not None and not is_tiny(vae):
         try:
-            told = LatentSpace.from_vae_config(config)
+            told = LatentSpace.from_vae_config(config, classes_of(vae))
         except LatentsError as error:
             told = error
     if given is not None:
@@ -62,6 +51,11 @@ def space_of(pipe: Any, given: LatentSpace | str | None = None) -> LatentSpace:
     return _by_class(pipe)
 
 
+def classes_of(vae: Any) -> list[str]:
+    """The names of a VAE's class and of its parents, by which some spaces are told."""
+    return [cls.__name__ for cls in type(vae).__mro__]
+
+
 def is_tiny(vae: Any) -> bool:
     """Whether a VAE is an AutoencoderTiny, which decodes several spaces."""
     return type(vae).__name__ == "AutoencoderTiny" or "latent_magnitude" in vae.config
@@ -75,10 +69,11 @@ def _complete(space: LatentSpace, vae: Any) -> LatentSpace:
 
 
 def _by_class(pipe: Any) -> LatentSpace:
+    # An AutoencoderTiny does not say whose latents it decodes; the pipeline's class does.
     for cls in type(pipe).__mro__:
-        for pattern, name in _BY_CLASS:
-            if re.match(pattern, cls.__name__):
-                return LatentSpace.get(name)
+        space = LatentSpace.of_pipeline(cls.__name__)
+        if space is not None:
+            return space
     raise LatentsError(
         f"{type(pipe).__name__} decodes with an AutoencoderTiny, which does not say which latents "
         "these are: give space=..."

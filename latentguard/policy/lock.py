@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from pydantic import field_validator
 
+from latentguard.atomic import replacing
 from latentguard.errors import PolicyError
 from latentguard.policy.fields import (
     Digest,
@@ -136,15 +135,8 @@ def write_lock(path: str | Path, lock: Lock) -> None:
     encoded = "\n".join([*lines, ""]).encode()
     parse_lock(encoded, str(path))  # what cannot be read again must not replace what can
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(encoded)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as file:
+            file.write(encoded)
     except OSError as error:
         raise PolicyError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -179,6 +179,9 @@ class Policy(Frozen):
     """What to look for."""
     cascade: Cascade | None = None
     """A cheap model that judges first, where the other one need not see every image."""
+    views: Literal["whole", "crops"] = "whole"
+    """How final latents and files are read: as a whole, or in overlapping crops besides, which
+    finds small objects in large images and costs several times as much."""
     schedule: Schedule = Schedule()
     """When latents are scored during denoising."""
     on_error: Literal["block", "review", "allow"] = "block"
@@ -230,6 +233,12 @@ class Policy(Frozen):
         copy = super().model_copy(update=update, deep=deep)
         if update:
             copy._file_sha256 = None
+        return copy
+
+    def with_views(self, views: Literal["whole", "crops"]) -> Self:
+        """The same with other `views`, under the same digest: a model's name tells its views."""
+        copy = self.model_copy(update={"views": views})
+        copy._file_sha256 = self.sha256
         return copy
 
     def texts(self, prompt: str) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from latentguard.errors import PolicyError
+from latentguard.regular import open_regular, problem
 from latentguard.text import visible
 
 MAX_BYTES = 1 << 20
@@ -213,29 +213,17 @@ def _resolve(event: yaml.ScalarEvent) -> Scalar:
     return text
 
 
-_O_BINARY = getattr(os, "O_BINARY", 0)
-
-
 def read_bytes(path: Path) -> bytes:
     """The bytes of a regular file of at most 1 MiB. Raises PolicyError."""
     try:
-        # One descriptor for the question and the answer; without O_NONBLOCK a pipe could block.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _O_BINARY)
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            os.close(descriptor)
-            kind = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file"
-            raise PolicyError(f"{path}: is {kind}")
-        with os.fdopen(descriptor, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        with open_regular(path) as file:
+            return file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise PolicyError(f"{path}: there is no such file") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, PolicyError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise PolicyError(f"{clip(str(path))}: cannot be read: {reason}") from error
-    return data
+    except OSError as error:
+        if os.path.isdir(path):
+            raise PolicyError(f"{path}: is a folder, not a file") from error
+        raise PolicyError(f"{clip(str(path))}: {problem(error)}") from error
 
 
 def compose(data: bytes, source: str) -> Node:

@@ -17,12 +17,12 @@ import json
 import math
 import os
 import re
-import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from latentguard.errors import ModelError
+from latentguard.regular import open_regular, problem, read_whole
 from latentguard.runtime.graph import check_graph
 from latentguard.runtime.layout import ENTRY, MODEL
 from latentguard.runtime.names import DIGEST, HEATMAP, INPUT, METADATA, OUTPUTS, STANDARD, plain
@@ -154,27 +154,15 @@ def _pin(sha256: str) -> bytes:
 def _read(path: Path, limit: int) -> bytes:
     """The bytes of a regular file that is no larger than `limit`."""
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _O_BINARY)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelError(f"{path}: is not a regular file")
-            if status.st_size > limit:
-                raise ModelError(f"{path}: {status.st_size} bytes are more than {limit >> 30} GiB")
-            # One byte more than there should be: a file that grows meanwhile is another one.
-            data = file.read(status.st_size + 1)
-    except (OSError, ValueError) as error:  # a NUL byte in the path is a ValueError
-        if isinstance(error, ModelError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise ModelError(f"{path}: cannot be read: {reason or error}") from error
-    if len(data) != status.st_size:
-        raise ModelError(f"{path}: changed while it was read")
-    return data
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise ModelError(f"{path}: {size} bytes are more than {limit >> 30} GiB")
+            return read_whole(file)
+    except OSError as error:
+        raise ModelError(f"{path}: {problem(error)}") from error
 
 
-_O_BINARY = getattr(os, "O_BINARY", 0)
 _ENTRIES = next(number for number, spec in MODEL.fields.items() if spec.of is ENTRY)
 # By these bytes ONNX Runtime tells files of its own format, which nobody here looks into.
 _FLATBUFFER = b"ORTM"

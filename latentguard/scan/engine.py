@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from latentguard.errors import LatentGuardError, LatentsError, ModelError
 from latentguard.files import ArrayRecord, PassedOver, read_arrays
 from latentguard.judge import Heatmaps, ModelId, PolicyId, Rules, Verdict, failed
-from latentguard.policy import Policy
+from latentguard.policy import Policy, load_policy
 from latentguard.scan.judges import Judges, SpaceJudge
 from latentguard.scan.record import ScanRecord, rank
 from latentguard.scan.summary import ModelInfo
+from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from latentguard.spaces import LatentArray, LatentSpace
 
 Runtime = Literal["torch", "onnx"]
+Views = Literal["whole", "crops"]
 
 MAX_CELLS = 1 << 26
 """Numbers in the latents of one batch (256 MiB in float32): large images make smaller batches."""
@@ -46,6 +48,7 @@ def scan_files(
     heatmaps: bool = False,
     runtime: Runtime = "torch",
     sha256: str | None = None,
+    views: Views | None = None,
 ) -> Iterator[ScanRecord]:
     """Moderate latents files: one record per image, in the order of the paths, as they come.
 
@@ -62,6 +65,8 @@ def scan_files(
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
         runtime: "torch", or "onnx" for a file that `latentguard export onnx` wrote, without torch.
         sha256: of that file, which must have it.
+        views: "whole", or "crops" to read an image in overlapping crops besides, which finds small
+            objects in large images; None is what the policy says.
 
     Yields:
         ScanRecords. An image that cannot be read has decision block and an error; one that was
@@ -86,6 +91,7 @@ def scan_files(
             heatmaps=heatmaps,
             runtime=runtime,
             sha256=sha256,
+            views=views,
         )
     )
 
@@ -109,6 +115,7 @@ class Scan:
     heatmaps: bool = False
     runtime: Runtime = "torch"
     sha256: str | None = None
+    views: Views | None = None
     seconds: float = field(init=False, default=0.0)
     passed: PassedOver = field(init=False, default_factory=PassedOver)
 
@@ -122,6 +129,8 @@ class Scan:
         if self.runtime == "onnx":
             from latentguard.scan.judges import OnnxJudges
 
+            if self.views is not None:
+                raise ModelError("an exported file has its own views: leave --views out")
             if not isinstance(self.model, (str, Path)) or str(self.model) == "auto":
                 raise ModelError("the onnx runtime needs --model FILE.onnx, an exported file")
             device = None if self.device is None else str(self.device)
@@ -132,7 +141,9 @@ class Scan:
             raise ModelError("--sha256 pins an exported file: give --runtime onnx, too")
         if isinstance(self.model, (str, Path)) and str(self.model).endswith(".onnx"):
             raise ModelError(f"{self.model} is an exported file: give --runtime onnx, too")
-        policy = "default" if self.policy is None else self.policy
+        policy = load_policy("default" if self.policy is None else self.policy)
+        if self.views is not None:
+            policy = policy.with_views(self.views)
         return TorchJudges(policy, self.model, self.device, self.space)
 
     @property
@@ -288,9 +299,4 @@ def _sentence(error: Exception) -> str:
     """An error as a sentence; the kind is named where it is not one of ours."""
     if isinstance(error, LatentGuardError):
         return str(error)
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no message"
+    return f"{type(error).__name__}: {first_line(error, 'no message')}"

@@ -17,6 +17,7 @@ from latentguard.errors import ModelError, PolicyError
 from latentguard.judge import BoundRules, Judged, Rules
 from latentguard.policy import Policy, load_policy
 from latentguard.scan.summary import ModelInfo
+from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +108,9 @@ class TorchJudges(Judges):
         def judge(latents: LatentArray, heatmaps: bool) -> Judged:
             return scorer.judge(latents.to_torch(), heatmaps=heatmaps)
 
-        notes = str(getattr(scorer.encoder, "notes", "") or "")
-        info = _info(scorer.bound, notes, scorer.bank.unseen_contrast)
+        judging = scorer.thorough
+        notes = str(getattr(judging.encoder, "notes", "") or "")
+        info = _info(judging.bound, notes, judging.bank.unseen_contrast)
         self.loading += perf_counter() - begun
         return self._joined(info, judge)
 
@@ -249,8 +251,8 @@ def _check_device(device: torch.device | str | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ModelError(f"device {str(device)!r} cannot be used: {first[:300]}") from error
+        said = first_line(error, "no message")
+        raise ModelError(f"device {str(device)!r} cannot be used: {said}") from error
 
 
 def _providers(device: str | None) -> list[str | tuple[str, dict[str, str]]] | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from latentguard.deprecated import Former
 from latentguard.errors import LatentsError
 from latentguard.spaces import scaling
-from latentguard.spaces.space import SPACES, LatentSpace
+from latentguard.spaces.space import LatentSpace
 from latentguard.spaces.tokens import check_size
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class LatentArray:
         A space may have a scaling of its own, as Playground 2.5's. Self where nothing changes.
         Raises as `to_scaled` does.
         """
-        standard = SPACES.get(self.space.name, self.space)
+        standard = self.space.standard
         if scaling.is_standard(self.space, standard, self.scaled, scaled):
             return self
         numbers = _exact(self.array)
@@ -154,13 +154,22 @@ def widened(array: NDArray[Any]) -> NDArray[Any]:
 def unpack(
     tokens: NDArray[Any], space: LatentSpace, height: int | None, width: int | None
 ) -> NDArray[Any]:
-    """Tokens [B, H/2 * W/2, C * 4], channel c * 4 + dy * 2 + dx, as [B, C, H, W].
+    """Tokens [B, H/2 * W/2, C * 4], channels in the space's `packed_order`, as [B, C, H, W].
 
     height, width: in latent cells. Raises LatentsError where they do not fit, are not given, or
     are denied by the numbers (tokens.py).
     """
     height, width = space.size(tokens.shape, "packed", height, width)
+    tokens = space.canonical(tokens)
     check_size(widened(tokens), space, height, width)
     patch = space.packed_patch
     cells = tokens.reshape(-1, height // patch, width // patch, space.channels, patch, patch)
     return cells.transpose(0, 3, 1, 4, 2, 5).reshape(-1, space.channels, height, width)
+
+
+def unpatchify(patches: NDArray[Any], space: LatentSpace) -> NDArray[Any]:
+    """[B, C * 4, H/2, W/2], channel c * 4 + dy * 2 + dx, as [B, C, H, W]. Raises LatentsError."""
+    height, width = space.size(patches.shape, "patches", None, None)
+    patch = space.packed_patch
+    cells = patches.reshape(-1, space.channels, patch, patch, height // patch, width // patch)
+    return cells.transpose(0, 1, 4, 2, 5, 3).reshape(-1, space.channels, height, width)

@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from latentguard.deprecated import Former
 from latentguard.errors import LatentsError
 from latentguard.spaces import scaling
-from latentguard.spaces.space import SPACES, BatchNorm, LatentSpace, at_least_single
+from latentguard.spaces.space import BatchNorm, LatentSpace, at_least_single
 from latentguard.spaces.tokens import check_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Layout = Literal["spatial", "packed"]
+Layout = Literal["spatial", "packed", "patches"]
 
 
 class Latents:
     """A batch of latents of one space, one scaling and one layout.
 
     Attributes:
-        tensor: float [B, C, H, W] (spatial) or [B, H/2 * W/2, C * 4] (packed).
+        tensor: float [B, C, H, W] (spatial), tokens [B, H/2 * W/2, C * 4] (packed) or
+            [B, C * 4, H/2, W/2] (patches). An axis of one frame, [B, C, 1, H, W], is left out.
         space: the LatentSpace; a name is looked up.
         scaled: True as the diffusion model denoises, False as the VAE encodes and decodes. There
             is no default: the two differ by a factor of 8 in sdxl, and a wrong one fails silently.
-        layout: "spatial" or "packed".
+        layout: "spatial", "packed" or "patches".
         height, width: size in latent cells; required when packed.
         ids: one name per image, or None.
 
@@ -50,10 +51,22 @@ class Latents:
         self.scaled = scaled
         self.layout: Layout = layout
         self._check_tensor()
+        self.tensor = tensor = self._one_frame(tensor)
         self.height, self.width = self.space.size(tensor.shape, layout, height, width)
         self.ids = None if ids is None else tuple(ids)
         if self.ids is not None and len(self.ids) != len(self):
             raise LatentsError(f"{len(self)} latents need as many ids, got {len(self.ids)}")
+
+    def _one_frame(self, tensor: Tensor) -> Tensor:
+        """[B, C, 1, H, W] as [B, C, H, W], a view. LatentsError for more frames."""
+        if tensor.ndim != 5 or self.layout == "packed":
+            return tensor
+        if tensor.shape[2] != 1:
+            raise LatentsError(
+                f"latents of a video are not images ({tensor.shape[2]} frames, got shape "
+                f"{list(tensor.shape)}): only one can be judged"
+            )
+        return tensor.squeeze(2)
 
     def _check_tensor(self) -> None:
         from torch import is_tensor
@@ -66,8 +79,8 @@ class Latents:
                 f"scaled must be True (as the model denoises) or False (as the VAE encodes), got "
                 f"{self.scaled!r}"
             )
-        if self.layout not in ("spatial", "packed"):
-            raise LatentsError(f"layout must be spatial or packed, got {self.layout!r}")
+        if self.layout not in ("spatial", "packed", "patches"):
+            raise LatentsError(f"layout must be spatial, packed or patches, got {self.layout!r}")
         if not tensor.is_floating_point():
             raise LatentsError(f"latents must be floating point, got {dtype_name(tensor)}")
         if tensor.numel() == 0:
@@ -96,7 +109,7 @@ class Latents:
         """
         if self.is_standard(scaled):
             return self
-        standard = self._standard_space()
+        standard = self.space.standard
         numbers = at_least_single(self.to_spatial().tensor)
         converted = scaling.to_standard(numbers, self.space, standard, self.scaled, scaled)
         space = self.space if standard.scale is None or not scaled else standard
@@ -104,10 +117,7 @@ class Latents:
 
     def is_standard(self, scaled: bool = True) -> bool:
         """Whether `standard` changes nothing."""
-        return scaling.is_standard(self.space, self._standard_space(), self.scaled, scaled)
-
-    def _standard_space(self) -> LatentSpace:
-        return SPACES.get(self.space.name, self.space)
+        return scaling.is_standard(self.space, self.space.standard, self.scaled, scaled)
 
     def affine(self, scaled: bool = True) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """`standard` as tensor * scale + shift, one number for each channel of spatial latents.
@@ -115,14 +125,15 @@ class Latents:
         None where nothing changes, and where it is not one number for each channel. Raises as
         `standard` does.
         """
-        return scaling.affine(self.space, self._standard_space(), self.scaled, scaled)
+        return scaling.affine(self.space, self.space.standard, self.scaled, scaled)
 
     def _converted(self, scaled: bool, batch_norm: BatchNorm | None) -> Latents:
         if self.scaled is scaled:
             return self
         space = self.space if batch_norm is None else self.space.with_batch_norm(*batch_norm)
-        if self.layout == "packed":
-            return self.to_spatial()._converted(scaled, batch_norm).to_packed()
+        if self.layout != "spatial":
+            converted = self.to_spatial()._converted(scaled, batch_norm)
+            return converted.to_packed() if self.layout == "packed" else converted
         convert = space.to_scaled if scaled else space.to_raw
         return Latents(convert(self.tensor), space, scaled, ids=self.ids)
 
@@ -130,7 +141,10 @@ class Latents:
         """The same latents as [B, C, H, W] (self when they are)."""
         if self.layout == "spatial":
             return self
-        tensor = self.space.to_spatial(self.tensor, self.height, self.width)
+        if self.layout == "patches":
+            tensor = self.space.unpatchify(self.tensor)
+        else:
+            tensor = self.space.to_spatial(self.tensor, self.height, self.width)
         return Latents(tensor, self.space, self.scaled, ids=self.ids)
 
     def check_size(self) -> None:
@@ -139,14 +153,14 @@ class Latents:
         In pictures the rows of tokens continue each other; noise and flat latents deny nothing.
         """
         if self.layout == "packed":
-            tokens = self.tensor.detach().float().cpu().numpy()
+            tokens = self.space.canonical(self.tensor.detach().float().cpu().numpy())
             check_size(tokens, self.space, self.height, self.width)
 
     def to_packed(self) -> Latents:
         """The same latents as tokens [B, H/2 * W/2, C * 4] (self when they are)."""
         if self.layout == "packed":
             return self
-        return self._like(self.space.to_packed(self.tensor), self.ids, layout="packed")
+        return self._like(self.space.to_packed(self.to_spatial().tensor), self.ids, layout="packed")
 
     raw, scaled_, standard = Former("to_raw"), Former("to_scaled"), Former("to_standard")
     spatial, packed = Former("to_spatial"), Former("to_packed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentguard.errors import LatentsError
-from latentguard.spaces.space import SPACES
+from latentguard.spaces.rgb import RGBView
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from latentguard.spaces.arrays import LatentArray
     from latentguard.spaces.latents import Latents
+    from latentguard.spaces.space import LatentSpace
 
 
 def rgb_preview(
@@ -31,7 +32,7 @@ def rgb_preview(
         mode: how cells become pixels when upscaled.
 
     Raises:
-        LatentsError: a bad option, or raw flux2 latents without statistics.
+        LatentsError: a bad option, a space without a view, or raw flux2 latents without statistics.
     """
     import torch
 
@@ -55,10 +56,10 @@ def array_preview(latents: LatentArray) -> NDArray[np.uint8]:
 
     from latentguard.spaces.arrays import widened
 
-    space = SPACES[latents.space.name]
-    factors = np.asarray(space.rgb_factors, np.float32)
-    numbers = widened(latents.to_standard().array).astype(np.float32, copy=False)
-    rgb = np.einsum("bchw,cr->bhwr", numbers, factors) + np.asarray(space.rgb_bias, np.float32)
+    view = _view(latents.space.standard)
+    factors = np.asarray(view.factors, np.float32)
+    numbers = widened(latents.to_standard(view.scaled).array).astype(np.float32, copy=False)
+    rgb = np.einsum("bchw,cr->bhwr", numbers, factors) + np.asarray(view.bias, np.float32)
     pixels = np.clip(np.nan_to_num((rgb + 1) * 127.5), 0, 255).round()
     picture: NDArray[np.uint8] = pixels.astype(np.uint8)
     return picture
@@ -68,8 +69,14 @@ def linear_rgb(latents: Latents) -> Tensor:
     """The linear RGB view itself: float32 [B, 3, H, W], about [-1, 1], differentiable."""
     import torch
 
-    space = SPACES[latents.space.name]
-    scaled = latents.to_spatial().to_standard().tensor.float()
-    factors = scaled.new_tensor(space.rgb_factors)
-    bias = scaled.new_tensor(space.rgb_bias)
-    return torch.einsum("bchw,cr->brhw", scaled, factors) + bias.view(1, 3, 1, 1)
+    view = _view(latents.space.standard)
+    numbers = latents.to_spatial().to_standard(view.scaled).tensor.float()
+    factors = numbers.new_tensor(view.factors)
+    bias = numbers.new_tensor(view.bias)
+    return torch.einsum("bchw,cr->brhw", numbers, factors) + bias.view(1, 3, 1, 1)
+
+
+def _view(space: LatentSpace) -> RGBView:
+    if space.rgb_view is None:
+        raise LatentsError(f"space {space} has no RGB view: nothing shows its latents undecoded")
+    return space.rgb_view

@@ -155,10 +155,13 @@ def _per_channel(space: LatentSpace, wanted: str) -> tuple[list[float], list[flo
 
 
 def _unknown(space: LatentSpace, wanted: str) -> LatentsError:
+    if space.statistics_of_vae == "mean_std":
+        statistics, how = "statistics", "mean_std(vae.latents_mean, vae.latents_std)"
+    else:
+        statistics, how = "batch-norm statistics", "batch_norm(*BatchNorm.from_vae(pipe.vae))"
     return LatentsError(
-        f"space {space.name}: {wanted} latents need the batch-norm statistics of the "
-        f"pipeline's VAE: give space=LatentSpace.get('{space.name}').with_batch_norm("
-        "*BatchNorm.from_vae(pipe.vae))"
+        f"space {space.name}: {wanted} latents need the {statistics} of the pipeline's VAE: give "
+        f"space=LatentSpace.get('{space.name}').with_{how}"
     )
 
 
@@ -169,6 +172,15 @@ def _mapped(
     if scale is None or shift is None:
         raise _unknown(space, wanted)
     shape = tuple(numbers.shape)
+    if len(shape) == 5 and space.temporal_factor > 1:
+        if shape[1:3] != (space.channels, 1):
+            raise LatentsError(
+                f"space {space.name}: latents with an axis of frames must be [B, {space.channels}, "
+                f"1, H, W], got {list(shape)}"
+            )
+        return _mapped(numbers.reshape(shape[:2] + shape[3:]), space, wanted, formula).reshape(
+            shape
+        )
     if len(shape) < 3 or shape[-3] != space.channels:
         raise LatentsError(
             f"space {space.name}: latents must be [B, {space.channels}, H, W], got {list(shape)}"

@@ -1,27 +1,44 @@
-"""The table of latent spaces and the exact conversions between their conventions.
+"""LatentSpace: what latents of a space are, and the exact conversions between their conventions.
 
 Every space obeys `scaled = (raw - shift) * scale`: raw is what the VAE encodes and decodes, scaled
 is what the diffusion model denoises. Factors are one number, one per channel, or (flux2) one per
-channel of the 2x2 packing. Sources: `vae.config` of the published pipelines and diffusers 0.42.
+channel of the 2x2 packing. The spaces that ship are files in `data/`, one each (records.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from latentguard import plugins
 from latentguard.deprecated import Former, former_keywords
 from latentguard.errors import LatentsError
 from latentguard.spaces import scaling
+from latentguard.spaces.records import (
+    MAX_CHANNELS,
+    MAX_FACTOR,
+    NAME,
+    ORDERS,
+    SUFFIXES,
+    SpaceRecord,
+    read_record,
+    shipped_records,
+)
+from latentguard.spaces.rgb import RGB, RGBView
 from latentguard.spaces.vae_config import space_from_vae_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Factors = float | tuple[float, ...]
-RGB = tuple[float, float, float]
+
+CANONICAL = "c dy dx"
+"""The order of indices in a token that most pipelines use: channel c*4 + dy*2 + dx."""
 
 
 class BatchNorm(NamedTuple):
@@ -53,42 +70,131 @@ class LatentSpace:
     """One latent space: its shape, its two scalings, its packing and its RGB view.
 
     Attributes:
-        name: `sdxl`, `sd1`, `sd3`, `flux1` or `flux2`.
+        name: small letters, digits, `.`, `-` and `_`, as `sdxl` or `flux1`.
         channels: channels of the spatial layout [B, channels, H, W].
-        vae_scale_factor: pixels per latent cell and axis.
         scale, shift: `scaled = (raw - shift) * scale`; a number, `channels` numbers, or
-            `packed_channels` numbers in packed order, finite and near what the statistics of
-            images make plausible. None where the numbers are no constants of the space (flux2
-            without its batch-norm statistics).
+            `packed_channels` numbers in the order c*4 + dy*2 + dx, finite and near what the
+            statistics of images make plausible. None where the numbers are no constants of the
+            space but statistics of a VAE (`statistics_of_vae`).
+        rgb_view: the linear RGB view, about [-1, 1] at one pixel per cell, or None. It says whether
+            it acts on scaled or raw latents.
+        vae_scale_factor: pixels per latent cell, along both axes of a picture.
         packed_patch: 2 where the pipeline packs 2x2 cells into one token, else 1.
-        mean, std: per-channel statistics of raw latents over natural images, or None.
-        rgb_factors, rgb_bias: linear RGB view of *scaled* latents, [channels][3] and [3],
-            giving about [-1, 1] at one pixel per cell.
+        mean, std: per-channel statistics of raw latents over natural images, or None. Files that do
+            not say their space are recognized by them.
+        temporal_factor: frames of a video per frame of latents; 1 in a space of images.
+        packed_order: the order of channel (c), row (dy) and column (dx) in the channels of a token,
+            the last one fastest. None where pipelines make no tokens. "c dy dx" is usual.
+        statistics_of_vae: "batch_norm" or "mean_std" where `scale` and `shift` are buffers of the
+            VAE: `bn.running_mean` and `bn.running_var`, or `latents_mean` and `latents_std`.
+
+    Raises:
+        LatentsError: a value that cannot be, or a name of another space than the one that has it.
     """
 
     name: str
     channels: int
     scale: Factors | None
-    shift: Factors | None
-    rgb_factors: tuple[RGB, ...]
-    rgb_bias: RGB
+    shift: Factors | None = 0.0
+    rgb_view: RGBView | None = None
     vae_scale_factor: int = 8
     packed_patch: int = 1
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    temporal_factor: int = 1
+    packed_order: str | None = None
+    statistics_of_vae: str | None = None
 
     factor = Former("vae_scale_factor")
 
     def __post_init__(self) -> None:
+        if self.packed_order is None and self.packed_patch != 1:
+            object.__setattr__(self, "packed_order", CANONICAL)
+        for key in ("scale", "shift", "mean", "std"):
+            object.__setattr__(self, key, _factors(self.name, key, getattr(self, key)))
+        self._check()
         scaling.check_plausible(self)
 
     def __str__(self) -> str:
         return self.name
 
+    def _check(self) -> None:
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise LatentsError(
+                "a latent space's name must be small letters, digits, '.', '-' and '_', got "
+                f"{self.name!r:.60}"
+            )
+        limits = {
+            "channels": MAX_CHANNELS,
+            "vae_scale_factor": MAX_FACTOR,
+            "temporal_factor": MAX_FACTOR,
+            "packed_patch": 16,
+        }
+        for key, limit in limits.items():
+            value = getattr(self, key)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise LatentsError(
+                    f"space {self.name}: {key} must be a whole number from 1 to {limit}, got "
+                    f"{value!r:.60}"
+                )
+        if self.packed_order not in (None, *ORDERS):
+            raise LatentsError(
+                f"space {self.name}: packed_order must be {' or '.join(ORDERS)}, got "
+                f"{self.packed_order!r:.60}"
+            )
+        view = self.rgb_view
+        if view is not None and len(view.factors) != self.channels:
+            raise LatentsError(
+                f"space {self.name}: rgb_view must have {self.channels} factors of 3 numbers, got "
+                f"{len(view.factors)}"
+            )
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            if value is not None and len(value) != self.channels:
+                raise LatentsError(
+                    f"space {self.name}: {key} must hold {self.channels} numbers, got {len(value)}"
+                )
+        known = SPACES.get(self.name)
+        if known is not None and known._shape() != self._shape():
+            raise LatentsError(
+                f"space {self.name} is known with another shape ({known._shape_shown()}, not "
+                f"{self._shape_shown()}): give your space a name of its own"
+            )
+
+    def _shape(self) -> tuple[int, ...]:
+        return self.channels, self.vae_scale_factor, self.temporal_factor, self.packed_patch
+
+    def _shape_shown(self) -> str:
+        return (
+            f"{self.channels} channels, factor {self.vae_scale_factor}, temporal factor "
+            f"{self.temporal_factor}, patches of {self.packed_patch}"
+        )
+
     @property
     def packed_channels(self) -> int:
         """Channels of one token of the packed layout (equal to `channels` without packing)."""
         return self.channels * self.packed_patch**2
+
+    @property
+    def packs(self) -> bool:
+        """Whether there is a packed layout [B, N, packed_channels] of this space."""
+        return self.packed_order is not None
+
+    @property
+    def rgb_factors(self) -> tuple[RGB, ...] | None:
+        """`rgb_view.factors`; None without a view."""
+        return None if self.rgb_view is None else self.rgb_view.factors
+
+    @property
+    def rgb_bias(self) -> RGB | None:
+        """`rgb_view.bias`; None without a view."""
+        return None if self.rgb_view is None else self.rgb_view.bias
+
+    @property
+    def standard(self) -> LatentSpace:
+        """The space of this name with its usual scaling, which models are trained on; self where
+        no such space is known."""
+        return SPACES.get(self.name, self)
 
     # -- finding a space ---------------------------------------------------------------------
 
@@ -96,28 +202,67 @@ class LatentSpace:
     def get(name: str | LatentSpace) -> LatentSpace:
         """The space of that name (a LatentSpace passes through). LatentsError lists the names.
 
-        A name of `SCALINGS` gives the space with that scaling.
+        Names are those of the spaces that ship, of their other scalings (`SCALINGS`), of spaces
+        that were registered (`register`), and of those that installed packages bring.
         """
         if isinstance(name, LatentSpace):
             return name
-        known = SPACES | SCALINGS
-        if not isinstance(name, str) or name not in known:
-            raise LatentsError(f"unknown latent space {name!r}: use one of {', '.join(known)}")
-        return known[name]
+        found = _known(name) if isinstance(name, str) else None
+        if found is None:
+            raise LatentsError(
+                f"unknown latent space {name!r:.60}: use one of {', '.join(known_names())}, or a "
+                f"file of your own ({', '.join(SUFFIXES)})"
+            )
+        return found
 
     @staticmethod
-    def from_vae_config(config: Mapping[str, Any]) -> LatentSpace:
+    def of(given: str | Path | LatentSpace) -> LatentSpace:
+        """What an operator gives for a space: a name, a file (`from_file`) or a LatentSpace.
+
+        A space that is not known yet is registered, so that files, models and policies may name it.
+        Raises LatentsError, also where the name is another space's.
+        """
+        if isinstance(given, Path) or (isinstance(given, str) and given.endswith(SUFFIXES)):
+            return register(LatentSpace.from_file(given))
+        return register(LatentSpace.get(given))
+
+    @staticmethod
+    def from_file(path: str | Path) -> LatentSpace:
+        """A space of one's own from a .json or .yaml file (docs/spaces.md).
+
+        Raises LatentsError, one sentence that names the file, the line and the key.
+        """
+        return _space_of(read_record(Path(path).expanduser()), str(path))
+
+    @staticmethod
+    def from_vae_config(config: Mapping[str, Any], classes: Sequence[str] = ()) -> LatentSpace:
         """The space that a diffusers `vae.config` describes, with that config's own numbers.
 
-        Reads `latent_channels`, `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`,
-        `block_out_channels` and, for FLUX.2, `batch_norm_eps` and `patch_size`. A FLUX.2 space
-        still needs `with_batch_norm(...)` to convert, as the statistics are buffers of the VAE.
+        Reads `latent_channels` or `z_dim`, `scaling_factor`, `shift_factor`, `latents_mean`,
+        `latents_std`, `block_out_channels` and the like and, for FLUX.2, `batch_norm_eps` and
+        `patch_size`. Where the numbers are buffers of the VAE (flux2), the space still needs
+        `with_batch_norm(...)` or `with_mean_std(...)` to convert.
+
+        Args:
+            classes: names of the VAE's class and its parents; without them, those that the config
+                names (`_class_name`). Some spaces are told by the class alone.
 
         Raises:
             LatentsError: the config describes none of the known spaces, or is of an
                 AutoencoderTiny, whose scaling_factor says nothing about the pipeline's latents.
         """
-        return space_from_vae_config(config, SPACES)
+        return space_from_vae_config(config, classes, SPACES, list(RECORDS.values()))
+
+    @staticmethod
+    def of_pipeline(name: str) -> LatentSpace | None:
+        """The space of a pipeline's class by its name, as the records say; None where none does."""
+        beginnings = [
+            (len(start), record.name)
+            for record in RECORDS.values()
+            for start in record.pipelines
+            if name.startswith(start)
+        ]
+        return SPACES[max(beginnings)[1]] if beginnings else None
 
     # -- raw <-> scaled ----------------------------------------------------------------------
 
@@ -130,18 +275,37 @@ class LatentSpace:
             mean, var: 128 numbers each, the VAE's `bn.running_mean` and `bn.running_var`.
             eps: the VAE's `batch_norm_eps`.
         """
-        if self.name != "flux2":
+        if self.statistics_of_vae != "batch_norm":
             raise LatentsError(f"space {self.name} is not batch-normalised: only flux2 is")
         means, variances = _floats(mean), _floats(var)
         if len(means) != self.packed_channels or len(variances) != self.packed_channels:
             raise LatentsError(
-                f"space flux2: batch-norm mean and var must hold {self.packed_channels} numbers "
-                f"(the packed channels), got {len(means)} and {len(variances)}"
+                f"space {self.name}: batch-norm mean and var must hold {self.packed_channels} "
+                f"numbers (the packed channels), got {len(means)} and {len(variances)}"
             )
         if not all(variance + eps > 0 for variance in variances):
-            raise LatentsError("space flux2: batch-norm var must not be negative or NaN")
+            raise LatentsError(f"space {self.name}: batch-norm var must not be negative or NaN")
         scale = tuple(1.0 / math.sqrt(variance + eps) for variance in variances)
         return replace(self, scale=scale, shift=means)
+
+    def with_mean_std(
+        self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, factor: float = 1.0
+    ) -> LatentSpace:
+        """This space with `scaled = (raw - mean) * factor / std`.
+
+        Args:
+            mean, std: one number a channel, as a VAE's `latents_mean` and `latents_std`.
+            factor: the VAE's `scaling_factor`.
+        """
+        means, deviations = _floats(mean), _floats(std)
+        if len(means) != self.channels or len(deviations) != self.channels:
+            raise LatentsError(
+                f"space {self.name}: mean and std must hold {self.channels} numbers (the "
+                f"channels), got {len(means)} and {len(deviations)}"
+            )
+        if not all(deviation > 0 for deviation in deviations):
+            raise LatentsError(f"space {self.name}: std must be above 0")
+        return replace(self, scale=tuple(factor / one for one in deviations), shift=means)
 
     def to_scaled(self, raw: Tensor, batch_norm: BatchNorm | None = None) -> Tensor:
         """[..., channels, H, W] as the VAE encodes -> the same shape as the model denoises.
@@ -170,17 +334,35 @@ class LatentSpace:
     # -- spatial <-> packed ------------------------------------------------------------------
 
     def to_packed(self, spatial: Tensor) -> Tensor:
-        """[B, C, H, W] -> tokens [B, H/2 * W/2, C * 4], row-major, channel c*4 + dy*2 + dx."""
-        return self.patchify(spatial).flatten(2).transpose(1, 2)
+        """[B, C, H, W] -> tokens [B, H/2 * W/2, C * 4], row-major, channels in `packed_order`."""
+        tokens = self.patchify(spatial).flatten(2).transpose(1, 2)
+        return tokens if self.packed_order == CANONICAL else tokens[..., self._token_order()]
 
     def to_spatial(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Tokens [B, N, C * 4] -> [B, C, height, width]; height and width in latent cells."""
         self.check_packed(tuple(tokens.shape), height, width)
         rows, columns = height // self.packed_patch, width // self.packed_patch
-        grid = tokens.transpose(1, 2).reshape(-1, self.packed_channels, rows, columns)
+        grid = (
+            self.canonical(tokens).transpose(1, 2).reshape(-1, self.packed_channels, rows, columns)
+        )
         return self.unpatchify(grid)
 
     pack, unpack = Former("to_packed"), Former("to_spatial")
+
+    def canonical(self, tokens: Any) -> Any:
+        """Tokens [..., C * 4], a tensor or an array, with their channels as c*4 + dy*2 + dx."""
+        if self.packed_order in (None, CANONICAL):
+            return tokens
+        return tokens[..., np.argsort(self._token_order()).tolist()]
+
+    def _token_order(self) -> list[int]:
+        """For each channel of a token, which of c*4 + dy*2 + dx it holds."""
+        assert self.packed_order is not None
+        patch = self.packed_patch
+        numbers = np.arange(self.packed_channels).reshape(self.channels, patch, patch)
+        axes = [("c", "dy", "dx").index(axis) for axis in self.packed_order.split()]
+        order: list[int] = numbers.transpose(axes).ravel().tolist()
+        return order
 
     def size(
         self, shape: Sequence[int], layout: str, height: int | None, width: int | None
@@ -191,7 +373,7 @@ class LatentSpace:
         Raises LatentsError where the shape is not this space's, or contradicts them.
         """
         if layout == "packed":
-            if self.packed_patch == 1:
+            if not self.packs:
                 raise LatentsError(f"space {self} has no packed layout: use layout='spatial'")
             if height is None or width is None:
                 raise LatentsError(
@@ -204,10 +386,18 @@ class LatentSpace:
                 )
             self.check_packed(shape, height, width)
             return height, width
+        if layout == "patches":
+            self._check_packs()
+            if len(shape) != 4 or shape[1] != self.packed_channels:
+                raise LatentsError(
+                    f"space {self}: patches must be [B, {self.packed_channels}, H/"
+                    f"{self.packed_patch}, W/{self.packed_patch}], got {list(shape)}"
+                )
+            shape = (shape[0], self.channels, *(side * self.packed_patch for side in shape[2:]))
         if len(shape) != 4 or shape[1] != self.channels:
             raise LatentsError(
                 f"space {self}: spatial latents must be [B, {self.channels}, H, W], "
-                f"got {list(shape)}"
+                f"got {list(shape)}{self._other_form(shape)}"
             )
         actual = (int(shape[2]), int(shape[3]))
         if (height, width) not in ((None, None), actual):
@@ -216,6 +406,14 @@ class LatentSpace:
                 f"{actual[0]}x{actual[1]}"
             )
         return actual
+
+    def _other_form(self, shape: Sequence[int]) -> str:
+        """What to do with latents that are not spatial, as the end of a sentence."""
+        if len(shape) == 5 and shape[1] == self.channels and shape[2] != 1:
+            return f": latents of a video ({shape[2]} frames) are not images"
+        if self.packed_patch > 1 and len(shape) == 4 and shape[1] == self.packed_channels:
+            return ": these are patches, so say layout='patches'"
+        return ""
 
     def check_packed(self, shape: Sequence[int], height: int, width: int) -> None:
         """LatentsError unless `shape` is that of packed latents of height x width cells."""
@@ -263,9 +461,10 @@ class LatentSpace:
             )
 
     def _check_packs(self) -> None:
-        if self.packed_patch == 1:
+        if not self.packs:
+            packing = ", ".join(space.name for space in SPACES.values() if space.packs)
             raise LatentsError(
-                f"space {self.name} has no packed layout: only flux1 and flux2 pack 2x2 cells"
+                f"space {self.name} has no packed layout: only {packing} pack cells into tokens"
             )
 
     def check_even(self, height: int, width: int) -> None:
@@ -288,158 +487,101 @@ def _floats(values: Sequence[float] | Tensor) -> tuple[float, ...]:
     return tuple(float(value) for value in plain)
 
 
-# RGB views. sd1, sdxl, sd3 and flux1: ComfyUI's comfy/latent_formats.py (SD15, SDXL, SD3, Flux),
-# which fits them to scaled latents; its previewer shows (rgb + 1) / 2.
-_RGB_SDXL: tuple[RGB, ...] = (
-    (0.3651, 0.4232, 0.4341),
-    (-0.2533, -0.0042, 0.1068),
-    (0.1076, 0.1111, -0.0362),
-    (-0.3165, -0.2492, -0.2188),
-)
-_RGB_SD1: tuple[RGB, ...] = (
-    (0.3512, 0.2297, 0.3227),
-    (0.3250, 0.4974, 0.2350),
-    (-0.2829, 0.1762, 0.2721),
-    (-0.2120, -0.2616, -0.7177),
-)
-_RGB_SD3: tuple[RGB, ...] = (
-    (-0.0922, -0.0175, 0.0749),
-    (0.0311, 0.0633, 0.0954),
-    (0.1994, 0.0927, 0.0458),
-    (0.0856, 0.0339, 0.0902),
-    (0.0587, 0.0272, -0.0496),
-    (-0.0006, 0.1104, 0.0309),
-    (0.0978, 0.0306, 0.0427),
-    (-0.0042, 0.1038, 0.1358),
-    (-0.0194, 0.0020, 0.0669),
-    (-0.0488, 0.0130, -0.0268),
-    (0.0922, 0.0988, 0.0951),
-    (-0.0278, 0.0524, -0.0542),
-    (0.0332, 0.0456, 0.0895),
-    (-0.0069, -0.0030, -0.0810),
-    (-0.0596, -0.0465, -0.0293),
-    (-0.1448, -0.1463, -0.1189),
-)
-_RGB_FLUX1: tuple[RGB, ...] = (
-    (-0.0346, 0.0244, 0.0681),
-    (0.0034, 0.0210, 0.0687),
-    (0.0275, -0.0668, -0.0433),
-    (-0.0174, 0.0160, 0.0617),
-    (0.0859, 0.0721, 0.0329),
-    (0.0004, 0.0383, 0.0115),
-    (0.0405, 0.0861, 0.0915),
-    (-0.0236, -0.0185, -0.0259),
-    (-0.0245, 0.0250, 0.1180),
-    (0.1008, 0.0755, -0.0421),
-    (-0.0515, 0.0201, 0.0011),
-    (0.0428, -0.0012, -0.0036),
-    (0.0817, 0.0765, 0.0749),
-    (-0.1264, -0.0522, -0.1103),
-    (-0.0280, -0.0881, -0.0499),
-    (-0.1262, -0.0982, -0.0778),
-)
-# flux2: fitted with benchmarks/fit_rgb_preview.py to TAEF2 latents (scaled) of 2,400 Caltech-101
-# crops, colour-jittered; on the fifth held out R^2 is 0.742, 0.761, 0.722 for red, green, blue.
-# ComfyUI's factors (Flux2) reach 0.705, 0.728, 0.694 on the same latents and correlate with these
-# at 0.95, which also says that TAEF2 speaks the pipeline's scaled convention.
-_RGB_FLUX2: tuple[RGB, ...] = (
-    (-0.0142, -0.0111, -0.0106),
-    (-0.0099, -0.0064, 0.0251),
-    (-0.0217, 0.0130, 0.0543),
-    (0.2147, 0.2763, 0.3331),
-    (-0.0166, -0.0428, -0.0580),
-    (-0.0114, -0.0218, -0.0412),
-    (-0.0270, 0.0546, -0.0156),
-    (-0.0088, -0.0007, 0.0014),
-    (-0.3074, -0.2515, -0.1789),
-    (-0.0184, -0.0392, -0.0468),
-    (-0.0244, -0.0059, -0.0011),
-    (0.0402, -0.0109, -0.0933),
-    (0.0188, 0.0300, 0.0462),
-    (0.0185, 0.0085, -0.0080),
-    (0.0115, 0.0256, 0.0219),
-    (-0.0374, 0.0151, 0.0241),
-    (0.0207, 0.0211, 0.0160),
-    (0.0210, 0.0077, -0.0022),
-    (0.0113, 0.0113, 0.0137),
-    (0.0734, -0.0026, 0.0028),
-    (-0.0021, -0.0007, 0.0018),
-    (-0.0117, -0.0152, -0.0113),
-    (-0.0031, -0.0102, -0.0169),
-    (-0.0024, 0.0047, 0.0106),
-    (-0.0215, 0.0032, -0.0084),
-    (-0.0141, -0.0125, -0.0114),
-    (-0.0049, -0.0268, -0.0193),
-    (0.0125, 0.0093, 0.0030),
-    (-0.0229, -0.0226, -0.0210),
-    (-0.0566, -0.0256, -0.0118),
-    (0.0045, 0.0123, 0.0093),
-    (0.0250, 0.0013, -0.0117),
-)
-_RGB_BIAS_FLUX2: RGB = (0.0229, -0.0255, -0.0919)
+def _factors(name: str, key: str, value: Any) -> Factors | None:
+    """A number or a tuple of them, as floats. Raises LatentsError for anything else."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        return tuple(float(number) for number in value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise LatentsError(
+            f"space {name}: {key} must be a number or a list of numbers, got {value!r:.60}"
+        ) from error
 
-# Statistics of raw latents. sdxl: `latents_mean` and `latents_std` that Playground 2.5's VAE config
-# gives for the SDXL VAE. sd1: `raw_mean` and `raw_std` of sd-vae-ft-mse (the SD 1 encoder) over
-# ImageNet in NVlabs/edm2, training/encoders.py.
-SPACES: dict[str, LatentSpace] = {
-    space.name: space
-    for space in (
-        LatentSpace(
-            name="sdxl",
-            channels=4,
-            scale=0.13025,
-            shift=0.0,
-            mean=(-1.6574, 1.886, -1.383, 2.5155),
-            std=(8.4927, 5.9022, 6.5498, 5.2299),
-            rgb_factors=_RGB_SDXL,
-            rgb_bias=(0.1084, -0.0175, -0.0011),
-        ),
-        LatentSpace(
-            name="sd1",
-            channels=4,
-            scale=0.18215,
-            shift=0.0,
-            mean=(5.81, 3.25, 0.12, -2.15),
-            std=(4.17, 4.62, 3.71, 3.28),
-            rgb_factors=_RGB_SD1,
-            rgb_bias=(0.0, 0.0, 0.0),
-        ),
-        LatentSpace(
-            name="sd3",
-            channels=16,
-            scale=1.5305,
-            shift=0.0609,
-            rgb_factors=_RGB_SD3,
-            rgb_bias=(0.2394, 0.2135, 0.1925),
-        ),
-        LatentSpace(
-            name="flux1",
-            channels=16,
-            scale=0.3611,
-            shift=0.1159,
-            packed_patch=2,
-            rgb_factors=_RGB_FLUX1,
-            rgb_bias=(-0.0329, -0.0718, -0.0851),
-        ),
-        LatentSpace(
-            name="flux2",
-            channels=32,
-            scale=None,
-            shift=None,
-            packed_patch=2,
-            rgb_factors=_RGB_FLUX2,
-            rgb_bias=_RGB_BIAS_FLUX2,
-        ),
-    )
-}
 
-# Playground 2.5 denoises SDXL's latents normalised per channel; its VAE config's numbers.
-_SDXL_MEAN, _SDXL_STD = SPACES["sdxl"].mean, SPACES["sdxl"].std
-assert _SDXL_MEAN is not None
-assert _SDXL_STD is not None
-SCALINGS: dict[str, LatentSpace] = {
-    "sdxl-playground25": replace(
-        SPACES["sdxl"], scale=tuple(0.5 / std for std in _SDXL_STD), shift=_SDXL_MEAN
-    ),
-}
-"""Published scalings of a space that are not its usual one, by the name that an operator gives."""
+# -- the table -------------------------------------------------------------------------------
+
+SPACES: dict[str, LatentSpace] = {}
+"""Every space by its name, in its usual scaling: those that ship, then those registered."""
+SCALINGS: dict[str, LatentSpace] = {}
+"""Published scalings or token orders of a space that are not its usual ones, by the name that an
+operator gives."""
+RECORDS: dict[str, SpaceRecord] = {}
+"""The files of the spaces that ship, with what is for people, and how a VAE is told."""
+_ALIASES: dict[str, str] = {}
+
+
+def register(space: LatentSpace) -> LatentSpace:
+    """Make a space of one's own known by its name, for as long as this process runs.
+
+    A space that ships, with a scaling of its own, stays what it is. Raises LatentsError where the
+    name is taken by another space.
+    """
+    if space.name in RECORDS:
+        return space
+    known = _known(space.name)
+    if known is None:
+        SPACES[space.name] = space
+    elif known != space:
+        raise LatentsError(
+            f"there is another latent space called {space.name}: give yours another name"
+        )
+    return space
+
+
+def known_names() -> list[str]:
+    """Every name that `LatentSpace.get` takes, but for aliases."""
+    return list(dict.fromkeys([*SPACES, *SCALINGS, *plugins.names(plugins.SPACES)]))
+
+
+def all_spaces() -> Iterator[LatentSpace]:
+    """Every space that is known, those of installed packages that can be loaded included."""
+    for name in plugins.names(plugins.SPACES):
+        if name not in SPACES:
+            try:
+                LatentSpace.get(name)
+            except LatentsError:  # told where its space is asked for
+                continue
+    yield from SPACES.values()
+
+
+def _known(name: str) -> LatentSpace | None:
+    name = _ALIASES.get(name, name)
+    found = SPACES.get(name, SCALINGS.get(name))
+    if found is None and name in plugins.names(plugins.SPACES):
+        found = plugins.load(plugins.SPACES, name, LatentSpace, LatentsError)
+        if found.name != name:
+            raise LatentsError(
+                f"the package's entry point {name!r} of {plugins.SPACES} gives a space that is "
+                f"called {found.name}: they must have one name"
+            )
+        SPACES[name] = found
+    return found
+
+
+def _space_of(record: SpaceRecord, source: str) -> LatentSpace:
+    fields = {key: value for key, value in record.fields.items() if value is not None}
+    fields |= {key: record.fields[key] for key in ("scale", "shift")}
+    try:
+        if record.of is None:
+            return LatentSpace(name=record.name, **fields)
+        if record.of not in SPACES:
+            raise LatentsError(f"`of` must be one of {', '.join(SPACES)}, got {record.of!r}")
+        # What it does not say is that space's.
+        return replace(SPACES[record.of], **fields)
+    except LatentsError as error:
+        raise LatentsError(f"{source}: {error}") from error
+
+
+def _load_shipped() -> None:
+    records = shipped_records()
+    for record in sorted(records, key=lambda record: record.of is not None):
+        space = _space_of(record, f"{record.name}.json")
+        (SPACES if record.of is None else SCALINGS)[record.name] = space
+        _ALIASES.update(dict.fromkeys(record.aliases, record.name))
+    RECORDS.update((record.name, record) for record in records)
+
+
+_load_shipped()

@@ -276,7 +276,7 @@ def test_too_few_photos(photos: Path, tmp_path: Path) -> None:
 def test_card_names_the_limits() -> None:
     from latentguard.spaces import SPACES
 
-    text = card("n", SPACES["sdxl"], None, 5200, TINY)
+    text = card("n", SPACES["sdxl"], None, 5200)
     assert "not on latents of the autoencoder" in text
     assert "not nudity" in text
 

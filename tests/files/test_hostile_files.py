@@ -279,7 +279,7 @@ GOOD_TENSOR = {"dtype": "F32", "shape": [1, 4, 2, 2], "data_offsets": [0, 64]}
         (safetensors_bytes({"__metadata__": 3, "latents": GOOD_TENSOR}), "damaged metadata"),
         (
             safetensors_bytes({"__metadata__": {"space": "sd9"}, "latents": GOOD_TENSOR}),
-            "space must be one of sdxl, sd1, sd3, flux1, flux2, got 'sd9'",
+            "space must be one of sdxl, sd1, sd3, flux1, flux2, wan21",
         ),
         (
             safetensors_bytes({"__metadata__": {"scaled": "perhaps"}, "latents": GOOD_TENSOR}),
@@ -303,7 +303,7 @@ def test_safetensors_headers(tmp_path: Path, data: bytes, message: str) -> None:
         ({"space": ["sdxl"]}, "space must be one of"),
         ({"scaled": 1}, "scaled must be true or false, got 1"),
         ({"scaled": torch.ones(())}, "scaled must be true or false, got Tensor"),
-        ({"layout": "tokens"}, "layout must be spatial or packed, got 'tokens'"),
+        ({"layout": "tokens"}, "layout must be spatial or packed or patches, got 'tokens'"),
         ({"height": -8, "width": 8}, "height must be a number of latent cells, got -8"),
         ({"ids": "abc"}, "ids must be a list of names, got 'abc'"),
         ({"ids": [1.5]}, "an id must be a string or a whole number, got 1.5"),

@@ -188,13 +188,15 @@ def test_real_latents_that_do_not_say(tmp_path: Path) -> None:
 def test_the_question_is_the_error(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", torch.randn(5, 32, 16, 16).numpy())
     assert only_error(tmp_path / "a.npy").endswith(
-        "so these look like noise: say --space flux2 and --scaled or --unscaled"
+        "so these look like noise: say --space flux2 or --space hunyuan-video-1.5 or --space sana"
+        " and --scaled or --unscaled"
     )
     ramp = torch.linspace(-1, 1, 16).expand(5, 16, 16, 16) + torch.rand(5, 16, 16, 16) / 10
     np.save(tmp_path / "b.npy", ramp.numpy())
     assert only_error(tmp_path / "b.npy") == (
-        "sd3 and flux1 have the same shape, and no published statistics tell which: "
-        "say --space sd3 or --space flux1 and --scaled or --unscaled"
+        "sd3, flux1, wan21, hunyuan-video and cosmos1 have the same shape, and no published "
+        "statistics tell which: say --space sd3 or --space flux1 or --space wan21 or "
+        "--space hunyuan-video or --space cosmos1 and --scaled or --unscaled"
     )
     assert len(read_all(tmp_path / "b.npy", space="sd3", scaled=False)) == 5
 

@@ -46,7 +46,6 @@ def test_former_names(former: Callable[[], Any], present: Callable[[], Any]) -> 
 
 def test_the_former_keyword_of_the_pixels_of_a_cell() -> None:
     arguments: dict[str, Any] = {"name": "mine", "channels": 1, "scale": 1.0, "shift": 0.0}
-    arguments |= {"rgb_factors": ((1.0,) * 3,), "rgb_bias": (0.0,) * 3}
     with pytest.warns(DeprecationWarning, match="argument factor is called vae_scale_factor now"):
         assert LatentSpace(**arguments, factor=16) == LatentSpace(**arguments, vae_scale_factor=16)
     with pytest.raises(TypeError, match="give one"):

@@ -70,7 +70,7 @@ def test_conversions_that_change_nothing_return_self() -> None:
         ({"space": "sdxl2"}, "use one of sdxl"),
         ({"scaled": None}, "scaled must be True .* or False .*got None"),
         ({"scaled": 1}, "scaled must be True"),
-        ({"layout": "tokens"}, "layout must be spatial or packed, got 'tokens'"),
+        ({"layout": "tokens"}, "layout must be spatial, packed or patches, got 'tokens'"),
         ({"tensor": torch.zeros(1, 4, 8, 6, dtype=torch.int32)}, "floating point, got int32"),
         ({"tensor": torch.zeros(1, 4, 8, 6, dtype=torch.complex64)}, "floating point, got compl"),
         ({"tensor": torch.zeros(0, 4, 8, 6)}, r"must not be empty, got shape \[0, 4, 8, 6\]"),

@@ -19,9 +19,20 @@ def test_names_channels_and_packing() -> None:
         "sd3": (16, 8, 16),
         "flux1": (16, 8, 64),
         "flux2": (32, 8, 128),
+        "wan21": (16, 8, 64),
+        "wan22": (48, 16, 48),
+        "hunyuan-video": (16, 8, 16),
+        "hunyuan-video-1.5": (32, 16, 32),
+        "hunyuan-image-2.1": (64, 32, 64),
+        "qwen-image-2.1": (64, 16, 64),
+        "cosmos1": (16, 8, 16),
+        "mochi": (12, 8, 12),
+        "sana": (32, 32, 32),
+        "ltxv": (128, 32, 128),
+        "ltx2": (128, 32, 128),
     }
     for space in SPACES.values():
-        assert len(space.rgb_factors) == space.channels
+        assert space.rgb_factors is None or len(space.rgb_factors) == space.channels
         assert hash(space) == hash(LatentSpace.get(space.name))
 
 
@@ -93,13 +104,17 @@ def test_playground_25_is_sdxl_with_its_own_scaling() -> None:
         ({}, "no latent_channels"),
         ({"latent_channels": 4, "scaling_factor": 1.0}, "of no known latent space"),
         ({"latent_channels": 4, "scaling_factor": "0.1"}, "must be a number, got '0.1'"),
-        ({"latent_channels": 16, "scaling_factor": 0.476986}, "of no known latent space"),
+        ({"latent_channels": 16, "scaling_factor": 0.5}, "of no known latent space"),
         ({"latent_channels": 16, "scaling_factor": 1.5305}, "shift_factor 0.0"),
         (
             {"latent_channels": 4, "scaling_factor": 0.08333, "block_out_channels": [1, 2, 3]},
             "one latent cell is 4 pixels wide",
         ),
-        ({"latent_channels": 32, "scaling_factor": 0.41407}, "is not FLUX.2's"),
+        ({"latent_channels": 32, "scaling_factor": 0.3}, "of no known latent space"),
+        (
+            {"latent_channels": 16, "batch_norm_eps": 1e-4, "patch_size": (2, 2)},
+            "is not FLUX.2's",
+        ),
         ({"latent_channels": 4, "scaling_factor": 0.5, "latents_mean": [0] * 4}, "together"),
         (
             {

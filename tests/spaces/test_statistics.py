@@ -49,7 +49,7 @@ def test_shuffled_flux2_channels_are_another_space() -> None:
     found = recognise(PHOTOS[:, order])
     assert found.space is None
     assert "are not certainly FLUX.2's" in found.question
-    assert found.question.endswith("say --space flux2 and --scaled or --unscaled")
+    assert "--space flux2 or --space hunyuan-video-1.5 or --space sana and" in found.question
 
 
 def test_flux2_between_the_scalings_is_asked() -> None:
@@ -112,13 +112,16 @@ def test_sixteen_channels_are_always_asked() -> None:
     found = recognise(PHOTOS[:, :16])
     assert (found.space, found.scaled) == (None, None)
     assert found.question == (
-        "sd3 and flux1 have the same shape, and no published statistics tell which: "
-        "say --space sd3 or --space flux1 and --scaled or --unscaled"
+        "sd3, flux1, wan21, hunyuan-video and cosmos1 have the same shape, and no published "
+        "statistics tell which: say --space sd3 or --space flux1 or --space wan21 or "
+        "--space hunyuan-video or --space cosmos1 and --scaled or --unscaled"
     )
     assert recognise(PHOTOS[:, :16], space="flux1").question == (
         "no published statistics tell scaled from raw flux1 latents: say --scaled or --unscaled"
     )
-    assert recognise(PHOTOS[:, :16], scaled=True).question.endswith("--space sd3 or --space flux1")
+    assert recognise(PHOTOS[:, :16], scaled=True).question.endswith(
+        "or --space hunyuan-video or --space cosmos1"
+    )
 
 
 @pytest.mark.parametrize("channels", [4, 32])
@@ -144,7 +147,7 @@ def test_noise_with_the_statistics_of_sdxl_is_still_noise() -> None:
         (torch.full((1, 4, 32, 32), float("nan")), "NaN or Inf"),
         (torch.randn(1, 4, 4, 4), "fewer than 64 cells"),
         (torch.randn(1, 3, 32, 32), "no known space has 3 channels .*sdxl 4"),
-        (torch.randn(1, 12, 32, 32), "no known space has 12 channels"),
+        (torch.randn(1, 5, 32, 32), "no known space has 5 channels"),
     ],
 )
 def test_what_is_no_picture(tensor: Tensor, question: str) -> None:
