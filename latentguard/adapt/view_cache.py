@@ -25,10 +25,8 @@ from latentguard.adapt.small_autoencoders import (
 )
 from latentguard.atomic import replacing
 
-CELLS = (64, 128)
-"""Cells per side of the latents: pictures of 512 and 1024 px."""
 LARGE_SHARE = 4
-"""One of so many pictures is encoded at 1024 px too, which costs four times as much."""
+"""One of so many pictures is encoded at the larger sizes too, which costs four times as much."""
 FIT_ON = 200
 """Pictures that a view is fitted to."""
 BATCH = 4
@@ -67,16 +65,22 @@ class Encoded:
 
 
 def encode_all(
-    folder: Path, cache: Cache, autoencoders: Sequence[tuple[Design, SmallAutoencoder]]
+    folder: Path,
+    cache: Cache,
+    autoencoders: Sequence[tuple[Design, SmallAutoencoder]],
+    sizes: Sequence[int],
 ) -> list[Encoded]:
-    """Every autoencoder's latents of its share of the cache's crops; interrupted runs go on."""
+    """Every autoencoder's latents of its share of the cache's crops; interrupted runs go on.
+
+    sizes: cells per side; views are fitted to latents of the first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for number, (design, net) in enumerate(autoencoders):
         rows = np.arange(number, cache.meta.done, len(autoencoders))
         view: LinearView | None = None
-        for cells in CELLS:
-            some = rows if cells == CELLS[0] else rows[::LARGE_SHARE]
+        for cells in sizes:
+            some = rows if cells == sizes[0] else rows[::LARGE_SHARE]
             path = folder / f"{design.name}-{cells}.npy"
             latents = _encode(path, cache, some, cells, design, net)
             view = view or _fit(cache, some, latents)

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from latentguard.adapt.cache import Cache
 from latentguard.adapt.train import Recipe, RgbRecipe, Stage, _divergence
-from latentguard.adapt.view_cache import CELLS, Encoded, perfect_views
+from latentguard.adapt.view_cache import Encoded, perfect_views
 from latentguard.adapt.views import Errors
 from latentguard.encoders.nano_net import RgbViewNet
 
+LARGE = 0.4
+"""Share of batches at the largest size."""
 OWN = 0.6
 """Share of batches whose views are of our own autoencoders' latents; the others are of pictures."""
 LOOSENESS = 0.25
@@ -94,13 +96,14 @@ class ViewRecipe(RgbRecipe):
         if not training:
             return self._validation_views(rows)
         own = bool(self.encoded) and bool(torch.rand(()) < OWN)
-        cells = CELLS[int(torch.rand(()) < 0.4)]
+        small, large = self.recipe.view_cells[0], self.recipe.view_cells[-1]
+        cells = large if bool(torch.rand(()) < LARGE) else small
         if not own:
             perfect, crops = perfect_views(self.cache, rows, cells)
             return self.errors.on(perfect, perfect, crops), perfect, rows
         # A picture at 1024 px that gets the error of another at 512 px, mirrored, or its own.
-        mirrored = cells == CELLS[1] and bool(torch.rand(()) < 0.5)
-        sources = [e for e in self.encoded if e.cells == (CELLS[0] if mirrored else cells)]
+        mirrored = cells == 2 * small and bool(torch.rand(()) < 0.5)
+        sources = [e for e in self.encoded if e.cells == (small if mirrored else cells)]
         source = sources[int(torch.randint(len(sources), ()))]
         first = int(np.searchsorted(source.rows, self.held))
         places = np.sort(first + rows % (len(source.rows) - first))
@@ -123,9 +126,7 @@ class ViewRecipe(RgbRecipe):
 
         return _held(self.cache.meta.done)
 
-    def _validation_views(
-        self, rows: NDArray[np.intp]
-    ) -> tuple[Tensor, Tensor, NDArray[np.intp]]:
+    def _validation_views(self, rows: NDArray[np.intp]) -> tuple[Tensor, Tensor, NDArray[np.intp]]:
         """Views of own latents without further errors; of pictures where there are none."""
         if self.encoded:
             source = self.encoded[int(rows[0]) // 32 % len(self.encoded)]
@@ -133,5 +134,5 @@ class ViewRecipe(RgbRecipe):
             if len(places):
                 rows = source.rows[places]
                 return source.views(places), perfect_views(self.cache, rows, source.cells)[0], rows
-        perfect, _ = perfect_views(self.cache, rows, CELLS[0])
+        perfect, _ = perfect_views(self.cache, rows, self.recipe.view_cells[0])
         return perfect, perfect, rows

@@ -239,9 +239,7 @@ def fetch(name: str, keep: bool = False) -> Path:
     return target
 
 
-def _load_file(
-    path: Path, device: str | torch.device, space: str | LatentSpace | None
-) -> Encoder:
+def _load_file(path: Path, device: str | torch.device, space: str | LatentSpace | None) -> Encoder:
     if path.suffix in (".pt", ".pth", ".ckpt"):  # official checkpoints are of Latent-CLIPs
         return _load_as("latentguard-latent-clip", path, device)
     written_as = read_metadata(path).get("format")
