@@ -152,7 +152,8 @@ class Scorer:
         ):
             raise ModelError(
                 f"model {str(self._model)!r} depends on the latents' space, which is not known "
-                f"before the first latents: to use {name.lstrip('_')} now, give space=... or name the model"
+                f"before the first latents: to use {name.lstrip('_')} now, give space=... or name "
+                "the model"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

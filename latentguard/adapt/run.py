@@ -193,8 +193,8 @@ def card(name: str, space: LatentSpace | None, encoder: Autoencoder | None, phot
     )
     if space is None:
         source = (
-            "It reads only the linear RGB view of latents (3 numbers a cell, about an eighth of the "
-            f"image's resolution) and was trained on {photos:,} photos and on views of small "
+            "It reads only the linear RGB view of latents (3 numbers a cell, about an eighth of "
+            f"the image's resolution) and was trained on {photos:,} photos and on views of small "
             "autoencoders made for it. Of the latent space that it is used on it saw nothing, and "
             "it recognizes less there than figures on photos say."
         )

@@ -7,6 +7,8 @@ Vedaldi 2015, arXiv 1411.5908; training in latentguard.adapt.)
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,12 +99,9 @@ class ViewFilter(nn.Module):
         widths = (width, 2 * width, 4 * width)
         self.enter = _filtering(12, width)
         self.down = nn.ModuleList(
-            nn.Sequential(_filtering(a, b, 2), _filtering(b, b))
-            for a, b in zip(widths, widths[1:], strict=False)
+            nn.Sequential(_filtering(a, b, 2), _filtering(b, b)) for a, b in pairwise(widths)
         )
-        self.up = nn.ModuleList(
-            _filtering(a + b, a) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.up = nn.ModuleList(_filtering(a + b, a) for a, b in pairwise(widths))
         self.out = nn.Conv2d(width, 12, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         assert self.out.bias is not None

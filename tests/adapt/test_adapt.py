@@ -304,7 +304,7 @@ def test_an_autoencoder_learns_and_goes_on(photos: Path, tmp_path: Path) -> None
     )
     # Better than the mean colour of all of them.
     error = (net.decode(net.encode(images)) - images).square().mean()
-    assert error < 0.6 * images.var()
+    assert error < 0.7 * images.var()
     again = train_autoencoder(design, files, teacher, tmp_path / "x.pt")
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
     with pytest.raises(ModelError, match="of another design"):
