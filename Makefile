@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(NPROC) --maxprocesses 8 --dis
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all fuzz lint format schema clean
+.PHONY: help install demo test test-all fuzz lint format schema pipelines clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ format: install ## rewrite Python and C++ in the house style
 
 schema: install ## rewrite the policies' JSON Schema
 	$(BIN)/latentguard policy schema > policies/policy.schema.json
+
+pipelines: install ## rewrite docs/pipelines.md, what a guard does on each pipeline class of diffusers
+	$(BIN)/python -W ignore tests/guard/every_pipeline.py
 
 clean: ## build outputs and caches, not the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache report.html

@@ -4,7 +4,7 @@
     python benchmarks/caltech.py CALTECH101 --autoencoder taef2_encoder.pth --cache DIR2 \\
         --trained 600
 
-Largest centred square at 256 px, [32, 32, 32] float16, ids `class/image_0001`. `seen` tells which
+Largest centered square at 256 px, [32, 32, 32] float16, ids `class/image_0001`. `seen` tells which
 photos the bundled nano-flux2 was trained on: every photo whose number is not divisible by 5 is in
 its training list, and the bundled weights saw the first 5,200 of that list. `--trained N` encodes
 the first N of these: photos that nothing may be measured on.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from latentguard.adapt.autoencoders import Autoencoder, load_autoencoder
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import centre_crop
+from latentguard.adapt.images import center_crop
 from latentguard.adapt.progress import Progress
 from latentguard.files import load_latents, save_latents
 from latentguard.spaces import Latents
@@ -94,7 +94,7 @@ def encode(
             missing = [path for path in wanted if identity(path) not in known]
             for path in missing:
                 model = model or load_autoencoder(autoencoder)
-                image = torch.from_numpy(centre_crop(path).copy()).permute(2, 0, 1).float() / 255
+                image = torch.from_numpy(center_crop(path).copy()).permute(2, 0, 1).float() / 255
                 known[identity(path)] = model.encode(image[None]).tensor.half()[0]
             if missing:
                 tensor = torch.stack([known[key] for key in sorted(known)])

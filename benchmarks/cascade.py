@@ -76,24 +76,26 @@ def measure(folder: Path, latents: Latents) -> dict[str, Any]:
     paths |= {f"int8, then fp32 within {unsure}": file(folder, unsure) for unsure in UNSURE}
     times: dict[str, list[float]] = {name: [] for name in paths}
     found: dict[str, list[Verdict]] = {}
-    sent: dict[str, list[bool]] = {}
+    escalated: dict[str, list[bool]] = {}
     for _ in range(ROUNDS):
         for name, path in paths.items():
             # One at a time: threads of several guards would wait for work on the same cores.
             with Guard(path, threads=THREADS) as guard:
-                found[name], sent[name] = [], []
+                found[name], escalated[name] = [], []
                 for image in images:
                     start = time.perf_counter()
                     judged = guard.judge(image[None])
                     times[name].append(1e3 * (time.perf_counter() - start))
                     found[name] += judged.verdicts
-                    sent[name] += judged.escalated or ()
+                    escalated[name] += judged.escalated or ()
     rows = [
         {
             "guard": name,
-            "sent": float(np.mean(sent[name])) if sent[name] else None,
+            "escalated": float(np.mean(escalated[name])) if escalated[name] else None,
             "ms": statistics.fmean(times[name]),
-            "same": sum(a.decision == b.decision for a, b in zip(verdicts, wanted, strict=True)),
+            "same_decisions": sum(
+                a.decision == b.decision for a, b in zip(verdicts, wanted, strict=True)
+            ),
         }
         for name, verdicts in found.items()
     ]
@@ -110,9 +112,9 @@ def table(result: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
-        sent = "-" if row["sent"] is None else f"{100 * row['sent']:.1f} %"
-        same = f"{row['same']} of {result['images']}"
-        lines.append(f"| {row['guard']} | {sent} | {row['ms']:.1f} | {same} |")
+        escalated = "-" if row["escalated"] is None else f"{100 * row['escalated']:.1f} %"
+        same = f"{row['same_decisions']} of {result['images']}"
+        lines.append(f"| {row['guard']} | {escalated} | {row['ms']:.1f} | {same} |")
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from latentguard import Scorer, ops
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import centre_crop, find_images
+from latentguard.adapt.images import center_crop, find_images
 from latentguard.evaluate.metrics import separation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -53,8 +53,8 @@ def draw(
     """Something over a photograph: 190 to 245 of 256 pixels, a little off the middle."""
     size = rng.randint(*SIZES)
     drawing = artwork.emoji(what, size) if "/" in what else lathe(what, size)
-    centre = (0.5 + rng.uniform(-0.06, 0.06), 0.5 + rng.uniform(-0.03, 0.03))
-    return np.asarray(paste(Image.fromarray(photo), drawing, centre))
+    center = (0.5 + rng.uniform(-0.06, 0.06), 0.5 + rng.uniform(-0.03, 0.03))
+    return np.asarray(paste(Image.fromarray(photo), drawing, center))
 
 
 def pictures(arguments: argparse.Namespace) -> tuple[NDArray[np.uint8], list[str]]:
@@ -67,7 +67,7 @@ def pictures(arguments: argparse.Namespace) -> tuple[NDArray[np.uint8], list[str
         files = [file for file in find_images([folder]) if held_out(file, 5)]
         positive = folder.name in CLASSES
         for file in files if positive else files[: arguments.per_class]:
-            made.append(centre_crop(file))
+            made.append(center_crop(file))
             kinds.append(folder.name if positive else "photo")
             if not positive:
                 others.append(len(made) - 1)

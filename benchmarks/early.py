@@ -1,4 +1,4 @@
-"""How early in a generation a forbidden class can be recognised, between two bounds.
+"""How early in a generation a forbidden class can be recognized, between two bounds.
 
     python benchmarks/caltech.py CALTECH101 --autoencoder taef2_encoder.pth --cache DIR/caltech
     python benchmarks/caltech.py CALTECH101 --autoencoder taef2_encoder.pth --cache DIR/trained \
@@ -38,7 +38,7 @@ from latentguard.evaluate.calibrate import threshold
 from latentguard.evaluate.estimates import Wiener, unit_variance
 from latentguard.evaluate.exact import ExactDenoiser, Tempering
 from latentguard.evaluate.metrics import separation, wilson
-from latentguard.evaluate.plots import COLOURS
+from latentguard.evaluate.plots import COLORS
 from latentguard.files import load_latents
 from latentguard.runtime import Guard
 
@@ -248,12 +248,12 @@ def by_level(scores: Array, errors: Array, photos: Sample) -> list[dict[str, Any
     return rows
 
 
-def normalised(scores: Array, rows: NDArray[np.int64]) -> Array:
+def normalized(scores: Array, rows: NDArray[np.int64]) -> Array:
     """Scores by how far above the median of harmless photos (`rows`) they are at their noise level,
     in units of what the 95th percentile is above it."""
-    centre = np.median(scores[:, rows], 1, keepdims=True)
-    spread = np.quantile(scores[:, rows], 0.95, axis=1, keepdims=True) - centre
-    found: Array = (scores - centre) / np.maximum(spread, 1e-6)
+    center = np.median(scores[:, rows], 1, keepdims=True)
+    spread = np.quantile(scores[:, rows], 0.95, axis=1, keepdims=True) - center
+    found: Array = (scores - center) / np.maximum(spread, 1e-6)
     return found
 
 
@@ -261,7 +261,7 @@ def pooled(scores: Array, photos: Sample) -> dict[str, dict[str, float]]:
     """One threshold for every scored step, of the scores as they are and by noise level."""
     forbidden, harmless = photos.forbidden, ~photos.forbidden & ~photos.calibrates
     result = {}
-    by_noise_level = normalised(scores, np.flatnonzero(photos.calibrates))
+    by_noise_level = normalized(scores, np.flatnonzero(photos.calibrates))
     for name, values in (("as_they_are", scores), ("calibrated", by_noise_level)):
         noisy = values[1:]
         found = separation(noisy[:, forbidden].ravel(), noisy[:, harmless].ravel(), resamples=0)
@@ -275,7 +275,7 @@ def pooled(scores: Array, photos: Sample) -> dict[str, dict[str, float]]:
 def trajectories(scores: Array, photos: Sample, calibrated: bool) -> dict[str, Any]:
     """Blocking at the first scored step above its threshold, at 1 % false blocks a generation.
 
-    One number sets all thresholds: calibrated, of scores normalised at their noise level by half of
+    One number sets all thresholds: calibrated, of scores normalized at their noise level by half of
     the harmless photos that calibrate; otherwise of the scores themselves. The other half gives it:
     the conformal threshold of each generation's highest score over all of its steps, the finished
     image included.
@@ -286,8 +286,8 @@ def trajectories(scores: Array, photos: Sample, calibrated: bool) -> dict[str, A
     path = scores[order]
     mine = np.flatnonzero(photos.calibrates)
     first, second = mine[::2], mine[1::2]
-    normal = normalised(path, first) if calibrated else path
-    # Normalised scores have no upper end: scaled into the margins' range for `threshold`.
+    normal = normalized(path, first) if calibrated else path
+    # Normalized scores have no upper end: scaled into the margins' range for `threshold`.
     scale = 1 / np.abs(normal).max()
     limit = threshold(normal[:, second].max(0) * scale, RATE) / scale
     above = normal >= limit
@@ -469,15 +469,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
         "fpr_at_95_recall": "false-block rate at 95 % recall",
         "recall_calibrated": "recall at 1 % false blocks, calibrated at the noise level",
     }
-    for (name, rows), colour in zip(result["levels"].items(), COLOURS, strict=False):
+    for (name, rows), color in zip(result["levels"].items(), COLORS, strict=False):
         style = ":" if name == "tempered" else "-"
-        look = {"linestyle": style, "marker": "o", "markersize": 3, "color": colour}
+        look = {"linestyle": style, "marker": "o", "markersize": 3, "color": color}
         x = [row["noise_level"] for row in rows]
         for axis, key in zip(axes, titles, strict=False):
             axis.plot(x, [row[key] for row in rows], label=ESTIMATES[name], **look)
             if f"{key}_95" in rows[0]:
                 low, high = zip(*(row[f"{key}_95"] for row in rows), strict=True)
-                axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+                axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         stopped = result["trajectories"][name]["calibrated"]["forbidden"]["stopped_by"]
         axes[3].step(steps, stopped, where="post", **look)
     half = result["sigmas"][STEPS // 2]

@@ -6,7 +6,7 @@ LATENTS is anything that `latentguard scan` reads (a file, folder, glob or shard
 folder of the pictures that were encoded. Pairs are made by id (an image's file name without its
 suffix) where the latents have ids, else by order of name. Each picture is averaged down to one
 pixel per latent cell, and rgb = z @ F + b is solved by least squares on four fifths of the images;
-the other fifth gives R^2 for each colour. Prints F and b as they stand in latentguard/spaces.
+the other fifth gives R^2 for each color. Prints F and b as they stand in latentguard/spaces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOLD_OUT = 5
 
 
 def pairs(records: Iterator[Record], images: list[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cells [H*W, C] and colours [H*W, 3] in [-1, 1], image by image."""
+    """Cells [H*W, C] and colors [H*W, 3] in [-1, 1], image by image."""
     by_name = {path.stem: path for path in images}
     for number, record in enumerate(records):
         if record.latents is None:
@@ -53,17 +53,17 @@ class LeastSquares:
         self.xy = np.zeros((channels + 1, 3))
         self.yy = np.zeros(3)
 
-    def add(self, cells: np.ndarray, colours: np.ndarray) -> None:
+    def add(self, cells: np.ndarray, colors: np.ndarray) -> None:
         x = np.concatenate([cells, np.ones((len(cells), 1))], axis=1)
         self.xx += x.T @ x
-        self.xy += x.T @ colours
-        self.yy += (colours**2).sum(0)
+        self.xy += x.T @ colors
+        self.yy += (colors**2).sum(0)
 
     def solve(self) -> np.ndarray:
         return np.linalg.solve(self.xx, self.xy)
 
     def r_squared(self, solution: np.ndarray) -> np.ndarray:
-        """1 - residual / variance of what was added, for each colour."""
+        """1 - residual / variance of what was added, for each color."""
         residual = (
             self.yy
             - 2 * (solution * self.xy).sum(0)
@@ -87,10 +87,10 @@ def main() -> None:
     fit: LeastSquares | None = None
     check: LeastSquares | None = None
     number = 0
-    for number, (cells, colours) in enumerate(pairs(records, images), start=1):
+    for number, (cells, colors) in enumerate(pairs(records, images), start=1):
         if fit is None or check is None:
             fit, check = LeastSquares(cells.shape[1]), LeastSquares(cells.shape[1])
-        (check if number % HOLD_OUT == 0 else fit).add(cells, colours)
+        (check if number % HOLD_OUT == 0 else fit).add(cells, colors)
     if fit is None or check is None or number < HOLD_OUT:
         raise SystemExit(f"at least {HOLD_OUT} images are needed, got {number}")
 

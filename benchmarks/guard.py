@@ -8,7 +8,7 @@
 steering: the SDXL and FLUX.2 pipelines of diffusers around the exact denoiser of a set of photos
 (latentguard.evaluate.exact), asked for the forbidden class and for others, without a guard, with
 one that blocks, and with ones that steer at several strengths.
-directions: how far steps of one size move photos of the forbidden class towards the other classes.
+directions: how far steps of one size move photos of the forbidden class toward the other classes.
 noise: as steering, for one step, with and without `optimize_noise`.
 overhead: a guarded step's time as a share of one SDXL UNet step at the same size.
 Results go to benchmarks/results/guard-*.

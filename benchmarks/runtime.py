@@ -99,7 +99,7 @@ def export(arguments: argparse.Namespace) -> None:
                     path,
                     precision=precision,
                     size=(cells, cells),
-                    # Judged on other latents below; here only against a spoilt export.
+                    # Judged on other latents below; here only against a spoiled export.
                     check=chosen[:8],
                     calibrate=chosen if precision.startswith("int8") else None,
                 )
@@ -489,15 +489,15 @@ def pareto(arguments: argparse.Namespace) -> None:
         xscale="log",
         yscale="log",
     )
-    for model, colour in zip(CLIPS, ("#D55E00", "#009E73"), strict=True):
+    for model, color in zip(CLIPS, ("#D55E00", "#009E73"), strict=True):
         for row in fidelity:
             key = (row["model"], row["precision"], 64)
             if plain(row["model"]) == model and key in ms:
                 place = (ms[key], max(1 - row["cosine_min"], 1e-7))
-                right.plot(*place, "x" if row["model"] in MERGING else "o", color=colour)
+                right.plot(*place, "x" if row["model"] in MERGING else "o", color=color)
                 name = f"{row['model'].removeprefix('latent-clip-')} {row['precision']}"
                 right.annotate(name, place, fontsize=7, xytext=(4, 3), **OFFSET)
-        right.axvline(ms[model, "eager", 64], color=colour, linestyle=":", linewidth=1)
+        right.axvline(ms[model, "eager", 64], color=color, linestyle=":", linewidth=1)
     figure.savefig(RESULTS / "runtime.png", dpi=120)
     lines = [
         "| nano-flux2, 256 px | CPU ms | same decisions | AUROC revolver | AUROC cannon |",

@@ -25,7 +25,7 @@ from PIL import Image, ImageFilter
 
 from latentguard import Scorer
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import centre_crop, find_images
+from latentguard.adapt.images import center_crop, find_images
 from latentguard.evaluate.metrics import separation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -58,7 +58,7 @@ def photographs(folder: Path, names: list[str], each: int) -> tuple[list[Any], l
     for name in names:
         files = [f for f in find_images([folder / name.replace("-", "_")]) if held_out(f, 5)]
         for i in range(min(each, len(files))):
-            made.append(centre_crop(files[i * len(files) // min(each, len(files))]))
+            made.append(center_crop(files[i * len(files) // min(each, len(files))]))
             kinds.append(name)
     return made, kinds
 
@@ -81,17 +81,17 @@ def drawings(folder: Path, artwork: Artwork, each: int) -> tuple[list[Any], list
             what, size = whats[i % len(whats)], rng.randint(180, 245)
             drawing = artwork.emoji(what, size) if "/" in what else lathe(what, size)
             free = (256 - size) / 512
-            centre = (0.5 + rng.uniform(-free, free), 0.5 + rng.uniform(-free, free))
-            made.append(np.asarray(paste(picture, drawing, centre, rng.uniform(-12, 12))))
+            center = (0.5 + rng.uniform(-free, free), 0.5 + rng.uniform(-free, free))
+            made.append(np.asarray(paste(picture, drawing, center, rng.uniform(-12, 12))))
             kinds.append(kind)
     return made, kinds
 
 
 def background(file: Path, i: int) -> Image.Image:
-    """A sharp photo, one out of focus, a plain colour, in turn."""
+    """A sharp photo, one out of focus, a plain color, in turn."""
     if i % 3 == 2:
         return list(BACKGROUNDS.values())[i // 3 % len(BACKGROUNDS)]
-    photo = Image.fromarray(centre_crop(file))
+    photo = Image.fromarray(center_crop(file))
     return photo.filter(ImageFilter.GaussianBlur(6)) if i % 3 else photo
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from latentguard import Scorer
 from latentguard.adapt.autoencoders import load_autoencoder
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import centre_crop, find_images, random_crop
+from latentguard.adapt.images import center_crop, find_images, random_crop
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.small_autoencoders import (
     HELD_OUT,
@@ -80,7 +80,7 @@ class Space:
 
 def picture(file: Path, px: int) -> Tensor:
     """The largest centered square, [1, 3, px, px] in [0, 1]."""
-    return readers.to_tensor(centre_crop(file, px)[None])
+    return readers.to_tensor(center_crop(file, px)[None])
 
 
 def flux2(autoencoder: Path, factors: Path | None) -> Space:
@@ -190,7 +190,7 @@ def main() -> None:
         # Detection at 512 px only: 1024 px of TAEF2 take four times as long.
         also = shown if px == 512 else []
         kinds = np.array(["photo"] * len(chosen) + [file.parent.name for file in also])
-        pictures = np.stack([centre_crop(file) for file in chosen + also])
+        pictures = np.stack([center_crop(file) for file in chosen + also])
         read_by = {"teacher, on pixels": readers.teacher(pictures)}
         read_by["perfect view"] = read(encoder, perfect(chosen + also, px), f"perfect {px}")
         for space in spaces:

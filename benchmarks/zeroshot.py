@@ -18,7 +18,7 @@ import readers
 import torch
 from torch import Tensor
 
-from latentguard.adapt.images import centre_crop, find_images
+from latentguard.adapt.images import center_crop, find_images
 from latentguard.encoders.nano import load_nano
 from latentguard.evaluate.metrics import ranks_of
 
@@ -38,10 +38,10 @@ def main() -> None:
     names = arguments.names.read_text().splitlines()
     labels = torch.tensor([int(line) for line in arguments.labels.read_text().split()])
     text = load_nano("nano-flux2").encode_text(names)
-    pictures = np.stack([centre_crop(file) for file in files])
+    pictures = np.stack([center_crop(file) for file in files])
     latents = readers.encode(pictures, arguments.autoencoder, arguments.cache / "zeroshot-256.npy")
     some = np.linspace(0, len(files) - 1, min(arguments.large, len(files))).astype(int)
-    large = np.stack([centre_crop(files[i], 512) for i in some])
+    large = np.stack([center_crop(files[i], 512) for i in some])
     large_latents = readers.encode(
         large, arguments.autoencoder, arguments.cache / "zeroshot-512.npy"
     )

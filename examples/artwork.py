@@ -1,8 +1,8 @@
 """Freely licensed artwork from package registries, drawn over pictures.
 
-Emoji are SVG from npm packages (pinned below, fetched by `npm pack`), rasterised by CairoSVG;
+Emoji are SVG from npm packages (pinned below, fetched by `npm pack`), rasterized by CairoSVG;
 bottles and glasses that no emoji set draws well are turned on a lathe here. `examples/README.md`
-names every licence.
+names every license.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 
 SIDE = 256
 
-# set -> (npm package, version); the licence of the artwork is in README.md
+# set -> (npm package, version); the license of the artwork is in README.md
 PACKAGES = {
     "noto": ("@iconify-json/noto", "1.2.9"),
     "noto-v1": ("@iconify-json/noto-v1", "1.2.5"),
@@ -100,15 +100,15 @@ def fit(picture: Image.Image, size: int) -> Image.Image:
 def paste(
     background: Image.Image,
     picture: Image.Image,
-    centre: tuple[float, float] = (0.5, 0.5),
+    center: tuple[float, float] = (0.5, 0.5),
     turn: float = 0,
 ) -> Image.Image:
-    """Draw an RGBA picture over a background; `centre` in 0..1, `turn` in degrees anticlockwise."""
+    """Draw an RGBA picture over a background; `center` in 0..1, `turn` in degrees to the left."""
     result = background.copy()
     size = max(picture.size)
     if turn:
         picture = fit(picture.rotate(turn, Image.Resampling.BICUBIC, expand=True), size)
-    x, y = (round(c * b - p / 2) for c, b, p in zip(centre, result.size, picture.size, strict=True))
+    x, y = (round(c * b - p / 2) for c, b, p in zip(center, result.size, picture.size, strict=True))
     result.paste(picture, (x, y), picture)
     return result
 
@@ -116,7 +116,7 @@ def paste(
 def square(
     picture: Image.Image, box: tuple[float, float, float, float] | None = None
 ) -> Image.Image:
-    """RGB, 256 x 256: the centre square, or a box (left, top, right, bottom) in 0..1."""
+    """RGB, 256 x 256: the center square, or a box (left, top, right, bottom) in 0..1."""
     picture = picture.convert("RGB")
     width, height = picture.size
     if box is None:
@@ -137,14 +137,14 @@ def gradient(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.I
 
 BACKGROUNDS = {
     "white": gradient((255, 255, 255), (255, 255, 255)),
-    "grey": gradient((235, 235, 235), (150, 150, 150)),
+    "gray": gradient((235, 235, 235), (150, 150, 150)),
     "brown": gradient((190, 150, 110), (130, 90, 50)),
     "dark": gradient((70, 70, 74), (40, 40, 44)),
     "blue": gradient((200, 225, 245), (120, 160, 200)),
 }
 
 # Half width of a turned body at heights from 0 (top) to 1 (bottom), and the parts drawn on it:
-# (from, to, colour). Widths are relative to the height.
+# (from, to, color). Widths are relative to the height.
 Profile = tuple[tuple[float, float], ...]
 Parts = tuple[tuple[float, float, tuple[int, int, int]], ...]
 BODIES: dict[str, tuple[Profile, Parts]] = {
@@ -188,13 +188,13 @@ def lathe(body: str, height: int) -> Image.Image:
     u = np.clip(u, -1, 1)
     facing = np.sqrt(1 - u**2)
     slope = np.gradient(radius, 1 / tall)[:, None]
-    colour = np.zeros((tall, wide, 3))
+    color = np.zeros((tall, wide, 3))
     for start, end, rgb in parts:
-        colour[(y >= start) & (y < end)] = rgb
+        color[(y >= start) & (y < end)] = rgb
     light = 0.35 + 0.65 * np.clip(-0.5 * u + 0.8 * facing - 0.15 * slope, 0, 1)
     shine = 45.9 * np.exp(-(((u + 0.55) / 0.07) ** 2)) + 21.42 * np.exp(-(((u - 0.72) / 0.05) ** 2))
     shine = shine * ((y > 0.06) & (y < 0.97))[:, None]
-    rgb = colour * light[..., None] + shine[..., None]
+    rgb = color * light[..., None] + shine[..., None]
     rgba = np.dstack([np.clip(rgb, 0, 255), 255 * inside]).astype(np.uint8)
     picture = Image.fromarray(rgba, "RGBA").resize(
         (wide // scale, height), Image.Resampling.LANCZOS

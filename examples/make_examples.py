@@ -4,7 +4,7 @@
 
 Needs latentguard with its `nano` extra, scikit-image, scikit-learn, matplotlib, CairoSVG, and npm
 for the emoji (fetched once into --artwork). The autoencoder's encoder is TAEF2's
-(`taef2_encoder.pth` of madebyollin/taesd, MIT). README.md names every picture and its licence.
+(`taef2_encoder.pth` of madebyollin/taesd, MIT). README.md names every picture and its license.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def main() -> None:
     latents = Latents(
         torch.cat(encoded).half(), autoencoder.space, autoencoder.scaled, ids=list(made)
     )
-    save_latents(args.out, latents, licence="see README.md", autoencoder=autoencoder.name)
+    save_latents(args.out, latents, license="see README.md", autoencoder=autoencoder.name)
     print(f"{args.out}: {len(latents)} latents, {args.out.stat().st_size} bytes")
 
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentguard.encoders import Encoder, load_encoder
     from latentguard.errors import (
+        GuardError,
         LatentGuardError,
         LatentsError,
         MissingExtraError,
         ModelError,
         PolicyError,
+        UsageError,
     )
     from latentguard.files import load_latents
     from latentguard.guard import GenerationBlocked, LatentGuard, optimize_noise
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Encoder": "latentguard.encoders",
     "GenerationBlocked": "latentguard.guard",
+    "GuardError": "latentguard.errors",
     "LatentGuard": "latentguard.guard",
     "LatentGuardError": "latentguard.errors",
     "LatentSpace": "latentguard.spaces",
@@ -42,6 +45,7 @@ _HOME = {
     "PolicyError": "latentguard.errors",
     "ScanRecord": "latentguard.scan",
     "Scorer": "latentguard.scorer",
+    "UsageError": "latentguard.errors",
     "Verdict": "latentguard.judge",
     "load_encoder": "latentguard.encoders",
     "load_latents": "latentguard.files",
@@ -53,6 +57,7 @@ _HOME = {
 __all__ = [
     "Encoder",
     "GenerationBlocked",
+    "GuardError",
     "LatentGuard",
     "LatentGuardError",
     "LatentSpace",
@@ -64,6 +69,7 @@ __all__ = [
     "PolicyError",
     "ScanRecord",
     "Scorer",
+    "UsageError",
     "Verdict",
     "__version__",
     "load_encoder",

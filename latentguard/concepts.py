@@ -94,7 +94,7 @@ def coverage_of(policy: Policy, encoder: Encoder) -> list[Coverage]:
 
 
 def embed_prompts(prompts: Sequence[str], policy: Policy, encoder: Encoder) -> Tensor:
-    """Unit-norm embeddings [P, dim]: the normalised mean over the policy's templates.
+    """Unit-norm embeddings [P, dim]: the normalized mean over the policy's templates.
 
     An encoder whose text side names things rather than reads captions (`uses_templates` False)
     gets the bare prompts.

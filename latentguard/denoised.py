@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentguard.deprecated import Former, former_keywords, former_names
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError, LatentsError
 
 # By what a scheduler's own step works with, looked up by class name along the MRO.
 _EXPLODING = ("EulerDiscrete", "EulerAncestralDiscrete", "EDMEuler", "LMSDiscrete", "HeunDiscrete")
@@ -26,7 +26,8 @@ _CONVERTING = (
     *("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver"),
     "EDMDPMSolverMultistep",
 )
-_TIMESTEPS = ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LCM", "TCD")
+_STRIDING = ("DDIM", "DDIMParallel", "CogVideoXDDIM")
+_TIMESTEPS = (*_STRIDING, "DDPM", "DDPMParallel", "PNDM", "LCM", "TCD")
 _FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM")
 _KNOWN = (*_EXPLODING, *_MIDPOINT, *_CONVERTING, *_TIMESTEPS, *_FLOW)
 
@@ -40,7 +41,7 @@ _STOCHASTIC = (
 _RETURNS_X0 = (
     *("EulerDiscrete", "EulerAncestralDiscrete", "EDMEuler", "LMSDiscrete", "HeunDiscrete"),
     *("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"),
-    *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "LCM"),
+    *(*_STRIDING, "DDPM", "DDPMParallel", "LCM"),
 )
 
 
@@ -118,8 +119,11 @@ class Denoised:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raises LatentsError for a scheduler whose noise levels are not known here."""
-    _kind(scheduler)
+    """Raises GuardError for a scheduler whose noise levels are not known here."""
+    try:
+        _kind(scheduler)
+    except LatentsError as error:
+        raise GuardError(str(error)) from None
 
 
 def level_before(scheduler: Any, timestep: Any) -> NoiseLevel:
@@ -257,7 +261,7 @@ def _after(scheduler: Any, timestep: Any, kind: str) -> NoiseLevel:
     """The level of the latents that the step at a timestep returned."""
     if kind not in _TIMESTEPS:
         return _at(scheduler, kind, int(scheduler.step_index))
-    if kind in ("DDIM", "DDIMParallel"):
+    if kind in _STRIDING:
         # By a fixed stride, which may end above 0 or miss the next timestep by one.
         stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         before = int(timestep) - stride

@@ -83,11 +83,18 @@ def former_positions(count: int, *names: str) -> Callable[[T], T]:
     return decorate
 
 
-def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that has these names no more: {former: present}."""
+def former_names(
+    module: str, names: Mapping[str, str], others: Callable[[str], Any] | None = None
+) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that has these names no more: {former: present}.
+
+    others: what gives the module's further names, where it has some that are found when asked for.
+    """
 
     def get(name: str) -> Any:
         if name not in names:
+            if others is not None:
+                return others(name)
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         _warn(f"{module}.{name} is called {names[name]} now")
         return getattr(sys.modules[module], names[name])
@@ -96,5 +103,8 @@ def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def _warn(sentence: str) -> None:
-    """Of the line that called into this file."""
-    warnings.warn(f"{sentence}; {UNTIL}", DeprecationWarning, stacklevel=3)
+    """Of the line that called into this file, through however many of its functions."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"{sentence}; {UNTIL}", DeprecationWarning, stacklevel=level)

@@ -24,8 +24,16 @@ class LatentsError(LatentGuardError, ValueError):
     """Latents, or a file of latents, that cannot be read with certainty."""
 
 
+class GuardError(LatentsError):
+    """A guard that cannot be attached, or would do nothing where it was put."""
+
+
 class ModelError(LatentGuardError, ValueError):
     """An encoder that cannot be found, loaded, or used with this policy or space."""
+
+
+class UsageError(ModelError):
+    """Options of the command line that do not go together, or cannot be used."""
 
 
 class MissingExtraError(LatentGuardError, ImportError):

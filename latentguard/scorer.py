@@ -83,7 +83,7 @@ class Scorer:
         policy: Policy | str | Path = "default",
         model: Encoder | str | Path = "auto",
         *,
-        space: LatentSpace | str | None = None,
+        space: LatentSpace | str | Path | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         self.policy = load_policy(policy)
@@ -92,7 +92,7 @@ class Scorer:
         if model == "auto" and self.policy.model is not None:
             model = self.policy.model
         self._model, self._device = model, device
-        wanted = self.policy.space if space is None else LatentSpace.get(space).name
+        wanted = self.policy.space if space is None else LatentSpace.of(space).name
         if wanted is not None or isinstance(model, Encoder) or not needs_space(model):
             self._bind(wanted)
 
@@ -175,7 +175,7 @@ class Scorer:
 
         Raises LatentsError when the latents are of another space than the encoder's.
         """
-        return self._scores(self._seen(latents), noise_level)
+        return self._scores(self._seen(latents, tokens=False), noise_level)
 
     @torch.no_grad()
     def verdicts(
@@ -241,10 +241,11 @@ class Scorer:
         if self.space is None:
             self._bind(_space(latents).name)
 
-    def _seen(self, latents: Latents | Prediction) -> Features:
+    def _seen(self, latents: Latents | Prediction, tokens: bool = True) -> Features:
         self._know(latents)
+        options = {"tokens": tokens} if traits(self.encoder).pools else {}
         with self._exactly():
-            return self._features(*self._input(latents))
+            return self._features(*self._input(latents), **options)
 
     def _scores(self, features: Features, noise_level: float) -> Scores:
         with self._exactly():
@@ -335,7 +336,7 @@ class _Alone:
         final: bool = True,
         heatmaps: bool = False,
     ) -> Judged:
-        features = self.scorer._seen(latents)
+        features = self.scorer._seen(latents, tokens=heatmaps)
         verdicts = self.scorer.decide(self.scorer._scores(features, noise_level), final)
         return Judged(verdicts, self._maps(features) if heatmaps else None)
 

@@ -43,4 +43,4 @@ def limit_of(
     """The margin from which on a concept matches."""
     identity = None if model is None else ModelId(*model)
     rules = Rules.of({**policy, "concepts": [concept]}).bind(identity, space, logit_scale)
-    return rules.limit(0, noise_level)
+    return rules.threshold(0, noise_level)

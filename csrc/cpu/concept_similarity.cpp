@@ -82,7 +82,7 @@ void load_norm(const Concepts& args, Norm& norm) {
 
 // rows [count, dim] = layer_norm(features) from row `begin` on.
 template <typename T>
-void normalise(const Concepts& args, const Norm& norm, int64_t begin, int64_t count, float* rows) {
+void normalize(const Concepts& args, const Norm& norm, int64_t begin, int64_t count, float* rows) {
   const auto* features = static_cast<const T*>(args.features) + begin * args.dim;
   for (int64_t r = 0; r < count; ++r) {
     float* row = rows + r * args.dim;
@@ -194,7 +194,7 @@ void forward_tiles(const Concepts& args) {
     const Buffer rows = buffer(count * args.dim), inverse = buffer(count);
     const Buffer outer = buffer(projection ? count * args.width : 0);
     std::vector<Best> best(count * 2 * args.concepts);
-    normalise<T>(args, norm, first, count, rows.get());
+    normalize<T>(args, norm, first, count, rows.get());
     float* projected = rows.get();
     if (projection) {
       projected = outer.get();
@@ -245,7 +245,7 @@ void forward_few(const Concepts& args) {
   Norm norm;
   load_norm<T>(args, norm);
   Buffer rows = buffer(args.rows * args.dim);
-  normalise<T>(args, norm, 0, args.rows, rows.get());
+  normalize<T>(args, norm, 0, args.rows, rows.get());
   if (args.projection) rows = project_few<T>(args, rows.get());
   keep<T>(args, 0, args.rows, rows.get());
   float inverse[kFewRows];
@@ -278,7 +278,7 @@ struct Term {
   float weight;
 };
 
-// The prompts that reached row r's maxima; neighbouring concepts that share one share the term.
+// The prompts that reached row r's maxima; neighboring concepts that share one share the term.
 template <typename T>
 void gather_terms(const Concepts& args, int64_t r, std::vector<Term>& terms) {
   terms.clear();
@@ -363,7 +363,7 @@ void outer_gradient(const Concepts& args, int64_t begin, int64_t count, float* o
   }
 }
 
-// The gradient of features from `begin` on, from that of the normalised rows, inner [count, dim].
+// The gradient of features from `begin` on, from that of the normalized rows, inner [count, dim].
 template <typename T>
 void write_gradient(const Concepts& args, const float* ln_weight, int64_t begin, int64_t count,
                     const float* inner) {

@@ -32,7 +32,7 @@ inline void for_count(int64_t rows, Function function) {
   }
 }
 
-// The right-hand side [depth, columns] in panels [depth, kPanel] of neighbouring columns, the last
+// The right-hand side [depth, columns] in panels [depth, kPanel] of neighboring columns, the last
 // one padded with zeros.
 class Panels {
  public:

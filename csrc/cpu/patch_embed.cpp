@@ -39,7 +39,7 @@ class Tiles {
   int64_t tokens_, images_, per_image_;
 };
 
-// The affine of each run of P neighbouring cells: [channels][row parity][P].
+// The affine of each run of P neighboring cells: [channels][row parity][P].
 template <int P>
 class Affine {
  public:
@@ -64,7 +64,7 @@ class Affine {
 };
 
 // Calls f(offset into the tile's patches, offset into the latents, channel, row) for each run of
-// P neighbouring cells.
+// P neighboring cells.
 template <int P, typename Function>
 void for_runs(const PatchEmbed& args, const Tile& tile, Function function) {
   const int64_t size = args.patch_size(), columns = args.columns();

@@ -139,8 +139,8 @@ __device__ void match_chunks(const Concepts& args, int64_t from, int64_t to, int
   }
 }
 
-// Results of the tile; get(row, which, concept) reads a key. Neighbouring threads take
-// neighbouring rows, which are neighbours in a heat map.
+// Results of the tile; get(row, which, concept) reads a key. Neighboring threads take
+// neighboring rows, which are neighbors in a heat map.
 template <typename Get>
 __device__ void write_results(const Concepts& args, int64_t first, int count, Get get) {
   for (int i = static_cast<int>(threadIdx.x); i < kRows * args.concepts; i += kThreads) {
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_project_kernel(Conc
   }
   const RowScalars moments = tile_moments<T>(args, first, count, memory, at);
   if (args.projection == nullptr) {
-    normalised_features<T>(args, first, count, at, moments, 0, dim, [&](int r, int i, float x) {
+    normalized_features<T>(args, first, count, at, moments, 0, dim, [&](int r, int i, float x) {
       if (r < count && i >= begin && i < begin + kColumnTiles * 16 && i < width) {
         out[(first + r) * width + i] = from_float<T>(x);
       }
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) concept_project_kernel(Conc
   }
   // All of the left side, where other kernels keep their rows.
   const Shared<T> operands(0);
-  normalised_features<T>(args, first, count, at, moments, 0, dim, [&](int r, int i, float x) {
+  normalized_features<T>(args, first, count, at, moments, 0, dim, [&](int r, int i, float x) {
     operands.set(r * memory.inner_stride + i, from_float<T>(x));
   });
   __syncthreads();

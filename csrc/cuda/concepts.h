@@ -136,7 +136,7 @@ __device__ inline RowScalars tile_moments(const Concepts& args, int64_t first, i
 // The tile's features [from, from + depth) after the layer norm: through put(row, index, value)
 // for index 0 up to a multiple of 16 past depth, zero beyond the tile's rows and beyond dim.
 template <typename T, typename Put>
-__device__ inline void normalised_features(const Concepts& args, int64_t first, int count,
+__device__ inline void normalized_features(const Concepts& args, int64_t first, int count,
                                            const Lane& at, const RowScalars& moments, int from,
                                            int depth, Put put) {
   constexpr int N = kVector<T>;
@@ -200,14 +200,14 @@ __device__ inline void project_rows(const Concepts& args, int64_t first, int cou
   const RowScalars moments = tile_moments<T>(args, first, count, memory, at);
   const int dim = static_cast<int>(args.dim);
   if (args.projection == nullptr) {
-    normalised_features<T>(args, first, count, at, moments, 0, dim,
+    normalized_features<T>(args, first, count, at, moments, 0, dim,
                            [&](int r, int i, float x) { rows.set(r * memory.row_stride + i, x); });
     __syncthreads();
     return;
   }
   for (int from = 0; from < dim; from += kOperandDepth<T>) {
     const int depth = min(kOperandDepth<T>, dim - from);
-    normalised_features<T>(args, first, count, at, moments, from, depth,
+    normalized_features<T>(args, first, count, at, moments, from, depth,
                            [&](int r, int i, float x) {
                              operands.set(r * memory.operand_stride + i, from_float<T>(x));
                            });

@@ -93,7 +93,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Rows of a block's tile: the height of a tensor-core tile.
 constexpr int kRows = 16;
 
-// N neighbouring elements, moved as one access.
+// N neighboring elements, moved as one access.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T value[N];

@@ -44,7 +44,7 @@ __device__ inline float affine(const float* values, int phases, int64_t channel,
   return values[phases == 1 ? channel : channel * 4 + (y & 1) * 2 + (x & 1)];
 }
 
-// Where a run of N neighbouring cells of a patch lies: element `depth` of token `token`.
+// Where a run of N neighboring cells of a patch lies: element `depth` of token `token`.
 struct Run {
   int64_t offset, channel;
   int y, x;
@@ -59,8 +59,8 @@ __device__ inline Run run_of(const PatchEmbed& args, const Place& place, int tok
 }
 
 // Cleaned patches [16, from .. from + depth) of the tile as T; zero for tokens beyond the image
-// and up to a multiple of 16 in depth. Neighbouring threads take neighbouring tokens, whose runs
-// are neighbours in a row of the latent.
+// and up to a multiple of 16 in depth. Neighboring threads take neighboring tokens, whose runs
+// are neighbors in a row of the latent.
 template <typename T, int N>
 __device__ inline void gather_runs(const PatchEmbed& args, const Place& place, Shared<T> to,
                                    int stride, int from, int depth) {

@@ -1,4 +1,4 @@
-// Arguments and kernels of concept_similarity and concept_heatmap, and of their backwards.
+// Arguments and kernels of concept_similarity and concept_heatmap, and of their backward passes.
 #pragma once
 
 #include "include/kernel.h"

@@ -15,7 +15,7 @@
 #define LG_HOST_DEVICE
 #endif
 
-// A launcher enqueues its kernels on a stream and returns; it neither synchronises nor allocates,
+// A launcher enqueues its kernels on a stream and returns; it neither synchronizes nor allocates,
 // so it may be captured in a CUDA graph.
 #if defined(__CUDACC__) || defined(LATENTGUARD_CUDA)
 #include <cuda_runtime_api.h>

@@ -286,7 +286,7 @@ unsigned char* shared_read(int64_t offset, int bytes, const char* file, int line
   for (int64_t i = offset / kUnit; i < (offset + bytes + kUnit - 1) / kUnit; ++i) {
     Unit& unit = block->units[i];
     if (unit.writer.thread < 0) {
-      fail("uninitialised read of shared memory: nobody wrote byte " + std::to_string(i * kUnit),
+      fail("uninitialized read of shared memory: nobody wrote byte " + std::to_string(i * kUnit),
            file, line);
     }
     if (unordered(unit.writer)) fail(race("reads", i * kUnit, unit.writer), file, line);
@@ -310,7 +310,7 @@ unsigned char* shared_atomic(int64_t offset, int bytes, const char* file, int li
   bounds(offset, bytes, file, line);
   for (int64_t i = offset / kUnit; i < (offset + bytes + kUnit - 1) / kUnit; ++i) {
     if (block->units[i].writer.thread < 0) {
-      fail("uninitialised atomic in shared memory, byte " + std::to_string(i * kUnit), file, line);
+      fail("uninitialized atomic in shared memory, byte " + std::to_string(i * kUnit), file, line);
     }
   }
   return block->shared.get() + offset;

@@ -30,7 +30,7 @@ void reduction(Toy toy) {
   toy.out[thread] = total;
 }
 
-void uninitialised(Toy toy) {
+void uninitialized(Toy toy) {
   const Shared<float> values(0);
   const int thread = threadIdx.x;
   if (thread != 77) values.set(thread, toy.in[thread]);
@@ -116,7 +116,7 @@ struct Named {
 };
 constexpr Named kToys[] = {
     {"reduction", reduction},
-    {"uninitialised", uninitialised},
+    {"uninitialized", uninitialized},
     {"shared_bounds", shared_bounds},
     {"global_read", global_read},
     {"global_write", global_write},

@@ -78,12 +78,15 @@ class Autoencoder:
 _TAE_SPACES = {32: "flux2"}
 
 
-def load_autoencoder(path: str | Path, space: str | None = None) -> Autoencoder:
+def load_autoencoder(
+    path: str | Path, space: str | Path | LatentSpace | None = None
+) -> Autoencoder:
     """An autoencoder from a tiny encoder's .pth/.safetensors file or a diffusers VAE folder.
 
     Args:
         path: `taef2_encoder.pth` and its relatives, or a folder with diffusers' config.json.
         space: needed where the file fits several (4 channels: sdxl or sd1; 16: sd3 or flux1).
+            A file or a LatentSpace of one's own will do.
 
     Raises:
         ModelError: nothing readable there, or the space is not certain.
@@ -115,14 +118,14 @@ def load_autoencoder(path: str | Path, space: str | None = None) -> Autoencoder:
         fits = ", ".join(s.name for s in SPACES.values() if s.channels == channels)
         raise ModelError(f"{source}: {channels} channels fit {fits or 'no space'}; say which space")
     net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return Autoencoder(net, source.name, LatentSpace.get(name), scaled=True)
+    return Autoencoder(net, source.name, LatentSpace.of(name), scaled=True)
 
 
 def _space_of(vae: Any) -> LatentSpace:
     return LatentSpace.from_vae_config(vae.config, [cls.__name__ for cls in type(vae).__mro__])
 
 
-def _diffusers(folder: Path, space: str | None) -> Autoencoder:
+def _diffusers(folder: Path, space: str | Path | LatentSpace | None) -> Autoencoder:
     from diffusers import AutoencoderKL
 
     try:

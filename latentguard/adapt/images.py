@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SIZE = 256
 
-# How much a crop may differ from the photo: share of its area, aspect ratio, colour factors.
+# How much a crop may differ from the photo: share of its area, aspect ratio, color factors.
 CROP_AREA = (0.45, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
-COLOUR = {"Brightness": (0.7, 1.3), "Contrast": (0.7, 1.3), "Color": (0.4, 1.6)}
-COLOUR_SHARE = 0.6
+COLOR = {"Brightness": (0.7, 1.3), "Contrast": (0.7, 1.3), "Color": (0.4, 1.6)}
+COLOR_SHARE = 0.6
 
 
 def find_images(folders: Sequence[str | Path]) -> list[Path]:
@@ -41,7 +41,7 @@ def find_images(folders: Sequence[str | Path]) -> list[Path]:
 
 
 def random_crop(path: Path, seed: int, size: int = SIZE) -> NDArray[np.uint8]:
-    """One crop of a photo, uint8 [size, size, 3]: random area, aspect, flip and colour.
+    """One crop of a photo, uint8 [size, size, 3]: random area, aspect, flip and color.
 
     The same seed gives the same crop, at any size.
     """
@@ -63,15 +63,15 @@ def random_crop(path: Path, seed: int, size: int = SIZE) -> NDArray[np.uint8]:
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if rng.random() < COLOUR_SHARE:
-        for name, (low, high) in COLOUR.items():
+    if rng.random() < COLOR_SHARE:
+        for name, (low, high) in COLOR.items():
             enhance: Callable[[Any], Any] = getattr(ImageEnhance, name)
             image = enhance(image).enhance(rng.uniform(low, high))
     return np.asarray(image)
 
 
-def centre_crop(path: Path, size: int = SIZE) -> NDArray[np.uint8]:
-    """The largest centred square of a picture, uint8 [size, size, 3]; for evaluation."""
+def center_crop(path: Path, size: int = SIZE) -> NDArray[np.uint8]:
+    """The largest centered square of a picture, uint8 [size, size, 3]; for evaluation."""
     from PIL import Image
 
     with Image.open(path) as opened:

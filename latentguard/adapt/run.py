@@ -48,7 +48,7 @@ def adapt(
     out: str | Path,
     *,
     name: str,
-    space: str | None = None,
+    space: str | Path | LatentSpace | None = None,
     autoencoder: str | Path | None = None,
     any_view: bool = False,
     cache: str | Path | None = None,
@@ -61,7 +61,8 @@ def adapt(
         images: folders of photos, labels not needed; 37 at least, thousands for a useful model.
         out: the model file to write (.safetensors); the checkpoint, history and plot lie beside it.
         name: the model's name in verdicts.
-        space: the latent space; may be left out where the autoencoder's is certain.
+        space: the latent space, by name, file or itself; may be left out where the autoencoder's is
+            certain.
         autoencoder: an encoder file of madebyollin/taesd or a diffusers VAE folder. Without one
             the model reads the space's published RGB view instead.
         any_view: make a model that reads the RGB view of every space that has one, whose space is
@@ -156,21 +157,27 @@ def any_view_config() -> dict[str, Any]:
 
 def rgb_config(space: LatentSpace) -> dict[str, Any]:
     """RgbViewNet's configuration for a space with a published RGB view."""
-    if space.rgb_factors is None or space.rgb_bias is None:
+    view = space.rgb_view
+    if view is None:
         raise ModelError(f"space {space.name} has no published RGB view: give an autoencoder")
+    if not view.scaled:
+        raise ModelError(
+            f"the RGB view of space {space.name} acts on raw latents, and a nano model reads "
+            "scaled ones: give an autoencoder, or a view of scaled latents"
+        )
     return {
-        "factors": [list(row) for row in space.rgb_factors],
-        "bias": list(space.rgb_bias),
+        "factors": [list(row) for row in view.factors],
+        "bias": list(view.bias),
         "size": RGB_SIZE,
     }
 
 
-def _space(encoder: Autoencoder | None, name: str | None) -> LatentSpace:
+def _space(encoder: Autoencoder | None, name: str | Path | LatentSpace | None) -> LatentSpace:
     if encoder is not None:
         return encoder.space
     if name is None:
         raise ModelError("say which latent space (space=..., --space), or give an autoencoder")
-    return LatentSpace.get(name)
+    return LatentSpace.of(name)
 
 
 def stored_prompts() -> list[str]:

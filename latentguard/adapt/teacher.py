@@ -31,7 +31,7 @@ class Teacher(nn.Module):
         images: RGB [B, 3, H, W] float32 in [0, 1], H and W multiples of 32.
         """
         net = self.net
-        entry = net.stem(net.normalise(images.contiguous(memory_format=torch.channels_last)))
+        entry = net.stem(net.normalize(images.contiguous(memory_format=torch.channels_last)))
         return entry, net.trunk.feature_map(entry)
 
     @torch.inference_mode()

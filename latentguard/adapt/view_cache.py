@@ -57,10 +57,10 @@ class Encoded:
             spread = latents.std((0, 2, 3)).clamp_min(1e-3)
             usual = (factors * spread[:, None]).square().mean().sqrt()
             factors = factors + looseness * usual / spread[:, None] * torch.randn_like(factors)
-        centred = latents - latents.mean((0, 2, 3), keepdim=True)
+        centered = latents - latents.mean((0, 2, 3), keepdim=True)
         mean = torch.from_numpy(self.view.factors).float().T @ latents.mean((0, 2, 3))
         bias = torch.from_numpy(self.view.bias).float() + mean
-        rgb = torch.einsum("bchw,cr->brhw", centred, factors) + bias.view(1, 3, 1, 1)
+        rgb = torch.einsum("bchw,cr->brhw", centered, factors) + bias.view(1, 3, 1, 1)
         return rgb * 0.5 + 0.5
 
 

@@ -69,7 +69,7 @@ class ViewRecipe(RgbRecipe):
         assert net.filter is not None
         view, perfect, _ = self._views(rows, training)
         found = net.filter(view.contiguous(memory_format=torch.channels_last))
-        # The whole brightness and colour are not to be known: a mean error is not its fault.
+        # The whole brightness and color are not to be known: a mean error is not its fault.
         error = found - perfect
         error = error - 0.7 * error.mean((2, 3), keepdim=True)
         loss: Tensor = error.square().mean() / 0.06

@@ -1,7 +1,7 @@
 """What is wrong with a linear view: errors drawn anew for each batch, so that none can be learned.
 
-A published linear view is right about colour and layout and wrong about the rest: by the shares of
-edges and texture that the encoder writes into the same numbers, by gain and colour, by slow
+A published linear view is right about color and layout and wrong about the rest: by the shares of
+edges and texture that the encoder writes into the same numbers, by gain and color, by slow
 gradients, by noise. `Errors` puts such errors on views of training pictures.
 """
 
@@ -19,7 +19,7 @@ class Errors:
     """How large the errors are that views get, in a range of 1 (one deviation, or the largest).
 
     leak: what a random encoder writes into the view (see `leaked`), the largest of a batch.
-    mixing, gain, bias: of colours. slow: of a gradient over the picture. noise: white, the largest.
+    mixing, gain, bias: of colors. slow: of a gradient over the picture. noise: white, the largest.
     moved: share of pictures that get the measured error of another picture.
     blurred: share of pictures that are blurred.
     """
@@ -48,7 +48,7 @@ class Errors:
         share = 0.4 if bool(measured.abs().mean() > 0.01) else 1.0
         level = share * self.leak * torch.rand(count, 1, 1, 1)
         views = views + level * leaked(pictures, views.shape[-1])
-        views = self._coloured(views)
+        views = self._colored(views)
         slow = torch.randn(count, 3, 3, 3) * self.slow * torch.rand(count, 1, 1, 1)
         views = views + F.interpolate(
             slow, size=views.shape[-2:], mode="bicubic", align_corners=False
@@ -57,7 +57,7 @@ class Errors:
         views = torch.where(torch.rand(count, 1, 1, 1) < self.blurred, blurred, views)
         return views + self.noise * torch.rand(count, 1, 1, 1) * torch.randn_like(views)
 
-    def _coloured(self, views: Tensor) -> Tensor:
+    def _colored(self, views: Tensor) -> Tensor:
         count = len(views)
         mix = torch.eye(3) + self.mixing * torch.randn(count, 3, 3)
         mix = mix * torch.exp(self.gain * (2 * torch.rand(count, 1, 1) - 1))
@@ -72,7 +72,7 @@ def leaked(pictures: Tensor, cells: int) -> Tensor:
     """What random encoders write into a view beside the average, [B, 3, cells, cells].
 
     Random filters over twice a cell's extent, of random fineness, through random nonlinearities;
-    every picture mixes them into three colours in its own way. Deviation about 1 over the batch.
+    every picture mixes them into three colors in its own way. Deviation about 1 over the batch.
     """
     count, _, size, _ = pictures.shape
     step = size // cells

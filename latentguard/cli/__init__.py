@@ -49,8 +49,9 @@ def _register() -> None:
     import latentguard.cli.models as models
     import latentguard.cli.policy as policy
     import latentguard.cli.scan as scan
+    import latentguard.cli.spaces as spaces
 
-    for module in (scan, policy, models, evaluate, calibrate, adapt, export, doctor):
+    for module in (scan, policy, models, spaces, evaluate, calibrate, adapt, export, doctor):
         module.register(app)
 
 

@@ -26,7 +26,10 @@ def adapt(
     ] = None,
     space: Annotated[
         str | None,
-        typer.Option(help="Latent space: sdxl, sd1, sd3, flux1, flux2. Needed where not certain."),
+        typer.Option(
+            help="Latent space: a name of `latentguard spaces list`, or a file of your own (.yaml, "
+            ".json). Needed where not certain."
+        ),
     ] = None,
     view: Annotated[
         bool,
@@ -64,7 +67,7 @@ def adapt(
 ) -> None:
     """Make an encoder for a latent space: a small student of a pixel-space network.
 
-    Photos are cropped, encoded and labelled by the teacher once (kept in --cache); then the
+    Photos are cropped, encoded and labeled by the teacher once (kept in --cache); then the
     student is trained on them. Interrupt and repeat the command to go on where it stopped. On two
     CPU cores 5,000 photos take about half an hour to encode and an hour to train.
 

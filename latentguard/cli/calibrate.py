@@ -70,13 +70,13 @@ def calibrate(
 
     Example: latentguard calibrate harmless/ --policy shop.yaml --fpr 0.01 --noise-levels 0,0.5,1,2
     """
-    from latentguard.errors import ModelError, PolicyError
+    from latentguard.errors import PolicyError, UsageError
     from latentguard.evaluate.calibrate import entries, merge, rows
     from latentguard.evaluate.plots import check_plot_path, plot_thresholds
     from latentguard.policy import load_lock, load_policy, lock_path, shipped_policies, write_lock
 
     if bool(latents) == bool(trajectories):
-        raise ModelError("calibrate needs latents files or --trajectories, one of the two")
+        raise UsageError("calibrate needs latents files or --trajectories, one of the two")
     if policy in shipped_policies() and not dry_run:
         raise PolicyError(
             f"policy '{policy}' ships with latentguard, and a lock belongs beside a file of yours: "
@@ -88,10 +88,10 @@ def calibrate(
     chosen = load_policy(policy, use_lock=False)
     rates = fpr or sorted({c.threshold.value for c in chosen.concepts if c.threshold.kind == "fpr"})
     if not rates:
-        raise ModelError("give --fpr: no threshold of the policy is a false-positive rate")
+        raise UsageError("give --fpr: no threshold of the policy is a false-positive rate")
     for rate in rates:
         if not 0 < rate < 1:
-            raise ModelError(f"--fpr must be above 0 and below 1, got {rate:g}")
+            raise UsageError(f"--fpr must be above 0 and below 1, got {rate:g}")
     if trajectories:
         margins = _from_records(trajectories, chosen, model, device, space)
     else:
@@ -138,13 +138,13 @@ def _from_latents(
     seed: int,
 ) -> Margins:
     from latentguard.cli.evaluate import Bar
-    from latentguard.errors import ModelError
+    from latentguard.errors import UsageError
     from latentguard.evaluate.calibrate import measure
 
     try:
         levels = [float(text) for text in noise_levels.split(",")]
     except ValueError as error:
-        raise ModelError(
+        raise UsageError(
             f"--noise-levels must be numbers with commas between, got {noise_levels!r}"
         ) from error
     with Bar("scoring") as advance:

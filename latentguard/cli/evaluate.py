@@ -64,7 +64,7 @@ def zeroshot_(
 
     Example: latentguard evaluate zeroshot photos.pt --names names.txt --labels labels.txt
     """
-    from latentguard.errors import ModelError
+    from latentguard.errors import UsageError
     from latentguard.evaluate import zeroshot as run
     from latentguard.evaluate.plots import check_plot_path, plot_zeroshot
     from latentguard.evaluate.zeroshot import TEMPLATES, read_labels, read_names
@@ -87,7 +87,7 @@ def zeroshot_(
                 progress=advance,
             )
         except ValueError as error:
-            raise ModelError(str(error)) from error
+            raise UsageError(str(error)) from error
     if plot:
         plot_zeroshot(plot, result)
     if output == "json":

@@ -39,10 +39,6 @@ def onnx_(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file to write.")],
     policy: Policy = "default",
-    space: Annotated[
-        str | None,
-        typer.Option(help="Latent space, where the model reads several (nano-view)."),
-    ] = None,
     precision: Annotated[
         Precision,
         typer.Option(
@@ -112,6 +108,13 @@ def onnx_(
             "and --width. The same as +merge=SHARE behind --model.",
         ),
     ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            help="The latent space, where the model reads several (nano-view); of a model of your "
+            "own, a file (.yaml, .json)."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the SHA-256 only.")] = False,
 ) -> None:
     """Write a policy and a model as one .onnx file of standard operators.
@@ -126,26 +129,30 @@ def onnx_(
     Example: latentguard export onnx --policy family --model nano-flux2 --height 64 --width 64
     -o guard.onnx
     """
-    from latentguard.errors import ModelError
+    from latentguard.errors import UsageError
     from latentguard.export import export_onnx
 
     if (height is None) != (width is None):
-        raise ModelError("give both --height and --width, or neither")
+        raise UsageError("give both --height and --width, or neither")
     int8 = "int8" in (precision, first_precision)
     if not int8 and (calibration or dynamic_quantization):
-        raise ModelError(
+        raise UsageError(
             f"--calibration and --dynamic-quantization are of --precision int8, not {precision}"
         )
     _check_target(out)
     if int8 and not calibration and not dynamic_quantization:
         _say(quiet, "no --calibration latents: the ranges of activations come from each input")
         dynamic_quantization = True
-    from latentguard.encoders import load_encoder
+    from latentguard.encoders import load_encoder, needs_space
     from latentguard.encoders.catalog import MERGE
 
     if merge_tokens is not None:
         model = f"{model}{MERGE}{merge_tokens}"
-    encoder = load_encoder(model, "cpu", space)
+    if space is not None:
+        from latentguard.spaces import LatentSpace
+
+        LatentSpace.of(space)  # known by its name from here on
+    encoder = load_encoder(model, "cpu", space if needs_space(model) else None)
     result = export_onnx(
         policy,
         encoder,
@@ -156,6 +163,7 @@ def onnx_(
         ),
         size=None if height is None or width is None else (height, width),
         scaled=scaled,
+        space=space,
         heatmaps=heatmaps,
         check=_latents(check, encoder.space),
         calibrate=_latents(calibration, encoder.space),
@@ -268,12 +276,12 @@ def _latents(paths: list[Path] | None, space: str) -> Latents | None:
 
 
 def _check_target(out: Path) -> None:
-    from latentguard.errors import ModelError
+    from latentguard.errors import UsageError
 
     if out.suffix != ".onnx":
-        raise ModelError(f"--out must be a file that ends in .onnx, got {out}")
+        raise UsageError(f"--out must be a file that ends in .onnx, got {out}")
     if not out.parent.is_dir():
-        raise ModelError(f"--out: there is no folder {out.parent}")
+        raise UsageError(f"--out: there is no folder {out.parent}")
 
 
 def _say(quiet: bool, text: str) -> None:
@@ -293,7 +301,7 @@ def _print(result: Exported, quiet: bool) -> None:
         typer.echo(
             f"compared with the model without merging: margins differ by at most "
             f"{far.margin:.2g}, the smallest cosine of an embedding is {far.cosine:.6f}, "
-            f"{far.same} of {far.images} decisions are the same"
+            f"{far.same_decisions} of {far.images} decisions are the same"
         )
     if not result.checked.real:
         typer.echo(
@@ -310,9 +318,11 @@ def _print(result: Exported, quiet: bool) -> None:
 def _compared(result: Exported) -> str:
     checked = result.checked
     kind = "real latents" if checked.real else "latents drawn with the space's statistics"
-    passed = f"; the first model passed on {checked.sent}" if checked.sent is not None else ""
+    sent = checked.escalated
+    passed = "" if sent is None else f"; the first model passed on {sent}"
     return (
         f"compared with PyTorch on {checked.images} {kind}: margins differ by at most "
         f"{checked.margin:.2g}, embeddings by {checked.embedding:.2g} (cosine "
-        f"{checked.cosine:.6f}), {checked.same} of {checked.images} decisions are the same{passed}"
+        f"{checked.cosine:.6f}), {checked.same_decisions} of {checked.images} decisions are the "
+        f"same{passed}"
     )

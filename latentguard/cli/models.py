@@ -26,9 +26,9 @@ def list_(
     output: Format = typer.Option("table", "--format", help="Table or one JSON array."),
 ) -> None:
     """List the encoders that have a name, and which of them are on this machine."""
-    from latentguard.encoders.catalog import CATALOG
+    from latentguard.encoders.catalog import entries
 
-    rows = [_describe(name) for name in CATALOG]
+    rows = [_describe(entry.name) for entry in entries()]
     if output == "json":
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -107,9 +107,9 @@ def show(
 def _describe(name: str) -> dict[str, Any]:
     """All that is known of a model without loading it."""
     from latentguard.encoders import hub
-    from latentguard.encoders.catalog import CATALOG, converted_path, how_to_get, locate
+    from latentguard.encoders.catalog import converted_path, how_to_get, known, locate
 
-    if name not in CATALOG and Path(name).expanduser().is_file():
+    if known(name) is None and Path(name).expanduser().is_file():
         return _describe_file(Path(name).expanduser())
     entry = hub.find(name)
     path = locate(name)

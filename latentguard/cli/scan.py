@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 import typer
 
+from latentguard.errors import UsageError
+
 if TYPE_CHECKING:
     from latentguard.scan import Report, Scan, Summary
     from latentguard.scan.lines import Sink
@@ -29,6 +31,9 @@ Runtime = Literal["torch", "onnx"]
 
 Views = Literal["whole", "crops"]
 """How images are read."""
+
+Layout = Literal["spatial", "packed", "patches"]
+"""How an array holds images: [C, H, W], tokens [N, C], or [C * 4, H/2, W/2]."""
 
 FailOn = Literal["block", "review", "never"]
 """The mildest decision that makes the exit code 1."""
@@ -55,14 +60,26 @@ def scan(
         help="A model's name or file; auto: the policy's own `model`, else the best on this "
         "machine for each space.",
     ),
+    space: str | None = typer.Option(
+        None,
+        help="Latent space of files that do not say: a name of `latentguard spaces list`, or a "
+        "file of your own (.yaml, .json).",
+    ),
+    device: str | None = typer.Option(
+        None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
+    ),
     runtime: Runtime = typer.Option(
         "torch",
         help="onnx: judge with --model FILE.onnx from `latentguard export onnx`, without torch.",
     ),
     sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
-    space: str | None = typer.Option(
-        None, help="Latent space of files that do not say: sdxl, sd1, sd3, flux1, flux2."
+    layout: Layout | None = typer.Option(
+        None, help="Layout of files that do not say, where their shape leaves it open."
     ),
+    height: int | None = typer.Option(
+        None, min=1, help="Height in latent cells of packed latents that do not say."
+    ),
+    width: int | None = typer.Option(None, min=1, help="Width of the same."),
     scaled: bool | None = typer.Option(
         None,
         "--scaled/--unscaled",
@@ -87,13 +104,11 @@ def scan(
     heatmap: bool = typer.Option(
         False, "--heatmap", help="Show in the report where in each image a concept is."
     ),
-    report_limit: int = typer.Option(
-        1000, min=1, help="Images shown in the report; all are counted."
+    max_cards: int = typer.Option(1000, min=1, help="Images shown in the report; all are counted."),
+    report_limit: int | None = typer.Option(
+        None, "--report-limit", min=1, hidden=True, help="The former name of --max-cards."
     ),
     batch_size: int = typer.Option(16, min=1, max=4096, help="Images scored together."),
-    device: str | None = typer.Option(
-        None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
-    ),
     fail_on: FailOn = typer.Option(
         "block", help="Exit with 1 when any decision is at or above this."
     ),
@@ -107,6 +122,9 @@ def scan(
     3 some input could not be read or judged (its record says why). 3 wins over 1.
     """
     _check_targets(paths, output, report, heatmap)
+    if report_limit is not None:
+        typer.echo("latentguard: --report-limit is called --max-cards now", err=True)
+        max_cards = report_limit
     from latentguard.cli.console import abandon
     from latentguard.scan import Report, Scan, Summary
 
@@ -115,9 +133,12 @@ def scan(
         policy,
         model,
         space=space,
-        scaled=scaled,
-        batch_size=batch_size,
         device=device,
+        scaled=scaled,
+        layout=layout,
+        height=height,
+        width=width,
+        batch_size=batch_size,
         previews=report is not None,
         heatmaps=heatmap,
         runtime=runtime,
@@ -125,7 +146,7 @@ def scan(
         views=views,
     )
     summary = Summary(run.policy_id, passed=run.passed)
-    page = Report(run.rules, report_limit) if report else None
+    page = Report(run.rules, max_cards) if report else None
     try:
         _run(run, summary, page, output_format, output, quiet)
         if page is not None and report is not None and summary.images:
@@ -140,9 +161,11 @@ def scan(
         raise typer.Exit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
         abandon()
-        raise _usage(f"cannot write {error.filename or 'the output'}: {error.strerror}") from error
+        raise UsageError(
+            f"cannot write {error.filename or 'the output'}: {error.strerror}"
+        ) from error
     if not summary.images:
-        raise _usage("nothing was scanned: the paths hold no images")
+        raise UsageError("nothing was scanned: the paths hold no images")
     raise typer.Exit(_exit_code(summary, fail_on))
 
 
@@ -268,20 +291,20 @@ def _check_targets(
 ) -> None:
     """Find what cannot be written before an hour of scanning, and never write over latents."""
     if heatmap and report is None:
-        raise typer.BadParameter("heat maps are shown in the report: give --report FILE.html too")
+        raise UsageError("heat maps are shown in the report: give --report FILE.html too")
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
-        raise typer.BadParameter(f"--report must be a file that ends in .html, got {report}")
+        raise UsageError(f"--report must be a file that ends in .html, got {report}")
     for option, target in (("--report", report), ("--output", output)):
         if target is None:
             continue
         if target.resolve().suffix.lower() in _LATENTS or _is_one_of(target, paths):
-            raise typer.BadParameter(f"{option} would write over latents: {target}")
+            raise UsageError(f"{option} would write over latents: {target}")
         if target.is_dir():
-            raise typer.BadParameter(f"{option} must be a file, {target} is a folder")
+            raise UsageError(f"{option} must be a file, {target} is a folder")
         if not target.parent.is_dir():
-            raise typer.BadParameter(f"{option}: there is no folder {target.parent}")
+            raise UsageError(f"{option}: there is no folder {target.parent}")
         if not os.access(target if target.exists() else target.parent, os.W_OK):
-            raise typer.BadParameter(f"{option}: {target} cannot be written")
+            raise UsageError(f"{option}: {target} cannot be written")
 
 
 def _is_one_of(target: Path, paths: list[str]) -> bool:
@@ -291,10 +314,3 @@ def _is_one_of(target: Path, paths: list[str]) -> bool:
         or (target.exists() and os.path.exists(path) and os.path.samefile(target, path))
         for path in paths
     )
-
-
-def _usage(message: str) -> typer.Exit:
-    from latentguard.cli.exit_codes import EXIT_USAGE
-
-    typer.echo(f"latentguard: {message}", err=True)
-    return typer.Exit(EXIT_USAGE)

@@ -25,7 +25,7 @@ class Features:
 
     pooled: [B, D], one vector an image (what the head turns into the image's embedding).
     tokens: [B, N, D], one vector a place, row-major over `grid`; the head applies to them too,
-        which is what heat maps are made of.
+        which is what heat maps are made of. N is 0 where they were not asked for.
     grid: (rows, columns) with rows * columns == N.
     tiles: how many views of each image were read. Above 1, `pooled` is [B * tiles, D], an image's
         views next to each other, and its scores are those of `strongest_view`.
@@ -105,6 +105,8 @@ class EncoderBase:
 
     fixed_size: bool = False
     """Whether it reads latents of different sizes in different ways: an export is of one size."""
+    pools: bool = False
+    """Whether `features` takes `tokens` as well, and without them computes what is pooled alone."""
     unscales: bool = False
     """Whether `features` takes `scale` and `shift` [C] as well, and reads latents * scale + shift.
     Its first operator applies them, and the x0 estimate, without a pass of its own."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentguard import plugins
 from latentguard.atomic import replacing
 from latentguard.errors import ModelError
 
@@ -117,8 +118,10 @@ class Entry:
     rank: the best of a space first; `--model auto` goes by this order.
     size: bytes to fetch, as far as it is known beforehand; 0 for a bundled model.
     repo, file: where the official checkpoint is on the hub; None for a bundled model.
+    weights, module: of a model that another package brings: its file, and the module whose
+        `load(path, device, entry)` makes an encoder of it, where `format` is none of latentguard's.
     config: the shape of a Latent-CLIP; None for other models.
-    weights: the bundled model whose weights these are, under another name; None: its own.
+    same_as: the bundled model whose weights these are, under another name; None: its own.
     """
 
     name: str
@@ -130,7 +133,9 @@ class Entry:
     repo: str | None = None
     file: str | None = None
     config: LatentClipConfig | None = None
-    weights: str | None = None
+    weights: Path | None = None
+    module: str | None = None
+    same_as: str | None = None
 
     def reads(self, space: str) -> bool:
         """Whether it reads latents of a space of that name."""
@@ -155,17 +160,20 @@ class Entry:
         return f"{HUB}/{self.repo}/resolve/main/{self.file}"
 
     @classmethod
-    def read(cls, path: Path) -> Entry:
-        """From a JSON file, whose name is the model's; ModelError for what it cannot mean."""
+    def read(cls, path: Path, weights: Path | None = None, module: str | None = None) -> Entry:
+        """From a JSON file, whose name is the model's; ModelError for what it cannot mean.
+
+        weights, module: as above, for the entry point of a package.
+        """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             config = values.pop("config", None)
             if config is not None:
                 config = LatentClipConfig(**config, space=values["space"])
-            entry = cls(name=path.stem, config=config, **values)
+            entry = cls(name=path.stem, config=config, weights=weights, module=module, **values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"{path}: not a model's description ({error})") from error
-        if entry.format not in FORMATS:
+        if entry.format not in FORMATS and module is None:
             raise ModelError(
                 f"{path}: `format` must be {' or '.join(FORMATS)}, got {entry.format!r}"
             )
@@ -182,8 +190,8 @@ def readable_view(space: LatentSpace) -> bool:
     return space.rgb_view is not None and space.vae_scale_factor <= COARSEST
 
 
-# How weights are written -> the module whose `load(path, device, entry, space)` makes an encoder of
-# them; `space` is for models of several spaces.
+# How weights are written -> the module whose `load(path, device, entry)` makes an encoder of
+# them, or `load(path, device, entry, space)` where it is a model of several spaces.
 FORMATS = {
     "latentguard-latent-clip": "latentguard.encoders.latent_clip",
     "latentguard-nano": "latentguard.encoders.nano",
@@ -196,6 +204,38 @@ def _read_all() -> dict[str, Entry]:
 
 
 CATALOG: dict[str, Entry] = _read_all()
+"""The models that ship."""
+
+
+def known(name: str) -> Entry | None:
+    """The entry of a name, of a model that ships or that an installed package brings.
+
+    Raises ModelError where the package's entry point cannot be loaded.
+    """
+    if name in CATALOG:
+        return CATALOG[name]
+    if name not in plugins.names(plugins.ENCODERS):
+        return None
+    entry = plugins.load(plugins.ENCODERS, name, Entry, ModelError)
+    if entry.name != name or entry.weights is None:
+        raise ModelError(
+            f"the entry point {name!r} of {plugins.ENCODERS} must be an Entry of that name with "
+            f"its weights, got {entry.name!r} with {entry.weights}"
+        )
+    return entry
+
+
+def entries() -> list[Entry]:
+    """Every model that has a name, the best of a space first; packages' that cannot be loaded are
+    left out, and are errors where they are asked for."""
+    found = list(CATALOG.values())
+    for name in plugins.names(plugins.ENCODERS):
+        try:
+            entry = None if name in CATALOG else known(name)
+        except ModelError:
+            continue
+        found += [] if entry is None else [entry]
+    return sorted(found, key=lambda entry: (entry.rank, entry.name))
 
 
 def cache_dir() -> Path:
@@ -267,7 +307,7 @@ def by_hand_path(name: str) -> Path:
 def bundled_path(name: str) -> Path:
     """Where a bundled model's weights lie inside the package."""
     entry = CATALOG.get(name)
-    stem = name if entry is None or entry.weights is None else entry.weights
+    stem = name if entry is None or entry.same_as is None else entry.same_as
     return Path(__file__).parent / "weights" / f"{stem}.safetensors"
 
 
@@ -287,9 +327,11 @@ def locate(name: str) -> Path | None:
     Converted weights first, then an official checkpoint put there by hand, then one in
     huggingface_hub's cache.
     """
-    entry = CATALOG[name]
+    entry = known(name)
+    if entry is None:
+        return None
     if entry.bundled:
-        path = bundled_path(name)
+        path = entry.weights or bundled_path(name)
         return path if path.is_file() else None
     for path in (converted_path(name), by_hand_path(name)):
         if path.is_file():

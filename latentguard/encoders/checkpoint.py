@@ -1,5 +1,5 @@
 """Weights of Latent-CLIP on disk: the official checkpoint, read without running anything in it,
-and the converted safetensors file that stands in for it afterwards.
+and the converted safetensors file that stands in for it afterward.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class ClassText:
         self._stored = dict(stored)
         self._classes: dict[str, list[int]] = {}
         for index, name in enumerate(names):
-            self._classes.setdefault(normalise(name), []).append(index)
+            self._classes.setdefault(normalize(name), []).append(index)
 
     @property
     def stored_prompts(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class ClassText:
 
         Raises ModelError when a text is not stored and the sentence encoder is not installed.
         """
-        keys = [normalise(text) for text in texts]
+        keys = [normalize(text) for text in texts]
         fresh = list(dict.fromkeys(key for key in keys if key not in self._stored))
         if fresh:
             from latentguard.encoders.minilm import minilm
@@ -79,7 +79,7 @@ class ClassText:
         return self.similarities(texts).amax(1).clamp(0, 1)
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """One spelling per prompt: no outer or doubled spaces, no article, no capitals."""
     words = text.lower().split()
     while len(words) > 1 and words[0] in ("a", "an", "the"):

@@ -42,6 +42,8 @@ class Crops(EncoderBase):
     fixed_size = True
     reads_crops = True
 
+    pools = True
+
     def __init__(self, encoder: Encoder) -> None:
         kind = traits(encoder)
         if kind.crop_side is None:
@@ -87,10 +89,15 @@ class Crops(EncoderBase):
         noise: Tensor | None = None,
         alpha: Tensor | None = None,
         sigma: Tensor | None = None,
+        *,
+        tokens: bool = True,
     ) -> Features:
         """As `Encoder.features`; `tiles` counts the views, `lead` is what a crop has to have."""
         boxes = boxes_of(latents.shape[-2], latents.shape[-1], self.side)
-        whole = self.whole.features(latents, noise, alpha, sigma)
+        pools = traits(self.whole).pools
+        wanted: dict[str, Any] = {"tokens": tokens} if pools else {}
+        alone: dict[str, Any] = {"tokens": False} if pools else {}
+        whole = self.whole.features(latents, noise, alpha, sigma, **wanted)
         if not boxes:
             return whole
         count = len(boxes)
@@ -99,6 +106,7 @@ class Crops(EncoderBase):
             None if noise is None else _crops(noise, boxes),
             None if alpha is None else alpha.repeat_interleave(count),
             None if sigma is None else sigma.repeat_interleave(count),
+            **alone,
         )
         own = crops.pooled.reshape(-1, count, crops.pooled.shape[-1])
         pooled = torch.cat([whole.pooled[:, None], own], 1).flatten(0, 1)

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentguard import plugins
 from latentguard.encoders.base import Encoder, traits
 from latentguard.encoders.catalog import (
     ANY_VIEW,
@@ -25,7 +26,9 @@ from latentguard.encoders.catalog import (
     by_hand,
     cache_dir,
     converted_path,
+    entries,
     how_to_get,
+    known,
     locate,
     read_source,
     source_path,
@@ -33,13 +36,11 @@ from latentguard.encoders.catalog import (
 )
 from latentguard.encoders.header import read_metadata
 from latentguard.errors import ModelError
-from latentguard.spaces import SPACES
+from latentguard.spaces import RECORDS, SPACES, LatentSpace
 from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import torch
-
-    from latentguard.spaces import LatentSpace
 
 
 def load_encoder(
@@ -65,14 +66,15 @@ def load_encoder(
     plain, found, share = str(name_or_path).rpartition(MERGE)
     if found:
         return _merging(load_encoder(plain, device, space), share)
-    if isinstance(name_or_path, str) and name_or_path in CATALOG:
-        encoder = _load_named(CATALOG[name_or_path], device, space)
+    entry = known(name_or_path) if isinstance(name_or_path, str) else None
+    if entry is not None:
+        encoder = _load_named(entry, device, space)
     else:
         path = Path(name_or_path).expanduser()
         if not path.is_file():
             raise ModelError(_unknown(str(name_or_path)))
         encoder = _load_file(path, device, space)
-    if space is not None and encoder.space != str(space):
+    if space is not None and encoder.space != LatentSpace.get(space).name:
         raise ModelError(f"model {encoder.name} reads {encoder.space} latents, not {space}")
     return encoder
 
@@ -83,8 +85,9 @@ def needs_space(model: str | Path) -> bool:
     So it is of `auto`, and of a model that reads the RGB view of several spaces.
     """
     plain = str(model).split(VIEWS)[0].split(MERGE)[0]
-    if isinstance(model, str) and plain in CATALOG:
-        return CATALOG[plain].space is None
+    entry = known(plain) if isinstance(model, str) else None
+    if entry is not None:
+        return entry.space is None
     path = Path(plain).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         return model == "auto"
@@ -119,24 +122,29 @@ def best_encoder(space: str) -> str:
 
     Raises ModelError where there is none; it says which spaces have one, or how to get it.
     """
-    of_space = [entry for entry in CATALOG.values() if entry.reads(space)]
+    everything = entries()
+    of_space = [entry for entry in everything if entry.reads(space)]
     for entry in of_space:
         if locate(entry.name) is not None:
             return entry.name
     if of_space:
         raise ModelError(_missing(of_space[0]))
-    spaces = [name for name in SPACES if any(entry.reads(name) for entry in CATALOG.values())]
+    spaces = [name for name in SPACES if any(entry.reads(name) for entry in everything)]
+    record = RECORDS.get(space)
+    why = f" ({record.view_missing})" if record is not None and record.view_missing else ""
     raise ModelError(
-        f"no encoder reads latents of space {space}: there are encoders of {', '.join(spaces)}; "
-        "`latentguard adapt` makes one of a folder of photos and the space's autoencoder"
+        f"no encoder reads latents of space {space}{why}: there are encoders of "
+        f"{', '.join(spaces)}; `latentguard adapt` makes one of your own, which --model or model= "
+        "takes"
     )
 
 
 def find(name: str) -> Entry:
-    """The catalogue's entry of a name; ModelError lists the names and the closest."""
-    if name not in CATALOG:
+    """The catalog's entry of a name; ModelError lists the names and the closest."""
+    entry = known(name)
+    if entry is None:
         raise ModelError(_unknown(name))
-    return CATALOG[name]
+    return entry
 
 
 def _load_named(
@@ -257,8 +265,13 @@ def _load_as(
     entry: Entry | None = None,
     space: str | LatentSpace | None = None,
 ) -> Encoder:
-    load = importlib.import_module(FORMATS[written_as]).load
-    encoder: Encoder = load(path, device, entry, space)
+    module = (entry.module if entry is not None else None) or FORMATS[written_as]
+    load = importlib.import_module(module).load
+    if entry is None:
+        several = path.suffix == ".safetensors" and read_metadata(path).get("kind") == ANY_VIEW
+    else:
+        several = entry.space is None
+    encoder: Encoder = load(path, device, entry, space) if several else load(path, device, entry)
     return encoder
 
 
@@ -271,8 +284,7 @@ def _device(device: torch.device | str | None) -> torch.device | str:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.5)
+    names = [*CATALOG, *plugins.names(plugins.ENCODERS)]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     guess = f" (did you mean {close[0]}?)" if close else ""
-    return (
-        f"no model or file is called {name!r}{guess}: choose from {', '.join(CATALOG)}, or a path"
-    )
+    return f"no model or file is called {name!r}{guess}: choose from {', '.join(names)}, or a path"

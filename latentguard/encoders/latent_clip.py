@@ -18,7 +18,7 @@ from latentguard.encoders.merging import schedule
 from latentguard.encoders.resize import ADAPTERS, Adapter, Resize
 from latentguard.encoders.vit import LatentViT
 from latentguard.errors import LatentsError, ModelError
-from latentguard.spaces import Latents, LatentSpace
+from latentguard.spaces import Latents
 
 # What pictures have in common: the contrast for policies that give none.
 NEUTRAL_PROMPTS = (
@@ -43,7 +43,7 @@ class LatentCLIP(EncoderBase):
     - "pool": averaged (or repeated) to the trained grid; the aspect ratio is not kept.
     - "tile": as views of the trained size, which overlap where they must and together cover all of
       it, after one view of the whole, pooled. `Features.tiles` counts them; an image's score is
-      that of its strongest view. A place's token comes from the view whose centre is nearest.
+      that of its strongest view. A place's token comes from the view whose center is nearest.
       A side shorter than the trained one is continued by its last row or column.
 
     `merge` is the share of the patches' tokens, 0 (none, the default) to less than 1, that merge
@@ -51,6 +51,7 @@ class LatentCLIP(EncoderBase):
     model: `name` ends in `+merge=SHARE`, so that calibrated thresholds and records tell them apart.
     """
 
+    pools = True
     unscales = True
     merges = True
     min_coverage = 0.5
@@ -127,7 +128,7 @@ class LatentCLIP(EncoderBase):
     ) -> Self:
         """Random weights of a model's shape, for benchmarks and tests; its scores mean nothing.
 
-        `model` is a name of the catalogue or a configuration; the encoder's name says "random".
+        `model` is a name of the catalog or a configuration; the encoder's name says "random".
         """
         if isinstance(model, str):
             entry = CATALOG.get(model)
@@ -223,12 +224,15 @@ class LatentCLIP(EncoderBase):
         sigma: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        *,
+        tokens: bool = True,
     ) -> Features:
         """Class token (pooled) and patch tokens before `ln_post`, of raw latents [B, C, H, W].
 
         See `Encoder.features`. With `scale` and `shift` [C], latents in another convention are
         read as latents * scale + shift, after the x0 estimate. Latents and noise are taken to the
         weights' device and dtype; everything up to the patches is computed in float32.
+        Without `tokens` the last block computes the class token alone.
         Raises LatentsError for another rank, number of channels or size 0.
         """
         channels = self.config.channels
@@ -239,7 +243,7 @@ class LatentCLIP(EncoderBase):
             )
         check_prediction(latents, noise, alpha, sigma)
         adapt = self._adapter(*latents.shape[2:])
-        tokens = self.vit(
+        rows = self.vit(
             adapt(self._ready(latents)),
             None if noise is None else adapt(self._ready(noise)),
             self._level(alpha, adapt.tiles),
@@ -247,9 +251,10 @@ class LatentCLIP(EncoderBase):
             None if scale is None else scale.to(self.device, torch.float32),
             None if shift is None else shift.to(self.device, torch.float32),
             share=self.merge,
+            whole=tokens,
         )
-        pooled, places = tokens[:, 0], tokens[:, 1:]
-        return Features(pooled, adapt.stitch(places), adapt.grid, adapt.tiles)
+        pooled, places = rows[:, 0], rows[:, 1:]
+        return Features(pooled, adapt.stitch(places) if tokens else places, adapt.grid, adapt.tiles)
 
     def encode_latents(self, latents: Latents) -> Tensor:
         """Unit-norm float32 embeddings [B, dim], differentiable in the latents' tensor.
@@ -257,7 +262,7 @@ class LatentCLIP(EncoderBase):
         Scaled latents are converted. Raises LatentsError for another space, ModelError where the
         images are read as several views, which have no single embedding.
         """
-        features = self.features(self.prepare(latents))
+        features = self.features(self.prepare(latents), tokens=False)
         if features.tiles > 1:
             raise ModelError(
                 f"{self.name} with resize='tile' reads {features.tiles} views of an image of "
@@ -308,15 +313,9 @@ class LatentCLIP(EncoderBase):
 
 
 def load(
-    path: Path,
-    device: torch.device | str | None = None,
-    entry: Entry | None = None,
-    space: str | LatentSpace | None = None,
+    path: Path, device: torch.device | str | None = None, entry: Entry | None = None
 ) -> LatentCLIP:
-    """`LatentCLIP.load`, and a ModelError where the file is not of the catalogue's `entry`.
-
-    A Latent-CLIP reads one space, which its file says: `space` changes nothing.
-    """
+    """`LatentCLIP.load`, and a ModelError where the file is not of the catalog's `entry`."""
     encoder = LatentCLIP.load(path, device)
     if entry is not None and encoder.config != entry.config:
         raise ModelError(f"{path}: is not {entry.name}: its configuration is {encoder.config}")

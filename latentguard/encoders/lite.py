@@ -108,7 +108,7 @@ class LiteTrunk(nn.Module):
 
 
 class LiteStem(nn.Module):
-    """Stem and blocks 0 to 4: normalised RGB [B, 3, H, W] -> [B, 48, H / 8, W / 8]."""
+    """Stem and blocks 0 to 4: normalized RGB [B, 3, H, W] -> [B, 48, H / 8, W / 8]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Lite2(nn.Module):
         self.trunk = LiteTrunk()
 
     @staticmethod
-    def normalise(images: Tensor) -> Tensor:
+    def normalize(images: Tensor) -> Tensor:
         """[0, 1] -> the input range that the weights were trained with."""
         mean = images.new_tensor(MEAN).view(3, 1, 1)
         std = images.new_tensor(STD).view(3, 1, 1)
@@ -137,7 +137,7 @@ class Lite2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB [B, 3, H, W] in [0, 1] -> logits [B, 1000]."""
-        y: Tensor = self.trunk(self.stem(self.normalise(images)))
+        y: Tensor = self.trunk(self.stem(self.normalize(images)))
         return y
 
 

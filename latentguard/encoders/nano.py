@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from latentguard.atomic import replacing
 from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
 from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path, readable_view
-from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalise
+from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalize
 from latentguard.encoders.header import opened, read_header
 from latentguard.encoders.lite import CLASSES, fuse
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
@@ -60,7 +60,8 @@ class NanoEncoder(nn.Module, EncoderBase):
     """An Encoder (latentguard.encoders.base) over class posteriors; see the module's text."""
 
     fixed_size = True
-    crop_lead = 0.1
+    pools = True
+    crop_lead = 0.25
 
     def __init__(
         self,
@@ -111,6 +112,8 @@ class NanoEncoder(nn.Module, EncoderBase):
         noise: Tensor | None = None,
         alpha: Tensor | None = None,
         sigma: Tensor | None = None,
+        *,
+        tokens: bool = True,
     ) -> Features:
         """Square roots of class posteriors, of the image and of each cell of the final grid, and
         the baseline's axis.
@@ -119,6 +122,7 @@ class NanoEncoder(nn.Module, EncoderBase):
             latents: [B, C, H, W] in the convention that `needs_scaled` names.
             noise, alpha, sigma: predicted noise [B, C, H, W] and the levels [B]: the x0 estimate
                 (latents - sigma * noise) / alpha is read instead, computed in float32.
+            tokens: whether the cells are wanted, too.
 
         Returns:
             pooled [B, 1008] and tokens [B, N, 1008] of unit norm, differentiable in latents.
@@ -133,8 +137,10 @@ class NanoEncoder(nn.Module, EncoderBase):
         cells = self.net.feature_map(x)
         grid = (cells.shape[2], cells.shape[3])
         places = cells.flatten(2).transpose(1, 2)
-        # The image and its cells in one product: at batch 1 reading the classifier is the cost.
-        rows = torch.cat([places.mean(1, keepdim=True), places], 1)
+        rows = places.mean(1, keepdim=True)
+        if tokens:
+            # The image and its cells in one product: at batch 1 reading the classifier is the cost.
+            rows = torch.cat([rows, places], 1)
         embedded = embed_logits(self.net.trunk.classifier(rows))
         return Features(pooled=embedded[:, 0], tokens=embedded[:, 1:], grid=grid)
 
@@ -145,7 +151,7 @@ class NanoEncoder(nn.Module, EncoderBase):
                 f"model {self.name} reads {self.space} latents, got {latents.space.name}"
             )
         tensor = latents.to_spatial().to_standard(self.needs_scaled).tensor
-        return self.features(tensor.to(self.device)).pooled
+        return self.features(tensor.to(self.device), tokens=False).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm class weightings [P, 1008].
@@ -196,8 +202,8 @@ def load_nano(
 
     path = Path(name_or_path)
     entry = CATALOG.get(str(name_or_path))
-    if entry is not None and entry.format == FORMAT and entry.bundled:
-        path, space = bundled_path(entry.name), entry.space or space
+    if entry is not None and entry.format == FORMAT:
+        return load(bundled_path(entry.name), device, entry, space)
     if not path.is_file():
         raise ModelError(f"no nano model at {path}; bundled are {', '.join(BUNDLED)}")
     with opened(path) as file:
@@ -220,16 +226,23 @@ def load_nano(
             f"{path}: schema_version {metadata.get('schema_version')!r}, "
             f"this latentguard reads {SCHEMA_VERSION!r}"
         )
+    several = metadata.get("kind") == ANY_VIEW
+    own = str(metadata.get("space"))
     try:
-        if metadata["kind"] == ANY_VIEW:
+        LatentSpace.get("sdxl" if several else own)
+    except LatentsError as error:
+        raise ModelError(
+            f"{path}: reads latents of space {own!r:.60}, which is not known here: give the file "
+            "of that space, too (--space FILE.yaml, space=)"
+        ) from error
+    try:
+        if several:
             metadata = metadata | _of_space(metadata, space)
         encoder = _build(metadata, tensors, hashlib.sha256(data).hexdigest())
     except (ModelError, LatentsError):
         raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: damaged nano model ({error})") from error
-    if entry is not None:
-        encoder.name = entry.name
     return encoder if device is None else encoder.to(device)
 
 
@@ -239,8 +252,12 @@ def load(
     entry: Entry | None = None,
     space: str | LatentSpace | None = None,
 ) -> NanoEncoder:
-    """`load_nano` for the catalogue; an `entry` of the catalogue is loaded by its name."""
-    return load_nano(path if entry is None else entry.name, device, space)
+    """`load_nano` for the catalog, whose `entry` may say the space, or another name."""
+    own = None if entry is None else entry.space
+    encoder = load_nano(path, device, own or space)
+    if entry is not None and entry.same_as is not None:
+        encoder.name = entry.name
+    return encoder
 
 
 def _of_space(metadata: dict[str, str], given: str | LatentSpace | None) -> dict[str, str]:
@@ -285,7 +302,6 @@ def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) ->
     prompts = json.loads(metadata["prompts"])
     stored = dict(zip(prompts, tensors["text.prompts"], strict=True))
     names = json.loads(metadata["class_names"])
-    LatentSpace.get(metadata["space"])
     return NanoEncoder(
         net,
         ClassText(tensors["text.table"], stored, names),
@@ -348,7 +364,7 @@ def save_nano(
     from latentguard.encoders.minilm import minilm
 
     fused = fuse(copy.deepcopy(net).eval())
-    keys = list(dict.fromkeys(normalise(prompt) for prompt in prompts))
+    keys = list(dict.fromkeys(normalize(prompt) for prompt in prompts))
     weights = fused.state_dict()
     if kind == ANY_VIEW:
         weights = {k: v for k, v in weights.items() if k not in ("factors", "bias")}

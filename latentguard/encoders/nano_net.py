@@ -90,7 +90,7 @@ class ViewFilter(nn.Module):
     """A small U-net that takes out of an RGB view what does not belong there.
 
     View [B, 3, h, w] in about [0, 1] -> the same shape. What a linear view gets wrong (texture that
-    leaks into colours, gain, slow gradients) is much alike from one autoencoder to the next. It
+    leaks into colors, gain, slow gradients) is much alike from one autoencoder to the next. It
     works on blocks of 2 x 2 cells, which costs a quarter, and starts as the identity.
     """
 
@@ -164,7 +164,7 @@ class RgbViewNet(nn.Module):
         size = tuple(max(32, round(n * ratio / 32) * 32) for n in rgb.shape[-2:])
         if size != tuple(rgb.shape[-2:]):
             rgb = F.interpolate(rgb, size=size, mode="bicubic", antialias=ratio < 1)
-        x = Lite2.normalise(rgb.clamp(0, 1))
+        x = Lite2.normalize(rgb.clamp(0, 1))
         return self.trunk.feature_map(self.stem(x))
 
     def feature_map(self, latents: Tensor) -> Tensor:

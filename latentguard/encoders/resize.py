@@ -15,13 +15,11 @@ Resize = Literal["interpolate", "pool", "tile"]
 class Adapter(Protocol):
     """One way, made for one size of latents.
 
-    tiles: views of each image; grid: patches (rows, columns) that its tokens stand for; extent:
-    latent cells (height, width) that this grid spans.
+    tiles: views of each image; grid: patches (rows, columns) that its tokens stand for.
     """
 
     tiles: int
     grid: tuple[int, int]
-    extent: tuple[int, int]
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """[B, C, H, W] to [B * tiles, C, h, w], linear in the values."""
@@ -56,7 +54,6 @@ class Pool:
 
     def __init__(self, height: int, width: int, side: int, patch: int) -> None:
         self.side = side
-        self.extent = (height, width)
         self.grid = (side // patch, side // patch)
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -94,7 +91,7 @@ class Tile:
         return torch.stack(views, dim=1).flatten(0, 1)
 
     def stitch(self, tokens: Tensor) -> Tensor:
-        """Each place's token from the view whose centre is nearest; the pooled view has none."""
+        """Each place's token from the view whose center is nearest; the pooled view has none."""
         if not self.whole:
             return tokens
         per_side = self.side // self.patch
@@ -116,7 +113,7 @@ ADAPTERS: dict[Resize, Callable[[int, int, int, int], Adapter]] = {
 
 
 def extend(tensor: Tensor, height: int, width: int) -> Tensor:
-    """Continue [..., h, w] downwards and to the right by the last row and column."""
+    """Continue [..., h, w] downward and to the right by the last row and column."""
     h, w = tensor.shape[-2:]
     # An open size of an export says neither that it is smaller nor that it is not.
     if is_open(h) or h < height:
@@ -134,21 +131,21 @@ def is_open(size: int) -> bool:
 
 
 def _up(size: int, multiple: int) -> int:
-    # Without a negative number: exported, a division rounds towards zero.
+    # Without a negative number: exported, a division rounds toward zero.
     return (size + multiple - 1) // multiple * multiple
 
 
 def _starts(length: int, view: int) -> list[int]:
     """Where views of `view` start so that they cover `length`, both in patches.
 
-    Rounding down keeps neighbours at most `view` apart, as the even spacing is.
+    Rounding down keeps neighbors at most `view` apart, as the even spacing is.
     """
     count = -(-length // view)
     return [index * (length - view) // max(count - 1, 1) for index in range(count)]
 
 
 def _nearest(starts: list[int], length: int, view: int) -> tuple[list[int], list[int]]:
-    """For each of `length` places the view whose centre is nearest, and its index within it."""
+    """For each of `length` places the view whose center is nearest, and its index within it."""
     owner = []
     for place in range(length):
         reach = [abs(2 * place + 1 - (2 * start + view)) for start in starts]

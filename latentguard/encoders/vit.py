@@ -29,17 +29,20 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, size: Tensor | None = None, asking: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """[B, N, D] to [B, N, D], and the keys [B, heads, N, 64].
 
-        A token counts as often as `size` [B, N, 1] says (1 where it is None).
+        A token counts as often as `size` [B, N, 1] says (1 where it is None). The result has the
+        first `asking` tokens (all where it is None).
         """
         batch, count, _ = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         qkv = qkv.reshape(batch, count, 3, -1, HEAD_WIDTH)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, 64] each
         often = None if size is None else size.log().transpose(1, 2).unsqueeze(1)  # [B, 1, 1, N]
-        out = F.scaled_dot_product_attention(q, k, v, often)
+        out = F.scaled_dot_product_attention(q[:, :, :asking], k, v, often)
         return self.out_proj(out.transpose(1, 2).flatten(2)), k
 
 
@@ -67,6 +70,13 @@ class Block(nn.Module):
             tokens = merge(tokens, keys, count)
         return tokens._replace(values=tokens.values + self.mlp(self.ln_2(tokens.values)))
 
+    def first(self, tokens: Tokens) -> Tensor:
+        """The first of the next tokens alone, [B, 1, D]."""
+        mixed, _ = self.attn(self.ln_1(tokens.values), tokens.size, 1)
+        value = tokens.values[:, :1] + mixed
+        result: Tensor = value + self.mlp(self.ln_2(value))
+        return result
+
 
 class Transformer(nn.Module):
     """The blocks, one after the other."""
@@ -75,12 +85,21 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
 
-    def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """[B, N, D] to [B, N, D]; `counts` of them merge on the way, a number for each block."""
+    def forward(self, x: Tensor, counts: Sequence[int] | None = None, whole: bool = True) -> Tensor:
+        """[B, N, D] to [B, N, D]; `counts` of them merge on the way, a number for each block.
+
+        Without `whole` to [B, 1, D], the first alone: no other is computed in the last block.
+        """
         tokens = Tokens(x)
-        for block, count in zip(self.resblocks, counts or [0] * len(self.resblocks), strict=True):
+        *blocks, last = zip(self.resblocks, counts or [0] * len(self.resblocks), strict=True)
+        for block, count in blocks:
             tokens = block(tokens, count)
-        return tokens.restored()
+        block, count = last
+        if not whole:
+            assert isinstance(block, Block)
+            return block.first(tokens)
+        restored: Tensor = block(tokens, count).restored()
+        return restored
 
 
 class LatentViT(nn.Module):
@@ -122,8 +141,11 @@ class LatentViT(nn.Module):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         share: float = 0.0,
+        whole: bool = True,
     ) -> Tensor:
-        """Tokens before `ln_post`, the class token first. H and W are multiples of the patch.
+        """Tokens before `ln_post`, the class token first; without `whole` that one alone.
+
+        H and W are multiples of the patch.
 
         What is read is (latents - sigma * noise) / alpha * scale + shift: see `ops.patch_embed`.
 
@@ -146,5 +168,5 @@ class LatentViT(nn.Module):
         )
         blocks = len(self.transformer.resblocks)
         counts = schedule(share, rows * columns, blocks) if share else None
-        out: Tensor = self.transformer(tokens, counts)
+        out: Tensor = self.transformer(tokens, counts, whole)
         return out

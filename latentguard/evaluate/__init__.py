@@ -7,16 +7,22 @@ measured in benchmarks/.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from latentguard.deprecated import former_names
 from latentguard.evaluate.detect import Detection, detect
-from latentguard.evaluate.metrics import Estimate, Separation, separation
+from latentguard.evaluate.metrics import Interval, Separation, separation
 from latentguard.evaluate.zeroshot import ZeroShot, zeroshot
 
 __all__ = [
     "Detection",
-    "Estimate",
+    "Interval",
     "Separation",
     "ZeroShot",
     "detect",
     "separation",
     "zeroshot",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = former_names(__name__, {"Estimate": "Interval"})

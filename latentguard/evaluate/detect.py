@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from latentguard.encoders import Encoder
 from latentguard.errors import ModelError, PolicyError
-from latentguard.evaluate.metrics import Estimate, Separation, separation, wilson
+from latentguard.evaluate.metrics import Interval, Separation, separation, wilson
 from latentguard.evaluate.reading import batches
 from latentguard.judge import ModelId, Rules
 from latentguard.policy import Policy, load_policy
@@ -31,8 +31,8 @@ class Operating:
     """
 
     margin: float
-    recall: Estimate
-    fpr: Estimate
+    recall: Interval
+    fpr: Interval
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def measured(
     rules = Rules.of(policy.to_dict())
     bound = rules.bind(model, encoder.space, encoder.logit_scale)
     try:
-        threshold = bound.limit(rules.ids.index(concept))
+        threshold = bound.threshold(rules.ids.index(concept))
     except ValueError:
         operating = None
     else:

@@ -8,9 +8,12 @@ compare with.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from latentguard.deprecated import former_names
 
 RECALL = 0.95
 """The recall at which the false-positive rate is read."""
@@ -52,7 +55,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Interval:
     """A value and its 95 % bootstrap interval."""
 
     value: float
@@ -63,13 +66,17 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+if not TYPE_CHECKING:
+    __getattr__ = former_names(__name__, {"Estimate": "Interval"})
+
+
 @dataclass(frozen=True)
 class Separation:
     """What `separation` measured; counts are those of the sample itself."""
 
-    auroc: Estimate
-    average_precision: Estimate
-    fpr_at_recall: Estimate
+    auroc: Interval
+    average_precision: Interval
+    fpr_at_recall: Interval
     positives: int
     negatives: int
     counts: Counts
@@ -142,21 +149,21 @@ def separation(
         low, high = (
             np.percentile(np.concatenate(kept), [2.5, 97.5]) if resamples else (value, value)
         )
-        estimates.append(Estimate(value, float(low), float(high)))
+        estimates.append(Interval(value, float(low), float(high)))
     return Separation(
         estimates[0], estimates[1], estimates[2], len(sides[0]), len(sides[1]), counts
     )
 
 
-def wilson(hits: int, n: int) -> Estimate:
+def wilson(hits: int, n: int) -> Interval:
     """A proportion with its 95 % Wilson interval (Wilson 1927)."""
     if n <= 0 or not 0 <= hits <= n:
         raise ValueError(f"wilson: hits must be 0 to n and n positive, got {hits} of {n}")
     z = 1.959964
     p = hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Estimate(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+    return Interval(p, max(0.0, float(center - half)), min(1.0, float(center + half)))
 
 
 def ranks_of(similarities: ArrayLike, labels: ArrayLike) -> NDArray[np.int64]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from latentguard.evaluate.detect import Detection
     from latentguard.evaluate.zeroshot import ZeroShot
 
-# Colour-blind safe (Okabe and Ito 2008), in the order that lines take them.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Color-blind safe (Okabe and Ito 2008), in the order that lines take them.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def plot_detection(path: Path, detections: Sequence[Detection], title: str) -> None:
@@ -26,21 +26,21 @@ def plot_detection(path: Path, detections: Sequence[Detection], title: str) -> N
     Several detections (two models, say) share the curves; the histogram is of the first.
     """
     figure, (roc, precision, scores) = _axes(3, title)
-    for detection, colour in zip(detections, _colours(len(detections)), strict=True):
+    for detection, color in zip(detections, _colors(len(detections)), strict=True):
         found, name = detection.separation, detection.model["name"]
         counts = found.counts
         roc.step(
             np.r_[0, counts.fpr],
             np.r_[0, counts.recall],
             where="post",
-            color=colour,
+            color=color,
             label=f"{name}: AUROC {found.auroc}",
         )
         precision.step(
             np.r_[0, counts.recall],
             np.r_[counts.precision[0], counts.precision],
             where="pre",
-            color=colour,
+            color=color,
             label=f"{name}: AP {found.average_precision}",
         )
     roc.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
@@ -51,12 +51,12 @@ def plot_detection(path: Path, detections: Sequence[Detection], title: str) -> N
     precision.legend(loc="lower left", fontsize=8)
     first = detections[0]
     bins = np.histogram_bin_edges(np.r_[first.positives, first.negatives], 40)
-    for values, label, colour in (
+    for values, label, color in (
         (first.negatives, f"{len(first.negatives)} negatives", "0.6"),
-        (first.positives, f"{len(first.positives)} positives", COLOURS[1]),
+        (first.positives, f"{len(first.positives)} positives", COLORS[1]),
     ):
         weights = np.full(len(values), 1 / len(values))
-        scores.hist(values, bins, weights=weights, alpha=0.7, color=colour, label=label)
+        scores.hist(values, bins, weights=weights, alpha=0.7, color=color, label=label)
     if first.operating is not None:
         label = f"threshold {first.operating.margin:.2f}"
         scores.axvline(first.operating.margin, color="black", linewidth=1, label=label)
@@ -70,7 +70,7 @@ def plot_zeroshot(path: Path, result: ZeroShot) -> None:
     title = f"{result.model}: {result.n} images, {result.classes} classes"
     figure, (top, cosines) = _axes(2, title)
     ks = np.unique(np.geomspace(1, result.classes, 60).round().astype(int))
-    top.plot(ks, [result.top(int(k)).value for k in ks], color=COLOURS[0])
+    top.plot(ks, [result.top(int(k)).value for k in ks], color=COLORS[0])
     for k in (1, 5):
         if k <= result.classes:
             estimate = result.top(k)
@@ -79,14 +79,14 @@ def plot_zeroshot(path: Path, result: ZeroShot) -> None:
                 [estimate.value],
                 [[estimate.value - estimate.low], [estimate.high - estimate.value]],
                 fmt="o",
-                color=COLOURS[1],
+                color=COLORS[1],
                 label=f"top-{k}: {estimate}",
             )
     top.set(xscale="log", xlabel="first k classes", ylabel="accuracy", ylim=(0, 1.01))
     top.legend(loc="lower right", fontsize=8)
     bins = np.histogram_bin_edges(np.r_[result.similarities, result.best_wrong], 40)
     cosines.hist(result.best_wrong, bins, alpha=0.7, color="0.6", label="best wrong class")
-    cosines.hist(result.similarities, bins, alpha=0.7, color=COLOURS[1], label="right class")
+    cosines.hist(result.similarities, bins, alpha=0.7, color=COLORS[1], label="right class")
     cosines.set(xlabel="cosine", ylabel="images")
     cosines.legend(fontsize=8)
     _save(figure, path)
@@ -105,15 +105,15 @@ def plot_thresholds(path: Path, rows: Sequence[Row], title: str) -> None:
     # On a scale up to PURE_NOISE the levels that matter would lie on one another.
     place = {level: level for level in finite} | {PURE_NOISE: 3 * max([1.0, *finite])}
     for axis, rate in zip(axes, rates, strict=True):
-        for name, colour in zip(concepts, _colours(len(concepts)), strict=True):
+        for name, color in zip(concepts, _colors(len(concepts)), strict=True):
             found = sorted(
                 (place[row.noise_level], row.margin)
                 for row in rows
                 if (row.concept, row.fpr) == (name, rate)
             )
-            style = "-" if concepts.index(name) < len(COLOURS) else "--"
+            style = "-" if concepts.index(name) < len(COLORS) else "--"
             x, y = zip(*found, strict=True)
-            axis.plot(x, y, style, marker="o", markersize=3, color=colour, label=name)
+            axis.plot(x, y, style, marker="o", markersize=3, color=color, label=name)
         axis.axhline(0, color="0.6", linewidth=1, linestyle=":", zorder=0)
         smallest = next((level for level in levels if level > 0), 1.0)
         axis.set_xscale("symlog", linthresh=smallest)
@@ -132,7 +132,7 @@ def plot_thresholds(path: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def check_plot_path(path: Path) -> None:
-    """ModelError, before the measuring starts, where a plot could not be written afterwards."""
+    """ModelError, before the measuring starts, where a plot could not be written afterward."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ModelError(f"--plot: the file must end in .png, .svg or .pdf, got {path.name}")
     if not path.absolute().parent.is_dir():
@@ -159,8 +159,8 @@ def _axes(number: int, title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _colours(number: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(number)]
+def _colors(number: int) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(number)]
 
 
 def _save(figure: Any, path: Path) -> None:

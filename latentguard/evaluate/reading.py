@@ -18,7 +18,7 @@ def batches(
     scaled: bool | None = None,
     batch_size: int = 16,
 ) -> Iterator[Latents]:
-    """All images of the paths in their order, neighbours of equal size and space together.
+    """All images of the paths in their order, neighbors of equal size and space together.
 
     Raises:
         LatentsError: an image that cannot be read (it is named), or no images at all.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentguard.encoders import Encoder, best_encoder, load_encoder, needs_space
 from latentguard.errors import LatentsError, ModelError
-from latentguard.evaluate.metrics import Estimate, ranks_of, wilson
+from latentguard.evaluate.metrics import Interval, ranks_of, wilson
 from latentguard.evaluate.reading import batches
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ZeroShot:
         """Images."""
         return len(self.ranks)
 
-    def top(self, k: int) -> Estimate:
+    def top(self, k: int) -> Interval:
         """How often the right class is among the first k, with its 95 % Wilson interval."""
         return wilson(int((self.ranks < k).sum()), self.n)
 
@@ -128,7 +128,7 @@ def zeroshot(
 
 @torch.inference_mode()
 def class_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Unit-norm embeddings [C, dim] float32: the normalised mean over the templates."""
+    """Unit-norm embeddings [C, dim] float32: the normalized mean over the templates."""
     for template in templates:
         if template.count("{}") != 1:
             raise ValueError(f"a template must have one {{}} for the class name, got {template!r}")

@@ -46,7 +46,9 @@ class _Moderator(torch.nn.Module):
         if encoder.needs_scaled != self._scaled:
             convert = self._space.to_scaled if encoder.needs_scaled else self._space.to_raw
             latents = convert(latents)
-        features = encoder.features(latents)
+        # Nobody reads the places' tokens without heat maps, and no engine leaves them out itself.
+        options = {"tokens": self._heatmaps} if traits(encoder).pools else {}
+        features = encoder.features(latents, **options)  # type: ignore[arg-type]
         if features.tiles != 1 and not features.lead:
             raise ModelError("a model that reads an image in tiles cannot be exported")
         shared = (head.ln_weight, head.ln_bias, head.eps, head.projection)

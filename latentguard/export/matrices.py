@@ -73,7 +73,7 @@ def replace(
     chosen = set(products)
     nodes: list[onnx.NodeProto] = []
     made: dict[str, onnx.TensorProto] = {}
-    quantised: set[str] = set()
+    quantized: set[str] = set()
     for node in graph.node:
         if node.name not in chosen:
             nodes.append(node)
@@ -94,8 +94,8 @@ def replace(
                 (zeros, f"{name}_zero"),
             ):
                 made[called] = numpy_helper.from_array(array, called)
-        if value not in quantised:
-            quantised.add(value)
+        if value not in quantized:
+            quantized.add(value)
             nodes.extend(_activation(value, None if dynamic else seen[value], made))
         nodes.extend(_product(node, dynamic))
     del graph.node[:]
@@ -113,14 +113,14 @@ def _activation(
     scale, zero = f"{value}_scale", f"{value}_zero"
     if seen is None:
         outputs = [f"{value}_8bit", scale, zero]
-        return [helper.make_node("DynamicQuantizeLinear", [value], outputs, f"{value}_quantise")]
+        return [helper.make_node("DynamicQuantizeLinear", [value], outputs, f"{value}_quantize")]
     step = np.float32(max(seen.most - seen.least, 1e-6) / 255)
     made[scale] = numpy_helper.from_array(np.array(step), scale)
     origin = np.clip(round(-seen.least / float(step)), 0, 255)
     made[zero] = numpy_helper.from_array(np.array(origin, np.uint8), zero)
     return [
         helper.make_node(
-            "QuantizeLinear", [value, scale, zero], [f"{value}_8bit"], f"{value}_quantise"
+            "QuantizeLinear", [value, scale, zero], [f"{value}_8bit"], f"{value}_quantize"
         ),
         helper.make_node(
             "DequantizeLinear",
@@ -141,7 +141,7 @@ def _product(node: onnx.NodeProto, dynamic: bool) -> list[onnx.NodeProto]:
             helper.make_node("DequantizeLinear", inputs, [weight], f"{title}_weight", axis=1),
             helper.make_node("MatMul", [f"{value}_restored", weight], [out], title),
         ]
-    # The order in which ONNX Runtime knows to fuse it with the quantisation before and the bias
+    # The order in which ONNX Runtime knows to fuse it with the quantization before and the bias
     # behind (DynamicQuantizeMatMul).
     inputs = [f"{value}_8bit", f"{name}_8bit", f"{value}_zero", f"{name}_zero"]
     whole, real, both = f"{out}_integer", f"{out}_cast", f"{out}_scale"

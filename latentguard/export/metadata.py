@@ -8,10 +8,10 @@ from typing import Any
 import onnx
 
 from latentguard.encoders import Encoder, traits
-from latentguard.runtime.artefact import SCHEMA_VERSION, inner_digest
+from latentguard.runtime.artifact import SCHEMA_VERSION, inner_digest
 from latentguard.runtime.names import DIGEST, METADATA
 from latentguard.scorer import Scorer
-from latentguard.spaces import LatentSpace
+from latentguard.spaces import RECORDS, LatentSpace
 
 
 def describe(
@@ -29,7 +29,9 @@ def describe(
     """
     encoder = scorer.encoder
     space = LatentSpace.get(encoder.space)
-    return {
+    # Where nobody knows a space by its name, its file has to come along.
+    own = {} if space.name in RECORDS else {"own_space": space.to_dict()}
+    return own | {
         "schema_version": SCHEMA_VERSION,
         "policy": scorer.policy.to_dict(),
         "prompts": list(scorer.bank.prompts),

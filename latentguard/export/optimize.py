@@ -2,8 +2,8 @@
 
 Nothing here depends on a provider: what an engine fuses into operators of its own (bias and GELU,
 convolution and clipping, the scale and transpose of attention) it fuses when it loads the file, as
-the layout here lets it. What no engine does by itself is done here: rows that nobody reads are not
-computed (narrowing.py), a resize between fixed sizes is two matrix products.
+the layout here lets it. What no engine does by itself is done here: a resize between fixed sizes
+is two matrix products. Rows that nobody reads are not in the graph: `features(tokens=False)`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-
-from latentguard.export.narrowing import narrow
 
 MAX_RESIZE = 1024
 """Sides above which a resize stays one: its matrices are dense."""
@@ -31,9 +29,7 @@ def optimize(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = ir.from_proto(model)
     optimize_ir(graph)
     common.ShapeInferencePass()(graph)
-    moved = narrow(graph)
-    resized = _matrices_for_resizes(graph)
-    if moved or resized:
+    if _matrices_for_resizes(graph):
         optimize_ir(graph)
     common.TopologicalSortPass()(graph)
     simpler: onnx.ModelProto = ir.to_proto(graph)

@@ -1,7 +1,7 @@
 """From a float32 .onnx file to a float16 or 8-bit one, in standard operators.
 
 What becomes 8-bit: convolutions (int8 only), what joins them, and products with constant matrices.
-Attention's own products, normalisations and the comparison with the concepts stay float32: they
+Attention's own products, normalizations and the comparison with the concepts stay float32: they
 cost little and decide.
 
 Weights keep to 7 bits, one scale a channel: a CPU without VNNI adds two 8-bit products in 16 bits,
@@ -51,7 +51,7 @@ def convert(
             from them, stay float32.
 
     Raises:
-        ModelError: int8 without batches, an unknown precision, or nothing to quantise.
+        ModelError: int8 without batches, an unknown precision, or nothing to quantize.
     """
     if precision not in get_args(Precision):
         known = ", ".join(get_args(Precision))
@@ -82,7 +82,7 @@ class _Choice(NamedTuple):
     convolutions: list[str]
     """Convolutions, the clips behind them and the additions that join them."""
     compared: list[str]
-    """What depends on `keep`, or follows the normalisation of the embedding."""
+    """What depends on `keep`, or follows the normalization of the embedding."""
 
 
 def _choose(graph: onnx.GraphProto, keep: set[str]) -> _Choice:
@@ -92,7 +92,7 @@ def _choose(graph: onnx.GraphProto, keep: set[str]) -> _Choice:
     convolutions: list[str] = []
     compared: list[str] = []
     after: set[str] = set(keep)  # values that are kept
-    integer: set[str] = set()  # values of quantised convolutions
+    integer: set[str] = set()  # values of quantized convolutions
     readers: dict[str, int] = {}
     for node in graph.node:
         for name in node.input:
@@ -120,7 +120,7 @@ def _choose(graph: onnx.GraphProto, keep: set[str]) -> _Choice:
 
 
 class _Batches:
-    """Calibration inputs as onnxruntime's quantiser reads them."""
+    """Calibration inputs as onnxruntime's quantizer reads them."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = iter(batches)

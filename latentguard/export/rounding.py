@@ -1,8 +1,8 @@
 """8-bit weights of a matrix product: one scale a column, and rounding that makes up for itself.
 
 A CPU with AVX2 but without VNNI multiplies unsigned 8-bit activations with signed 8-bit weights and
-adds each two neighbouring products in 16 bits, which saturates above 32,767. Weights of 7 bits
-never do. Neither do larger ones as long as no two neighbours of one sign add to more than 128
+adds each two neighboring products in 16 bits, which saturates above 32,767. Weights of 7 bits
+never do. Neither do larger ones as long as no two neighbors of one sign add to more than 128
 (255 * 128 = 32,640), and that is what the scales here are chosen by: they are about a third finer
 than 7 bits allow.
 """
@@ -16,7 +16,7 @@ Matrix = NDArray[np.floating]
 
 LARGEST = 127
 PAIR = 128
-"""Largest sum of two neighbouring weights of one sign: 255 * 128 fits 16 bits with sign."""
+"""Largest sum of two neighboring weights of one sign: 255 * 128 fits 16 bits with sign."""
 DAMPING = 0.01
 """Added to the diagonal, as a share of its mean, where calibration does not span the inputs."""
 BLOCK = 128
@@ -41,7 +41,7 @@ def to_nearest(weight: Matrix, scales: Matrix) -> NDArray[np.int8]:
 def compensated(weight: Matrix, scales: Matrix, moment: Matrix) -> NDArray[np.int8]:
     """Rounded row by row, what each rounding changes in the result made up for by later rows.
 
-    GPTQ (Frantar et al. 2022, arXiv 2210.17323): minimises |x @ (weight - rounded * scales)|^2 over
+    GPTQ (Frantar et al. 2022, arXiv 2210.17323): minimizes |x @ (weight - rounded * scales)|^2 over
     the inputs that `moment` was gathered from, as far as rows in order allow.
 
     Args:
@@ -73,10 +73,10 @@ def compensated(weight: Matrix, scales: Matrix, moment: Matrix) -> NDArray[np.in
     return rounded.astype(np.int8)
 
 
-def _beside(step: Matrix, neighbour: Matrix) -> Matrix:
-    """A row kept within what its neighbour leaves of the pair's sum."""
-    most = np.where(neighbour > 0, PAIR - neighbour, PAIR)
-    least = np.where(neighbour < 0, -PAIR - neighbour, -PAIR)
+def _beside(step: Matrix, neighbor: Matrix) -> Matrix:
+    """A row kept within what its neighbor leaves of the pair's sum."""
+    most = np.where(neighbor > 0, PAIR - neighbor, PAIR)
+    least = np.where(neighbor < 0, -PAIR - neighbor, -PAIR)
     return np.clip(step, least, most)
 
 

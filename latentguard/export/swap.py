@@ -15,7 +15,7 @@ from latentguard.export.metadata import describe
 from latentguard.export.write import digest_of, first_name, write
 from latentguard.policy import Policy, load_policy
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import Artefact, open_artefact
+from latentguard.runtime.artifact import Artifact, open_artifact
 from latentguard.scorer import Scorer
 
 
@@ -39,27 +39,27 @@ def swap_policy(
     name, digest or dimension), or the policy has a cascade whose first model `source` lacks;
     PolicyError for a policy that cannot be used.
     """
-    artefact = open_artefact(source, sha256)
-    before = artefact.metadata
+    artifact = open_artifact(source, sha256)
+    before = artifact.metadata
     name = before["model"]["name"]
     encoder = model if isinstance(model, Encoder) else _encoder(model or name, before["space"])
-    _check_model(artefact, encoder)
+    _check_model(artifact, encoder)
     rules = load_policy(policy)
     if rules.space not in (None, before["space"]):
         raise PolicyError(f"policy '{rules.name}' is for {rules.space}, not {before['space']}")
     scorer, out = Scorer(rules, encoder), Path(out)
-    if scorer.first is not None and artefact.first is None:
+    if scorer.first is not None and artifact.first is None:
         raise ModelError(
             f"{source}: has no first model, which policy '{rules.name}' asks for by its cascade: "
             "export it anew with this policy"
         )
     with replacing_all(out.parent) as (folder, files):
         first: Path | None = None
-        if scorer.first is not None and artefact.first is not None:
-            _check_model(artefact.first, scorer.first.encoder)
+        if scorer.first is not None and artifact.first is not None:
+            _check_model(artifact.first, scorer.first.encoder)
             first = folder / first_name(out)
-            files += _swapped(artefact.first, scorer.first, first)
-        main = _swapped(artefact, scorer, folder / out.name, first)
+            files += _swapped(artifact.first, scorer.first, first)
+        main = _swapped(artifact, scorer, folder / out.name, first)
         with Guard(main[0], providers=["CPUExecutionProvider"]) as guard:
             size = (before["height"] or 32, before["width"] or 32)
             found = guard.scores(np.ones((1, before["channels"], *size), np.float32))["margin"]
@@ -76,26 +76,26 @@ def _encoder(name: str | Path, space: str) -> Encoder:
     return load_encoder(name, "cpu", space if needs_space(name) else None)
 
 
-def _check_model(artefact: Artefact, encoder: Encoder) -> None:
+def _check_model(artifact: Artifact, encoder: Encoder) -> None:
     """Raise ModelError where a file was exported from another model."""
-    name, digest = artefact.metadata["model"]["name"], artefact.metadata["model"]["sha256"]
-    dim = artefact.metadata["dim"]
+    name, digest = artifact.metadata["model"]["name"], artifact.metadata["model"]["sha256"]
+    dim = artifact.metadata["dim"]
     if (encoder.name, encoder.sha256, encoder.dim) != (name, digest, dim):
         raise ModelError(
-            f"{artefact.path}: was exported from {name} ({digest[:12]}, {dim} dimensions), and "
+            f"{artifact.path}: was exported from {name} ({digest[:12]}, {dim} dimensions), and "
             f"cannot take a bank of {encoder.name} ({encoder.sha256[:12]}, {encoder.dim})"
         )
 
 
 def _swapped(
-    artefact: Artefact, scorer: Scorer, path: Path, first: Path | None = None
+    artifact: Artifact, scorer: Scorer, path: Path, first: Path | None = None
 ) -> list[Path]:
-    """The files of `artefact` with the policy of `scorer`, at `path`, which comes first.
+    """The files of `artifact` with the policy of `scorer`, at `path`, which comes first.
 
     first: the file of the cascade's first model, beside `path`.
     """
-    before = artefact.metadata
-    graph = _graph(artefact)
+    before = artifact.metadata
+    graph = _graph(artifact)
     attach_bank(graph, scorer)
     metadata = describe(
         scorer,
@@ -108,24 +108,24 @@ def _swapped(
     return write(graph, metadata, path)
 
 
-def _graph(artefact: Artefact) -> onnx.ModelProto:
+def _graph(artifact: Artifact) -> onnx.ModelProto:
     """The bytes that were looked at, with the numbers of the files beside them; no path is read."""
-    graph = onnx.load_from_string(artefact.data)
+    graph = onnx.load_from_string(artifact.data)
     for tensor in graph.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        data = artefact.external[entries["location"]]
+        data = artifact.external[entries["location"]]
         try:
             begin = int(entries.get("offset", 0))
             end = begin + int(entries["length"]) if "length" in entries else len(data)
         except ValueError as error:
             raise ModelError(
-                f"{artefact.path}: {tensor.name} lies at no place in {entries['location']}"
+                f"{artifact.path}: {tensor.name} lies at no place in {entries['location']}"
             ) from error
         if not 0 <= begin <= end <= len(data):
             raise ModelError(
-                f"{artefact.path}: {tensor.name} lies outside of {entries['location']}"
+                f"{artifact.path}: {tensor.name} lies outside of {entries['location']}"
             )
         tensor.raw_data = data[begin:end]
         tensor.data_location = onnx.TensorProto.DEFAULT

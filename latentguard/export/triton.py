@@ -24,7 +24,7 @@ from latentguard.export.triton_config import (
     ensemble_config,
     scores_config,
 )
-from latentguard.runtime.artefact import Artefact, open_artefact
+from latentguard.runtime.artifact import Artifact, open_artifact
 from latentguard.runtime.session import create_session
 
 # The element types of ONNX Runtime that an export has.
@@ -64,15 +64,15 @@ def export_triton(
     `cascade`, and where `out` holds this version already.
     """
     options = options or TritonOptions()
-    artefact = open_artefact(source, sha256)
-    if artefact.first is not None:
+    artifact = open_artifact(source, sha256)
+    if artifact.first is not None:
         raise ModelError(
             f"{source}: holds a cascade, and a Triton ensemble runs all of its models on every "
             "image: give it a policy without `cascade` (latentguard export swap), so that the "
             "second model judges all"
         )
-    inputs, outputs = _tensors(artefact)
-    rules = _rules(artefact)
+    inputs, outputs = _tensors(artifact)
+    rules = _rules(artifact)
     out = Path(out)
     version = str(options.version)
     for model in options.models:
@@ -85,7 +85,7 @@ def export_triton(
     ensemble, scores, decision = options.models
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".triton-") as folder:
         made = Path(folder)
-        _write_scores(made / scores / version, artefact)
+        _write_scores(made / scores / version, artifact)
         _write_decision(made / decision / version, rules)
         # An ensemble has no files, but Triton looks for the folder of its version, and copies of
         # a repository may leave out an empty one.
@@ -102,15 +102,15 @@ def export_triton(
             (out / model).mkdir(exist_ok=True)
             os.replace(made / model / version, out / model / version)
             os.replace(made / model / "config.pbtxt", out / model / "config.pbtxt")
-    return Repository(out, options.models, artefact.sha256)
+    return Repository(out, options.models, artifact.sha256)
 
 
-def _tensors(artefact: Artefact) -> tuple[list[Tensor], list[Tensor]]:
+def _tensors(artifact: Artifact) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and outputs as ONNX Runtime, and so Triton's backend, sees them."""
-    session = create_session(artefact, ["CPUExecutionProvider"], None)
+    session = create_session(artifact, ["CPUExecutionProvider"], None)
     return (
-        [_tensor(artefact.path, node) for node in session.get_inputs()],
-        [_tensor(artefact.path, node) for node in session.get_outputs()],
+        [_tensor(artifact.path, node) for node in session.get_inputs()],
+        [_tensor(artifact.path, node) for node in session.get_outputs()],
     )
 
 
@@ -124,17 +124,17 @@ def _tensor(path: Path, node: Any) -> Tensor:
     return Tensor(node.name, _TYPES[node.type], dims)
 
 
-def _rules(artefact: Artefact) -> dict[str, Any]:
+def _rules(artifact: Artifact) -> dict[str, Any]:
     """What the decision step needs to know."""
     kept = ("schema_version", "policy", "prompts", "covered", "seen", "model", "space", "scaled")
-    return {key: artefact.metadata[key] for key in kept} | {"sha256": artefact.sha256}
+    return {key: artifact.metadata[key] for key in kept} | {"sha256": artifact.sha256}
 
 
-def _write_scores(folder: Path, artefact: Artefact) -> None:
+def _write_scores(folder: Path, artifact: Artifact) -> None:
     """The file as model.onnx; its external data beside it, under the names that it has for them."""
     folder.mkdir(parents=True)
-    (folder / "model.onnx").write_bytes(artefact.data)
-    for name, data in artefact.external.items():
+    (folder / "model.onnx").write_bytes(artifact.data)
+    for name, data in artifact.external.items():
         (folder / name).write_bytes(data)
 
 
@@ -148,6 +148,7 @@ def _write_decision(folder: Path, rules: dict[str, Any]) -> None:
     )
     (package / "__init__.py").write_text('"""The part of latentguard that decides."""\n')
     parts = [part for part in (ours / "judge").iterdir() if part.name.endswith(".py")]
-    for part, name in ((ours / "errors.py", "errors.py"), *((p, f"judge/{p.name}") for p in parts)):
+    beside = [(ours / name, name) for name in ("deprecated.py", "errors.py")]
+    for part, name in (*beside, *((p, f"judge/{p.name}") for p in parts)):
         (package / name).write_text(part.read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "rules.json").write_text(json.dumps(rules, sort_keys=True, allow_nan=False))

@@ -13,6 +13,7 @@ import onnx
 import torch
 
 from latentguard.atomic import replacing_all
+from latentguard.deprecated import Former, former_keywords
 from latentguard.encoders import Encoder, traits
 from latentguard.errors import LatentsError, ModelError
 from latentguard.export.graph import attach_bank, bank_arrays, build, not_open
@@ -26,7 +27,7 @@ from latentguard.regular import open_regular, sha256_of
 from latentguard.runtime import Guard
 from latentguard.runtime.names import plain
 from latentguard.scorer import Scorer
-from latentguard.spaces import Latents
+from latentguard.spaces import Latents, LatentSpace
 
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 
@@ -43,14 +44,16 @@ OPEN_SIZES = ((32, 32), (64, 64), (96, 128), (50, 41))
 """Latent cells at which an export of open height and width is compared with PyTorch, too."""
 
 
+@former_keywords(same="same_decisions", sent="escalated")
 @dataclass(frozen=True)
 class Checked:
     """How an export compares with PyTorch on `images` latents.
 
     margin, embedding: the largest absolute differences. cosine: the smallest of an embedding with
-    PyTorch's. same: images with the same decision and matches. real: whether the latents were real
-    ones, and not drawn with a space's statistics. sent: images that the first model of a cascade
-    passed on; decisions are those of the whole cascade, scores those of the second model.
+    PyTorch's. same_decisions: images with the same decision and matches. real: whether the latents
+    were real ones, and not drawn with a space's statistics. escalated: images that the first model
+    of a cascade passed on; decisions are those of the whole cascade, scores those of the second
+    model.
     """
 
     images: int
@@ -58,8 +61,10 @@ class Checked:
     margin: float
     embedding: float
     cosine: float
-    same: int
-    sent: int | None = None
+    same_decisions: int
+    escalated: int | None = None
+
+    same, sent = Former("same_decisions"), Former("escalated")
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ def export_onnx(
     first_precision: Precision | None = None,
     size: tuple[int, int] | None = None,
     scaled: bool = True,
+    space: LatentSpace | str | Path | None = None,
     heatmaps: bool = False,
     check: Latents | None = None,
     calibrate: Latents | None = None,
@@ -103,6 +109,7 @@ def export_onnx(
         first_precision: of the first model of a cascade; None is that of the second.
         size: height and width in latent cells; None leaves them open.
         scaled: whether the file reads latents as a pipeline denoises them, or raw ones.
+        space: the model's latent space, where it is one of your own: a LatentSpace or its file.
         heatmaps: give heat maps, too.
         check: latents to compare with PyTorch on; None takes the bundled ones where they are of
             the model's space, and else draws some with the space's statistics.
@@ -115,7 +122,7 @@ def export_onnx(
             needs a size and is given none; a `first_precision` where the policy has no cascade.
         LatentsError: latents of another space or size, or a space whose statistics are not known.
     """
-    scorer, out = Scorer(policy, model, device="cpu").thorough, Path(out)
+    scorer, out = Scorer(policy, model, space=space, device="cpu").thorough, Path(out)
     if first_precision is not None and scorer.first is None:
         raise ModelError(f"policy '{scorer.policy.name}' has no cascade, and so no first model")
     first_precision = first_precision or precision
@@ -126,14 +133,14 @@ def export_onnx(
             if one is not None:
                 _check_open(one.encoder)
     given, real = _to_check(check, scorer, scaled, size)
-    way = _Way(out.parent, size, scaled, given, real, calibrate, progress)
+    job = ExportJob(out.parent, size, scaled, given, real, calibrate, progress)
     first: Exported | None = None
     with replacing_all(out.parent) as (folder, files):
         if scorer.first is not None:
             beside = folder / first_name(out)
-            of_first, first = way.make(scorer.first, beside, first_precision)
+            of_first, first = job.make(scorer.first, beside, first_precision)
             files += of_first
-        written, made = way.make(scorer, folder / out.name, precision, heatmaps, first)
+        written, made = job.make(scorer, folder / out.name, precision, heatmaps, first)
         files[:0] = written
     return made
 
@@ -153,7 +160,7 @@ def first_name(out: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Way:
+class ExportJob:
     """What the exports of one call have in common; see `export_onnx`.
 
     folder: where the files will be.
@@ -303,7 +310,7 @@ def compare(
     merging: whether tokens merge in PyTorch's second model, where they do in the file.
     """
     margin = embedding = 0.0
-    cosine, same, sent = 1.0, 0, 0
+    cosine, same, escalated = 1.0, 0, 0
     with Guard(path, providers=["CPUExecutionProvider"]) as guard:
         for begin in range(0, len(latents), 16):
             batch = latents[begin : begin + 16]
@@ -321,9 +328,9 @@ def compare(
             judged = guard.judge(batch.tensor.numpy())
             pairs = zip(judged.verdicts, decided, strict=True)
             same += sum(_outcome(a) == _outcome(b) for a, b in pairs)
-            sent += sum(judged.escalated or ())
-    escalated = None if scorer.first is None else sent
-    return Checked(len(latents), real, margin, embedding, cosine, same, escalated)
+            escalated += sum(judged.escalated or ())
+    sent = None if scorer.first is None else escalated
+    return Checked(len(latents), real, margin, embedding, cosine, same, sent)
 
 
 def _to_check(

@@ -83,7 +83,7 @@ class Claims:
         So a file may repeat the numbers of its space, or those of the space that the operator gave,
         and decides nothing by them.
 
-        space: as the operator gave it, else as the file names it or it was recognised.
+        space: as the operator gave it, else as the file names it or it was recognized.
 
         Raises LatentsError, which says what to do.
         """

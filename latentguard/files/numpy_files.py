@@ -63,7 +63,7 @@ def open_npz(stream: BinaryIO, size: int, claims: Claims) -> Payload:
             raise LatentsError(f"is a damaged .npz: it holds {name[:60]!r} twice")
         entries[name] = _checked(entry)
     values = {name: _small(stream, entries[name]) for name in KEYS & entries.keys()}
-    claims = Claims.parse(values).merged(claims, "the file", "its metadata")
+    claims = Claims.parse(values).merged(claims, "the file", "what is said beside it")
     latents = _latents_entry(entries)
     entry = entries[latents]
     header = _header(entry_stream(stream, entry), entry.size)

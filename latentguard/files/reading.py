@@ -22,7 +22,7 @@ from latentguard.files.shards import Sample, member_window, read_samples, sample
 from latentguard.files.streams import open_regular, size_of, state_of, unchanged
 from latentguard.files.tar import Member, printable
 from latentguard.files.torch_files import open_torch
-from latentguard.spaces import Latents, LatentSpace, recognise
+from latentguard.spaces import Latents, LatentSpace, Layout, recognize
 from latentguard.spaces.arrays import LatentArray, unpack, unpatchify, widened
 from latentguard.spaces.statistics import MAX_IMAGES
 from latentguard.spaces.tokens import check_layout, check_size
@@ -56,6 +56,18 @@ class ArrayRecord:
 
 
 @dataclass(frozen=True)
+class Operator:
+    """What whoever reads the files says of those that do not say it.
+
+    said: layout, height and width.
+    """
+
+    space: LatentSpace | None
+    scaled: bool | None
+    said: Claims
+
+
+@dataclass(frozen=True)
 class Record:
     """As `ArrayRecord`, with the latents as a torch tensor, spatial."""
 
@@ -68,7 +80,7 @@ class Record:
 
 def read_latents(
     paths: Iterable[str | Path] | str | Path,
-    space: str | LatentSpace | None = None,
+    space: str | Path | LatentSpace | None = None,
     scaled: bool | None = None,
 ) -> Iterator[Record]:
     """`read_arrays`, as torch tensors. Raises LatentsError where torch is not installed, too."""
@@ -85,9 +97,12 @@ def read_latents(
 
 def read_arrays(
     paths: Iterable[str | Path] | str | Path,
-    space: str | LatentSpace | None = None,
+    space: str | Path | LatentSpace | None = None,
     scaled: bool | None = None,
     passed: PassedOver | None = None,
+    layout: Layout | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Iterator[ArrayRecord]:
     """Read latents files one image at a time, in a stable order; at most one image is in memory
     besides what a .pt inside a shard holds. Without torch.
@@ -96,9 +111,11 @@ def read_arrays(
         paths: files (.pt, .pth, .safetensors, .npy, .npz, .tar), folders (searched recursively,
             sorted by name), and glob patterns.
         space, scaled: what the files do not say themselves. A file that says otherwise is an
-            error, and one that says nothing is recognised by its statistics or is an error. A
+            error, and one that says nothing is recognized by its statistics or is an error. A
             scaling that is not the space's usual one comes with `space` alone: a file that declares
             one of its own is an error.
+        layout, height, width: the same, for arrays whose shape leaves it open; packed tokens need
+            height and width, in latent cells.
         passed: counts what folders and shards hold besides, which cannot be latents.
 
     Yields:
@@ -108,15 +125,17 @@ def read_arrays(
     Raises:
         LatentsError: the space is unknown.
     """
-    given = None if space is None else LatentSpace.get(space)
+    given = None if space is None else LatentSpace.of(space)
     if scaled is not None and not isinstance(scaled, bool):
         raise LatentsError(f"scaled must be True, False or None, got {scaled!r}")
+    said = Claims.parse({"layout": layout, "height": height, "width": width})
+    operator = Operator(given, scaled, said)
     paths = [paths] if isinstance(paths, (str, Path)) else paths
-    return _records(paths, given, scaled, PassedOver() if passed is None else passed)
+    return _records(paths, operator, PassedOver() if passed is None else passed)
 
 
 def load_latents(
-    path: str | Path, space: str | LatentSpace | None = None, scaled: bool | None = None
+    path: str | Path, space: str | Path | LatentSpace | None = None, scaled: bool | None = None
 ) -> Latents:
     """All images of one file as one batch, spatial, with its ids if every image has one.
 
@@ -137,14 +156,14 @@ def load_latents(
 
 
 def _records(
-    paths: Iterable[str | Path], space: LatentSpace | None, scaled: bool | None, passed: PassedOver
+    paths: Iterable[str | Path], operator: Operator, passed: PassedOver
 ) -> Iterator[ArrayRecord]:
     for path in paths:
         for found in expand(path, passed):
             if isinstance(found, Unreadable):
                 yield ArrayRecord(found.source, 0, None, None, found.error)
                 continue
-            yield from _guarded(str(found), 0, _file(found, space, scaled, passed))
+            yield from _guarded(str(found), 0, _file(found, operator, passed))
 
 
 def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterator[ArrayRecord]:
@@ -165,9 +184,7 @@ def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterato
 # -- one file --------------------------------------------------------------------------------
 
 
-def _file(
-    path: Path, space: LatentSpace | None, scaled: bool | None, passed: PassedOver
-) -> Iterator[ArrayRecord]:
+def _file(path: Path, operator: Operator, passed: PassedOver) -> Iterator[ArrayRecord]:
     name = path.name.lower()
     if name.endswith(COMPRESSED_SHARDS):
         raise LatentsError("is a compressed archive, whose size nothing bounds: unpack it to .tar")
@@ -178,10 +195,10 @@ def _file(
         if size == 0:
             raise LatentsError("is an empty file")
         if name.endswith(".tar"):
-            records = _shard(path, stream, size, space, scaled, passed)
+            records = _shard(path, stream, size, operator, passed)
         else:
-            payload = _OPENERS[path.suffix.lower()](stream, size, Claims())
-            records = _images(payload, str(path), 0, None, space, scaled, passed)
+            payload = _OPENERS[path.suffix.lower()](stream, size, operator.said)
+            records = _images(payload, str(path), 0, None, operator, passed)
         yield from unchanged(stream, path, before, records)
 
 
@@ -189,8 +206,7 @@ def _shard(
     path: Path,
     stream: BinaryIO,
     size: int,
-    space: LatentSpace | None,
-    scaled: bool | None,
+    operator: Operator,
     passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     index = 0
@@ -201,7 +217,7 @@ def _shard(
             continue
         for member in sample.latents:
             source = f"{path}::{printable(member.name)}"
-            records = _member(stream, sample, member, source, index, space, scaled, passed)
+            records = _member(stream, sample, member, source, index, operator, passed)
             for record in _guarded(source, index, records):
                 index = record.index + 1
                 yield record
@@ -213,16 +229,15 @@ def _member(
     member: Member,
     source: str,
     index: int,
-    space: LatentSpace | None,
-    scaled: bool | None,
+    operator: Operator,
     passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     if member.size == 0:
         raise LatentsError("is an empty member")
-    claims = sample_claims(stream, sample)
+    claims = sample_claims(stream, sample).merged(operator.said, "KEY.json", "the option given")
     suffix = os.path.splitext(member.name.lower())[1]
     payload = _OPENERS[suffix](member_window(stream, member), member.size, claims)
-    yield from _images(payload, source, index, printable(sample.key), space, scaled, passed)
+    yield from _images(payload, source, index, printable(sample.key), operator, passed)
 
 
 # -- images ----------------------------------------------------------------------------------
@@ -233,11 +248,11 @@ def _images(
     source: str,
     first: int,
     key: str | None,
-    space: LatentSpace | None,
-    scaled: bool | None,
+    operator: Operator,
     passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     """The records of one payload: its convention is settled first, then image after image."""
+    space, scaled = operator.space, operator.scaled
     given = Claims(space=None if space is None else space.name, scaled=scaled)
     claims = payload.claims.merged(given, "the file", "the option given")
     # The operator's may have a scaling of its own, or flux2's statistics.
@@ -280,7 +295,7 @@ def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
 def _settle(
     payload: Payload, claims: Claims, known: LatentSpace | None
 ) -> tuple[LatentSpace, bool] | None:
-    """Space and scaling as declared or recognised; None where no image can be used anyway.
+    """Space and scaling as declared or recognized; None where no image can be used anyway.
 
     Raises:
         LatentsError: the question that the file leaves open.
@@ -294,10 +309,10 @@ def _settle(
         return None
     if any(image.ndim == 2 for image in sample):
         raise LatentsError(
-            "packed latents are not recognised by their statistics: declare their space and "
+            "packed latents are not recognized by their statistics: declare their space and "
             "scaling in the file, or say --space and --scaled or --unscaled"
         )
-    found = recognise(sample, known, claims.scaled)
+    found = recognize(sample, known, claims.scaled)
     if found.space is None or found.scaled is None:
         raise LatentsError(found.question)
     return known or LatentSpace.get(found.space), found.scaled

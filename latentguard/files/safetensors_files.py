@@ -38,7 +38,7 @@ def open_safetensors(stream: BinaryIO, size: int, claims: Claims) -> Payload:
         isinstance(v, str) and _is_text(v) and _is_text(k) for k, v in metadata.items()
     ):
         raise LatentsError("has damaged metadata: every value must be text")
-    claims = Claims.parse(metadata, text=True).merged(claims, "the file", "its metadata")
+    claims = Claims.parse(metadata, text=True).merged(claims, "the file", "what is said beside it")
     tensors = _tensors(header, size - start)
     name = "latents" if "latents" in tensors else next(iter(tensors), "")
     if name not in tensors or (name != "latents" and len(tensors) > 1):

@@ -62,7 +62,7 @@ def read_samples(
 ) -> Iterator[Sample | LatentsError]:
     """The shard's samples in order, and an error for each part that cannot be read.
 
-    As WebDataset has it, the members of a key are neighbours.
+    As WebDataset has it, the members of a key are neighbors.
 
     Args:
         passed: counts the members that cannot hold latents.

@@ -44,7 +44,7 @@ def open_torch(stream: BinaryIO, size: int, claims: Claims) -> Payload:
     value, places = _read(stream, size)
     others = Beside()
     if isinstance(value, Mapping):
-        claims = Claims.parse(_plain(value)).merged(claims, "the file", "its metadata")
+        claims = Claims.parse(_plain(value)).merged(claims, "the file", "what is said beside it")
         whole, value = value, _latents_of(value)
         others = _beside(whole, value)
     tensors = value if isinstance(value, (list, tuple)) else [value]

@@ -25,7 +25,7 @@ def save_latents(path: str | Path, latents: Latents, **metadata: Any) -> None:
 
     Args:
         path: ends in .pt, .pth or .safetensors; .npy holds numbers only and is refused.
-        metadata: further keys, values of JSON's kinds (a licence, say); readers ignore them.
+        metadata: further keys, values of JSON's kinds (a license, say); readers ignore them.
 
     Raises:
         LatentsError: another suffix, a reserved key, or a value that JSON has no kind for.
@@ -47,7 +47,7 @@ def save_latents(path: str | Path, latents: Latents, **metadata: Any) -> None:
         latents.layout == "patches"
         or latents.space.packed_order != latents.space.standard.packed_order
     ):
-        latents = latents.spatial()  # a file cannot say in which order its tokens are
+        latents = latents.to_spatial()  # a file cannot say in which order its tokens are
     fields = {**_description(latents), **extra}
     tensor = latents.tensor.detach().cpu().contiguous().clone()
     with replacing(target) as file:

@@ -5,46 +5,56 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from latentguard.deprecated import former_names
+
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
     from latentguard.guard.audit import AuditLog
+    from latentguard.guard.blocks import GuardBlock, guarded_blocks
     from latentguard.guard.noise import optimize_noise
     from latentguard.guard.output import GenerationBlocked
     from latentguard.guard.record import Steering, StepRecord
-    from latentguard.guard.sessions import Limits, Session, StepResult, session
+    from latentguard.guard.sessions import Budget, Session, StepResult, session
 
 # Sessions work where diffusers is not installed.
 _HOME = {
     "AuditLog": "audit",
+    "Budget": "sessions",
     "GenerationBlocked": "output",
+    "GuardBlock": "blocks",
     "LatentGuard": "adapter",
-    "Limits": "sessions",
     "Session": "sessions",
     "StepRecord": "record",
     "StepResult": "sessions",
     "Steering": "record",
+    "guarded_blocks": "blocks",
     "optimize_noise": "noise",
     "session": "sessions",
 }
 
 __all__ = [
     "AuditLog",
+    "Budget",
     "GenerationBlocked",
+    "GuardBlock",
     "LatentGuard",
-    "Limits",
     "Session",
     "Steering",
     "StepRecord",
     "StepResult",
+    "guarded_blocks",
     "optimize_noise",
     "session",
 ]
 
 
-def __getattr__(name: str) -> Any:
+def _room(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'latentguard.guard' has no attribute {name!r}")
     return getattr(import_module(f"latentguard.guard.{_HOME[name]}"), name)
+
+
+__getattr__ = former_names(__name__, {"Limits": "Budget"}, _room)
 
 
 def __dir__() -> list[str]:

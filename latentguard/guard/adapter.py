@@ -15,18 +15,20 @@ import torch
 from diffusers.callbacks import PipelineCallback
 
 from latentguard.denoised import check_scheduler
+from latentguard.deprecated import former_keywords
 from latentguard.encoders import Encoder
-from latentguard.errors import LatentsError, PolicyError
+from latentguard.errors import GuardError, LatentsError, PolicyError
 from latentguard.guard import output as outputs
+from latentguard.guard.attachment import check_actions
 from latentguard.guard.audit import AuditLog
 from latentguard.guard.install import install
-from latentguard.guard.layout import check_layout, space_of
+from latentguard.guard.layout import check_readable, layout_of, space_of
 from latentguard.guard.metrics import Metrics
 from latentguard.guard.output import GenerationBlocked
 from latentguard.guard.record import StepRecord
 from latentguard.guard.requests import Place, Request, add_to_request, here, opened, request_of
 from latentguard.guard.running import Marked
-from latentguard.guard.sessions import Limits, Session
+from latentguard.guard.sessions import Budget, Session
 from latentguard.judge import PolicyId, Verdict
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer
@@ -53,8 +55,9 @@ class LatentGuard(PipelineCallback, Marked):
         pipe.callback_on_step_end = LatentGuard(policy)
 
     `pipe(..., callback_on_step_end=guard)` and `MultiPipelineCallbacks` work too; your own callback
-    runs first, and the guard sees the latents last. `None` detaches. One guard serves any number of
-    pipelines and threads: each call has a session of its own.
+    runs first, and the guard sees the latents last. `None` detaches. Modular pipelines are guarded
+    by `into(blocks)`. One guard serves any number of pipelines and threads: each call has a session
+    of its own.
 
     Args:
         policy: a Policy, the name of a shipped one, or a path.
@@ -64,7 +67,7 @@ class LatentGuard(PipelineCallback, Marked):
         device: where the encoder runs; None is the device of the latents.
         on_block: for `on_block: callback`: called with (index, verdict, blank image) for each
             blocked image, returns what takes its place.
-        limits: timeout, scoring budget and steps of a call.
+        budget: the time, the scoring time and the steps of a call.
         audit: a path or AuditLog: one JSON line for each image and scored step.
         compile: a mode of torch.compile for the encoder ("default", "reduce-overhead" for CUDA
             graphs, ...), None for eager.
@@ -76,21 +79,22 @@ class LatentGuard(PipelineCallback, Marked):
     Raises:
         PolicyError, ModelError: policy or model cannot be used, here or when it is attached.
         ValueError: `compile` is no mode of torch.compile.
-        LatentsError: when it is attached: the pipeline's latent space is not known, or it has no
+        GuardError: when it is attached: the pipeline's latent space is not known, or it has no
             step callback.
     """
 
     tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers reads it as a class attribute)
 
+    @former_keywords(limits="budget")
     def __init__(
         self,
         policy: Policy | str | Path = "default",
         model: Encoder | str | Path = "auto",
         *,
-        space: LatentSpace | str | None = None,
+        space: LatentSpace | str | Path | None = None,
         device: torch.device | str | None = None,
         on_block: Callable[[int, Verdict, Any], Any] | None = None,
-        limits: Limits | None = None,
+        budget: Budget | None = None,
         audit: AuditLog | str | Path | None = None,
         compile: str | None = None,
     ) -> None:
@@ -105,10 +109,10 @@ class LatentGuard(PipelineCallback, Marked):
                 "the two go together"
             )
         self._model = model
-        self._space = None if space is None else LatentSpace.get(space)
+        self._space = None if space is None else LatentSpace.of(space)
         self._device = device
         self._on_block = on_block
-        self._limits = limits
+        self._budget = budget
         self._audit = audit if audit is None or isinstance(audit, AuditLog) else AuditLog(audit)
         self._compile = compile
         self._start()
@@ -160,23 +164,32 @@ class LatentGuard(PipelineCallback, Marked):
             f"model={said['model']!r}, space={said['space']!r})"
         )
 
+    def into(self, blocks: Any) -> Any:
+        """A copy of a modular pipeline's blocks with this guard in them: see `guarded_blocks`.
+
+        pipe = guard.into(blocks).init_pipeline(...)
+        """
+        from latentguard.guard.blocks import guarded_blocks  # where diffusers has them
+
+        return guarded_blocks(blocks, self)
+
     # -- sessions ----------------------------------------------------------------------------
 
     def session(
-        self, request_id: str | None = None, *, space: LatentSpace | str | None = None
+        self, request_id: str | None = None, *, space: LatentSpace | str | Path | None = None
     ) -> Session:
         """A session under this guard's policy, for a loop of your own.
 
         `space` is needed with model "auto" unless the guard or its policy names it.
         """
         given = space if space is not None else self._space or self.policy.space
-        scorer = self._scorer(None if given is None else LatentSpace.get(given).name, None)
-        return Session(scorer, request_id, limits=self._limits, on_record=self._recorded_alone)
+        scorer = self._scorer(None if given is None else LatentSpace.of(given), None)
+        return Session(scorer, request_id, budget=self._budget, on_record=self._recorded_alone)
 
-    def _scorer(self, space: str | None, device: torch.device | None) -> Scorer:
+    def _scorer(self, space: LatentSpace | None, device: torch.device | None) -> Scorer:
         """One scorer for each space and device, made when it is first needed."""
         where = self._device if self._device is not None else device
-        key = (space or "", str(where))
+        key = ("" if space is None else space.name, str(where))
         with self._lock:
             if key not in self._scorers:
                 # Made within a call in inference mode, it could give no gradients in later ones.
@@ -201,23 +214,34 @@ class LatentGuard(PipelineCallback, Marked):
     # -- what a guarded call asks ------------------------------------------------------------
 
     def _space_of(self, pipe: Any) -> LatentSpace:
-        """The latent space of a pipeline. Raises LatentsError where it is not known."""
+        """The latent space of a pipeline. Raises GuardError where it is not known."""
         return space_of(pipe, self._space)
 
     def _prepare(self, pipe: Any) -> None:
         """Find out whether this guard can serve a pipeline, and load what it takes."""
-        check_scheduler(pipe.scheduler)
         outputs.check_images(pipe)
+        check_readable(pipe)
+        check_scheduler(pipe.scheduler)
         space = self._space_of(pipe)
-        check_layout(pipe, space)
-        self._scorer(space.name, pipe._execution_device)
+        layout_of(pipe, space)
+        check_actions(pipe, self.policy)
+        self._scorer(space, pipe._execution_device)
+
+    def _prepare_blocks(self, pipe: Any) -> None:
+        """Find out whether this guard can serve a modular pipeline, and load what it takes.
+
+        That its latents can be read is found out by the call (modular.py).
+        """
+        if getattr(pipe, "scheduler", None) is not None:
+            check_scheduler(pipe.scheduler)
+        self._scorer(self._space_of(pipe), pipe._execution_device)
 
     def _session_for(self, pipe: Any, device: torch.device) -> Session:
         """The session of one call, which belongs to the request that it is made in."""
-        scorer = self._scorer(self._space_of(pipe).name, device)
+        scorer = self._scorer(self._space_of(pipe), device)
         request = request_of(self)
         name = None if request is None else request.id
-        return Session(scorer, name, limits=self._limits, on_record=self._recorded)
+        return Session(scorer, name, budget=self._budget, on_record=self._recorded)
 
     def _forget(self) -> None:
         """A call begins here: what the last one said is not asked for any more."""
@@ -256,7 +280,7 @@ class LatentGuard(PipelineCallback, Marked):
         self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Where diffusers would call a callback; a guarded call never gets here."""
-        raise LatentsError(
+        raise GuardError(
             f"LatentGuard was called outside of a guarded call of {type(pipeline).__name__}: only "
             "classes derived from diffusers.DiffusionPipeline can be guarded this way; in a loop "
             "of your own use guard.session(...)"

@@ -7,18 +7,23 @@ it would do nothing is an error.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError
 from latentguard.guard.call import GuardedCall
 from latentguard.guard.outermost import Outermost
 from latentguard.guard.running import CALLBACK, INPUTS, Marked, current, waiting
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
+    from latentguard.policy import Policy
 
 _DEPTH = 3
+
+# Pipelines that call a callback, and go on with their own latents whatever it returns.
+_IGNORE_ANSWERS = re.compile(r"PRX")
 
 
 def guards_in(callback: Any) -> list[LatentGuard]:
@@ -66,15 +71,31 @@ def holds_guard(value: Any, depth: int = _DEPTH) -> bool:
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Raises LatentsError where a pipeline's class has no step callback that sees the latents."""
+    """Raises GuardError where a pipeline's class has no step callback that sees the latents."""
     name = type(pipe).__name__
     parameters = _parameters(type(pipe))
     missing = [key for key in (CALLBACK, INPUTS) if key not in parameters]
     if missing or "latents" not in getattr(pipe, "_callback_tensor_inputs", ()):
-        raise LatentsError(
+        raise GuardError(
             f"{name} has no {missing[0] if missing else 'latents in its step callback'}, so it "
             "cannot be guarded while it denoises: use output_type='latent' and Scorer, or "
             "latentguard.guard.session in a loop of your own"
+        )
+
+
+def ignores_answers(cls: type) -> bool:
+    """Whether a pipeline's class goes on with its own latents whatever a callback returns."""
+    return any(_IGNORE_ANSWERS.match(base.__name__) for base in cls.__mro__)
+
+
+def check_actions(pipe: Any, policy: Policy) -> None:
+    """Raises LatentsError for a policy that steers, where a pipeline does not let itself steer."""
+    steering = [concept.id for concept in policy.concepts if concept.action == "steer"]
+    if steering and ignores_answers(type(pipe)):
+        raise GuardError(
+            f"{type(pipe).__name__} ignores the latents that a step callback returns, so nothing "
+            f"can be steered in it, and policy '{policy.name}' steers {', '.join(steering)}: use "
+            "a policy whose actions are observe, review or block"
         )
 
 
@@ -138,7 +159,7 @@ def _guarded(
     guards = list(dict.fromkeys(part for part in callbacks if _is_guard(part)))
     others = [part for part in callbacks if not _is_guard(part)]
     if any(holds_guard(other) for other in others):
-        raise LatentsError(
+        raise GuardError(
             f"{CALLBACK} must be a LatentGuard, another callback, or a MultiPipelineCallbacks of "
             f"some, got {others!r}"
         )
@@ -153,7 +174,7 @@ def _check_places(name: str, arguments: Mapping[str, Any]) -> None:
         if holds_guard(value):
             if key == "kwargs" and isinstance(value, dict):
                 _check_places(name, value)
-            raise LatentsError(f"{name}: give a LatentGuard as {CALLBACK}, not as {key}")
+            raise GuardError(f"{name}: give a LatentGuard as {CALLBACK}, not as {key}")
 
 
 def _handed_on(

@@ -25,14 +25,15 @@ from latentguard.errors import LatentsError
 from latentguard.guard import output as outputs
 from latentguard.guard.components import decoder_of, wrap_components
 from latentguard.guard.decoding import Decoding
-from latentguard.guard.layout import is_tiny, packed_size, packs, read
+from latentguard.guard.forms import SPATIAL
+from latentguard.guard.layout import Layout, decoded_layout, is_tiny, layout_of, pixels_in
 from latentguard.guard.outermost import Outermost
 from latentguard.guard.record import CallRecord
 from latentguard.guard.running import CALLBACK, INPUTS, current, waiting
 from latentguard.guard.sessions import Session
-from latentguard.guard.tensors import equal, laid_out_as, plain, private
+from latentguard.guard.tensors import equal, plain, private
 from latentguard.guard.wrapping import names_of
-from latentguard.spaces import Latents, Prediction
+from latentguard.spaces import Latents, LatentSpace, Prediction
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
@@ -75,11 +76,10 @@ class GuardedCall:
         self._callbacks = callbacks
         self._requested = self._user_inputs()
         self._sessions: list[Session] = []
-        self._space = guards[0].space_of(pipe) if guards else None
-        self._packs = self._space is not None and packs(pipe, self._space)
+        self._space = guards[0]._space_of(pipe) if guards else None
+        self._layout = None if self._space is None else self._layout_in(self._space)
         self._decoding = None if self._space is None else Decoding.of(pipe, self._space)
-        self._size: tuple[int, int] | None = None
-        self.saw_size(arguments)
+        self._pixels = self._size_asked()
         self._count = 0
         self._seen: StepCall | None = None
         self._latest: Denoised | None = None  # of the last step
@@ -90,6 +90,10 @@ class GuardedCall:
         self._blank: Any = None
         self._blanked: list[int] = []  # the images that are blank in what was returned
         self._running: list[Any] = []
+
+    def _layout_in(self, space: LatentSpace) -> Layout:
+        """How the pipeline's latents hold those of a space."""
+        return layout_of(self.pipe, space)
 
     # -- the call ----------------------------------------------------------------------------
 
@@ -197,8 +201,7 @@ class GuardedCall:
 
     def saw_size(self, arguments: Mapping[str, Any]) -> None:
         """`prepare_latents` is called: the size in pixels that the pipeline works at."""
-        if self._packs:
-            self._size = packed_size(arguments, self.pipe) or self._size
+        self._pixels = pixels_in(arguments) or self._pixels
 
     def saw_first(self, prepared: Any) -> None:
         """`prepare_latents` returned the latents that the loop begins with, or a tuple of them."""
@@ -220,8 +223,8 @@ class GuardedCall:
             z[[row in self._blocked() for row in rows]] = 0
         elif not self.let_through(z):
             # A tiny autoencoder decodes scaled latents.
-            judged = self._judge_end(Latents(z, self._space, is_tiny(decoder_of(self.pipe))))
-            z = laid_out_as(judged.tensor, z)
+            layout, scaled = decoded_layout(self._space), is_tiny(decoder_of(self.pipe))
+            z = layout.written(self._judge_end(layout.read(z, None, scaled)), z)
         self._let_through.append(z.clone())
         return z
 
@@ -271,7 +274,7 @@ class GuardedCall:
         if last:
             tensor = private(tensor)
         latents = self._step(tensor, estimate, error, last)
-        values["latents"] = laid_out_as(latents.tensor, tensor)
+        values["latents"] = self._written(latents, tensor)
         if "denoised" in values:
             values["denoised"] = values["latents"] if last else self._blank_rows(values["denoised"])
         # A copy: what runs after this callback could change the tensor in place.
@@ -314,8 +317,7 @@ class GuardedCall:
         return values
 
     def _step(self, tensor: Tensor, estimate: Denoised | None, error: str, last: bool) -> Latents:
-        assert self._space is not None
-        latents = read(tensor, self._space, self._size)
+        latents = self._read(tensor)
         self._begin(latents)
         for session in self._sessions:
             if estimate is None:
@@ -333,7 +335,6 @@ class GuardedCall:
     def _step_seen(
         self, session: Session, latents: Latents, estimate: Denoised, last: bool
     ) -> Latents:
-        assert self._space is not None
         if last:
             self._step_noisy(session, estimate)
         return session.step(
@@ -348,24 +349,37 @@ class GuardedCall:
 
     def _told(self, session: Session, latents: Latents, estimate: Denoised) -> Latents | Prediction:
         """The clean estimate, or what it is made of where the session only scores it."""
-        assert self._space is not None
+        assert self._layout is not None
         parts = estimate.parts
         # A callback of the user's may have changed in place what x0 was made of.
         alone = session.scores_only and not self._callbacks
-        if alone and parts is not None and latents.layout == "spatial":
-            noisy = read(plain(parts.sample), self._space, self._size)
+        if alone and parts is not None and self._layout.forms == (SPATIAL,):
+            noisy = self._read(plain(parts.sample))
             return Prediction(noisy, plain(parts.noise), parts.alpha, parts.sigma)
-        return read(estimate.x0.to(latents.tensor.dtype), self._space, self._size)
+        return self._read(estimate.x0.to(latents.tensor.dtype))
 
     def _step_noisy(self, session: Session, estimate: Denoised) -> None:
         """Whoever gets latents that are still noisy can denoise them: x0 is judged as well."""
         if estimate.level_after.noise_level > _CLEAN_ENOUGH:
-            assert self._space is not None
-            x0 = read(estimate.x0, self._space, self._size)
+            x0 = self._read(estimate.x0)
             level = estimate.level_before.noise_level
             session.step(
                 x0, noise_level=level, final=True, estimate_source=estimate.estimate_source
             )
+
+    def _read(self, tensor: Tensor) -> Latents:
+        """A tensor of the loop as scaled latents."""
+        assert self._layout is not None
+        return self._layout.read(tensor, self._pixels)
+
+    def _written(self, latents: Latents, like: Tensor) -> Tensor:
+        """Latents in the form, dtype and strides of a tensor of the loop."""
+        assert self._layout is not None
+        return self._layout.written(latents, like)
+
+    def _size_asked(self) -> tuple[int, int] | None:
+        """Height and width in pixels that the call asks for, or its defaults are."""
+        return pixels_in({side: self._argument(side) for side in ("height", "width")})
 
     def _begin(self, latents: Latents) -> None:
         if self._sessions:
@@ -437,19 +451,21 @@ class GuardedCall:
     def _is_judged(self, tensor: Tensor) -> bool:
         """Whether a tensor is what was judged as final: packed, spatial, or as the VAE gets it."""
         judged = self._judged
-        if judged is None:
+        if judged is None or len(judged) != len(tensor):
             return False
-        forms = (judged.tensor, judged.to_spatial().tensor)
+        forms = [judged.tensor, judged.to_spatial().tensor]
+        if self._layout is not None and self._layout.fits(tensor):
+            forms.append(self._written(judged, tensor))
         if any(equal(form.to(tensor.device, tensor.dtype), tensor) for form in forms):
             return True
-        rows = None if tensor.ndim != 4 else self._rows_of(tensor)
+        rows = None if tensor.ndim not in (4, 5) else self._rows_of(tensor)
         return rows == list(range(len(judged)))
 
     def _is_untouched(self) -> bool:
         """Whether the tensor that the pipeline got still holds what was judged as final."""
         if self._judged is None or self._handed is None:
             return False
-        return equal(self._handed, self._judged.tensor.reshape(self._handed.shape))
+        return equal(self._handed, self._written(self._judged, self._handed))
 
     def _judge_end(self, latents: Latents) -> Latents:
         """Judge what the pipeline gives back, where no step has judged just that as final."""
@@ -467,13 +483,14 @@ class GuardedCall:
         cls = outputs.output_class(self.pipe)
         # Pipelines of packed spaces differ in the form of the latents that they give back, and
         # an image that was cropped for inpainting is put back into the whole of it.
-        differs = form == "latent" and self._space.packed_patch > 1
+        assert self._layout is not None
+        differs = form == "latent" and self._layout.forms != (SPATIAL,)
         if cls is None or differs or self._argument("padding_mask_crop") is not None:
             return None
         if form == "latent":
             images: Any = torch.zeros_like(tensor)
         else:
-            latents = read(tensor, self._space, self._size)
+            latents = self._read(tensor)
             height, width = (
                 side * latents.space.vae_scale_factor for side in (latents.height, latents.width)
             )
@@ -481,9 +498,10 @@ class GuardedCall:
         if images is None:
             return None
         fields: dict[str, Any] = dict.fromkeys(getattr(cls, "__dataclass_fields__", {}))
+        fields[next(name for name in outputs.IMAGES if name in fields)] = images
         if self._argument("return_dict") is False:
-            return tuple({**fields, "images": images}.values())
-        return cls(**{**fields, "images": images})
+            return tuple(fields.values())
+        return cls(**fields)
 
     def _argument(self, name: str) -> Any:
         """An argument of the call, among its **kwargs too; its default where it was not given."""
@@ -542,7 +560,8 @@ class GuardedCall:
         if told and isinstance(images, Tensor):
             latents: Tensor | None = private(images)
         else:
-            latents = outputs.latents_in(images, self._space)
+            assert self._layout is not None
+            latents = outputs.latents_in(images, self._layout)
         if latents is None:
             outputs.check_pixels(images, self.pipe)
             return output, images, False
@@ -575,11 +594,13 @@ class GuardedCall:
         if self._is_judged(images):
             return images
         assert self._space is not None
-        judged = self._judge_end(read(images, self._space, self._size))
-        if images.ndim == 4 and self._space.packed_patch > 1:
+        assert self._layout is not None
+        judged = self._judge_end(self._read(images))
+        if not self._layout.forms[0].fits(images.shape, self._space.channels):
             # FLUX.2's pipelines differ in whether they give back scaled latents or raw ones.
-            judged = self._judge_end(Latents(judged.tensor, self._space, scaled=False))
-        return laid_out_as(judged.tensor, images)
+            raw = Latents(judged.to_spatial().tensor, self._space, scaled=False)
+            judged = self._judge_end(raw)
+        return self._written(judged, images)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

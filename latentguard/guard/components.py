@@ -12,22 +12,28 @@ from latentguard.guard.wrapping import names_of, wrap
 
 def wrap_components(pipe: Any) -> None:
     """Make a pipeline's scheduler and VAE report to the guarded call."""
-    wrap(type(pipe.scheduler), "step", _step)
+    if getattr(pipe, "scheduler", None) is not None:  # blocks that only decode have none
+        wrap(type(pipe.scheduler), "step", _step)
     wrap(type(pipe), "prepare_latents", _prepare_latents)
     vae = decoder_of(pipe)
     if vae is not None:
         wrap(type(vae), "decode", _decode)
 
 
+_DECODERS = ("vae", "movq", "vqgan")
+"""The components whose `decode` makes images of latents."""
+
+
 def decoder_of(pipe: Any) -> Any:
-    """A pipeline's VAE, as it was before torch.compile; None where it has none."""
-    vae = getattr(pipe, "vae", None)
+    """What makes a pipeline's images, as it was before torch.compile; None where nothing does."""
+    found = (getattr(pipe, name, None) for name in _DECODERS)
+    vae = next((one for one in found if one is not None), None)
     return getattr(vae, "_orig_mod", vae)
 
 
 def _step(original: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
     call = current.get()
-    if call is None or call.pipe.scheduler is not scheduler:
+    if call is None or getattr(call.pipe, "scheduler", None) is not scheduler:
         return original(scheduler, *args, **kwargs)
     return call.scheduler_step(original, scheduler, args, kwargs)
 

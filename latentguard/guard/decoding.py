@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentguard.errors import LatentsError
 from latentguard.guard.components import decoder_of
-from latentguard.guard.layout import is_tiny, space_of
+from latentguard.guard.layout import batch_norm_eps, by_channel, is_tiny, numbers_of
 from latentguard.guard.tensors import equal
 from latentguard.spaces import Latents, LatentSpace
 
@@ -24,9 +23,9 @@ class Decoding:
     and the pipelines' own arithmetic make of judged latents. Anything else, a sum in another order
     or numbers that were changed meanwhile, is judged as it is.
 
-    scaled: the VAE decodes scaled latents (an AutoencoderTiny).
+    scaled: the VAE decodes scaled latents (an AutoencoderTiny, or a space without a scaling).
     factor, shift: of the VAE's config. mean, std: per channel, in the dtype and on the device that
-        the VAE has them, of [C] channels or of [4 C] packed ones; None where it has none.
+        the VAE has them, of [C] channels or of the packed ones; None where it has none.
     """
 
     scaled: bool
@@ -42,33 +41,25 @@ class Decoding:
         config = getattr(vae, "config", None)
         if config is None:
             return None
-        if is_tiny(vae):
+        if is_tiny(vae) or (space.scale, space.shift) == (1.0, 0.0):
             return cls(scaled=True)
-        try:
-            own = space_of(pipe)
-        except LatentsError:
+        if space.statistics_of_vae == "batch_norm":
+            return _batch_normalized(cls, pipe, vae)
+        numbers = numbers_of(pipe, config)
+        if numbers is None or not numbers.scale_as(space):
             return None
-        if (own.name, own.scale, own.shift) != (space.name, space.scale, space.shift):
-            return None
-        if space.name == "flux2":
-            variance = vae.bn.running_var.detach().clone()
-            deviation = torch.sqrt(variance + config.batch_norm_eps)
-            return cls(False, mean=vae.bn.running_mean.detach().clone(), std=deviation)
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        return cls(
-            False,
-            float(config.scaling_factor),
-            config.get("shift_factor"),
-            None if mean is None else torch.tensor(mean).flatten(),
-            None if std is None else torch.tensor(std).flatten(),
-        )
+        return cls(False, numbers.factor, numbers.shift, numbers.mean, numbers.std)
 
     def rows(self, latents: Latents, z: Tensor) -> list[int] | None:
-        """Which of these latents, which are scaled, the VAE is given as `z` [N, C, H, W].
+        """Which of these latents, which are scaled, the VAE is given as `z`.
+
+        z: [N, C, H, W], or [N, C, 1, H, W] with an axis of frames.
 
         One index for each of `z`; None where some of it is none of them.
         """
         x = latents.to_spatial().tensor
+        if z.ndim == 5 and z.shape[2] == 1:
+            z = z.squeeze(2)
         for dtype in dict.fromkeys((x.dtype, z.dtype, torch.float32)):
             for form in self._forms(x.to(dtype), latents.space):
                 form = form.to(z.device, z.dtype)
@@ -85,15 +76,34 @@ class Decoding:
             yield x
         elif self.mean is not None and self.std is not None:
             mean, std = (values.view(1, -1, 1, 1).to(x) for values in (self.mean, self.std))
-            if self.factor is None:
-                yield space.unpatchify(space.patchify(x) * std + mean)
-            else:
+            inverse = 1 / std  # after the cast, as the pipelines compute it
+            if len(self.mean) > space.channels:
+                x = space.patchify(x)
+                yield space.unpatchify(x * std + mean)
+                yield space.unpatchify(x / inverse + mean)
+                return
+            if self.factor is not None:
                 yield x * std / self.factor + mean
+            if self.factor in (None, 1.0):
+                yield x * std + mean
+                yield x / inverse + mean
+        elif self.factor is not None and self.shift:
+            yield x / self.factor + self.shift
         elif self.factor is not None:
             yield x / self.factor
             yield 1 / self.factor * x
-            if self.shift is not None:
-                yield x / self.factor + self.shift
+
+
+def _batch_normalized(cls: type[Decoding], pipe: Any, vae: Any) -> Decoding | None:
+    """FLUX.2's numbers are buffers of its VAE."""
+    if not hasattr(vae, "bn"):
+        return None
+    mean, variance = (
+        by_channel(pipe, values.detach()).clone()
+        for values in (vae.bn.running_mean, vae.bn.running_var)
+    )
+    eps = batch_norm_eps(pipe, vae.config.batch_norm_eps)
+    return cls(False, mean=mean, std=torch.sqrt(variance + eps))
 
 
 def _index(row: Tensor, batch: Tensor) -> int | None:

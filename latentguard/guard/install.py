@@ -6,6 +6,8 @@
     <pipeline>.prepare_latents, <VAE>.decode see size and noise, and what is decoded in the end
     DiffusionPipeline.progress_bar           notices a loop that runs past the guard
     <class>.from_pipe                        hands the guard on to the pipeline that is made
+    ModularPipeline.__call__                 begins and ends a call whose blocks hold a guard
+    ModularPipeline, its blocks              refuse a guard where it would do nothing
 
 All of them do what they did before, argument for argument, wherever no guarded call is running in
 the same thread (a context variable tells), so that shared components and other threads are left
@@ -15,17 +17,18 @@ alone and no instance is changed.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from latentguard.errors import LatentsError
+from latentguard.errors import GuardError
 from latentguard.guard.attachment import check_pipeline, guards_in, guards_of, holds_guard, run
-from latentguard.guard.running import CALLBACK, current
+from latentguard.guard.running import CALLBACK, INTO_BLOCKS, current
 from latentguard.guard.wrapping import MARK, lock, wrap
 
 
 def wrap_call(cls: type) -> None:
-    """Make calls of a pipeline's class honour guards, and those that it has from its bases."""
+    """Make calls of a pipeline's class honor guards, and those that it has from its bases."""
     wrap(cls, "__call__", run)
 
 
@@ -34,7 +37,7 @@ def _loop(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> An
     call = current.get()
     inside = call is not None and call.pipe is pipe and call.begins_loop()
     if not inside and guards_of(pipe):
-        raise LatentsError(
+        raise GuardError(
             f"a guard is attached to this {type(pipe).__name__}, but its loop runs outside of a "
             "guarded call (was __call__ replaced or unwrapped?): attach the guard again, or "
             f"detach it ({CALLBACK} = None) and use latentguard.guard.session"
@@ -49,12 +52,12 @@ def _set(
     name, value = (*args, *kwargs.values())
     elsewhere = ("callback" in name and name != CALLBACK) or name == "safety_checker"
     if elsewhere and holds_guard(value):
-        raise LatentsError(
+        raise GuardError(
             f"{type(pipe).__name__}: attach a LatentGuard as {CALLBACK}, not as {name}"
         )
     result = original(pipe, *args, **kwargs)
     if name == CALLBACK and getattr(pipe, name, None) is not value:
-        raise LatentsError(
+        raise GuardError(
             f"{type(pipe).__name__} has a {name} of its own that does not keep what it is given, "
             f"so nothing can be attached to it: give it in the call ({name}=...)"
         )
@@ -84,25 +87,40 @@ class StepCallback:
 
 
 class _NoStepCallback(StepCallback):
-    """Of classes that are no DiffusionPipeline: a guard would never be called there."""
+    """Of modular pipelines, which call no callback, and refuse guards as attributes."""
 
     def __set__(self, pipe: Any, callback: Any) -> None:
-        if holds_guard(callback):
-            raise LatentsError(_cannot(pipe))
         vars(pipe)[CALLBACK] = callback
 
 
-def _refuse(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
-    if holds_guard([*args, *kwargs.values()]):
-        raise LatentsError(_cannot(pipe))
-    return original(pipe, *args, **kwargs)
+def _run_blocks(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+    from latentguard.guard.modular import run  # which needs what is being loaded at install
+
+    return run(original, pipe, args, kwargs)
 
 
-def _cannot(pipe: Any) -> str:
-    return (
-        f"{type(pipe).__name__} has no {CALLBACK}, so it cannot be guarded: take its "
-        "latents and use Scorer, or latentguard.guard.session in a loop of your own"
-    )
+def _take(original: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
+    """Functions that take components or attributes, of which a guard is none."""
+    _refuse(owner, [*args, *kwargs.values()])
+    return original(owner, *args, **kwargs)
+
+
+def _refuse_attributes(cls: Any) -> None:
+    """Make a class, which sets its attributes as its parents do, refuse guards among them."""
+
+    def set_attribute(owner: Any, name: str, value: Any) -> None:
+        _refuse(owner, value)
+        super(cls, owner).__setattr__(name, value)
+
+    cls.__setattr__ = set_attribute
+
+
+def _refuse(owner: Any, value: Any) -> None:
+    if holds_guard(value):
+        raise GuardError(
+            "a LatentGuard does nothing as an attribute, a component or a callback of a "
+            f"{type(owner).__name__}: {INTO_BLOCKS}"
+        )
 
 
 def install() -> None:
@@ -141,8 +159,21 @@ def _teach(cls: Any) -> None:
     if issubclass(cls, diffusers.DiffusionPipeline):
         wrap_call(cls)
     elif cls.__name__ == "ModularPipeline":
-        cls.callback_on_step_end = _NoStepCallback()
-        wrap(cls, "__call__", _refuse)
+        _teach_modular(cls)
+    elif cls.__name__ == "ModularPipelineBlocks":
+        _refuse_attributes(cls)
+
+
+def _teach_modular(cls: Any) -> None:
+    """`cls` is diffusers' ModularPipeline, by the module of which its manager is loaded."""
+    cls.callback_on_step_end = _NoStepCallback()
+    _refuse_attributes(cls)
+    wrap(cls, "__call__", _run_blocks)
+    for name in ("update_components", "register_components"):
+        wrap(cls, name, _take)
+    manager = getattr(sys.modules[cls.__module__], "ComponentsManager", None)
+    if manager is not None:
+        wrap(manager, "add", _take)
 
 
 def _carry_over(cls: Any) -> None:

@@ -1,4 +1,4 @@
-"""Steering models of one or a few steps: the initial noise is optimised against a latent reward.
+"""Steering models of one or a few steps: the initial noise is optimized against a latent reward.
 
 The procedure and its constants are ReNO's (Eyring et al., arXiv 2406.04312), with rewards that read
 latents, as Latent-CLIP's paper does (arXiv 2503.08455): gradient ascent on the noise through the
@@ -20,7 +20,8 @@ from torch import Tensor
 from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError
 from latentguard.guard.attachment import guards_of, holds_guard
-from latentguard.guard.layout import check_layout, packed_size, read, space_of
+from latentguard.guard.forms import SPATIAL, patches
+from latentguard.guard.layout import Layout, layout_of, pixels_in, space_of
 from latentguard.guard.output import images_of
 from latentguard.judge import Verdict
 from latentguard.policy import Policy
@@ -30,7 +31,7 @@ from latentguard.spaces import Latents, LatentSpace
 Reward = Callable[[Latents], Tensor]
 """From clean latents [B, ...] to one number an image [B], differentiable; larger is better."""
 
-REGULARISATION = 0.01
+REGULARIZATION = 0.01
 CLIP = 0.1
 LEARNING_RATE = 5.0
 MOMENTUM = 0.9
@@ -66,12 +67,12 @@ class Safety:
         concepts = scorer.rules.concepts
         acting = ("block", "steer")
         self._columns = [k for k, rule in enumerate(concepts) if rule.action in acting]
-        limits = [scorer.bound.limit(k) for k in self._columns]
-        self._limits = torch.tensor(limits, device=scorer.encoder.device) - slack
+        thresholds = [scorer.bound.threshold(k) for k in self._columns]
+        self._thresholds = torch.tensor(thresholds, device=scorer.encoder.device) - slack
 
     def __call__(self, latents: Latents) -> Tensor:
         margin = self._scorer.score(latents).margin[:, self._columns]
-        excess = torch.relu(margin - self._limits).sum(1)
+        excess = torch.relu(margin - self._thresholds).sum(1)
         return -self._scorer.encoder.logit_scale * excess
 
 
@@ -136,8 +137,8 @@ def optimize_noise(
         raise ValueError(f"iterations must be at or above 0, got {iterations}")
     _check_unguarded(pipe, call)
     found = space_of(pipe, space)
-    check_layout(pipe, found)
-    scorer = Scorer(policy, model, space=found.name, device=pipe._execution_device)
+    layout = layout_of(pipe, found)
+    scorer = Scorer(policy, model, space=found, device=pipe._execution_device)
     rewards: list[Reward] = [Safety(scorer)]
     if reward is not None:
         rewards.append(reward)
@@ -147,10 +148,10 @@ def optimize_noise(
         rewards.append(Agreement(scorer.encoder, prompt, agreement))
     size = _size(pipe, height, width)
     if noise is None:
-        noise = _noise(pipe, found, size, _count(prompt, call), seed)
+        noise = _noise(pipe, layout, size, _count(prompt, call), seed)
     given = None if call.get("prompt_embeds") is not None else prompt
     arguments = {**call, "prompt": given, "height": size[0], "width": size[1]}
-    generate = _Generate(pipe, found, arguments, seed)
+    generate = _Generate(pipe, layout, arguments, seed)
     with _frozen(pipe), torch.inference_mode(False), torch.enable_grad():
         return _ascend(generate, scorer, rewards, noise, iterations, learning_rate, seed)
 
@@ -193,7 +194,7 @@ def _ascend(
             if iteration == iterations or satisfied:
                 break
             optimizer.zero_grad()
-            loss = -(value - REGULARISATION * _norm_penalty(current)).sum()
+            loss = -(value - REGULARIZATION * _norm_penalty(current)).sum()
             (gradient,) = torch.autograd.grad(loss, current)
             if not torch.isfinite(gradient).all():
                 raise LatentsError(
@@ -212,11 +213,9 @@ def _ascend(
 class _Generate:
     """The pipeline from noise to clean latents, with gradients."""
 
-    def __init__(
-        self, pipe: Any, space: LatentSpace, arguments: Mapping[str, Any], seed: int
-    ) -> None:
+    def __init__(self, pipe: Any, layout: Layout, arguments: Mapping[str, Any], seed: int) -> None:
         self.pipe = pipe
-        self._space = space
+        self._layout = layout
         self._arguments = dict(arguments)
         self._seed = seed
         # diffusers decorates __call__ with no_grad, and the guard wraps it: what is inside both.
@@ -237,7 +236,7 @@ class _Generate:
             raise LatentsError(
                 f"{type(self.pipe).__name__} gives no latents with a gradient back to its noise"
             )
-        return read(tensor, self._space, packed_size(self._arguments, self.pipe))
+        return self._layout.read(tensor, pixels_in(self._arguments))
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -282,21 +281,18 @@ def _count(prompt: str | list[str] | None, call: Mapping[str, Any]) -> int:
     return len(prompts) * int(call.get("num_images_per_prompt") or 1)
 
 
-def _noise(pipe: Any, space: LatentSpace, size: tuple[int, int], count: int, seed: int) -> Tensor:
+def _noise(pipe: Any, layout: Layout, size: tuple[int, int], count: int, seed: int) -> Tensor:
     """Noise in the form that the pipeline's `latents` takes."""
     device = pipe._execution_device
-    height, width = (side // space.vae_scale_factor for side in size)
-    if space.packed_patch > 1:
-        height, width = height - height % 2, width - width % 2
+    space, form = layout.space, layout.forms[0]
+    height, width = (side // space.vae_scale_factor // form.patch * form.patch for side in size)
     generator = torch.Generator(device).manual_seed(seed)
     shape = (count, space.channels, height, width)
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
     noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-    if space.packed_patch > 1:
-        noise = space.to_packed(noise)
-        if space.name == "flux2":
-            noise = noise.transpose(1, 2).reshape(count, -1, height // 2, width // 2)
-    return noise.to(denoiser.dtype)
+    if form != SPATIAL and hasattr(type(pipe), "_unpack_latents_with_ids"):
+        form = patches(form.patch)  # FLUX.2's pipelines take a grid, and pack it themselves
+    return form.restored(noise).to(denoiser.dtype)
 
 
 def _norm_penalty(noise: Tensor) -> Tensor:

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentguard.errors import LatentGuardError, LatentsError
+from latentguard.errors import GuardError, LatentGuardError, LatentsError
+from latentguard.guard.components import decoder_of
+from latentguard.guard.layout import Layout
 from latentguard.guard.record import CallRecord
 from latentguard.guard.tensors import private
 from latentguard.judge import Verdict
-from latentguard.spaces import LatentSpace
 
 _NSFW = "nsfw_content_detected"
+IMAGES = ("images", "image")
+"""The names under which outputs have their images."""
 
 
 class GenerationBlocked(LatentGuardError):  # noqa: N818 (an outcome, not a fault)
@@ -41,7 +44,8 @@ def images_of(output: Any) -> Any:
         return output[0] if output else None
     if isinstance(output, list | Tensor | np.ndarray):
         return output
-    return output.get("images") if _is_mapping(output) else getattr(output, "images", None)
+    name = _name_of_images(output)
+    return output.get(name) if _is_mapping(output) else getattr(output, name, None)
 
 
 def with_images(output: Any, images: Any) -> Any:
@@ -50,10 +54,11 @@ def with_images(output: Any, images: Any) -> Any:
         return (images, *output[1:])
     if isinstance(output, list | Tensor | np.ndarray):
         return images
+    name = _name_of_images(output)
     if _is_mapping(output):
-        return {**output, "images": images}
-    output.images = images
-    if output.images is not images:
+        return {**output, name: images}
+    setattr(output, name, images)
+    if getattr(output, name) is not images:
         raise LatentsError(
             f"a {type(output).__name__} does not keep the images that it is given, so what is "
             "blocked in it cannot be taken out, and it is withheld"
@@ -61,12 +66,17 @@ def with_images(output: Any, images: Any) -> Any:
     return output
 
 
+def _name_of_images(output: Any) -> str:
+    names = output if _is_mapping(output) else [one for one in IMAGES if hasattr(output, one)]
+    return next((name for name in IMAGES if name in names), "images")
+
+
 def _is_mapping(output: Any) -> bool:
-    return isinstance(output, Mapping) and not hasattr(output, "images")
+    return isinstance(output, Mapping) and not any(hasattr(output, name) for name in IMAGES)
 
 
-def latents_in(images: Any, space: LatentSpace) -> Tensor | None:
-    """A copy of the latents that "images" are by their shape: [B, C, H, W], or [B, N, C] packed.
+def latents_in(images: Any, layout: Layout) -> Tensor | None:
+    """A copy of the latents that "images" are by their shape, in one of the layout's forms.
 
     images: a tensor, an array, or a list of either; one image may come without B. None for pixels
     and what is neither.
@@ -82,12 +92,9 @@ def latents_in(images: Any, space: LatentSpace) -> Tensor | None:
         images = torch.from_numpy(images.copy())
     if not isinstance(images, Tensor):
         return None
-    if images.ndim == 3 and images.shape[0] == space.channels:
+    if images.ndim == 3 and images.shape[0] == layout.space.channels:
         images = images[None]
-    shape = images.shape
-    spatial = len(shape) == 4 and shape[1] == space.channels
-    packed = len(shape) == 3 and shape[2] == space.packed_channels > space.channels
-    return private(images) if images.is_floating_point() and (spatial or packed) else None
+    return private(images) if images.is_floating_point() and layout.fits(images) else None
 
 
 def check_pixels(images: Any, pipe: Any) -> None:
@@ -121,7 +128,7 @@ def _are_pixels(shape: tuple[int, ...], pipe: Any) -> bool:
 
     Gray images have one channel.
     """
-    channels = {3, getattr(getattr(pipe.vae, "config", None), "out_channels", 3)}
+    channels = {3, getattr(getattr(decoder_of(pipe), "config", None), "out_channels", 3)}
     if len(shape) <= 4:
         channels.add(1)
     return len(shape) > 2 and bool({shape[-1], shape[-3]} & channels)
@@ -233,8 +240,8 @@ def check_images(pipe: Any) -> None:
         ]
         if not fields:
             continue
-        if not any("images" in names for names in fields):
-            raise LatentsError(
+        if not any(names & set(IMAGES) for names in fields):
+            raise GuardError(
                 f"{type(pipe).__name__} returns {', '.join(sorted(set.union(*fields)))} and no "
                 "images, which is what a guard judges and blanks: use output_type='latent' and "
                 "Scorer, or latentguard.guard.session in a loop of your own"
@@ -260,7 +267,7 @@ def output_class(pipe: Any) -> type | None:
         found = {
             value
             for value in _outputs(cls)
-            if "images" in getattr(value, "__dataclass_fields__", {})
+            if set(IMAGES) & set(getattr(value, "__dataclass_fields__", {}))
         }
         if len(found) == 1:
             return next(iter(found))

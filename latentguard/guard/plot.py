@@ -1,4 +1,4 @@
-"""A picture of a session: how each concept's score moved towards its threshold while denoising."""
+"""A picture of a session: how each concept's score moved toward its threshold while denoising."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plot(session: Session) -> Figure:
 
 
 def _line(axes: Any, session: Session, concept: str, image: int) -> None:
-    xs, ys, limits, marks = [], [], [], []
+    xs, ys, thresholds, marks = [], [], [], []
     for record in session.history:
         verdict = record.verdicts[image]
         score = None if verdict is None else _score(verdict.concepts, concept)
@@ -61,15 +61,15 @@ def _line(axes: Any, session: Session, concept: str, image: int) -> None:
             continue
         xs.append(_level(record, session))
         ys.append(score.probability)
-        limits.append(_limit(score, session))
+        thresholds.append(_threshold(score, session))
         marks.append(record.actions[image])
     if not xs:
         return
     color = f"C{image % 10}"
     axes.plot(xs, ys, color=color, marker=".", label=f"image {image}")
-    axes.plot(xs, limits, color="0.4", linestyle="--", linewidth=1)
+    axes.plot(xs, thresholds, color="0.4", linestyle="--", linewidth=1)
     for action, marker in (("blocked", "x"), ("steered", "v")):
-        at = [i for i, mark in enumerate(marks) if mark == action and ys[i] >= limits[i]]
+        at = [i for i, mark in enumerate(marks) if mark == action and ys[i] >= thresholds[i]]
         axes.plot([xs[i] for i in at], [ys[i] for i in at], marker, color=color, markersize=9)
 
 
@@ -83,7 +83,7 @@ def _score(concepts: tuple[ConceptScore, ...], name: str) -> ConceptScore | None
     return next((score for score in concepts if score.id == name and score.covered), None)
 
 
-def _limit(score: ConceptScore, session: Session) -> float:
+def _threshold(score: ConceptScore, session: Session) -> float:
     """The threshold as a probability, NaN where the concept is not judged."""
     if not score.judged:
         return math.nan
@@ -109,7 +109,7 @@ def _closest(session: Session) -> list[str]:
         for verdict in record.verdicts:
             for score in () if verdict is None else verdict.concepts:
                 if score.covered and score.judged:
-                    gap = score.probability - _limit(score, session)
+                    gap = score.probability - _threshold(score, session)
                     best[score.id] = max(gap, best.get(score.id, -1.0))
     chosen = sorted(best, key=lambda name: best[name], reverse=True)[:_SHOWN]
     return [concept.id for concept in session.scorer.policy.concepts if concept.id in chosen]

@@ -13,12 +13,17 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from latentguard.deprecated import former_keywords
+from latentguard.deprecated import (
+    Former,
+    former_keywords,
+    former_names,
+    former_positions,
+)
 from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.guard.record import Action, Steering, StepRecord, session_data
@@ -26,7 +31,7 @@ from latentguard.guard.steering import Steerer
 from latentguard.judge import Verdict, failed
 from latentguard.policy import Policy, load_policy
 from latentguard.scorer import Scorer, Scores
-from latentguard.spaces import Latents, Prediction
+from latentguard.spaces import Latents, LatentSpace, Prediction
 from latentguard.spaces.prediction import clean
 
 logger = logging.getLogger("latentguard.guard")
@@ -51,24 +56,27 @@ class StepResult:
     stop: bool
 
 
+@former_keywords(budget="scoring")
 @dataclass(frozen=True)
-class Limits:
+class Budget:
     """What a session may take.
 
     timeout: seconds from its first step; a later step fails (`on_error` decides).
-    budget: seconds that scoring may take before the end; once spent, only the final latents are
-        still scored. None is no limit.
+    scoring: seconds that scoring may take before the end; once spent, only the final latents are
+        still scored. None is as long as it takes.
     steps: steps that it takes before it fails.
 
-    Raises ValueError for a limit that is no number, or that would never hold.
+    Raises ValueError for one that is no number, or that would never hold.
     """
 
     timeout: float | None = None
-    budget: float | None = None
+    scoring: float | None = None
     steps: int = MAX_STEPS
 
+    budget = Former("scoring")
+
     def __post_init__(self) -> None:
-        for name, value in (("timeout", self.timeout), ("budget", self.budget)):
+        for name, value in (("timeout", self.timeout), ("scoring", self.scoring)):
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -77,6 +85,10 @@ class Limits:
                 raise ValueError(f"{name} must be at or above 0, got {value:g}")
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
+
+
+if not TYPE_CHECKING:
+    __getattr__ = former_names(__name__, {"Limits": "Budget"})
 
 
 @dataclass
@@ -103,7 +115,7 @@ class Session:
     Args:
         scorer: policy and encoder.
         request_id: a name for records and logs; a random one otherwise.
-        limits: timeouts and bounds.
+        budget: the time and the steps that it may take.
         on_record: called with each StepRecord as it is made (audit logs, metrics). What it raises
             leaves the session: what cannot be recorded does not go on.
 
@@ -117,12 +129,13 @@ class Session:
     A session is not for several threads at a time; make one for each request.
     """
 
+    @former_keywords(limits="budget")
     def __init__(
         self,
         scorer: Scorer,
         request_id: str | None = None,
         *,
-        limits: Limits | None = None,
+        budget: Budget | None = None,
         on_record: Callable[[Session, StepRecord], None] | None = None,
     ) -> None:
         if scorer.space is None:
@@ -134,7 +147,7 @@ class Session:
         self.request_id = request_id or uuid.uuid4().hex
         self.prompts: list[str] = []
         """The text of each image, for audit logs that ask for it; nothing else reads it."""
-        self.limits = limits or Limits()
+        self.budget = budget or Budget()
         self._on_record = on_record
         actions = {concept.action for concept in scorer.policy.concepts}
         self.scores_only = "steer" not in actions
@@ -143,6 +156,8 @@ class Session:
         self._defers = not acts and scorer.policy.cascade is None
         self._steerer = Steerer(scorer)
         self._state = _State()
+
+    limits = Former("budget")
 
     # -- the loop's side ---------------------------------------------------------------------
 
@@ -331,7 +346,7 @@ class Session:
     # -- judging -----------------------------------------------------------------------------
 
     def _check(self, latents: Latents, judged: Latents | Prediction, now: float) -> None:
-        state, limits = self._state, self.limits
+        state, budget = self._state, self.budget
         if len(latents) != state.count or len(judged) != state.count:
             raise LatentsError(
                 f"this session began with {state.count} images, step {state.step - 1} has "
@@ -344,15 +359,15 @@ class Session:
                 f"x0 must be of the space, scaling and size of the latents, {latents!r}, got "
                 f"{judged!r}"
             )
-        if state.step > limits.steps:
-            raise LatentsError(f"more than {limits.steps} steps in one session")
+        if state.step > budget.steps:
+            raise LatentsError(f"more than {budget.steps} steps in one session")
         assert state.began is not None
-        if limits.timeout is not None and now - state.began > limits.timeout:
-            raise LatentsError(f"the session's timeout of {limits.timeout:g} s has passed")
+        if budget.timeout is not None and now - state.began > budget.timeout:
+            raise LatentsError(f"the session's timeout of {budget.timeout:g} s has passed")
 
     def _due(self, index: int, level: float) -> bool:
-        budget = self.limits.budget
-        if budget is not None and self._state.spent >= budget:
+        seconds = self.budget.scoring
+        if seconds is not None and self._state.spent >= seconds:
             return False
         return not self.stopped and self.scorer.policy.schedule.due(index, level)
 
@@ -507,31 +522,36 @@ class Session:
         return StepResult(latents, verdicts, self.stopped)
 
 
+@former_keywords(encoder="model", limits="budget")
+@former_positions(2, "request_id")
 def session(
-    policy: Policy | str | Path,
-    encoder: Encoder | Scorer | str | Path = "auto",
-    request_id: str | None = None,
+    policy: Policy | str | Path = "default",
+    model: Encoder | Scorer | str | Path = "auto",
     *,
-    space: str | None = None,
+    space: LatentSpace | str | None = None,
     device: torch.device | str | None = None,
-    limits: Limits | None = None,
+    request_id: str | None = None,
+    budget: Budget | None = None,
 ) -> Session:
     """A session of its own, for loops that are not a diffusers pipeline's.
 
-    encoder: an Encoder, its name or path, "auto" (with `space`), or a Scorer of this policy, which
-        is what a server makes once and gives to each request.
+    Args:
+        policy, space, device: as for `Scorer`.
+        model: an Encoder, its name or path, "auto" (with `space`), or a Scorer of this policy,
+            which is what a server makes once and gives to each request.
+        request_id, budget: as for `Session`.
 
     Raises PolicyError where the scorer is of another policy, and what Scorer raises.
     """
-    if isinstance(encoder, Scorer):
-        asked, own = load_policy(policy), encoder.policy
+    if isinstance(model, Scorer):
+        asked, own = load_policy(policy), model.policy
         if asked.sha256 != own.sha256:
             raise PolicyError(
                 f"policy '{asked.name}' ({asked.sha256[:12]}) is asked for, and the scorer is of "
                 f"policy '{own.name}' ({own.sha256[:12]})"
             )
-        return Session(encoder, request_id, limits=limits)
-    return Session(Scorer(policy, encoder, space=space, device=device), request_id, limits=limits)
+        return Session(model, request_id, budget=budget)
+    return Session(Scorer(policy, model, space=space, device=device), request_id, budget=budget)
 
 
 def _check_numbers(noise_level: float, x0_noise_level: float | None, alpha: float) -> None:

@@ -3,9 +3,9 @@
 For latents x = alpha * x0 + sigma * noise and a prediction of x0, the gradient of the matched
 concepts' margins (their probabilities grow with them) with respect to x0 says where in the image
 the concept is. There x0 is faded to the mean of what is around, in bounded steps, until the concept
-is under its limit, and alpha times the way that it went is added to x, which keeps the predicted
-noise as it is (the manifold-preserving form of guidance: no gradient goes through the denoiser;
-compare He et al., arXiv 2311.16424).
+is under its threshold, and alpha times the way that it went is added to x, which keeps the
+predicted noise as it is (the manifold-preserving form of guidance: no gradient goes through the
+denoiser; compare He et al., arXiv 2311.16424).
 
 Why not along the gradient itself: it finds what fools the encoder, and not what another image would
 look like. On photos of revolvers a step against the raw gradient did not move x0 from that class to
@@ -74,38 +74,38 @@ class Steerer:
             since: noise levels at which the images were flagged first; now where it is empty.
 
         Returns: the moved latents, float32, each with the norm that it had, and what was done;
-        None for an image that was under its limits, which keeps its numbers.
+        None for an image that was under its thresholds, which keeps its numbers.
         """
         # The pipeline may run in inference mode, where nothing can have a gradient.
         with torch.inference_mode(False), torch.enable_grad():
             return self._steer(latents, x0, concepts, noise_level, alpha, after, since)
 
-    def limits(self, concepts: Sequence[set[str]], noise_level: float) -> Tensor:
+    def thresholds(self, concepts: Sequence[set[str]], noise_level: float) -> Tensor:
         """The margins [B, K] under which steered images have to come, inf for other concepts."""
         wanted = set().union(*concepts)
-        limits = [
-            self._scorer.bound.limit(k, noise_level) if rule.id in wanted else math.inf
+        thresholds = [
+            self._scorer.bound.threshold(k, noise_level) if rule.id in wanted else math.inf
             for k, rule in enumerate(self._concepts)
         ]
         asked = self._asked(concepts)
         release = RELEASE / self._scorer.encoder.logit_scale
-        found = torch.tensor(limits).expand(asked.shape) - release
+        found = torch.tensor(thresholds).expand(asked.shape) - release
         return found.masked_fill(~asked, math.inf)
 
     def above(
         self, latents: Latents, concepts: Sequence[set[str]], noise_level: float
     ) -> list[str | None]:
-        """Of each image that was steered and is not under its limits, which it is, in words."""
-        limits = self.limits(concepts, noise_level)
+        """Of each image that was steered and is not under its thresholds, which it is, in words."""
+        thresholds = self.thresholds(concepts, noise_level)
         with torch.inference_mode():
             margins = self._scorer.score(latents, noise_level).margin.float().cpu()
         found: list[str | None] = []
-        for row, limit in zip(margins, limits, strict=True):
-            k = int((row - limit).argmax())
+        for row, threshold in zip(margins, thresholds, strict=True):
+            k = int((row - threshold).argmax())
             found.append(
                 f"concept '{self._concepts[k].id}' was steered away from, and its "
-                f"margin of {row[k]:.3f} is not under {limit[k]:.3f}, where it was to come"
-                if row[k] > limit[k]
+                f"margin of {row[k]:.3f} is not under {threshold[k]:.3f}, where it was to come"
+                if row[k] > threshold[k]
                 else None
             )
         return found
@@ -123,7 +123,7 @@ class Steerer:
         x0 = x0.to_spatial()
         start = x0.tensor.detach().clone().float()
         device = start.device
-        limits = self.limits(concepts, noise_level).to(device)
+        thresholds = self.thresholds(concepts, noise_level).to(device)
         strengths = torch.tensor([r.steer.strength if r.steer else 0.0 for r in self._concepts])
         weights = (strengths * self._asked(concepts)).to(device)
         iterations = self._iterations(concepts, device)
@@ -135,10 +135,10 @@ class Steerer:
             margins = self._scorer.score(Latents(moving, x0.space, x0.scaled)).margin
             last = margins.detach()
             first = last if first is None else first
-            above = (last > limits).any(1) & (iteration < iterations)
+            above = (last > thresholds).any(1) & (iteration < iterations)
             if not above.any():
                 break
-            excess = torch.relu(margins - limits) * weights
+            excess = torch.relu(margins - thresholds) * weights
             (gradient,) = torch.autograd.grad(excess.sum(), moving)
             moving = moving.detach()
             mask = _where(gradient)
@@ -156,7 +156,7 @@ class Steerer:
             way = way.to_packed()
         moved = given + alpha * _per_image(carry, given) * way.tensor
         moved = torch.where(_per_image(taken > 0, given), _same_norm(moved, given), given)
-        return moved, self._records(limits, first, last, taken)
+        return moved, self._records(thresholds, first, last, taken)
 
     def _asked(self, concepts: Sequence[set[str]]) -> Tensor:
         ids = self._scorer.rules.ids
@@ -168,16 +168,16 @@ class Steerer:
         return torch.tensor([max(allowed[name] for name in names) for names in concepts]).to(device)
 
     def _records(
-        self, limits: Tensor, first: Tensor, last: Tensor, taken: Tensor
+        self, thresholds: Tensor, first: Tensor, last: Tensor, taken: Tensor
     ) -> list[Steering | None]:
-        """What was done with each image, told by the concept that was furthest above its limit."""
-        worst = (first - limits).argmax(1, keepdim=True)
+        """What was done with each image, told by the concept furthest above its threshold."""
+        worst = (first - thresholds).argmax(1, keepdim=True)
         rows = zip(
             worst[:, 0].tolist(),
             taken.tolist(),
             first.gather(1, worst)[:, 0].tolist(),
             last.gather(1, worst)[:, 0].tolist(),
-            (last <= limits).all(1).tolist(),
+            (last <= thresholds).all(1).tolist(),
             strict=True,
         )
         return [

@@ -87,9 +87,9 @@ class CascadeJudge(Generic[Batch]):
         for score in verdict.concepts:
             if not score.judged:
                 continue
-            limit = bound.limit(bound.rules.ids.index(score.id), verdict.noise_level)
+            threshold = bound.threshold(bound.rules.ids.index(score.id), verdict.noise_level)
             # Not "<=": a NaN is never sure.
-            if not abs(score.margin - limit) > self._unsure:
+            if not abs(score.margin - threshold) > self._unsure:
                 return False
         return True
 

@@ -251,7 +251,7 @@ class _Batch:
         return (
             f"closest is concept '{score.id}' by '{score.prompt}' with {score.unit} "
             f"{_figure(score.score)}, {_figure(-score.gap)} under its threshold of "
-            f"{_figure(score.limit)}"
+            f"{_figure(score.threshold_value)}"
         )
 
 
@@ -263,7 +263,7 @@ def _match(score: ConceptScore) -> str:
     )
     return (
         f"concept '{score.id}' matched '{score.prompt}' with {score.unit} {_figure(score.score)}, "
-        f"threshold {_figure(score.limit)}{rate}"
+        f"threshold {_figure(score.threshold_value)}{rate}"
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from latentguard.deprecated import Former
 from latentguard.judge.model_id import ModelId, PolicyId
 from latentguard.judge.verdict import ACTIONS, SCHEMA_VERSION, SEVERITIES, listed
 
@@ -324,7 +325,7 @@ class BoundRules:
         rule = self.rules.concepts[k]
         return f"concept '{rule.id}' asks for a false-positive rate of {rule.threshold.value:g}"
 
-    def limit(self, k: int, noise_level: float = 0.0) -> float:
+    def threshold(self, k: int, noise_level: float = 0.0) -> float:
         """The margin from which on concept k matches, whatever its threshold's kind.
 
         That of a probability p is logit(p) / logit_scale: -inf for 0, inf for 1.
@@ -341,6 +342,8 @@ class BoundRules:
         if not 0 < p < 1:
             return math.inf if p >= 1 else -math.inf
         return math.log(p / (1 - p)) / scale
+
+    limit = Former("threshold")
 
 
 def on_error_of(plain: Any) -> str:

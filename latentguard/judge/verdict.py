@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from latentguard.deprecated import Former
 from latentguard.judge.model_id import ModelId
 
 SCHEMA_VERSION = 1
@@ -58,15 +59,17 @@ class ConceptScore:
         return self.probability if self.unit == "probability" else self.margin
 
     @property
-    def limit(self) -> float:
+    def threshold_value(self) -> float:
         """The threshold in the same unit; NaN where none could be resolved."""
         key = "margin" if self.threshold["kind"] == "fpr" else "value"
         return float(self.threshold.get(key, math.nan))
 
+    limit = Former("threshold_value")
+
     @property
     def gap(self) -> float:
         """How far the score is above the threshold; NaN where that is not known."""
-        return self.score - self.limit
+        return self.score - self.threshold_value
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,10 @@ class Verdict:
         )
 
 
-def listed(names: Sequence[str], limit: int = 3) -> str:
+def listed(names: Sequence[str], most: int = 3) -> str:
     """A few names in quotes, and how many more there are."""
-    shown = ", ".join(f"'{name}'" for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _read(data: Mapping[str, Any], key: str, kind: type, *, or_none: bool = False) -> Any:
@@ -165,16 +168,16 @@ def _read_concept(item: Any) -> ConceptScore:
     if not isinstance(item, Mapping):
         raise ValueError(f"verdict: concepts must hold mappings, got {item!r}")
     threshold = _read(item, "threshold", dict)
-    limits = {"kind": _read(threshold, "kind", str), "value": _read(threshold, "value", float)}
+    stated = {"kind": _read(threshold, "kind", str), "value": _read(threshold, "value", float)}
     if "margin" in threshold:
-        limits["margin"] = _read(threshold, "margin", float)
+        stated["margin"] = _read(threshold, "margin", float)
     return ConceptScore(
         id=_read(item, "id", str),
         category=_read(item, "category", str),
         action=_read(item, "action", str),
         margin=_read(item, "margin", float),
         probability=_read(item, "probability", float),
-        threshold=limits,
+        threshold=stated,
         prompt=_read(item, "prompt", str),
         covered=_read(item, "covered", bool),
         judged=_read(item, "judged", bool),

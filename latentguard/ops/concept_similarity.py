@@ -27,7 +27,7 @@ def concept_similarity(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine of features to each concept's best prompt, against its best contrast prompt.
 
-    u = normalise(layer_norm(features) @ projection); margin = max over the concept's prompts of
+    u = normalize(layer_norm(features) @ projection); margin = max over the concept's prompts of
     u . prompt, minus the same over its contrast prompts; probability = sigmoid(logit_scale *
     margin). Ties go to the lowest index. The [B, P] matrix of cosines never reaches memory.
     Accumulated in float32; differentiable in `features` through fused kernels, in the other

@@ -27,7 +27,7 @@ def patch_embed(
     alpha: Tensor | None = None,
     sigma: Tensor | None = None,
 ) -> Tensor:
-    """Estimate the clean latent, unscale, patchify, project, add class and position, normalise.
+    """Estimate the clean latent, unscale, patchify, project, add class and position, normalize.
 
     x = (latents - sigma * noise) / alpha * scale + shift, each part left out where its arguments
     are None; tokens = layer_norm([class, patches(x) @ weight] + positional_embedding).

@@ -169,7 +169,7 @@ class Policy(Frozen):
     model: Label | None = None
     """The encoder that it was written for."""
     space: Slug | None = None
-    """The latent space that it was written for: sdxl, sd1, sd3, flux1, flux2."""
+    """The latent space that it was written for, by its name."""
     templates: Filled[tuple[Template, ...]] = ("{}",)
     """Sentences that each prompt is set into, in place of "{}"; their mean is the prompt."""
     contrast: tuple[Prompt, ...] = ()

@@ -1,6 +1,6 @@
 """Verdicts in production: ONNX Runtime and NumPy, nothing else.
 
-Reading order: artefact.py (what is in the file, and what is refused) with wire.py -> session.py ->
+Reading order: artifact.py (what is in the file, and what is refused) with wire.py -> session.py ->
 network.py (scores and verdicts of one file) -> scorer.py (one, or a cascade) -> batching.py.
 
 from latentguard.runtime import Guard

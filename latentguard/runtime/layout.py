@@ -149,7 +149,7 @@ GRAPH = Layout(
         11: _messages("input", VALUE),
         12: _messages("output", VALUE),
         13: _messages("value_info", VALUE),
-        14: _refused("quantization_annotation", "annotations of a quantisation"),
+        14: _refused("quantization_annotation", "annotations of a quantization"),
         15: _refused("sparse_initializer", _SPARSE),
         16: _messages("metadata_props", ENTRY),
     },

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
 from latentguard.judge import BoundRules, Heatmaps, Judged, ModelId, Rules, Verdict, decide
-from latentguard.runtime.artefact import Artefact
+from latentguard.runtime.artifact import Artifact
 from latentguard.runtime.batching import Array, Batcher, Batching, Outputs
 from latentguard.runtime.names import HEATMAP, INPUT, OUTPUTS
 from latentguard.runtime.session import Provider, create_session, reason
@@ -29,17 +29,17 @@ class Network:
 
     def __init__(
         self,
-        artefact: Artefact,
+        artifact: Artifact,
         providers: Sequence[Provider] | None,
         threads: int | None,
         spin: bool,
         warm_up: bool,
     ) -> None:
-        self.path = artefact.path
-        self.metadata = artefact.metadata
-        self.has_heatmaps = artefact.heatmaps
-        self.bound = _bound(artefact)
-        self._session = create_session(artefact, providers, threads, spin)
+        self.path = artifact.path
+        self.metadata = artifact.metadata
+        self.has_heatmaps = artifact.heatmaps
+        self.bound = _bound(artifact)
+        self._session = create_session(artifact, providers, threads, spin)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         self._bind = self.providers[0] != "CPUExecutionProvider"
         self._lock = threading.Lock()
@@ -187,9 +187,9 @@ def _model(metadata: dict[str, Any]) -> ModelId:
     return ModelId(metadata["model"]["name"], metadata["model"]["sha256"])
 
 
-def _bound(artefact: Artefact) -> BoundRules:
+def _bound(artifact: Artifact) -> BoundRules:
     """The file's policy for its model's scores. Raises ModelError where the two do not fit."""
-    metadata = artefact.metadata
+    metadata = artifact.metadata
     try:
         rules = Rules.of(metadata["policy"])
         if list(metadata["prompts"]) != list(rules.prompts):
@@ -207,4 +207,4 @@ def _bound(artefact: Artefact) -> BoundRules:
         return bound
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ModelError(f"{artefact.path}: does not fit its policy: {kind}{error}") from error
+        raise ModelError(f"{artifact.path}: does not fit its policy: {kind}{error}") from error

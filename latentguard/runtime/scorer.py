@@ -22,7 +22,7 @@ from latentguard.judge import (
     Verdict,
     failed,
 )
-from latentguard.runtime.artefact import open_artefact
+from latentguard.runtime.artifact import open_artifact
 from latentguard.runtime.batching import Batching, Outputs, Overloaded
 from latentguard.runtime.names import HEATMAP
 from latentguard.runtime.network import Network
@@ -75,11 +75,14 @@ class Guard:
         warm_up: bool = True,
         max_cells: int = MAX_CELLS,
     ) -> None:
-        artefact = open_artefact(path, sha256)
-        self.path = artefact.path
-        self.sha256 = artefact.sha256
-        self.metadata = artefact.metadata
-        self._space = LatentSpace.get(self.metadata["space"])
+        artifact = open_artifact(path, sha256)
+        self.path = artifact.path
+        self.sha256 = artifact.sha256
+        self.metadata = artifact.metadata
+        own = self.metadata["own_space"]
+        self._space = (
+            LatentSpace.get(self.metadata["space"]) if own is None else LatentSpace.from_dict(own)
+        )
         self._max_cells = max_cells
         sides = (self.metadata["height"] or 1, self.metadata["width"] or 1)
         if sides[0] * sides[1] > max_cells:
@@ -87,12 +90,12 @@ class Guard:
                 f"{self.path}: was exported for {sides[0]}x{sides[1]} latent cells, over the limit "
                 f"of {max_cells} (max_cells)"
             )
-        self._main = Network(artefact, providers, threads, spin, warm_up)
+        self._main = Network(artifact, providers, threads, spin, warm_up)
         self.providers: tuple[str, ...] = self._main.providers
         self._judge: Judge[Array] = self._main
         self._first: Network | None = None
-        if artefact.first is not None:
-            self._first = Network(artefact.first, providers, threads, spin, warm_up)
+        if artifact.first is not None:
+            self._first = Network(artifact.first, providers, threads, spin, warm_up)
             self._judge = self._cascade(self._first)
         self._networks = [self._main] if self._first is None else [self._first, self._main]
         if batching is not None:
@@ -285,7 +288,7 @@ class Guard:
     def _cascade(self, first: Network) -> CascadeJudge[Array]:
         """The judge that asks `first` first. Raises ModelError where it cannot be one."""
         cascade = self.rules.cascade
-        assert cascade is not None  # the artefact was checked
+        assert cascade is not None  # the artifact was checked
         try:
             return CascadeJudge(first, self._main, cascade.unsure, lambda array, rows: array[rows])
         except ModelError as error:

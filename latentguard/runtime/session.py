@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latentguard.errors import ModelError
-from latentguard.runtime.artefact import Artefact
+from latentguard.runtime.artifact import Artifact
 from latentguard.text import visible
 
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -17,7 +17,7 @@ _DEFAULT = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def create_session(
-    artefact: Artefact,
+    artifact: Artifact,
     providers: Sequence[Provider] | None,
     threads: int | None,
     spin: bool = True,
@@ -52,16 +52,16 @@ def create_session(
         options.intra_op_num_threads = threads
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if artefact.external:
-        beside = artefact.external
+    if artifact.external:
+        beside = artifact.external
         options.add_external_initializers_from_files_in_memory(
             list(beside), list(beside.values()), [len(data) for data in beside.values()]
         )
     try:
-        session = onnxruntime.InferenceSession(artefact.data, options, providers=wanted)
+        session = onnxruntime.InferenceSession(artifact.data, options, providers=wanted)
     # Its exceptions have no class in common.
     except Exception as error:
-        raise ModelError(f"{artefact.path}: ONNX Runtime refuses it: {reason(error)}") from error
+        raise ModelError(f"{artifact.path}: ONNX Runtime refuses it: {reason(error)}") from error
     lost = [name for name in names if name not in session.get_providers()]
     if lost and providers is not None:
         raise ModelError(

@@ -69,7 +69,7 @@ class CardView:
             where=_where(record, mixed_models),
             reason=_reason(record),
             heats=[
-                _heat(number, card.heats[name], scales.limit(record, name), scales.heat)
+                _heat(number, card.heats[name], scales.threshold(record, name), scales.heat)
                 for number, name in enumerate(mapped, start=1)
             ],
             rows=[
@@ -104,20 +104,20 @@ def _reason(record: ScanRecord) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _heat(number: int, heat: np.ndarray, limit: float, reach: float) -> Heat:
+def _heat(number: int, heat: np.ndarray, threshold: float, reach: float) -> Heat:
     """`reach`: how far from the threshold, in margins, the colors change."""
     heat = heat.astype(np.float64)
     rows, columns = heat.shape
-    png = heat_png(heat, limit - reach, limit + reach)
-    return Heat(number, png, rows, columns, outline(heat >= limit))
+    png = heat_png(heat, threshold - reach, threshold + reach)
+    return Heat(number, png, rows, columns, outline(heat >= threshold))
 
 
 def _row(concept: ConceptScore, scales: Scales, heat: int | None) -> Row:
     kind = str(concept.threshold["kind"])
-    known = np.isfinite(concept.limit)
+    known = np.isfinite(concept.threshold_value)
     return Row(
         concept,
         fill=scales.place(concept.score, kind),
-        mark=scales.place(concept.limit, kind) if known else None,
+        mark=scales.place(concept.threshold_value, kind) if known else None,
         heat=heat,
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from latentguard.encoders import Encoder
-    from latentguard.spaces import LatentArray, LatentSpace
+    from latentguard.spaces import LatentArray, LatentSpace, Layout
 
 Runtime = Literal["torch", "onnx"]
 Views = Literal["whole", "crops"]
@@ -40,10 +40,13 @@ def scan_files(
     policy: Policy | str | Path | None = None,
     model: Encoder | str | Path = "auto",
     *,
-    space: str | LatentSpace | None = None,
-    scaled: bool | None = None,
-    batch_size: int = 16,
+    space: str | Path | LatentSpace | None = None,
     device: torch.device | str | None = None,
+    scaled: bool | None = None,
+    layout: Layout | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 16,
     previews: bool = False,
     heatmaps: bool = False,
     runtime: Runtime = "torch",
@@ -59,7 +62,9 @@ def scan_files(
         model: an Encoder, its name or path, or "auto": the policy's own `model`, else for
             each latent space that occurs the best model on this machine. With the onnx runtime
             the exported file.
-        space, scaled: what files do not say of themselves; one that says otherwise is an error.
+        space, scaled: what files do not say of themselves; one that says otherwise is an error. A
+            space is a name, a file of one's own, or a LatentSpace.
+        layout, height, width: the same, for arrays whose shape leaves it open.
         batch_size: images that are scored together, at least 1.
         device: where the model runs; None is CUDA where there is one, else the CPU.
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
@@ -84,9 +89,12 @@ def scan_files(
             policy,
             model,
             space=space,
-            scaled=scaled,
-            batch_size=batch_size,
             device=device,
+            scaled=scaled,
+            layout=layout,
+            height=height,
+            width=width,
+            batch_size=batch_size,
             previews=previews,
             heatmaps=heatmaps,
             runtime=runtime,
@@ -107,8 +115,11 @@ class Scan:
     paths: Iterable[str | Path] | str | Path
     policy: Policy | str | Path | None = None
     model: Encoder | str | Path = "auto"
-    space: str | LatentSpace | None = None
+    space: str | Path | LatentSpace | None = None
     scaled: bool | None = None
+    layout: Layout | None = None
+    height: int | None = None
+    width: int | None = None
     batch_size: int = 16
     device: torch.device | str | None = None
     previews: bool = False
@@ -122,7 +133,15 @@ class Scan:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        self._records = read_arrays(self.paths, self.space, self.scaled, self.passed)
+        self._records = read_arrays(
+            self.paths,
+            self.space,
+            self.scaled,
+            self.passed,
+            self.layout,
+            self.height,
+            self.width,
+        )
         self._judges = self._make_judges()
 
     def _make_judges(self) -> Judges:

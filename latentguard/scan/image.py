@@ -13,7 +13,7 @@ LEVELS = 65
 
 # Red, green, blue, opacity from far under a threshold to far over it. Dark blue veils the picture
 # where the concept is not, nothing covers it at the threshold, yellow covers it where the concept
-# is: lightness rises all the way, so the order survives every kind of colour vision and grey print.
+# is: lightness rises all the way, so the order survives every kind of color vision and gray print.
 _RAMP = np.array(
     [
         (6, 12, 40, 0.76),
@@ -26,18 +26,18 @@ _RAMP = np.array(
 
 
 def ramp(levels: int = LEVELS) -> np.ndarray:
-    """Colour and opacity of each level, uint8 [levels, 4]."""
+    """Color and opacity of each level, uint8 [levels, 4]."""
     at = np.linspace(0, len(_RAMP) - 1, levels)
     columns = [np.interp(at, np.arange(len(_RAMP)), _RAMP[:, c]) for c in range(4)]
     return np.stack([*columns[:3], 255 * columns[3]], axis=1).round().astype(np.uint8)
 
 
-def rgb_png(pixels: np.ndarray, limit: int = 128) -> bytes:
-    """PNG of uint8 [h, w, 3]; sides above `limit` are averaged down by a whole factor."""
-    factor = -(-max(pixels.shape[:2]) // limit)
+def rgb_png(pixels: np.ndarray, max_side: int = 128) -> bytes:
+    """PNG of uint8 [h, w, 3]; sides above `max_side` are averaged down by a whole factor."""
+    factor = -(-max(pixels.shape[:2]) // max_side)
     if factor > 1:
         pixels = _shrink(pixels, factor)
-    return _png(np.ascontiguousarray(pixels), colour_type=2)
+    return _png(np.ascontiguousarray(pixels), color_type=2)
 
 
 def heat_png(heat: np.ndarray, low: float, high: float) -> bytes:
@@ -47,7 +47,7 @@ def heat_png(heat: np.ndarray, low: float, high: float) -> bytes:
     """
     t = (np.nan_to_num(heat, nan=low) - low) / max(high - low, 1e-12)
     levels = (np.clip(t, 0.0, 1.0) * (LEVELS - 1)).round().astype(np.uint8)
-    return _png(levels[:, :, None], colour_type=3, extra=_PALETTE_CHUNKS)
+    return _png(levels[:, :, None], color_type=3, extra=_PALETTE_CHUNKS)
 
 
 def data_uri(png: bytes) -> str:
@@ -80,11 +80,11 @@ def _shrink(pixels: np.ndarray, factor: int) -> np.ndarray:
     return np.asarray(blocks.mean(axis=(1, 3)).round().astype(np.uint8))
 
 
-def _png(pixels: np.ndarray, colour_type: int, extra: bytes = b"") -> bytes:
+def _png(pixels: np.ndarray, color_type: int, extra: bytes = b"") -> bytes:
     """Encode uint8 [h, w, channels] (https://www.w3.org/TR/png-3/), filter 0 on every row."""
     height, width = pixels.shape[:2]
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
-    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + _chunk(b"IHDR", header)

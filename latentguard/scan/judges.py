@@ -80,7 +80,7 @@ class TorchJudges(Judges):
         policy: Policy | str | Path,
         model: Encoder | str | Path,
         device: torch.device | str | None,
-        space: str | LatentSpace | None,
+        space: str | Path | LatentSpace | None,
     ) -> None:
         loaded = load_policy(policy)
         super().__init__(Rules.of(loaded.to_dict()))
@@ -99,7 +99,9 @@ class TorchJudges(Judges):
             self._judges[space] = self._choose(space)
         return self._judges[space]
 
-    def _load(self, model: Encoder | str | Path, space: str | LatentSpace | None) -> SpaceJudge:
+    def _load(
+        self, model: Encoder | str | Path, space: str | Path | LatentSpace | None
+    ) -> SpaceJudge:
         from latentguard.scorer import Scorer
 
         begun = perf_counter()
@@ -135,7 +137,7 @@ class TorchJudges(Judges):
     def _note_bundled(self, name: str, space: str) -> None:
         from latentguard.encoders.catalog import CATALOG
 
-        if not CATALOG[name].bundled:
+        if name not in CATALOG or not CATALOG[name].bundled:
             return
         better = next((e.name for e in CATALOG.values() if e.reads(space) and not e.bundled), "")
         hint = f"; for a stronger one: latentguard models get {better}" if better else ""
@@ -156,7 +158,7 @@ class OnnxJudges(Judges):
         path: str | Path,
         policy: Policy | str | Path | None,
         device: str | None,
-        space: str | LatentSpace | None,
+        space: str | Path | LatentSpace | None,
         sha256: str | None,
     ) -> None:
         from latentguard.files.bounds import MAX_IMAGE_CELLS
@@ -220,7 +222,7 @@ def _info(bound: BoundRules, notes: str, unseen_contrast: Sequence[str]) -> Mode
     assert bound.space is not None
     uncovered: list[str] = []
     partly: dict[str, tuple[str, ...]] = {}
-    limits: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
     for k, name in enumerate(bound.rules.ids):
         if not bound.covered[k]:
             uncovered.append(name)
@@ -228,7 +230,7 @@ def _info(bound: BoundRules, notes: str, unseen_contrast: Sequence[str]) -> Mode
         if bound.unseen[k]:
             partly[name] = bound.unseen[k]
         try:
-            limits[name] = bound.limit(k)
+            thresholds[name] = bound.threshold(k)
         except ValueError as error:
             raise PolicyError(f"policy '{bound.rules.policy.name}': {error}") from error
     return ModelInfo(
@@ -236,7 +238,7 @@ def _info(bound: BoundRules, notes: str, unseen_contrast: Sequence[str]) -> Mode
         bound.space,
         notes,
         tuple(uncovered),
-        limits,
+        thresholds,
         partly,
         tuple(unseen_contrast),
     )
@@ -267,7 +269,7 @@ def _providers(device: str | None) -> list[str | tuple[str, dict[str, str]]] | N
     raise ModelError(f"device {str(device)!r} cannot be used: with ONNX Runtime it is cpu or cuda")
 
 
-def _name(space: str | LatentSpace) -> str:
+def _name(space: str | Path | LatentSpace) -> str:
     from latentguard.spaces import LatentSpace
 
-    return LatentSpace.get(space).name
+    return LatentSpace.of(space).name

@@ -95,7 +95,7 @@ class Csv:
                 spreadsheet_cell(record.id or ""),
                 *[spreadsheet_cell(value) for value in text],
                 f"{lead.score:.6f}" if lead else "",
-                f"{lead.limit:.6f}" if lead else "",
+                f"{lead.threshold_value:.6f}" if lead else "",
                 spreadsheet_cell(" ".join(c.id for c in verdict.concepts if not c.covered)),
                 spreadsheet_cell(
                     "; ".join(

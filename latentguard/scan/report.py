@@ -12,9 +12,9 @@ from latentguard.scan.summary import ModelInfo, Summary
 
 
 class Report(ReportData):
-    """Collects records, at most `limit` of them as cards, and writes the page.
+    """Collects records, at most `max_cards` of them as cards, and writes the page.
 
-    Every image is counted. Beyond the limit the page keeps what was not allowed before what was,
+    Every image is counted. Beyond those the page keeps what was not allowed before what was,
     and says how many it leaves out.
     """
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from latentguard.deprecated import former_keywords
 from latentguard.judge import Rules
 from latentguard.scan.image import rgb_png
 from latentguard.scan.record import ScanRecord
@@ -42,18 +43,19 @@ class Tally:
 
 
 class ReportData:
-    """Collects records, at most `limit` of them as cards.
+    """Collects records, at most `max_cards` of them as cards.
 
-    Every image is counted. Beyond the limit what was not allowed is kept before what was.
+    Every image is counted. Beyond those what was not allowed is kept before what was.
     """
 
-    def __init__(self, rules: Rules, limit: int = 1000) -> None:
+    @former_keywords(limit="max_cards")
+    def __init__(self, rules: Rules, max_cards: int = 1000) -> None:
         self.rules = rules
         self.tallies = {
             rule.id: Tally("probability" if rule.threshold.kind == "probability" else "margin")
             for rule in rules.concepts
         }
-        self._kept = Shortlist(limit)
+        self._kept = Shortlist(max_cards)
         self._pictures: dict[int, tuple[bytes | None, dict[str, np.ndarray]]] = {}
 
     def add(self, record: ScanRecord) -> None:
@@ -81,7 +83,7 @@ class ReportData:
             tally.matched += concept.matched
             tally.highest = max(tally.highest, score)
             tally.lowest = min(tally.lowest, score)
-            tally.threshold = concept.limit
+            tally.threshold = concept.threshold_value
             tally.scores[min(max(int((score + 2) / 4 * BINS), 0), BINS - 1)] += 1
 
 

@@ -32,13 +32,13 @@ class Scales:
     """What all cards of a page share, so that lengths and colors compare across images.
 
     margin: margins are drawn from -margin to +margin. heat: heat maps are colored from
-    heat below a concept's threshold to heat above it, in margins. limits: model (name, sha256) ->
-    concept id -> threshold as a margin.
+    heat below a concept's threshold to heat above it, in margins. thresholds: model (name, sha256)
+    -> concept id -> threshold as a margin.
     """
 
     margin: float
     heat: float
-    limits: Mapping[tuple[str, str], Mapping[str, float]]
+    thresholds: Mapping[tuple[str, str], Mapping[str, float]]
 
     @classmethod
     def of(cls, data: ReportData, models: Sequence[ModelInfo]) -> Self:
@@ -48,26 +48,26 @@ class Scales:
             if tally.kind == "margin" and tally.judged:
                 values = (tally.highest, tally.lowest, tally.threshold)
                 ends += [abs(v) for v in values if np.isfinite(v)]
-        limits = {(m.id.name, m.id.sha256): m.limits for m in models}
+        thresholds = {(m.id.name, m.id.sha256): m.thresholds for m in models}
         gaps = []
         for item in data.cards():
             model = item.record.model
-            known = limits.get((model.name, model.sha256), {}) if model else {}
+            known = thresholds.get((model.name, model.sha256), {}) if model else {}
             gaps += [np.abs(h - known.get(k, 0.0)).ravel() for k, h in item.heats.items()]
         far = np.concatenate(gaps or [np.zeros(1)]).astype(np.float64)
         far = far[np.isfinite(far)]
         heat = float(np.percentile(far, 98)) if far.size else 0.0
-        return cls(margin=1.05 * max(ends), heat=max(heat, 0.01), limits=limits)
+        return cls(margin=1.05 * max(ends), heat=max(heat, 0.01), thresholds=thresholds)
 
     def place(self, value: float, kind: str) -> float:
         """Where a score or threshold stands on its axis, in percent."""
         return 100 * min(max(self._along(value, kind), 0.0), 1.0)
 
-    def limit(self, record: ScanRecord, concept: str) -> float:
+    def threshold(self, record: ScanRecord, concept: str) -> float:
         """The threshold as a margin; 0, where a concept ties with its contrast, if unknown."""
         model = (record.model.name, record.model.sha256) if record.model else ("", "")
-        limit = self.limits.get(model, {}).get(concept, 0.0)
-        return limit if np.isfinite(limit) else 0.0
+        threshold = self.thresholds.get(model, {}).get(concept, 0.0)
+        return threshold if np.isfinite(threshold) else 0.0
 
     def bars(self, tally: Tally) -> list[Bar]:
         """A histogram (square roots of counts, so that a single image stays visible)."""
@@ -76,10 +76,10 @@ class Scales:
         along = BARS * self._along(centers, tally.kind)
         at = np.clip(along, 0, BARS - 1).astype(int)
         roots = np.sqrt(np.bincount(at, weights=tally.scores, minlength=BARS))
-        limit = BARS * self._along(tally.threshold, tally.kind)
+        threshold = BARS * self._along(tally.threshold, tally.kind)
         tallest = max(float(roots.max()), 1.0)
         return [
-            Bar(4 * x + 0.5, max(20 * float(roots[x]) / tallest, 2.0), x + 0.5 >= limit)
+            Bar(4 * x + 0.5, max(20 * float(roots[x]) / tallest, 2.0), x + 0.5 >= threshold)
             for x in np.flatnonzero(roots).tolist()
         ]
 

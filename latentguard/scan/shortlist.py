@@ -8,13 +8,13 @@ from latentguard.scan.record import ScanRecord
 
 
 class Shortlist:
-    """At most `limit` records, without their pictures; those not allowed before the others.
+    """At most `max_records` records, without their pictures; those not allowed before the others.
 
     `seen` counts all of them. Each is kept with its number in the scan, from 0.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = max(1, limit)
+    def __init__(self, max_records: int) -> None:
+        self.max_records = max(1, max_records)
         self.seen = 0
         self._flagged: list[tuple[int, ScanRecord]] = []
         self._allowed: list[tuple[int, ScanRecord]] = []
@@ -24,7 +24,7 @@ class Shortlist:
         order, self.seen = self.seen, self.seen + 1
         flagged = record.outcome != "allow"
         dropped = None
-        if len(self) >= self.limit:
+        if len(self) >= self.max_records:
             if not flagged or not self._allowed:
                 return None, None
             dropped = self._allowed.pop()[0]

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from latentguard.deprecated import Former, former_keywords
 from latentguard.files import PassedOver
 from latentguard.judge import ModelId, PolicyId
 from latentguard.scan.record import ScanRecord
 
 
+@former_keywords(limits="thresholds")
 @dataclass(frozen=True)
 class ModelInfo:
     """A model that took part in a scan, and what it could not do.
@@ -18,7 +20,7 @@ class ModelInfo:
     space: the latent space that it reads.
     notes: what its makers say about it, its limits first; may be empty.
     uncovered: ids of the policy's concepts that it cannot see.
-    limits: concept id -> threshold as a margin, where it is known for this model.
+    thresholds: concept id -> threshold as a margin, where it is known for this model.
     unseen: concept id -> the prompts that it cannot see, of concepts of which it sees others.
     unseen_contrast: the contrast prompts that it cannot see.
     """
@@ -27,9 +29,11 @@ class ModelInfo:
     space: str
     notes: str = ""
     uncovered: tuple[str, ...] = ()
-    limits: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
     unseen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unseen_contrast: tuple[str, ...] = ()
+
+    limits = Former("thresholds")
 
 
 @dataclass

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from latentguard.deprecated import former_keywords
 from latentguard.judge import ConceptScore
 from latentguard.scan.record import ScanRecord
 from latentguard.scan.shortlist import Shortlist
@@ -35,12 +36,13 @@ class _Console(Console):
 
 
 class Table:
-    """Keeps rows until the end, at most `limit`; those not allowed before the others."""
+    """Keeps rows until the end, at most `max_rows`; those not allowed before the others."""
 
-    def __init__(self, file: TextIO, limit: int = 500) -> None:
+    @former_keywords(limit="max_rows")
+    def __init__(self, file: TextIO, max_rows: int = 500) -> None:
         width = None if file.isatty() else WIDTH
         self._console = _Console(file=file, highlight=False, emoji=False, width=width)
-        self._rows = Shortlist(limit)
+        self._rows = Shortlist(max_rows)
         self._unseen: dict[str, tuple[ConceptScore, ...]] = {}
 
     def add(self, record: ScanRecord) -> None:
@@ -107,7 +109,7 @@ def _cells(record: ScanRecord, with_source: bool) -> tuple[Text, Text, Text, Tex
         return _image(record, with_source), decision, kind, Text(), why
     others = sum(c.matched for c in record.ranked) - 1
     concept = Text(visible(lead.id) + (f" +{others}" if others > 0 else ""))
-    score = Text(f"{lead.score:.3f} {'≥' if lead.matched else '<'} {lead.limit:.3f}")
+    score = Text(f"{lead.score:.3f} {'≥' if lead.matched else '<'} {lead.threshold_value:.3f}")
     why = Text(f"{'matches' if lead.matched else 'closest:'} {visible(lead.prompt, 80)}")
     if not lead.matched:
         for text in (concept, score, why):

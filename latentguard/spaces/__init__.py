@@ -10,6 +10,9 @@ tokens.py (whether packed tokens can be of the size that is said) -> preview.py 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from latentguard.deprecated import former_names
 from latentguard.spaces.arrays import LatentArray
 from latentguard.spaces.latents import Latents, Layout
 from latentguard.spaces.prediction import Prediction
@@ -25,7 +28,7 @@ from latentguard.spaces.space import (
     known_names,
     register,
 )
-from latentguard.spaces.statistics import Recognition, recognise
+from latentguard.spaces.statistics import Recognition, recognize
 
 __all__ = [
     "RECORDS",
@@ -42,7 +45,10 @@ __all__ = [
     "all_spaces",
     "array_preview",
     "known_names",
-    "recognise",
+    "recognize",
     "register",
     "rgb_preview",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = former_names(__name__, {"recognise": "recognize"})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import LatentsError
+from latentguard.regular import open_regular, problem
 from latentguard.text import visible
 
 MAX_BYTES = 1 << 20
@@ -32,15 +33,12 @@ _TAGS = frozenset(
 def read_text(path: Path) -> str:
     """The text of a regular file of at most 1 MiB. Raises LatentsError."""
     try:
-        if not path.is_file():
-            raise LatentsError(f"{path}: there is no such file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, LatentsError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise LatentsError(f"{path}: cannot be read: {reason}") from error
+    except FileNotFoundError as error:
+        raise LatentsError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise LatentsError(f"{path}: {problem(error)}") from error
     if len(data) > MAX_BYTES:
         raise LatentsError(f"{path}: is larger than 1 MiB")
     try:
@@ -143,7 +141,7 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, depth + 1) for item in node.value]
         if isinstance(node, yaml.ScalarNode):
-            return _scalar(node.value) if node.style is None else node.value
+            return node.value if node.style else _scalar(node.value)
         found: dict[str, Any] = {}
         for key, item in node.value:
             if not isinstance(key, yaml.ScalarNode):

@@ -22,7 +22,7 @@ def rgb_preview(
 ) -> NDArray[np.uint8]:
     """What the latents show, one pixel per cell: uint8 [B, H * upscale, W * upscale, 3].
 
-    A linear map of each cell, so colours and layout are right and detail is missing. Values out
+    A linear map of each cell, so colors and layout are right and detail is missing. Values out
     of range are clipped; NaN becomes black. Computed in float32 on the tensor's device.
 
     Args:

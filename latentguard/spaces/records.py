@@ -96,6 +96,14 @@ def read_record(path: Path) -> SpaceRecord:
         raise LatentsError(f"{where}: {wrong}") from wrong
 
 
+def record_of(values: Any, source: str) -> SpaceRecord:
+    """The record that is in a mapping. Raises LatentsError, which names `source` and the key."""
+    try:
+        return _record(values, "")
+    except _WrongError as wrong:
+        raise LatentsError(f"{source}: {wrong}") from wrong
+
+
 def shipped_records() -> list[SpaceRecord]:
     """Those of the package, in their order. Raises LatentsError for a file that is wrong."""
     records = [read_record(path) for path in DATA.glob("*.json")]
@@ -175,8 +183,8 @@ def _record(values: Any, stem: str) -> SpaceRecord:
             "temporal_factor", _whole(1, MAX_FACTOR), "a number of frames", 1
         ),
     }
-    normalized, usual_scale = _scaling(top.mapping("scaling"), channels, fields)
     _packing(top.mapping("packing"), fields)
+    normalized, usual_scale = _scaling(top.mapping("scaling"), channels, fields)
     statistics_source = _statistics(top.mapping("statistics"), channels, fields)
     fields["rgb_view"] = _view(top.mapping("rgb_view"), channels)
     record = SpaceRecord(
@@ -208,8 +216,10 @@ def _scaling(scaling: _Mapping | None, channels: int, fields: dict[str, Any]) ->
             "`scaling` is missing: it must give scale and shift, mean and std, or from_vae, for "
             "scaled = (raw - shift) * scale",
         )
-    numbers = _numbers(channels)
+    packed = channels * fields.get("packed_patch", 1) ** 2
+    numbers = _numbers(channels, packed)
     wanted = f"a finite number or a list of {channels}"
+    wanted += f" or {packed}" if packed > channels else ""
     from_vae = scaling.take("from_vae", _one_of(STATISTICS), " or ".join(STATISTICS), None)
     scale = scaling.take("scale", numbers, wanted, None)
     shift = scaling.take("shift", numbers, wanted, None)
@@ -235,8 +245,9 @@ def _scaling(scaling: _Mapping | None, channels: int, fields: dict[str, Any]) ->
             "`scaling` must give `mean` and `std` together, with one `scale` (1 where it is left "
             "out) and without `shift`: scaled = (raw - mean) * scale / std",
         )
-    means = mean if isinstance(mean, tuple) else (mean,) * channels
-    deviations = std if isinstance(std, tuple) else (std,) * channels
+    count = max(len(value) if isinstance(value, tuple) else channels for value in (mean, std))
+    means = mean if isinstance(mean, tuple) else (mean,) * count
+    deviations = std if isinstance(std, tuple) else (std,) * count
     if not all(deviation > 0 for deviation in deviations):
         raise _WrongError((*scaling.keys, "std"), "`scaling.std` must be above 0")
     factor = 1.0 if scale is None else scale
@@ -314,9 +325,13 @@ def _list_of(count: int, item: Callable[[Any], Any]) -> Callable[[Any], tuple[An
     return kind
 
 
-def _numbers(channels: int) -> Callable[[Any], float | tuple[float, ...]]:
-    each = _list_of(channels, _number)
-    return lambda value: each(value) if isinstance(value, list) else _number(value)
+def _numbers(*counts: int) -> Callable[[Any], float | tuple[float, ...]]:
+    def kind(value: Any) -> float | tuple[float, ...]:
+        if not isinstance(value, list):
+            return _number(value)
+        return _list_of(len(value) if len(value) in counts else counts[0], _number)(value)
+
+    return kind
 
 
 def _whole(low: int, high: int) -> Callable[[Any], int]:

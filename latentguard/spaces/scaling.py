@@ -72,7 +72,7 @@ def same_scaling(space: LatentSpace, other: LatentSpace) -> bool:
     """Whether scaled latents of both have the same numbers, but for rounding.
 
     True where one of them has no numbers of its own (flux2 without statistics): scaled flux2
-    latents are normalised, by whatever statistics.
+    latents are normalized, by whatever statistics.
     """
     pairs = ((space.scale, other.scale), (space.shift, other.shift))
     return space.name == other.name and all(

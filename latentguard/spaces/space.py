@@ -7,6 +7,7 @@ channel of the 2x2 packing. The spaces that ship are files in `data/`, one each 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +25,11 @@ from latentguard.spaces.records import (
     MAX_FACTOR,
     NAME,
     ORDERS,
+    SCHEMA_VERSION,
     SUFFIXES,
     SpaceRecord,
     read_record,
+    record_of,
     shipped_records,
 )
 from latentguard.spaces.rgb import RGB, RGBView
@@ -235,6 +238,39 @@ class LatentSpace:
         return _space_of(read_record(Path(path).expanduser()), str(path))
 
     @staticmethod
+    def from_dict(values: Mapping[str, Any], source: str = "a latent space") -> LatentSpace:
+        """A space from what `to_dict` gives, or what a file of it holds. Raises LatentsError, which
+        names `source` and the key."""
+        return _space_of(record_of(dict(values), source), source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that `from_dict` needs, of JSON's kinds; the form of a file of one's own."""
+        scaling = {"scale": self.scale, "shift": self.shift}
+        values: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "channels": self.channels,
+            "factor": self.vae_scale_factor,
+            "temporal_factor": self.temporal_factor,
+            "scaling": {"from_vae": self.statistics_of_vae} if self.scale is None else scaling,
+        }
+        if self.packed_order is not None:
+            values["packing"] = {"patch": self.packed_patch, "order": self.packed_order}
+        if self.mean is not None and self.std is not None:
+            values["statistics"] = {"mean": self.mean, "std": self.std}
+        view = self.rgb_view
+        if view is not None:
+            values["rgb_view"] = {
+                "acts_on": "scaled" if view.scaled else "raw",
+                "factors": view.factors,
+                "bias": view.bias,
+                "source": view.source,
+                "r2": view.r2,
+            }
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
+
+    @staticmethod
     def from_vae_config(config: Mapping[str, Any], classes: Sequence[str] = ()) -> LatentSpace:
         """The space that a diffusers `vae.config` describes, with that config's own numbers.
 
@@ -276,7 +312,7 @@ class LatentSpace:
             eps: the VAE's `batch_norm_eps`.
         """
         if self.statistics_of_vae != "batch_norm":
-            raise LatentsError(f"space {self.name} is not batch-normalised: only flux2 is")
+            raise LatentsError(f"space {self.name} is not batch-normalized: only flux2 is")
         means, variances = _floats(mean), _floats(var)
         if len(means) != self.packed_channels or len(variances) != self.packed_channels:
             raise LatentsError(
@@ -324,7 +360,7 @@ class LatentSpace:
     def is_scaled_as(self, other: LatentSpace) -> bool:
         """Whether scaled latents of both have the same numbers, but for rounding.
 
-        flux2 without its statistics fits flux2 with any: scaled means normalised in both.
+        flux2 without its statistics fits flux2 with any: scaled means normalized in both.
         """
         return scaling.same_scaling(self, other)
 
@@ -403,9 +439,15 @@ class LatentSpace:
         if (height, width) not in ((None, None), actual):
             raise LatentsError(
                 f"height and width say {height}x{width} latent cells, the tensor is "
-                f"{actual[0]}x{actual[1]}"
+                f"{actual[0]}x{actual[1]}{self._if_pixels((height, width), actual)}"
             )
         return actual
+
+    def _if_pixels(self, said: tuple[int | None, int | None], actual: tuple[int, int]) -> str:
+        factor = self.vae_scale_factor
+        if said != (actual[0] * factor, actual[1] * factor):
+            return ""
+        return f": these are pixels, so divide them by {factor}"
 
     def _other_form(self, shape: Sequence[int]) -> str:
         """What to do with latents that are not spatial, as the end of a sentence."""

@@ -1,6 +1,6 @@
 """The space and scaling of latents that do not say, from their statistics; only where certain.
 
-Four channels. The readings are sdxl raw, sdxl scaled, sdxl as Playground 2.5 normalises it, sd1 raw
+Four channels. The readings are sdxl raw, sdxl scaled, sdxl as Playground 2.5 normalizes it, sd1 raw
 and sd1 scaled, each with published per-channel mean and standard deviation over natural images.
 One image differs from that population, so a reading is a hierarchical Gaussian: an image's channel
 means scatter around the population's by MEAN_SPREAD population deviations, the logarithms of its
@@ -19,7 +19,7 @@ signature.
 Every other space is asked for: no published statistics tell it from one of the same shape. So is
 every space of a shape that a space of the user's own has, whose statistics nobody knows.
 
-Everything is preceded by one test: neighbouring cells of a picture's latents are correlated, those
+Everything is preceded by one test: neighboring cells of a picture's latents are correlated, those
 of noise are not.
 """
 
@@ -53,7 +53,7 @@ MIN_CELLS = 64
 CROP = 256
 # Mean lag-1 correlation over both axes and all channels: 0 +- 0.03 for noise; over 1,500
 # photographs in TAEF2's latents at 32x32 cells the median is 0.51, the least 0.20.
-MIN_NEIGHBOUR_CORRELATION = 0.15
+MIN_NEIGHBOR_CORRELATION = 0.15
 
 MEAN_SPREAD = 0.6
 COMMON_SPREAD = 0.3
@@ -86,12 +86,12 @@ class Recognition:
         return self.space is not None and self.scaled is not None
 
 
-def recognise(
+def recognize(
     tensor: Tensor | NDArray[Any] | Sequence[Tensor | NDArray[Any]],
     space: str | LatentSpace | None = None,
     scaled: bool | None = None,
 ) -> Recognition:
-    """Recognise spatial latents by their statistics.
+    """Recognize spatial latents by their statistics.
 
     Args:
         tensor: [C, H, W], [B, C, H, W] or a sequence of [C, H, W] (sizes may differ).
@@ -155,7 +155,7 @@ def _images(tensor: Any) -> list[Array]:
         top, left = (max(0, (size - CROP) // 2) for size in item.shape[1:])
         images.append(_doubles(item[:, top : top + CROP, left : left + CROP]))
     if not images:
-        raise LatentsError("there are no latents to recognise")
+        raise LatentsError("there are no latents to recognize")
     return images
 
 
@@ -174,16 +174,16 @@ def _not_a_picture(images: list[Array]) -> str | None:
         return f"fewer than {MIN_CELLS} cells say too little"
     if any((image.std(axis=(1, 2)) < 1e-6 * (1 + abs(image).max())).any() for image in images):
         return "a channel is constant"
-    correlation = float(np.mean([_neighbour_correlation(image) for image in images]))
-    if correlation < MIN_NEIGHBOUR_CORRELATION:
+    correlation = float(np.mean([_neighbor_correlation(image) for image in images]))
+    if correlation < MIN_NEIGHBOR_CORRELATION:
         return (
-            f"neighbouring cells are not correlated ({correlation:.2f}, a picture's latents have "
-            f"at least {MIN_NEIGHBOUR_CORRELATION}), so these look like noise"
+            f"neighboring cells are not correlated ({correlation:.2f}, a picture's latents have "
+            f"at least {MIN_NEIGHBOR_CORRELATION}), so these look like noise"
         )
     return None
 
 
-def _neighbour_correlation(image: Array) -> float:
+def _neighbor_correlation(image: Array) -> float:
     z = (image - image.mean(axis=(1, 2), keepdims=True)) / image.std(axis=(1, 2), keepdims=True)
     pairs = [z[:, 1:] * z[:, :-1], z[:, :, 1:] * z[:, :, :-1]]
     return float(np.mean([pair.mean() for pair in pairs if pair.size]))
@@ -307,7 +307,7 @@ MIN_SIGNATURE = 0.25
 # space, and 16 random signs reach that too often. So the signature has to stand out of what 16
 # random pairs of the same channels would give, as a multiple of their deviation: 3.8 and more in
 # the 445 of 500 photographs that have it; at most 4 where all correlations are 1.
-MIN_PROMINENCE = 3.5
+MIN_PROMINENCE = 3.75
 # The level is the geometric mean, over the channels that TAEF2 reproduces at full strength, of the
 # 99 % quantile of the absolute value: it hardly depends on how much of a picture is flat. Scaled,
 # over 2,500 photographs and drawings: median 2.37, 1.66 to 2.71. Raw is 1.75 times that (the

@@ -19,7 +19,7 @@ from latentguard.adapt import run
 from latentguard.adapt.autoencoders import load_autoencoder, tae_encoder
 from latentguard.adapt.cache import prepare
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import centre_crop, find_images, random_crop
+from latentguard.adapt.images import center_crop, find_images, random_crop
 from latentguard.adapt.run import adapt, card, stored_prompts
 from latentguard.adapt.small_autoencoders import Design, fit_view, train_autoencoder
 from latentguard.adapt.teacher import class_definitions, class_names, class_table, load_teacher
@@ -45,7 +45,7 @@ TINY = Recipe(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve photo-like pictures: smooth colour noise, saved as PNG."""
+    """Twelve photo-like pictures: smooth color noise, saved as PNG."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for number in range(12):
@@ -99,7 +99,7 @@ def test_crops_are_reproducible_and_the_same_at_any_size(photos: Path) -> None:
     large = torch.from_numpy(random_crop(path, 3, 512).copy()).permute(2, 0, 1)[None].float()
     small = torch.nn.functional.avg_pool2d(large, 2)[0].permute(1, 2, 0).numpy()
     assert np.abs(small - first).mean() < 2
-    assert centre_crop(path, 64).shape == (64, 64, 3)
+    assert center_crop(path, 64).shape == (64, 64, 3)
 
 
 def test_no_images_is_an_error(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_teacher_is_the_published_network() -> None:
             module.static_padding = nn.ZeroPad2d((before, total - before, before, total - before))
     images = torch.rand(2, 3, 256, 256)
     with torch.inference_mode():
-        expected = published(Lite2.normalise(images))
+        expected = published(Lite2.normalize(images))
     # Measured: 1.5e-5 on logits of up to 6; batch norms are folded into the convolutions.
     assert (ours.logits(images) - expected).abs().max() < 1e-3
 
@@ -300,9 +300,9 @@ def test_an_autoencoder_learns_and_goes_on(photos: Path, tmp_path: Path) -> None
     )
     net = train_autoencoder(design, files, teacher, tmp_path / "x.pt")
     images = torch.stack(
-        [torch.from_numpy(centre_crop(file, 64).copy()).permute(2, 0, 1) / 255 for file in files]
+        [torch.from_numpy(center_crop(file, 64).copy()).permute(2, 0, 1) / 255 for file in files]
     )
-    # Better than the mean colour of all of them.
+    # Better than the mean color of all of them.
     error = (net.decode(net.encode(images)) - images).square().mean()
     assert error < 0.7 * images.var()
     again = train_autoencoder(design, files, teacher, tmp_path / "x.pt")

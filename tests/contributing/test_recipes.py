@@ -77,16 +77,17 @@ def tree(tmp_path: Path) -> Tree:
 
 # --- a latent space --------------------------------------------------------------------------
 
-SPACE = """        LatentSpace(
-            name="toy",
-            channels=8,
-            scale=0.5,
-            shift=0.25,
-            packed_patch=2,
-            rgb_factors=((0.1, 0.2, 0.3),) * 8,
-            rgb_bias=(0.0, 0.0, 0.0),
-        ),
-"""
+SPACE = {
+    "schema_version": 1,
+    "summary": "a toy",
+    "channels": 8,
+    "factor": 8,
+    "scaling": {"scale": 0.5, "shift": 0.25},
+    "packing": {"patch": 2, "order": "c dy dx"},
+    "rgb_view": {"acts_on": "scaled", "factors": [[0.1, 0.2, 0.3]] * 8},
+    "vae": {"name": "the toy's VAE", "classes": ["AutoencoderToy"]},
+    "pipelines": ["Toy"],
+}
 USE_SPACE = """
 import sys
 import numpy as np
@@ -97,6 +98,8 @@ from latentguard.spaces import LatentArray, LatentSpace, array_preview
 space = LatentSpace.get("toy")
 config = {"latent_channels": 8, "scaling_factor": 0.5, "shift_factor": 0.25}
 assert LatentSpace.from_vae_config(config).name == "toy"
+assert LatentSpace.from_vae_config(config, ["AutoencoderToy"]).name == "toy"
+assert LatentSpace.of_pipeline("ToyPipeline") == space
 assert space.packed_channels == 32
 
 raw = np.random.default_rng(0).normal(size=(2, 8, 6, 4)).astype(np.float32)
@@ -116,10 +119,10 @@ assert "torch" not in sys.modules
 """
 
 
-def test_a_space_is_one_record(tree: Tree) -> None:
-    tree.insert("spaces/space.py", "    for space in (\n", SPACE)
+def test_a_space_is_one_file(tree: Tree) -> None:
+    tree.add("spaces/data/toy.json", json.dumps(SPACE))
     tree.run(USE_SPACE)
-    assert tree.touched == {"spaces/space.py"}
+    assert tree.touched == {"spaces/data/toy.json"}
 
 
 # --- an encoder ------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ def test_another_size_of_latent_clip_is_a_json_file(tree: Tree) -> None:
     ("changes", "message"),
     [
         ({"format": "other"}, "`format` must be latentguard-latent-clip or latentguard-nano"),
-        ({"colour": "red"}, "not a model's description"),
+        ({"color": "red"}, "not a model's description"),
         ({"config": {"patch": 7, "embed_dim": 64, "text_width": 64}}, "multiple of `patch`"),
         ({"space": None, "config": {}}, "not a model's description"),
     ],

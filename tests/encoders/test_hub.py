@@ -43,7 +43,7 @@ BUNDLED = [name for name, entry in CATALOG.items() if entry.bundled]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The catalogue's Latent-CLIPs, shallow and narrow."""
+    """The catalog's Latent-CLIPs, shallow and narrow."""
     for name, config in (("latent-clip-b8", SMALL_B8), ("latent-clip-b4-plus", SMALL_B4)):
         monkeypatch.setitem(CATALOG, name, replace(CATALOG[name], config=config))
 

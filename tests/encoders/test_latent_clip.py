@@ -251,7 +251,7 @@ def test_tiles_are_the_whole_and_its_parts(encoder: LatentCLIP) -> None:
     for index, (y, x) in enumerate(corners, start=1):
         part = encoder.features(raw[:, :, y : y + 64, x : x + 64])
         torch.testing.assert_close(views[:, index], part.pooled)
-    # Row 6 of the grid is nearer to the centre of the lower views, whose rows start at 4.
+    # Row 6 of the grid is nearer to the center of the lower views, whose rows start at 4.
     lower = encoder.features(raw[:, :, 32:96, 64:128]).tokens.reshape(2, 8, 8, -1)
     tokens = features.tokens.reshape(2, 12, 16, -1)
     torch.testing.assert_close(tokens[:, 6:, 8:], lower[:, 2:])
@@ -525,7 +525,7 @@ def test_a_failed_write_leaves_nothing(
         ({"width": 100}, "`width` must be a multiple of 64"),
         ({"patch": 7}, r"`grid` must be a multiple of `patch` \(7\), got 64"),
         ({"needs_scaled": 1}, "`needs_scaled` must be true or false"),
-        ({"colour": 1}, "keys must be"),
+        ({"color": 1}, "keys must be"),
     ],
 )
 def test_configurations_are_validated(changes: dict[str, Any], says: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from latentguard.encoders import Encoder, load_encoder, needs_space
 from latentguard.encoders.catalog import bundled_path, readable_view
-from latentguard.encoders.class_text import ClassText, normalise, weights
+from latentguard.encoders.class_text import ClassText, normalize, weights
 from latentguard.encoders.lite import ConvBN, Lite2, fuse
 from latentguard.encoders.minilm import is_installed
 from latentguard.encoders.nano import BASELINE, BUNDLED, WEIGHTS, NanoEncoder, load_nano
@@ -110,7 +110,7 @@ def test_coverage_separates_what_it_can_see(encoder: NanoEncoder) -> None:
     unseen = ["cigarette", "a naked person", "hate speech", "blood and gore", "self-harm"]
     known = set(encoder.text.stored_prompts)
     if not is_installed():
-        unseen = [text for text in unseen if normalise(text) in known]
+        unseen = [text for text in unseen if normalize(text) in known]
     assert (encoder.coverage(seen) > encoder.min_coverage).all()
     assert (encoder.coverage(unseen) < encoder.min_coverage).all()
 
@@ -122,7 +122,7 @@ def test_a_class_name_is_its_class(encoder: NanoEncoder, every: int) -> None:
     asked = names[::every]
     top = encoder.encode_text(asked).argmax(1)
     # Two classes may share a name: crane, and Cardigan the dog.
-    assert [normalise(names[int(found)]) for found in top] == [normalise(name) for name in asked]
+    assert [normalize(names[int(found)]) for found in top] == [normalize(name) for name in asked]
 
 
 @needs_minilm
@@ -151,8 +151,8 @@ def test_uncovered_text_is_the_same_baseline_for_every_image(encoder: NanoEncode
 
 
 @given(st.text(max_size=40))
-def test_normalise_is_idempotent(text: str) -> None:
-    assert normalise(normalise(text)) == normalise(text)
+def test_normalize_is_idempotent(text: str) -> None:
+    assert normalize(normalize(text)) == normalize(text)
 
 
 @settings(deadline=None)

@@ -190,8 +190,8 @@ def test_wiener_reaches_the_error_of_the_optimal_linear_denoiser(ratio):
     error = float((wiener(noisy, ratio) - fresh).square().mean())
     # By brute force, in float64, from the true covariance of all numbers of an image.
     samples = _fields(6000, seed=3).double().flatten(1)
-    centred = samples - samples.mean(0)
-    values = torch.linalg.eigvalsh(centred.T @ centred / len(samples)).clamp(min=0)
+    centered = samples - samples.mean(0)
+    values = torch.linalg.eigvalsh(centered.T @ centered / len(samples)).clamp(min=0)
     optimal = float((values * ratio**2 / (values + ratio**2)).mean())
     assert error == pytest.approx(_expected_error(wiener, ratio), rel=0.03)
     # 6,000 samples of 1,024 numbers bias the brute-force optimum down by up to a tenth.

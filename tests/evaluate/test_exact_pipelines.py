@@ -89,7 +89,7 @@ def test_v_prediction_gives_the_same_trajectory(photos, sdxl):
 
 def test_flux2_ends_on_photos_of_the_class(flux2):
     asked = ["weapon", "drink", "other"]
-    # The schedule is shifted towards noise: with 8 steps the last one would start at 0.5, where
+    # The schedule is shifted toward noise: with 8 steps the last one would start at 0.5, where
     # predictions still are means of two photos.
     tokens = _generate(flux2, asked, steps=20)
     assert tokens.shape == (3, 256, 128)

@@ -66,7 +66,7 @@ def _save(path, latents):
 
 @pytest.fixture
 def classified(tmp_path):
-    """Six images of channels 0, 1, 2, 0, 1, 2 in two sizes; the fifth is a 2 labelled 1."""
+    """Six images of channels 0, 1, 2, 0, 1, 2 in two sizes; the fifth is a 2 labeled 1."""
     first = _save(tmp_path / "a.pt", torch.cat([_image(c, 2.0, seed=c) for c in (0, 1, 2)]))
     second = torch.cat([_image(c, 2.0, 12, c + 3) for c in (0, 2, 2)])
     return [first, _save(tmp_path / "b.safetensors", second)]

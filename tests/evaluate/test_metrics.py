@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from latentguard import evaluate
 from latentguard.evaluate import metrics
 
 
@@ -115,3 +116,9 @@ def test_wilson():
 def test_ranks():
     similarities = [[0.1, 0.9, 0.3], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     np.testing.assert_array_equal(metrics.ranks_of(similarities, [2, 0, 2]), [1, 0, 2])
+
+
+def test_the_former_name_of_an_interval() -> None:
+    for room in (evaluate, metrics):
+        with pytest.warns(DeprecationWarning, match=r"Estimate is called Interval now"):
+            assert room.Estimate is evaluate.Interval  # type: ignore[attr-defined]

@@ -100,6 +100,6 @@ def test_paste_and_square(recipe):
     assert background.size == (256, 256)
     assert np.asarray(background)[:, 0].mean() == pytest.approx(50, abs=1)
     red = Image.new("RGBA", (40, 20), (255, 0, 0, 255))
-    drawn = np.asarray(artwork.paste(background, red, centre=(0.25, 0.5)))
+    drawn = np.asarray(artwork.paste(background, red, center=(0.25, 0.5)))
     y, x = np.nonzero((drawn == (255, 0, 0)).all(-1))
     assert (x.min(), x.max() + 1, y.min(), y.max() + 1) == (44, 84, 118, 138)

@@ -138,7 +138,7 @@ def test_what_the_export_reports_is_what_it_is(exports: Exports, models: Models)
     with Guard(made.path) as guard:
         found = guard.scores(photos().tensor.numpy())
     checked = made.checked
-    assert (checked.images, checked.real, checked.same) == (25, True, 25)
+    assert (checked.images, checked.real, checked.same_decisions) == (25, True, 25)
     assert checked.margin == pytest.approx(differences(found, wanted)["margin"], rel=1e-3)
     assert checked.embedding == pytest.approx(differences(found, wanted)["embedding"], rel=1e-3)
     assert not exports("clip").checked.real

@@ -18,7 +18,7 @@ from latentguard.errors import ModelError
 from latentguard.export import Exported, export_onnx, export_triton, swap_policy, write
 from latentguard.policy import Policy
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import METADATA
+from latentguard.runtime.artifact import METADATA
 from latentguard.scorer import Scorer
 
 
@@ -43,7 +43,7 @@ def test_two_files(cascade: Exported) -> None:
     for made in (cascade, first):
         assert made.sha256 == hashlib.sha256(made.path.read_bytes()).hexdigest()
         assert made.bytes == made.path.stat().st_size
-        assert (made.checked.images, made.checked.same) == (25, 25)
+        assert (made.checked.images, made.checked.same_decisions) == (25, 25)
     ours, theirs = metadata(cascade.path), metadata(first.path)
     assert ours["first"] == {"file": "guard.first.onnx", "sha256": first.sha256}
     assert ours["policy"] == json.loads(json.dumps(two_stages().to_dict()))
@@ -54,11 +54,11 @@ def test_two_files(cascade: Exported) -> None:
 
 def test_the_check_is_of_the_whole_cascade(cascade: Exported) -> None:
     assert cascade.first is not None
-    assert cascade.first.checked.sent is None
+    assert cascade.first.checked.escalated is None
     with Guard(cascade.path) as guard:
         found = judged(guard)
-    assert cascade.checked.sent == [by for _, by in found].count(False)
-    assert 0 < cascade.checked.sent < 25
+    assert cascade.checked.escalated == [by for _, by in found].count(False)
+    assert 0 < cascade.checked.escalated < 25
 
 
 @pytest.mark.parametrize(

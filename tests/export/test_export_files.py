@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,12 +16,12 @@ from export_helpers import constants, nodes, sdxl
 
 from latentguard.encoders import Encoder
 from latentguard.errors import ModelError
-from latentguard.export import Exported, export_onnx, write
+from latentguard.export import Checked, Exported, export_onnx, write
 from latentguard.export.graph import BANK
 from latentguard.ops.onnx import OPSET
 from latentguard.policy import load_policy
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import DIGEST, METADATA, inner_digest
+from latentguard.runtime.artifact import DIGEST, METADATA, inner_digest
 from latentguard.scorer import Scorer
 
 Models = dict[str, Encoder]
@@ -155,7 +156,7 @@ def test_large_weights_lie_beside_the_file(external: Exported, exports: Exports)
         assert np.array_equal(found["margin"], whole.scores(latents)["margin"])
 
 
-def test_external_data_are_part_of_the_artefact(external: Exported, tmp_path: Path) -> None:
+def test_external_data_are_part_of_the_artifact(external: Exported, tmp_path: Path) -> None:
     beside = external.path.with_name("guard.data")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -167,3 +168,12 @@ def test_external_data_are_part_of_the_artefact(external: Exported, tmp_path: Pa
     beside.write_bytes(data)
     with pytest.raises(ModelError, match=r"guard\.data: does not have the SHA-256"):
         Guard(external.path, sha256=external.sha256)
+
+
+def test_former_names_of_a_comparison() -> None:
+    checked = Checked(9, True, 0.0, 0.0, 1.0, same_decisions=8, escalated=3)
+    make: Any = Checked
+    with pytest.warns(DeprecationWarning, match="same is called same_decisions now"):
+        assert checked.same == 8
+    with pytest.warns(DeprecationWarning, match="sent is called escalated now"):
+        assert make(9, True, 0.0, 0.0, 1.0, 8, sent=3) == checked

@@ -28,7 +28,7 @@ def matrix(rows: int, columns: int, seed: int = 0, heavy: bool = False) -> Array
 
 
 def largest_pair(steps: NDArray[np.int8]) -> int:
-    """The largest sum that two neighbours in a column add to with activations of 255."""
+    """The largest sum that two neighbors in a column add to with activations of 255."""
     wide = np.vstack([steps, np.zeros((len(steps) % 2, steps.shape[1]), np.int8)]).astype(int)
     pairs = wide.reshape(-1, 2, steps.shape[1])
     return int(max(np.maximum(pairs, 0).sum(1).max(), np.maximum(-pairs, 0).sum(1).max()))

@@ -30,7 +30,7 @@ Models = dict[str, Encoder]
 Spoil = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
-def spoilt(monkeypatch: pytest.MonkeyPatch, spoil: Spoil) -> None:
+def spoiled(monkeypatch: pytest.MonkeyPatch, spoil: Spoil) -> None:
     """Exports whose largest constant is not what PyTorch has."""
     trace = write.trace
 
@@ -69,7 +69,7 @@ def test_an_export_that_differs_is_not_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    spoilt(monkeypatch, spoil)
+    spoiled(monkeypatch, spoil)
     out = tmp_path / "guard.onnx"
     with pytest.raises(ModelError, match=text) as failed:
         export_onnx("family", models["b8"], out, size=(64, 64), precision=precision)
@@ -83,7 +83,7 @@ def test_a_file_that_is_there_survives_a_failure(
     out = tmp_path / "guard.onnx"
     export_onnx("family", models["b8"], out, size=(64, 64))
     before = out.read_bytes()
-    spoilt(monkeypatch, shifted)
+    spoiled(monkeypatch, shifted)
     with pytest.raises(ModelError, match="not written"):
         export_onnx("family", models["b8"], out, size=(64, 64))
     assert out.read_bytes() == before

@@ -20,7 +20,7 @@ from latentguard.export import swap as swap_module
 from latentguard.export.graph import BANK
 from latentguard.policy.loading import parse_policy
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import Artefact, open_artefact
+from latentguard.runtime.artifact import Artifact, open_artifact
 from latentguard.scorer import Scorer
 
 Models = dict[str, Encoder]
@@ -110,12 +110,12 @@ def test_a_source_that_is_exchanged_after_it_was_checked(
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
             tensor.raw_data = bytes(len(tensor.raw_data))
 
-    def check_then_exchange(path: Path, sha256: str | None) -> Artefact:
-        found = open_artefact(path, sha256)
+    def check_then_exchange(path: Path, sha256: str | None) -> Artifact:
+        found = open_artifact(path, sha256)
         source.write_bytes(blind.SerializeToString())
         return found
 
-    monkeypatch.setattr(swap_module, "open_artefact", check_then_exchange)
+    monkeypatch.setattr(swap_module, "open_artifact", check_then_exchange)
     pin = exports("clip").sha256
     swap_policy(source, "weapons", tmp_path / "b.onnx", models["b8"], sha256=pin)
     assert (tmp_path / "b.onnx").read_bytes() == (tmp_path / "right.onnx").read_bytes()
@@ -129,12 +129,12 @@ def test_external_data_that_are_exchanged_after_they_were_checked(
     made = export_onnx("family", models["b8"], tmp_path / "a.onnx", size=(64, 64))
     swap_policy(made.path, "weapons", tmp_path / "right.onnx", models["b8"])
 
-    def check_then_exchange(path: Path, sha256: str | None) -> Artefact:
-        found = open_artefact(path, sha256)
+    def check_then_exchange(path: Path, sha256: str | None) -> Artifact:
+        found = open_artifact(path, sha256)
         (tmp_path / "a.data").write_bytes(bytes((tmp_path / "a.data").stat().st_size))
         return found
 
-    monkeypatch.setattr(swap_module, "open_artefact", check_then_exchange)
+    monkeypatch.setattr(swap_module, "open_artifact", check_then_exchange)
     swap_policy(made.path, "weapons", tmp_path / "b.onnx", models["b8"], sha256=made.sha256)
     assert (tmp_path / "b.data").read_bytes() == (tmp_path / "right.data").read_bytes()
 

@@ -59,7 +59,7 @@ def test_a_scaling_of_the_files_own_is_refused(
         assert "\n" not in error
 
 
-def test_a_space_that_is_recognised_has_no_other_scaling(tmp_path: Path) -> None:
+def test_a_space_that_is_recognized_has_no_other_scaling(tmp_path: Path) -> None:
     photos = load_latents(Path(__file__).parents[1] / "spaces" / "taef2_photos.safetensors")
     sdxl = SPACES["sdxl"]
     means, stds = (torch.tensor(v).view(4, 1, 1) for v in (sdxl.mean, sdxl.std))

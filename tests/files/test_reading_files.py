@@ -160,7 +160,7 @@ def test_packed_tokens_that_do_not_say_enough(tmp_path: Path) -> None:
     assert "pixels / 8" in (read_all(tmp_path / "c.pt")[1].error or "")
     del says["space"], says["scaled"]
     torch.save(says, tmp_path / "d.pt")
-    assert "packed latents are not recognised" in only_error(tmp_path / "d.pt")
+    assert "packed latents are not recognized" in only_error(tmp_path / "d.pt")
 
 
 def test_one_image_or_tokens_of_the_same_shape(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_one_bad_image_among_good_ones(tmp_path: Path) -> None:
     assert [r.error for r in records] == [None, *["the latents hold NaN or Inf"] * 2, None]
     with pytest.raises(LatentsError, match=r"a\.npy, image 1: the latents hold NaN or Inf"):
         load_latents(tmp_path / "a.npy", **SAYS)
-    # The convention is recognised from the images that can be read.
+    # The convention is recognized from the images that can be read.
     photos = load_latents(PHOTOS).tensor.clone()
     photos[0] = float("inf")
     np.save(tmp_path / "b.npy", photos.numpy())
@@ -319,7 +319,7 @@ def test_save_and_load(tmp_path: Path, suffix: str, packed: bool, dtype: torch.d
     path = tmp_path / f"a{suffix}"
     tensor = torch.randn(3, 16, 4, 6).to(dtype)[1:]
     latents = Latents(tensor, "flux1", scaled=False, ids=["ä", "b c"])
-    save_latents(path, latents.to_packed() if packed else latents, licence="CC0", steps=[1, 2])
+    save_latents(path, latents.to_packed() if packed else latents, license="CC0", steps=[1, 2])
     back = load_latents(path)
     assert torch.equal(back.tensor, tensor)
     assert (back.space, back.scaled, back.ids) == (latents.space, False, latents.ids)
@@ -343,7 +343,7 @@ def test_a_scaling_of_its_own_is_saved_and_read_by_who_gives_it(
             back = load_latents(path, space)
             assert back.space == space
             assert torch.equal(back.to_raw().tensor, latents.to_raw().tensor)
-            if scaled and space.name == "flux2":  # normalised by any statistics
+            if scaled and space.name == "flux2":  # normalized by any statistics
                 back = load_latents(path)
                 assert back.space == SPACES["flux2"]
                 assert torch.equal(back.tensor, latents.tensor)

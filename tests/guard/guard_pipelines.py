@@ -93,7 +93,7 @@ def sdxl(kind: Any = StableDiffusionXLPipeline, scheduler: Any = None, channels:
 
 
 def sdxl_with_text(scheduler: Any = None) -> Any:
-    """An SDXL pipeline that takes prompts: text encoders with random weights, words spelt out."""
+    """An SDXL pipeline that takes prompts: text encoders with random weights, words spelled out."""
     from transformers import (
         CLIPTextConfig,
         CLIPTextModel,

@@ -42,6 +42,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     *(("DDIM", p, o) for p in (*BOTH, "sample") for o in (NO_CLIP, SDXL_DDIM)),
     ("DDIM", "v_prediction", ZERO_SNR),
     *(("DDIMParallel", p, NO_CLIP) for p in BOTH),
+    *(("CogVideoXDDIM", p, {**NO_CLIP, "snr_shift_scale": 1.0}) for p in (*BOTH, "sample")),
     *(("DDPM", p, NO_CLIP) for p in BOTH),
     *(("DDPMParallel", p, NO_CLIP) for p in BOTH),
     *(("PNDM", p, {**BETAS, "skip_prk_steps": s}) for p in BOTH for s in (True, False)),
@@ -135,7 +136,7 @@ def test_x0_and_levels_are_recovered_at_every_call(
         coarse = options.get("algorithm_type") == "sde-dpmsolver++" or name == "PNDM"
         assert left == pytest.approx(found.level_after.sigma, rel=0.2 if coarse else 0.04, abs=0.01)
         levels.append(found.level_after.noise_level)
-    # An ancestral midpoint lies below the level to which noise is added afterwards.
+    # An ancestral midpoint lies below the level to which noise is added afterward.
     seen = levels[::2] if name == "KDPM2AncestralDiscrete" else levels
     assert all(a >= b for a, b in itertools.pairwise(seen))
     assert last == [False] * (len(last) - 1) + [True]

@@ -163,7 +163,7 @@ def callback_inputs(pipe: Any, arguments: Callable[..., Arguments]) -> Any:
                 callback_on_step_end_tensor_inputs=inputs,
             )[0]
         )
-    if "Klein" not in type(pipe).__name__:  # it denormalises its latents
+    if "Klein" not in type(pipe).__name__:  # it denormalizes its latents
         assert found[-1].abs().sum() == 0
     return [array(one) for one in found]
 

@@ -204,7 +204,7 @@ def test_one_step_models() -> None:
 
 
 def test_a_vae_with_a_scaling_of_its_own_is_read_by_that_scaling() -> None:
-    """Playground 2.5 is an SDXL pipeline whose VAE normalises each channel."""
+    """Playground 2.5 is an SDXL pipeline whose VAE normalizes each channel."""
     pipe, playground = small.sdxl(), LatentSpace.get("sdxl-playground25")
     pipe.vae.register_to_config(
         scaling_factor=0.5,

@@ -38,7 +38,7 @@ from guard_traps import FINAL_ONLY, XL, blocking, blocking_late, guarded, latent
 
 from latentguard import LatentGuard, Latents, Scorer, optimize_noise
 from latentguard.errors import LatentGuardError, LatentsError
-from latentguard.guard import AuditLog, GenerationBlocked, Limits
+from latentguard.guard import AuditLog, Budget, GenerationBlocked
 
 
 def margin(tensor: torch.Tensor) -> float:
@@ -477,13 +477,13 @@ def test_a_scheduler_that_cannot_be_read_blocks() -> None:
 
 
 def test_a_timeout_blocks() -> None:
-    guard = LatentGuard(policy(NEVER), XL, limits=Limits(timeout=0.0))
+    guard = LatentGuard(policy(NEVER), XL, budget=Budget(timeout=0.0))
     assert not guarded(guard)(**small.sdxl_arguments()).images.any()
     assert "timeout" in guard.verdicts[0].reason
 
 
 def test_a_spent_budget_leaves_the_final_latents_scored() -> None:
-    guard = LatentGuard(policy(ALWAYS), XL, limits=Limits(budget=0.0))
+    guard = LatentGuard(policy(ALWAYS), XL, budget=Budget(scoring=0.0))
     assert not guarded(guard)(**small.sdxl_arguments()).images.any()
     assert [record.final for record in guard.history] == [True]
 

@@ -294,7 +294,7 @@ def test_numbers_of_the_vae_that_are_changed_in_the_loop(
     channels = {"flux2": 32, "sdxl": 4, "sd3": 16}[kind]
     encoder = LinearEncoder(kind, channels)
     pipe = getattr(small, kind)()
-    space = LatentGuard(policy(), encoder).space_of(pipe)
+    space = LatentGuard(policy(), encoder)._space_of(pipe)
     given: list[torch.Tensor] = []
     decode = type(pipe.vae).decode
 
@@ -397,7 +397,7 @@ def test_images_that_are_decoded_one_by_one_are_those_of_the_batch(choosy: Laten
     assert sum(record.final for record in choosy.history) == 1
 
 
-def test_a_vae_that_is_normalised_per_channel_or_tiny_is_not_judged_twice() -> None:
+def test_a_vae_that_is_normalized_per_channel_or_tiny_is_not_judged_twice() -> None:
     pipe = small.sdxl()
     pipe.vae = small.autoencoder(
         4,
@@ -424,7 +424,7 @@ def test_a_space_with_other_numbers_than_the_vaes_decides_nothing_by_bytes() -> 
     from latentguard.guard.decoding import Decoding
 
     pipe = small.sdxl()
-    space = LatentGuard(policy(), XL).space_of(pipe)
+    space = LatentGuard(policy(), XL)._space_of(pipe)
     assert Decoding.of(pipe, space) is not None
     pipe.vae = small.autoencoder(4, 0.5)
     assert Decoding.of(pipe, space) is None

@@ -28,7 +28,7 @@ from guard_traps import FINAL_ONLY, XL, blocking, blocking_late, guarded, latent
 
 from latentguard import LatentGuard, Latents, load_policy
 from latentguard.errors import LatentsError
-from latentguard.guard import GenerationBlocked, Limits
+from latentguard.guard import Budget, GenerationBlocked
 
 Given = dict[str, Any]
 POLICY = """
@@ -432,7 +432,7 @@ def test_an_exception_that_carries_the_latents() -> None:
 
 
 def test_a_limit_of_steps_that_the_loop_exceeds() -> None:
-    guard = LatentGuard(policy(NEVER), XL, limits=Limits(steps=2))
+    guard = LatentGuard(policy(NEVER), XL, budget=Budget(steps=2))
     assert not guarded(guard)(**small.sdxl_arguments()).images.any()
     assert "more than 2 steps" in guard.verdicts[0].reason
 

@@ -31,7 +31,7 @@ def block(having: str) -> str:
 def test_no_block_is_left_out() -> None:
     tried = (
         *("pipe.callback_on_step_end = LatentGuard", "guard.plot", "output.latentguard"),
-        *("guard.request(", "optimize_noise(", "session("),
+        *("guard.request(", "guard.into(", "optimize_noise(", "session("),
     )
     assert sorted(BLOCKS) == sorted(block(having) for having in tried)
 
@@ -62,7 +62,17 @@ def test_whose_verdicts() -> None:
     assert output.latentguard.request_id == "request-1"
 
 
-def test_optimising_the_noise_of_a_one_step_model() -> None:
+def test_a_modular_pipeline(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers.modular_pipelines", reason="needs modular pipelines")
+    small.sdxl_with_text().save_pretrained(tmp_path)
+    text = block("guard.into(").replace('dawn")', 'dawn", num_inference_steps=2)')
+    found: dict[str, Any] = {"repository": str(tmp_path)}
+    exec(text, found)
+    assert found["state"].images[0].size == (small.SIZE, small.SIZE)
+    assert len(found["state"].latentguard.verdicts) == 1
+
+
+def test_optimizing_the_noise_of_a_one_step_model() -> None:
     text = block("optimize_noise(")
     scheduler = EulerAncestralDiscreteScheduler(**small.BETAS, timestep_spacing="trailing")
     turbo = small.sdxl_with_text(scheduler)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from latentguard import denoised
+from latentguard import LatentGuard, Scorer, denoised, guard
 from latentguard.denoised import Denoised, NoiseLevel, from_consecutive
-from latentguard.guard import StepRecord
+from latentguard.guard import Budget, Session, StepRecord, session
 
 BEFORE, AFTER = NoiseLevel(1.0, 2.0), NoiseLevel(1.0, 1.0)
 X0 = torch.ones(1)
@@ -34,6 +34,8 @@ def warned(use: Callable[[], Any], *, old: str, new: str) -> Any:
         (ESTIMATE, "how", "estimate_source"),
         (RECORD, "how", "estimate_source"),
         (denoised, "Level", "NoiseLevel"),
+        (Budget(scoring=2.0), "budget", "scoring"),
+        (guard, "Limits", "Budget"),
     ],
 )
 def test_former_attributes(holder: Any, old: str, new: str) -> None:
@@ -48,3 +50,30 @@ def test_former_keywords() -> None:
     make: Any = Denoised
     words = {"old": "how", "new": "estimate_source"}
     assert warned(lambda: make(X0, BEFORE, AFTER, how="epsilon"), **words) == ESTIMATE
+
+
+def test_former_keywords_of_a_budget() -> None:
+    make: Any = Budget
+    assert warned(lambda: make(budget=2.0), old="budget", new="scoring") == Budget(scoring=2.0)
+    with pytest.raises(ValueError, match="scoring must be at or above 0, got -1"):
+        warned(lambda: make(budget=-1.0), old="budget", new="scoring")
+
+
+def test_former_arguments_of_a_session() -> None:
+    call: Any = session
+    make_session: Any = Session
+    make_guard: Any = LatentGuard
+    budget = Budget(steps=3)
+    shared = Scorer("weapons", "nano-flux2")
+    one: Any = warned(lambda: call(shared.policy, encoder=shared), old="encoder", new="model")
+    assert one.scorer is shared
+    one = warned(lambda: call(shared.policy, shared, limits=budget), old="limits", new="budget")
+    assert one.budget is budget
+    assert warned(lambda: one.limits, old="limits", new="budget") is budget
+    one = warned(lambda: make_session(shared, limits=budget), old="limits", new="budget")
+    assert one.budget is budget
+    with pytest.warns(DeprecationWarning, match="2 arguments by place: write request_id") as caught:
+        assert call(shared.policy, shared, "mine").request_id == "mine"
+    assert caught[0].filename == __file__
+    made = warned(lambda: make_guard("weapons", limits=budget), old="limits", new="budget")
+    assert made.session(space="flux2").budget is budget

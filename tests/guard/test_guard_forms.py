@@ -277,20 +277,6 @@ def panorama() -> Any:
     return remade_sd1(StableDiffusionPanoramaPipeline)
 
 
-def ideogram() -> Any:
-    from diffusers.pipelines.ideogram4.pipeline_ideogram4 import Ideogram4Pipeline
-
-    parts = small.flux2().components
-    return Ideogram4Pipeline(
-        scheduler=parts["scheduler"],
-        vae=parts["vae"],
-        text_encoder=None,
-        tokenizer=None,
-        transformer=parts["transformer"],
-        unconditional_transformer=parts["transformer"],
-    )
-
-
 class _Turned(FluxPipeline):
     """Packs the two rows of a patch the other way round."""
 
@@ -313,13 +299,6 @@ class _Sizes(FluxPipeline):
         raise NotImplementedError
 
 
-class _Packed(StableDiffusionXLPipeline):
-    """Packs latents of a space that has no tokens, as BriaPipeline does."""
-
-    _pack_latents = staticmethod(FluxPipeline._pack_latents)
-    _unpack_latents = staticmethod(FluxPipeline._unpack_latents)
-
-
 class _Tokens(Flux2Pipeline):
     """Packs in a place that cannot be asked."""
 
@@ -329,11 +308,6 @@ class _Tokens(Flux2Pipeline):
 REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
     "frames": ("sd1", animatediff, "AnimateDiffPipeline returns frames and no images"),
     "views": ("sd1", panorama, "StableDiffusionPanoramaPipeline denoises .* overlapping views"),
-    "token order": (
-        "flux2",
-        ideogram,
-        "Ideogram4Pipeline is not known to pack its latents as space",
-    ),
     "packed otherwise": (
         "flux1",
         lambda: remade(small.flux, _Turned),
@@ -348,11 +322,6 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
         "flux1",
         lambda: remade(small.flux, _Sizes),
         "_Sizes is not known to pack",
-    ),
-    "packed without need": (
-        "sdxl",
-        lambda: remade(small.sdxl, _Packed),
-        "_Packed is not known to pack its latents as space sdxl does .not at all",
     ),
     "packed somewhere": (
         "flux2",
@@ -379,16 +348,17 @@ def test_a_search_for_a_noise_reads_no_tokens_of_another_order() -> None:
 
 @pytest.mark.parametrize("make", [small.flux, small.flux2])
 def test_pipelines_that_pack_as_their_space_does(make: Any) -> None:
-    from latentguard.guard.layout import packs
+    from latentguard.guard.forms import SPATIAL, tokens
+    from latentguard.guard.layout import layout_of
 
     pipe = make()
-    space = LatentGuard(policy(), space=None).space_of(pipe)
-    assert packs(pipe, space)
-    assert not packs(small.sdxl(), LatentSpace.get("sdxl"))
+    space = LatentGuard(policy(), space=None)._space_of(pipe)
+    assert layout_of(pipe, space).forms == (tokens(2), SPATIAL)
+    assert layout_of(small.sdxl(), LatentSpace.get("sdxl")).forms == (SPATIAL,)
 
 
 def test_tokens_of_a_pipeline_that_is_not_known_to_pack_are_not_read() -> None:
-    """One that learnt to pack after the guard was attached, so that nothing refused it."""
+    """One that learned to pack after the guard was attached, so that nothing refused it."""
     guard = LatentGuard(policy(NEVER), encoder("flux1"))
     pipe = small.flux()
     pipe.callback_on_step_end = guard

@@ -27,7 +27,7 @@ def _one_step() -> dict[str, Any]:
     return {**arguments, "prompt": None}
 
 
-def test_the_noise_of_a_one_step_model_is_optimised_until_the_policy_allows() -> None:
+def test_the_noise_of_a_one_step_model_is_optimized_until_the_policy_allows() -> None:
     pipe, encoder = _turbo(), LinearEncoder("sdxl", 4)
     arguments = _one_step()
     first = optimize_noise(pipe, policy=policy(), model=encoder, iterations=0, **arguments)
@@ -47,7 +47,7 @@ def test_the_noise_of_a_one_step_model_is_optimised_until_the_policy_allows() ->
         output_type="latent",
     ).images
     torch.testing.assert_close(again, found.latents.tensor, atol=1e-5, rtol=1e-4)
-    # The regulariser keeps the norm near that of Gaussian noise.
+    # The regularizer keeps the norm near that of Gaussian noise.
     assert found.noise.norm() == pytest.approx(found.noise.numel() ** 0.5, rel=0.2)
     assert all(p.requires_grad for p in pipe.unet.parameters())
 
@@ -118,7 +118,7 @@ def test_the_first_step_is_the_published_one() -> None:
     assert length == pytest.approx(5 * 1.9 * 0.1, rel=1e-3)
 
 
-def test_the_regulariser_pulls_the_norm_to_that_of_noise() -> None:
+def test_the_regularizer_pulls_the_norm_to_that_of_noise() -> None:
     """0.01 x (0.5 r^2 - (d - 1) log r) has its minimum at r = sqrt(d - 1)."""
     pipe, encoder = _turbo(), LinearEncoder("sdxl", 4)
     flat = {"policy": policy(), "model": encoder, **_one_step()}
@@ -149,7 +149,7 @@ def test_a_batch_of_prompts_gets_as_many_noises() -> None:
     assert len(found.noise) == len(found.verdicts) == 3
 
 
-def test_what_cannot_be_optimised_is_an_error() -> None:
+def test_what_cannot_be_optimized_is_an_error() -> None:
     pipe, encoder = _turbo(), LinearEncoder("sdxl", 4)
     with pytest.raises(LatentsError, match="agreement needs one prompt, given as text"):
         optimize_noise(pipe, policy=policy(), model=encoder, agreement=1.0, **_one_step())

@@ -16,7 +16,7 @@ from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
 from latentguard import Latents, LatentSpace, Scorer
 from latentguard.encoders import Features
 from latentguard.errors import LatentsError, ModelError, PolicyError
-from latentguard.guard import Limits, Session, StepRecord, StepResult, session
+from latentguard.guard import Budget, Session, StepRecord, StepResult, session
 
 OWN_SCALING = dataclasses.replace(LatentSpace.get("sd1"), scale=0.5)
 STEER = "steer: {iterations: 3}"
@@ -353,47 +353,47 @@ def test_steering_leaves_no_gradient_behind() -> None:
 
 
 def test_after_the_timeout_a_step_fails() -> None:
-    guard = Session(scorer(), limits=Limits(timeout=0.0))
+    guard = Session(scorer(), budget=Budget(timeout=0.0))
     guard.begin(3)
     assert guard.step(batch(), noise_level=1.0).stop
     assert "the session's timeout of 0 s has passed" in guard.verdicts[0].reason
-    patient = Session(scorer(), limits=Limits(timeout=3600.0))
+    patient = Session(scorer(), budget=Budget(timeout=3600.0))
     patient.begin(3)
     assert not patient.step(batch(), noise_level=1.0).stop
 
 
 def test_once_the_budget_is_spent_only_the_end_is_scored() -> None:
     encoder = LinearEncoder("sd1", 4)
-    guard = Session(scorer(encoder=encoder), limits=Limits(budget=0.0))
+    guard = Session(scorer(encoder=encoder), budget=Budget(scoring=0.0))
     assert [guard.step(batch(), noise_level=5.0 - i).verdicts for i in range(5)] == [()] * 5
     assert len(guard.step(batch(), noise_level=0.0, final=True).verdicts) == 3
     assert encoder.calls == 1
-    spent = Session(scorer(encoder=encoder), limits=Limits(budget=1e-9))
+    spent = Session(scorer(encoder=encoder), budget=Budget(scoring=1e-9))
     assert [len(spent.step(batch(), noise_level=2.0).verdicts) for _ in range(3)] == [3, 0, 0]
 
 
 def test_a_loop_without_end_fails() -> None:
-    guard = Session(scorer(), limits=Limits(steps=3))
+    guard = Session(scorer(), budget=Budget(steps=3))
     assert [guard.step(batch(), noise_level=1.0).stop for _ in range(4)] == [False] * 3 + [True]
     assert "more than 3 steps in one session" in guard.verdicts[0].reason
 
 
 @pytest.mark.parametrize(
-    ("limits", "message"),
+    ("budget", "message"),
     [
         ({"timeout": math.nan}, "timeout must be at or above 0, got nan"),
         ({"timeout": -1.0}, "timeout must be at or above 0, got -1"),
-        ({"budget": math.nan}, "budget must be at or above 0, got nan"),
+        ({"scoring": math.nan}, "scoring must be at or above 0, got nan"),
         ({"timeout": "5"}, "timeout must be a number of seconds or None, got '5'"),
-        ({"budget": True}, "budget must be a number of seconds or None, got True"),
+        ({"scoring": True}, "scoring must be a number of seconds or None, got True"),
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"steps": 2.5}, r"steps must be a whole number of at least 1, got 2\.5"),
         ({"steps": None}, "steps must be a whole number of at least 1, got None"),
     ],
 )
-def test_limits_that_would_never_hold_are_refused(limits: Any, message: str) -> None:
+def test_budgets_that_would_never_hold_are_refused(budget: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Limits(**limits)
+        Budget(**budget)
 
 
 # -- what goes wrong ---------------------------------------------------------------------------
@@ -558,7 +558,7 @@ def test_a_record_that_cannot_be_kept_ends_the_loop() -> None:
 
 
 def test_reset_forgets_everything() -> None:
-    guard = Session(scorer(ALWAYS), "one", limits=Limits(steps=1))
+    guard = Session(scorer(ALWAYS), "one", budget=Budget(steps=1))
     guard.step(batch(3), noise_level=1.0)
     assert guard.stopped
     guard.reset("two")
@@ -598,9 +598,9 @@ def test_a_cascade_judges_at_every_step() -> None:
 
 
 def test_a_session_made_from_names() -> None:
-    guard = session("weapons", space="flux2", request_id="mine", limits=Limits(steps=5))
+    guard = session("weapons", space="flux2", request_id="mine", budget=Budget(steps=5))
     assert guard.request_id == "mine"
-    assert guard.limits.steps == 5
+    assert guard.budget.steps == 5
     assert guard.identity["model"] == "nano-flux2"
     assert guard.identity["policy_sha256"] == guard.scorer.policy.sha256
     with pytest.raises(ModelError, match="space"):

@@ -8,7 +8,7 @@ import host_runner
 import pytest
 
 REPORTS = {
-    "uninitialised": "uninitialised read of shared memory",
+    "uninitialized": "uninitialized read of shared memory",
     "shared_bounds": "out-of-bounds access to shared memory",
     "global_read": "heap-buffer-overflow",
     "global_write": "heap-buffer-overflow",

@@ -17,6 +17,7 @@ from latentguard.judge import (
     DECISIONS,
     PURE_NOISE,
     SCHEMA_VERSION,
+    ModelId,
     Rules,
     Verdict,
     failed,
@@ -600,3 +601,12 @@ def test_a_calibrated_margin_that_is_not_finite_is_no_margin(margin: float) -> N
     entry = names | {"noise_level": 0, "margins": [{"fpr": 0.01, "margin": margin}]}
     with pytest.raises(ValueError, match="the lock of concept 'guns' holds a margin that is not"):
         Rules.of(PLAIN | {"lock": {"entries": [entry]}})
+
+
+def test_former_names_of_thresholds() -> None:
+    score = judge().concepts[0]
+    with pytest.warns(DeprecationWarning, match="limit is called threshold_value now"):
+        assert score.limit == score.threshold_value
+    bound = Rules.of(PLAIN).bind(ModelId("nano", "0" * 64), "flux2", 10.0)
+    with pytest.warns(DeprecationWarning, match="limit is called threshold now"):
+        assert bound.limit(0) == bound.threshold(0)

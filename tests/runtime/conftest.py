@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def artefact(traced_once: None, shared_folder: Path) -> Path:
+def artifact(traced_once: None, shared_folder: Path) -> Path:
     """nano-flux2 with the policy `family` and heat maps, exported by latentguard itself."""
 
     def make(out: Path) -> Exported:
@@ -31,12 +31,12 @@ def artefact(traced_once: None, shared_folder: Path) -> Path:
         options: dict[str, Any] = {"size": (32, 32), "heatmaps": True, "check": photos()[:2]}
         return export_onnx("family", "nano-flux2", out, **options)
 
-    return exported_once(shared_folder, "artefact", make).path
+    return exported_once(shared_folder, "artifact", make).path
 
 
 @pytest.fixture(scope="session")
-def guard(artefact: Path) -> Guard:
-    return Guard(artefact, threads=1)
+def guard(artifact: Path) -> Guard:
+    return Guard(artifact, threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -100,11 +100,11 @@ def test_latents_that_carry_a_convention_that_is_none(arrays: np.ndarray) -> Non
         LatentArray(arrays[:1], flux2, "false")  # type: ignore[arg-type]
 
 
-def test_an_image_over_the_limit(artefact: Any) -> None:
+def test_an_image_over_the_limit(artifact: Any) -> None:
     # A file of one size is of no use where its images are too large.
     with pytest.raises(ModelError, match="32x32 latent cells, over the limit of 1000"):
-        Guard(artefact, threads=1, max_cells=1000)
-    small = Guard(artefact, threads=1, max_cells=1024)
+        Guard(artifact, threads=1, max_cells=1000)
+    small = Guard(artifact, threads=1, max_cells=1024)
     wide = np.zeros((1, 32, 32, 33), np.float32)
     with pytest.raises(LatentsError, match=r"32x33 latent cells is over the limit of 1024 \(max_c"):
         small.scan(wide)

@@ -22,7 +22,7 @@ from tiny import entry, field, key, varint
 
 from latentguard.errors import ModelError
 from latentguard.runtime import Guard
-from latentguard.runtime.artefact import open_artefact
+from latentguard.runtime.artifact import open_artifact
 
 LATENTS = np.random.default_rng(0).standard_normal((1, 32, 8, 8)).astype(np.float32)
 
@@ -281,9 +281,9 @@ def test_a_file_that_onnx_runtime_takes_for_its_own_format(refused: Callable[...
 def test_a_session_reads_what_was_looked_at_as_onnx(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentguard.runtime import artefact
+    from latentguard.runtime import artifact
 
-    monkeypatch.setattr(artefact, "_FLATBUFFER", b"none")
+    monkeypatch.setattr(artifact, "_FLATBUFFER", b"none")
     path = written(tmp_path / "polyglot.onnx", polyglot())
     assert Guard(path, threads=1).scan(LATENTS)[0].error is None
 
@@ -355,6 +355,6 @@ def test_a_policy_that_does_not_fit_is_refused_without_a_run(tmp_path: Path) -> 
 def test_the_bytes_that_were_looked_at_are_kept(tmp_path: Path) -> None:
     path = written(tmp_path / "tiny.onnx", tiny.model().SerializeToString())
     data = path.read_bytes()
-    found = open_artefact(path)
+    found = open_artifact(path)
     assert found.data == data
     assert onnx.load_from_string(found.data).SerializeToString() == data

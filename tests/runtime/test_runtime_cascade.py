@@ -22,7 +22,7 @@ from latentguard.errors import ModelError
 from latentguard.export.metadata import write_metadata
 from latentguard.judge import Verdict
 from latentguard.runtime import Batching, Guard
-from latentguard.runtime.artefact import METADATA
+from latentguard.runtime.artifact import METADATA
 from latentguard.scan import Scan
 from latentguard.spaces import Latents
 

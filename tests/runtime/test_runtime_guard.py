@@ -37,12 +37,12 @@ def test_pytorchs_verdicts(guard: Guard, arrays: np.ndarray, expected: list[Verd
     assert {v.decision for v in found} == {"allow", "review", "block"}
 
 
-def test_what_a_guard_says_of_itself(guard: Guard, artefact: Path) -> None:
+def test_what_a_guard_says_of_itself(guard: Guard, artifact: Path) -> None:
     policy = load_policy("family")
     assert guard.policy == policy.to_dict()
     assert guard.model[0] == "nano-flux2"
     assert (guard.space, guard.scaled) == ("flux2", True)
-    assert guard.sha256 == hashlib.sha256(artefact.read_bytes()).hexdigest()
+    assert guard.sha256 == hashlib.sha256(artifact.read_bytes()).hexdigest()
     assert guard.providers[-1] == "CPUExecutionProvider"
 
 
@@ -81,9 +81,9 @@ def test_latents_that_carry_their_convention(
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_latents_are_judged_in_the_scaling_that_the_file_reads(
-    artefact: Path, scaled: bool
+    artifact: Path, scaled: bool
 ) -> None:
-    guard = Guard(artefact, threads=1, warm_up=False)
+    guard = Guard(artifact, threads=1, warm_up=False)
     guard.metadata.update(space="sdxl", scaled=scaled)
     sdxl = SPACES["sdxl"]
     own = replace(sdxl, scale=0.5, shift=0.0)  # a file may say that its scaling is another one
@@ -100,9 +100,9 @@ def test_latents_are_judged_in_the_scaling_that_the_file_reads(
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_both_runtimes_give_a_model_the_same_numbers(
-    artefact: Path, scaled: bool, dtype: torch.dtype
+    artifact: Path, scaled: bool, dtype: torch.dtype
 ) -> None:
-    guard = Guard(artefact, threads=1, warm_up=False)
+    guard = Guard(artifact, threads=1, warm_up=False)
     guard.metadata.update(space="sdxl", scaled=scaled)
     scorer = Scorer("family", "nano-sdxl", device="cpu")
     raw = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 5 + 1
@@ -110,7 +110,7 @@ def test_both_runtimes_give_a_model_the_same_numbers(
         for is_scaled in (True, False):
             tensor = (space.to_scaled(raw) if is_scaled else raw).to(dtype)
             given = Latents(tensor, space, is_scaled)
-            ours = scorer._input(given) if scaled else given.to_standard(False).tensor.float()
+            ours = scorer._input(given)[0] if scaled else given.to_standard(False).tensor.float()
             theirs = guard._converted(LatentArray(tensor.numpy(), space, is_scaled))
             # Three roundings of float32: half precision is converted in it.
             torch.testing.assert_close(ours, torch.from_numpy(theirs).float(), rtol=1e-6, atol=1e-6)
@@ -170,9 +170,9 @@ def test_scores_embeddings_and_heat_maps(
 
 
 def test_heat_maps_that_fail_cost_no_verdict(
-    artefact: Path, arrays: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, arrays: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guard = Guard(artefact, threads=1)
+    guard = Guard(artifact, threads=1)
     expected = guard.judge(arrays, heatmaps=True)
     assert expected.heatmaps is not None
     assert expected.heatmaps.margins is not None
@@ -223,9 +223,9 @@ def test_the_noise_level_and_what_follows(guard: Guard, arrays: np.ndarray) -> N
 
 @pytest.mark.parametrize("batching", [None, Batching(max_batch=8, max_delay_ms=5)])
 def test_many_threads_get_the_verdicts_of_their_own_images(
-    artefact: Path, arrays: np.ndarray, expected: list[Verdict], batching: Batching | None
+    artifact: Path, arrays: np.ndarray, expected: list[Verdict], batching: Batching | None
 ) -> None:
-    with Guard(artefact, threads=1, batching=batching) as guard, ThreadPoolExecutor(16) as pool:
+    with Guard(artifact, threads=1, batching=batching) as guard, ThreadPoolExecutor(16) as pool:
         jobs = [(n * 7 % 25, 1 + n % 3) for n in range(40)]
         found = pool.map(lambda job: guard.scan(arrays[job[0] : job[0] + job[1]]), jobs)
         for (start, count), verdicts in zip(jobs, found, strict=True):
@@ -233,7 +233,7 @@ def test_many_threads_get_the_verdicts_of_their_own_images(
 
 
 def test_a_warm_guard_has_run_before_the_first_request(
-    artefact: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
     run = Network._run
@@ -243,15 +243,15 @@ def test_a_warm_guard_has_run_before_the_first_request(
         return run(self, array)
 
     monkeypatch.setattr(Network, "_run", counted)
-    Guard(artefact, threads=1)
+    Guard(artifact, threads=1)
     assert ran == [1]
-    Guard(artefact, threads=1, warm_up=False)
+    Guard(artifact, threads=1, warm_up=False)
     assert ran == [1]
 
 
-def test_closing(artefact: Path, arrays: np.ndarray) -> None:
+def test_closing(artifact: Path, arrays: np.ndarray) -> None:
     before = threading.active_count()
-    with Guard(artefact, threads=1, batching=Batching()) as guard:
+    with Guard(artifact, threads=1, batching=Batching()) as guard:
         guard.scan(arrays[:1])
         assert threading.active_count() > before
     names = [thread.name for thread in threading.enumerate()]
@@ -261,30 +261,30 @@ def test_closing(artefact: Path, arrays: np.ndarray) -> None:
 # -- providers -------------------------------------------------------------------------------
 
 
-def test_a_provider_that_is_missing(artefact: Path) -> None:
+def test_a_provider_that_is_missing(artifact: Path) -> None:
     with pytest.raises(ModelError, match=r"has no NoSuchExecutionProvider here, it has .*CPU"):
-        Guard(artefact, providers=["NoSuchExecutionProvider", "CPUExecutionProvider"])
+        Guard(artifact, providers=["NoSuchExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(ModelError, match="has no provider here"):
-        Guard(artefact, providers=[])
+        Guard(artifact, providers=[])
 
 
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
     reason="this machine has CUDA",
 )
-def test_cuda_is_never_replaced_in_silence(artefact: Path) -> None:
+def test_cuda_is_never_replaced_in_silence(artifact: Path) -> None:
     with pytest.raises(ModelError, match=r"has no CUDAExecutionProvider here.*onnxruntime-gpu"):
-        Guard(artefact, providers=["CUDAExecutionProvider"])
-    assert Guard(artefact, warm_up=False).providers == ("CPUExecutionProvider",)
+        Guard(artifact, providers=["CUDAExecutionProvider"])
+    assert Guard(artifact, warm_up=False).providers == ("CPUExecutionProvider",)
 
 
-def test_a_provider_with_options(artefact: Path, arrays: np.ndarray) -> None:
-    guard = Guard(artefact, providers=[("CPUExecutionProvider", {"use_arena": "0"})], threads=1)
+def test_a_provider_with_options(artifact: Path, arrays: np.ndarray) -> None:
+    guard = Guard(artifact, providers=[("CPUExecutionProvider", {"use_arena": "0"})], threads=1)
     assert guard.scan(arrays[:1])[0].error is None
 
 
-def test_threads_that_do_not_spin(artefact: Path, arrays: np.ndarray, guard: Guard) -> None:
-    still = Guard(artefact, threads=2, spin=False)
+def test_threads_that_do_not_spin(artifact: Path, arrays: np.ndarray, guard: Guard) -> None:
+    still = Guard(artifact, threads=2, spin=False)
     options = still._main._session.get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     found = still.scores(arrays[:3])["margin"]
@@ -296,8 +296,8 @@ def test_threads_that_do_not_spin(artefact: Path, arrays: np.ndarray, guard: Gua
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
     reason="needs onnxruntime-gpu and a CUDA device",
 )
-def test_io_binding_on_cuda(artefact: Path, arrays: np.ndarray, expected: list[Verdict]) -> None:
-    guard = Guard(artefact, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+def test_io_binding_on_cuda(artifact: Path, arrays: np.ndarray, expected: list[Verdict]) -> None:
+    guard = Guard(artifact, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
     with ThreadPoolExecutor(8) as pool:
         for verdicts in pool.map(guard.scan, [arrays] * 8):
             assert [v.decision for v in verdicts] == [v.decision for v in expected]
@@ -309,23 +309,23 @@ def test_io_binding_on_cuda(artefact: Path, arrays: np.ndarray, expected: list[V
 )
 @pytest.mark.parametrize("options", [{}, {"device_type": "CPU", "num_of_threads": "1"}])
 def test_pytorchs_verdicts_on_openvino(
-    artefact: Path, arrays: np.ndarray, expected: list[Verdict], options: dict[str, str]
+    artifact: Path, arrays: np.ndarray, expected: list[Verdict], options: dict[str, str]
 ) -> None:
-    guard = Guard(artefact, providers=[("OpenVINOExecutionProvider", options)])
+    guard = Guard(artifact, providers=[("OpenVINOExecutionProvider", options)])
     assert guard.providers[0] == "OpenVINOExecutionProvider"
     # Batches of several sizes, from several threads.
     with ThreadPoolExecutor(4) as pool:
         for size, verdicts in pool.map(lambda n: (n, guard.scan(arrays[:n])), [1, 25, 7, 1, 16]):
             same(verdicts, expected[:size])
     assert guard.heatmaps(arrays[:2]).shape[0] == 2
-    spoilt = arrays[:2].copy()
-    spoilt[1, 0, 0, 0] = np.nan
-    assert [verdict.error is None for verdict in guard.scan(spoilt)] == [True, False]
+    spoiled = arrays[:2].copy()
+    spoiled[1, 0, 0, 0] = np.nan
+    assert [verdict.error is None for verdict in guard.scan(spoiled)] == [True, False]
 
 
-def test_the_path_that_binds_outputs(artefact: Path, arrays: np.ndarray) -> None:
+def test_the_path_that_binds_outputs(artifact: Path, arrays: np.ndarray) -> None:
     """The code of GPU providers, on the CPU: same numbers, from many threads."""
-    plain, bound = Guard(artefact, threads=1), Guard(artefact, threads=1)
+    plain, bound = Guard(artifact, threads=1), Guard(artifact, threads=1)
     bound._main._bind = True
     expected = plain.scores(arrays[:3])
     with ThreadPoolExecutor(8) as pool:

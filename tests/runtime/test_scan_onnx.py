@@ -24,7 +24,7 @@ from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.export.metadata import write_metadata
 from latentguard.files import save_latents
 from latentguard.policy import load_policy
-from latentguard.runtime.artefact import METADATA
+from latentguard.runtime.artifact import METADATA
 from latentguard.runtime.network import Network
 from latentguard.scan import Scan, ScanRecord, Summary
 from latentguard.scan.judges import _providers
@@ -39,11 +39,11 @@ TIED = "cat"
 
 
 @pytest.fixture(scope="module")
-def both(artefact: Path) -> tuple[Scan, list[ScanRecord], Scan, list[ScanRecord]]:
+def both(artifact: Path) -> tuple[Scan, list[ScanRecord], Scan, list[ScanRecord]]:
     """The bundled latents by either runtime, with previews and heat maps."""
     options: dict[str, Any] = {"previews": True, "heatmaps": True}
     one = Scan(EXAMPLES, "family", "nano-flux2", device="cpu", **options)
-    other = Scan(EXAMPLES, model=artefact, runtime="onnx", device="cpu", **options)
+    other = Scan(EXAMPLES, model=artifact, runtime="onnx", device="cpu", **options)
     return one, list(one), other, list(other)
 
 
@@ -103,7 +103,7 @@ def test_the_same_of_models_and_policy(
     assert one.rules == other.rules
     (a,), (b,) = one.models, other.models
     assert (a.id, a.space, a.notes, a.uncovered) == (b.id, b.space, b.notes, b.uncovered)
-    assert a.limits == pytest.approx(b.limits)
+    assert a.thresholds == pytest.approx(b.thresholds)
     assert (a.unseen, a.unseen_contrast) == (b.unseen, b.unseen_contrast)
     assert "jeans" in a.unseen_contrast
     counts = []
@@ -138,12 +138,12 @@ def with_torch(
 
 @pytest.mark.parametrize("form", ["table", "json", pytest.param("csv", marks=pytest.mark.slow)])
 def test_the_same_output_and_exit_code_without_torch(
-    artefact: Path, tmp_path: Path, with_torch: Callable[..., tuple[int, str]], form: str
+    artifact: Path, tmp_path: Path, with_torch: Callable[..., tuple[int, str]], form: str
 ) -> None:
     page = tmp_path / "report.html"
     ran = command_without_torch(
         [
-            *("scan", "--runtime", "onnx", "--model", artefact, EXAMPLES),
+            *("scan", "--runtime", "onnx", "--model", artifact, EXAMPLES),
             *("--format", form, "--report", page, "--heatmap"),
         ]
     )
@@ -169,7 +169,7 @@ def test_the_same_output_and_exit_code_without_torch(
     assert cards[0] == cards[1] > 0
 
 
-def test_every_kind_of_file_without_torch(artefact: Path, tmp_path: Path, arrays: Any) -> None:
+def test_every_kind_of_file_without_torch(artifact: Path, tmp_path: Path, arrays: Any) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     batch = Latents(torch.from_numpy(arrays[15:17]).to(torch.bfloat16), "flux2", True)
@@ -184,7 +184,7 @@ def test_every_kind_of_file_without_torch(artefact: Path, tmp_path: Path, arrays
             info.size = (folder / "a.pt").stat().st_size
             archive.addfile(info, io.BytesIO((folder / "a.pt").read_bytes()))
     ran = command_without_torch(
-        ["scan", "--runtime", "onnx", "--model", artefact, folder, "--format", "json"]
+        ["scan", "--runtime", "onnx", "--model", artifact, folder, "--format", "json"]
     )
     assert ran.returncode == 1, ran.stderr
     records = [json.loads(line) for line in ran.stdout.splitlines()]
@@ -197,12 +197,12 @@ def test_every_kind_of_file_without_torch(artefact: Path, tmp_path: Path, arrays
     }
 
 
-def test_exit_codes(artefact: Path, tmp_path: Path, with_torch: Any, arrays: np.ndarray) -> None:
+def test_exit_codes(artifact: Path, tmp_path: Path, with_torch: Any, arrays: np.ndarray) -> None:
     calm, armed, bad = (tmp_path / name for name in ("calm.npy", "armed.npy", "bad.npy"))
     np.save(calm, arrays[:2])
     np.save(armed, arrays[15:17])
     bad.write_bytes(b"nothing")
-    scan = ("scan", "--runtime", "onnx", "--model", artefact, "--format", "json")
+    scan = ("scan", "--runtime", "onnx", "--model", artifact, "--format", "json")
     says = ("--space", "flux2", "--scaled")
     assert with_torch(*scan, calm, *says)[0] == 0
     assert with_torch(*scan, armed, *says)[0] == 1
@@ -213,17 +213,17 @@ def test_exit_codes(artefact: Path, tmp_path: Path, with_torch: Any, arrays: np.
     assert with_torch("scan", "--runtime", "onnx", "--model", bad, calm)[0] == 2
 
 
-def test_the_pin(artefact: Path, with_torch: Any) -> None:
-    digest = hashlib.sha256(artefact.read_bytes()).hexdigest()
-    scan = ("scan", "--runtime", "onnx", "--model", artefact, EXAMPLES, "--format", "json")
+def test_the_pin(artifact: Path, with_torch: Any) -> None:
+    digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
+    scan = ("scan", "--runtime", "onnx", "--model", artifact, EXAMPLES, "--format", "json")
     assert with_torch(*scan, "--sha256", digest)[0] == 1
     assert with_torch(*scan, "--sha256", digest[::-1]) == (2, "")
 
 
 def test_a_file_that_names_a_policy_and_judges_by_other_thresholds(
-    artefact: Path, tmp_path: Path
+    artifact: Path, tmp_path: Path
 ) -> None:
-    model = onnx.load(artefact)
+    model = onnx.load(artifact)
     metadata = json.loads(next(e.value for e in model.metadata_props if e.key == METADATA))
     for concept in metadata["policy"]["concepts"]:
         concept["threshold"]["value"] = 0.999
@@ -231,34 +231,34 @@ def test_a_file_that_names_a_policy_and_judges_by_other_thresholds(
     path.write_bytes(write_metadata(model, metadata))
     with pytest.raises(PolicyError, match=r"names policy 'family' .* are not those of that policy"):
         Scan(EXAMPLES, "family", path, runtime="onnx")
-    assert Scan(EXAMPLES, "family", artefact, runtime="onnx").policy_id.name == "family"
+    assert Scan(EXAMPLES, "family", artifact, runtime="onnx").policy_id.name == "family"
 
 
-def test_another_policy_is_named_with_the_way_to_it(artefact: Path) -> None:
+def test_another_policy_is_named_with_the_way_to_it(artifact: Path) -> None:
     with pytest.raises(PolicyError, match=r"policy 'family' .*'weapons' .*latentguard export swap"):
-        Scan(EXAMPLES, "weapons", artefact, runtime="onnx")
+        Scan(EXAMPLES, "weapons", artifact, runtime="onnx")
     # The one that it was exported with may be said.
-    assert Scan(EXAMPLES, "family", artefact, runtime="onnx").policy_id.name == "family"
+    assert Scan(EXAMPLES, "family", artifact, runtime="onnx").policy_id.name == "family"
     assert (
-        Scan(EXAMPLES, load_policy("family"), artefact, runtime="onnx").rules.policy.name
+        Scan(EXAMPLES, load_policy("family"), artifact, runtime="onnx").rules.policy.name
         == "family"
     )
 
 
-def test_wrong_options_raise_at_once(artefact: Path) -> None:
+def test_wrong_options_raise_at_once(artifact: Path) -> None:
     with pytest.raises(ModelError, match=r"needs --model FILE\.onnx"):
         Scan(EXAMPLES, runtime="onnx")
     with pytest.raises(ModelError, match=r"--sha256 pins an exported file: give --runtime onnx"):
         Scan(EXAMPLES, sha256="0" * 64)
     with pytest.raises(ModelError, match=r"is an exported file: give --runtime onnx"):
-        Scan(EXAMPLES, model=artefact)
+        Scan(EXAMPLES, model=artifact)
     with pytest.raises(ModelError, match="reads flux2 latents, not sdxl"):
-        Scan(EXAMPLES, model=artefact, runtime="onnx", space="sdxl")
+        Scan(EXAMPLES, model=artifact, runtime="onnx", space="sdxl")
     with pytest.raises(LatentsError, match="sdxxl"):
-        Scan(EXAMPLES, model=artefact, runtime="onnx", space="sdxxl")
+        Scan(EXAMPLES, model=artifact, runtime="onnx", space="sdxxl")
     for device in ("tpu", "cpu:1", "cuda:x"):
         with pytest.raises(ModelError, match=f"device '{device}' cannot be used"):
-            Scan(EXAMPLES, model=artefact, runtime="onnx", device=device)
+            Scan(EXAMPLES, model=artifact, runtime="onnx", device=device)
 
 
 def test_devices_as_onnx_runtime_calls_them() -> None:
@@ -270,7 +270,7 @@ def test_devices_as_onnx_runtime_calls_them() -> None:
 
 
 def test_files_that_cannot_be_judged_are_the_same_errors(
-    artefact: Path, tmp_path: Path, arrays: np.ndarray
+    artifact: Path, tmp_path: Path, arrays: np.ndarray
 ) -> None:
     sdxl, other_size = tmp_path / "sdxl.pt", tmp_path / "size.npz"
     save_latents(sdxl, Latents(torch.zeros(1, 4, 64, 64), "sdxl", True))
@@ -282,18 +282,18 @@ def test_files_that_cannot_be_judged_are_the_same_errors(
     (tmp_path / "rubbish.pt").write_bytes(b"PK\x03\x04" + b"\0" * 99)
     paths = [sdxl, nan, tmp_path / "rubbish.pt", tmp_path / "missing.pt"]
     one = list(Scan(paths, "family", "nano-flux2"))
-    other = list(Scan(paths, model=artefact, runtime="onnx"))
+    other = list(Scan(paths, model=artifact, runtime="onnx"))
     assert [r.failed for r in other] == [True, False, True, True, True]
     for a, b in zip(one, other, strict=True):
         alike(a.to_dict(), b.to_dict())
     # An export for one size judges no other.
-    records = list(Scan([other_size, EXAMPLES], model=artefact, runtime="onnx", batch_size=8))
+    records = list(Scan([other_size, EXAMPLES], model=artifact, runtime="onnx", batch_size=8))
     assert [r.failed for r in records] == [True, True] + [False] * 25
     assert "was exported for 32x32 latent cells, got 16x16" in str(records[0].verdict.error)
     assert records[0].verdict.decision == "block"
 
 
-def test_an_image_that_fails_fails_alone(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_fails_fails_alone(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Network._run
 
     def fails(self: Network, array: np.ndarray) -> Any:
@@ -301,8 +301,8 @@ def test_an_image_that_fails_fails_alone(artefact: Path, monkeypatch: pytest.Mon
             raise RuntimeError("out of something")
         return run(self, array)
 
-    scan = Scan(EXAMPLES, model=artefact, runtime="onnx", batch_size=5)
-    first = next(iter(Scan(EXAMPLES, model=artefact, runtime="onnx")._records)).latents
+    scan = Scan(EXAMPLES, model=artifact, runtime="onnx", batch_size=5)
+    first = next(iter(Scan(EXAMPLES, model=artifact, runtime="onnx")._records)).latents
     assert first is not None
     marked = first.array.astype(np.float32).std()
     monkeypatch.setattr(Network, "_run", fails)
@@ -312,8 +312,8 @@ def test_an_image_that_fails_fails_alone(artefact: Path, monkeypatch: pytest.Mon
     assert "out of something" in str(records[0].verdict.error)
 
 
-def test_a_file_without_heat_maps_says_so(artefact: Path) -> None:
-    run = Scan(EXAMPLES, model=artefact, runtime="onnx", heatmaps=True)
+def test_a_file_without_heat_maps_says_so(artifact: Path) -> None:
+    run = Scan(EXAMPLES, model=artifact, runtime="onnx", heatmaps=True)
     guard = inspect.getclosurevars(run._judges.of("flux2").judge).nonlocals["guard"]
     guard._main.has_heatmaps = False
     records = list(run)

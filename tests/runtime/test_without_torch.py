@@ -39,10 +39,10 @@ def test_importing_the_runtime_imports_nothing_heavy() -> None:
 
 
 def test_judging_where_torch_cannot_be_imported(
-    artefact: Path, guard: Guard, arrays: np.ndarray, tmp_path: Path
+    artifact: Path, guard: Guard, arrays: np.ndarray, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "latents.npy", arrays[:4])
-    ran = run_without_torch(JUDGE, artefact, guard.sha256, tmp_path / "latents.npy")
+    ran = run_without_torch(JUDGE, artifact, guard.sha256, tmp_path / "latents.npy")
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     expected = [verdict.to_dict() for verdict in guard.scan(arrays[:4])]
@@ -53,20 +53,20 @@ def test_judging_where_torch_cannot_be_imported(
             assert a["margin"] == pytest.approx(b["margin"], abs=1e-5)
 
 
-def test_without_onnx_runtime(artefact: Path) -> None:
+def test_without_onnx_runtime(artifact: Path) -> None:
     code = (
         "sys.modules['onnxruntime'] = None\n"
         "from latentguard.runtime import Guard, ModelError\n"
         "try: Guard(sys.argv[1])\n"
         "except ModelError as error: print(error)"
     )
-    ran = run_without_torch(code, artefact)
+    ran = run_without_torch(code, artifact)
     assert ran.stdout.strip() == "this needs onnxruntime: pip install 'latentguard[onnx]'"
 
 
 @pytest.mark.slow
 def test_a_virtual_environment_without_torch(
-    artefact: Path, guard: Guard, arrays: np.ndarray, tmp_path: Path
+    artifact: Path, guard: Guard, arrays: np.ndarray, tmp_path: Path
 ) -> None:
     """`pip install latentguard[onnx]` is enough to judge, by Python and by the command line."""
     source = tmp_path / "source"
@@ -105,14 +105,14 @@ def test_a_virtual_environment_without_torch(
     assert installed.returncode == 0, installed.stderr
     np.save(tmp_path / "latents.npy", arrays[14:18])
     code = "import sys, importlib.util as u; assert not u.find_spec('torch')\n" + JUDGE
-    arguments = [artefact, guard.sha256, tmp_path / "latents.npy"]
+    arguments = [artifact, guard.sha256, tmp_path / "latents.npy"]
     ran = subprocess.run(
         [python, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert ran.returncode == 0, ran.stderr
     decisions = [verdict["decision"] for verdict in json.loads(ran.stdout)]
     assert decisions == [verdict.decision for verdict in guard.scan(arrays[14:18])]
-    scan = ["scan", "--runtime", "onnx", "--model", artefact, tmp_path / "latents.npy"]
+    scan = ["scan", "--runtime", "onnx", "--model", artifact, tmp_path / "latents.npy"]
     ran = subprocess.run(
         [made / "bin" / "latentguard", *scan, "--space", "flux2", "--scaled"],
         capture_output=True,
@@ -158,7 +158,7 @@ def tiny_pipeline() -> Any:
 
 
 def test_the_example_from_a_pipeline_to_a_verdict(
-    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two blocks of docs/runtime.md, with a small pipeline at 256 x 256 pixels."""
     text = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
@@ -176,7 +176,7 @@ def test_the_example_from_a_pipeline_to_a_verdict(
     monkeypatch.chdir(tmp_path)
     exec(made, {"tiny_pipeline": tiny_pipeline})
 
-    shutil.copy(artefact, tmp_path / "guard.onnx")
+    shutil.copy(artifact, tmp_path / "guard.onnx")
     judged = judge.replace("height=128, width=128", "height=32, width=32")
     assert judged != judge
     ran = run_without_torch(judged, folder=tmp_path)

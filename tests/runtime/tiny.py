@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from latentguard.policy import parse_policy
-from latentguard.runtime.artefact import DIGEST, METADATA, inner_digest
+from latentguard.runtime.artifact import DIGEST, METADATA, inner_digest
 
 POLICY = b"""
 schema_version: 1

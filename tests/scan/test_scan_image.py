@@ -39,11 +39,11 @@ def test_heat_runs_from_low_to_high_and_nan_is_low() -> None:
 
 
 def test_heat_grows_lighter_over_any_picture() -> None:
-    """Order must survive without colour: over grey, luminance never falls along the ramp."""
-    colours = ramp().astype(float)
-    alpha = colours[:, 3:] / 255
-    for grey in (40.0, 128.0, 200.0):
-        shown = colours[:, :3] * alpha + grey * (1 - alpha)
+    """Order must survive without color: over gray, luminance never falls along the ramp."""
+    colors = ramp().astype(float)
+    alpha = colors[:, 3:] / 255
+    for gray in (40.0, 128.0, 200.0):
+        shown = colors[:, :3] * alpha + gray * (1 - alpha)
         luminance = shown @ [0.2126, 0.7152, 0.0722]
         under = luminance[: LEVELS // 2 + 1]
         assert np.all(np.diff(under) > -1.0)

@@ -65,13 +65,13 @@ def record(
     )
 
 
-def rendered(*records: ScanRecord, limit: int = 1000, **info: Any) -> str:
-    report, summary = Report(RULES, limit), Summary(POLICY)
+def rendered(*records: ScanRecord, max_cards: int = 1000, **info: Any) -> str:
+    report, summary = Report(RULES, max_cards), Summary(POLICY)
     for one in records:
         report.add(one)
         summary.add(one)
-    limits = {"revolver": 0.0, "wine-bottle": NEVER}
-    return report.render([ModelInfo(MODEL, "flux2", limits=limits, **info)], summary)
+    thresholds = {"revolver": 0.0, "wine-bottle": NEVER}
+    return report.render([ModelInfo(MODEL, "flux2", thresholds=thresholds, **info)], summary)
 
 
 class Page(HTMLParser):
@@ -249,7 +249,7 @@ def test_a_report_shows_thresholds_and_scores() -> None:
 def test_a_report_keeps_what_matters_and_says_what_it_left_out() -> None:
     records = [record(n, name=f"image-{n}", margin=0.5 if n % 10 == 9 else -0.5) for n in range(50)]
     records.append(record(50, name="broken", error="cannot be read"))
-    page = rendered(*records, limit=8)
+    page = rendered(*records, max_cards=8)
     shown = [a["data-outcome"] for a in Page(page).named("article")]
     assert shown == ["block"] * 5 + ["error"] + ["allow"] * 2
     assert "8 of 51 images are shown" in page
@@ -259,7 +259,7 @@ def test_a_report_keeps_what_matters_and_says_what_it_left_out() -> None:
 
 def test_the_table_keeps_what_matters_and_says_what_it_left_out() -> None:
     file = io.StringIO()
-    table = Table(file, limit=4)
+    table = Table(file, max_rows=4)
     for n in range(30):
         table.add(record(n, name=f"image-{n}", margin=0.5 if n in (12, 25) else -0.5))
     table.close()
@@ -267,7 +267,7 @@ def test_the_table_keeps_what_matters_and_says_what_it_left_out() -> None:
     assert "4 of 30 images are shown" in file.getvalue()
 
 
-def of_a_hostile_artefact(text: str) -> tuple[Rules, ScanRecord]:
+def of_a_hostile_artifact(text: str) -> tuple[Rules, ScanRecord]:
     """A policy as an exported file may hold it: its ids and its model's name are any text."""
     ids = (text, f"{text}!")
     concepts = [{**c, "id": name} for c, name in zip(PLAIN["concepts"], ids, strict=True)]
@@ -281,7 +281,7 @@ def of_a_hostile_artefact(text: str) -> tuple[Rules, ScanRecord]:
 
 @pytest.mark.parametrize("text", ["guns\x1b[2J", "guns\u3164", "guns\u202e", "=1+1", "a,=1+1"])
 def test_names_from_an_exported_file_are_only_text(text: str) -> None:
-    plain, made = of_a_hostile_artefact(text)
+    plain, made = of_a_hostile_artifact(text)
     shown, cells = io.StringIO(), io.StringIO(newline="")
     table = Table(shown)
     table.add(made)
@@ -330,3 +330,11 @@ def test_histograms_hold_every_image(kind: str) -> None:
     scores = probabilities if kind == "probability" else margins
     assert tally.matched == (scores >= 0.5).sum()
     assert tally.highest == pytest.approx(scores.max())
+
+
+def test_former_names_of_what_a_report_holds() -> None:
+    report: Any = Report
+    with pytest.warns(DeprecationWarning, match="argument limit is called max_cards now"):
+        report(RULES, limit=4)
+    with pytest.warns(DeprecationWarning, match="limits is called thresholds now"):
+        assert ModelInfo(MODEL, "flux2", thresholds={"a": 1.0}).limits == {"a": 1.0}

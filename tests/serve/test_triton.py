@@ -46,6 +46,7 @@ def test_the_layout_is_a_model_repository(repository: Path, guard_file: Path) ->
         "latentguard_decision/1/model.py",
         "latentguard_decision/1/rules.json",
         "latentguard_decision/1/latentguard/__init__.py",
+        "latentguard_decision/1/latentguard/deprecated.py",
         "latentguard_decision/1/latentguard/errors.py",
         *(f"latentguard_decision/1/latentguard/judge/{name}" for name in judge),
     }
@@ -314,7 +315,7 @@ def test_external_weights_move_along(guard_file: Path, tmp_path: Path, latents: 
     import onnx
 
     from latentguard.export.metadata import write_metadata
-    from latentguard.runtime.artefact import METADATA
+    from latentguard.runtime.artifact import METADATA
 
     source = tmp_path / "big.onnx"
     model = onnx.load(guard_file)

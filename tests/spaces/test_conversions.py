@@ -115,9 +115,9 @@ def test_flux2_converts_as_diffusers_does() -> None:
     # float32, division against multiplication by the reciprocal; measured worst 2.4e-7.
     torch.testing.assert_close(ours.tensor, tokens, rtol=1e-6, atol=1e-6)
     # torch's own batch norm is what the training of that VAE ran.
-    normalised = vae.bn.eval()(patched)
+    normalized = vae.bn.eval()(patched)
     torch.testing.assert_close(
-        space.patchify(ours.to_spatial().tensor), normalised, rtol=1e-5, atol=1e-6
+        space.patchify(ours.to_spatial().tensor), normalized, rtol=1e-5, atol=1e-6
     )
 
 
@@ -161,7 +161,7 @@ def test_what_a_conversion_refuses() -> None:
         flux2.with_batch_norm([0.0] * 3, [1.0] * 128)
     with pytest.raises(LatentsError, match="must not be negative or NaN"):
         flux2.with_batch_norm([0.0] * 128, [float("nan")] * 128)
-    with pytest.raises(LatentsError, match="sdxl is not batch-normalised"):
+    with pytest.raises(LatentsError, match="sdxl is not batch-normalized"):
         SPACES["sdxl"].with_batch_norm([0.0] * 4, [1.0] * 4)
     with pytest.raises(LatentsError, match=r"even numbers of latent cells.* got 5x4"):
         flux2.with_batch_norm(*STATISTICS).to_raw(torch.zeros(1, 32, 5, 4))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from latentguard import spaces
 from latentguard.deprecated import UNTIL
 from latentguard.spaces import SPACES, LatentArray, Latents, LatentSpace
 
@@ -34,6 +35,7 @@ ARRAY = LatentArray(RAW.numpy(), FLUX1, scaled=False)
         (lambda: ARRAY.torch(), lambda: SPATIAL),
         (lambda: FLUX1.pack(RAW), lambda: PACKED.tensor),
         (lambda: FLUX1.factor, lambda: 8),
+        (lambda: spaces.recognise(RAW).space, lambda: spaces.recognize(RAW).space),
         (lambda: FLUX1.unpack(PACKED.tensor, 4, 6), lambda: RAW),
     ],
 )

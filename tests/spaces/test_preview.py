@@ -43,7 +43,7 @@ def test_flux2_view_shows_the_pictures() -> None:
     for name, view in zip(latents.ids, rgb, strict=True):
         true = picture(name)
         # Measured: astronaut 0.88, coffee 0.81, rocket 0.78, cat 0.75; with another's picture less
-        # than 0.2. The view is one number a cell and colour, of a latent that holds 32.
+        # than 0.2. The view is one number a cell and color, of a latent that holds 32.
         assert np.corrcoef(true.ravel(), view.ravel())[0, 1] > 0.7, name
 
 

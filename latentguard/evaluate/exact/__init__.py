@@ -8,7 +8,7 @@ trajectories that end on a photo of the set, so that blocking and steering have 
 Reading order: photos.py (the set, prompts, outcomes) -> denoiser.py (the posterior and its
 tempering) -> unet.py and transformer.py (stand-ins for the two networks) -> pipelines.py.
 
-It is a test bench and no model of how early an image can be recognised: see
+It is a test bench and no model of how early an image can be recognized: see
 docs/early-detection.md.
 """
 

@@ -45,7 +45,7 @@ class ExactDenoiser:
     photos: [N, D], float32 or float64, which is also what it is computed in.
     tempering: None is the exact posterior.
 
-    Tempered weights are the exact weights of the set shrunk towards its mean m,
+    Tempered weights are the exact weights of the set shrunk toward its mean m,
     m + beta (x_i - m), with beta in 0 ... 1 found by bisection; the prediction is the weighted
     mean of the photos themselves. Only scaling the log-likelihoods down would not do: a blurred
     trajectory is near m, so that photos of low contrast would always win.

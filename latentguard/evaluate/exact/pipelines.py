@@ -92,7 +92,7 @@ def exact_flux2_pipeline(
 ) -> Any:
     """A Flux2Pipeline that generates the photos of a set of flux2 latents.
 
-    As `exact_sdxl_pipeline`; the VAE's batch-norm statistics are those of no normalisation (mean
+    As `exact_sdxl_pipeline`; the VAE's batch-norm statistics are those of no normalization (mean
     0, variance 1 - eps), so that its raw latents are the scaled ones.
 
     Args:

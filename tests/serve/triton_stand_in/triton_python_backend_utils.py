@@ -1,5 +1,5 @@
 """Stands in for the module that Triton's Python backend gives to a model: requests, tensors and
-responses only, with the names and behaviour that a model sees. Triton itself is not needed."""
+responses only, with the names and behavior that a model sees. Triton itself is not needed."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from latentguard.export import write as write_module
 from latentguard.export.metadata import write_metadata
 from latentguard.runtime import Guard
 from latentguard.runtime import scorer as guard_module
-from latentguard.runtime.artefact import _KEYS, DIGEST, METADATA, open_artefact
+from latentguard.runtime.artifact import _KEYS, DIGEST, METADATA, open_artifact
 from latentguard.scan import Scan
 
 Edit = Callable[[onnx.ModelProto, dict[str, Any]], None]
@@ -34,8 +34,8 @@ QUICK = settings(
 
 
 @pytest.fixture(scope="module")
-def data(artefact: Path) -> bytes:
-    return artefact.read_bytes()
+def data(artifact: Path) -> bytes:
+    return artifact.read_bytes()
 
 
 @pytest.fixture
@@ -140,18 +140,18 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
 # -- the pin ---------------------------------------------------------------------------------
 
 
-def test_the_pin(artefact: Path, data: bytes, tmp_path: Path) -> None:
+def test_the_pin(artifact: Path, data: bytes, tmp_path: Path) -> None:
     digest = hashlib.sha256(data).hexdigest()
-    assert Guard(artefact, sha256=f" {digest.upper()}\n", threads=1).sha256 == digest
+    assert Guard(artifact, sha256=f" {digest.upper()}\n", threads=1).sha256 == digest
     with pytest.raises(ModelError, match=f"has SHA-256 {digest}, not the pinned {'0' * 64}"):
-        Guard(artefact, sha256="0" * 64)
+        Guard(artifact, sha256="0" * 64)
     for wrong in ("", "abc", digest[:-1], digest + "0", "é" * 64):
         with pytest.raises(ModelError, match="64 hexadecimal digits"):
-            Guard(artefact, sha256=wrong)
+            Guard(artifact, sha256=wrong)
 
 
 def test_only_the_pin_tells_what_somebody_signed_anew(
-    artefact: Path, edited: Callable[[Edit], bytes], tmp_path: Path
+    artifact: Path, edited: Callable[[Edit], bytes], tmp_path: Path
 ) -> None:
     def lenient(model: onnx.ModelProto, metadata: dict[str, Any]) -> None:
         for concept in metadata["policy"]["concepts"]:
@@ -161,7 +161,7 @@ def test_only_the_pin_tells_what_somebody_signed_anew(
     path.write_bytes(edited(lenient))
     Guard(path, threads=1)  # its own digest fits
     with pytest.raises(ModelError, match="not the pinned"):
-        Guard(path, sha256=hashlib.sha256(artefact.read_bytes()).hexdigest())
+        Guard(path, sha256=hashlib.sha256(artifact.read_bytes()).hexdigest())
 
 
 # -- metadata --------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_a_file_from_before_prompts_were_recorded_loads_and_scan_says_so(
 def test_metadata_that_are_no_mapping(
     refused: Callable[[bytes], str], data: bytes, value: str
 ) -> None:
-    from latentguard.runtime.artefact import inner_digest
+    from latentguard.runtime.artifact import inner_digest
 
     model = onnx.load_from_string(data)
     next(e for e in model.metadata_props if e.key == METADATA).value = value
@@ -312,7 +312,7 @@ def test_metadata_that_are_no_mapping(
 
 
 def test_a_scale_beyond_all_numbers(refused: Callable[[bytes], str], data: bytes) -> None:
-    from latentguard.runtime.artefact import inner_digest
+    from latentguard.runtime.artifact import inner_digest
 
     model = onnx.load_from_string(data)
     entry = next(e for e in model.metadata_props if e.key == METADATA)
@@ -598,11 +598,11 @@ def test_what_was_looked_at_is_what_runs(
     """Both files are replaced after they were looked at, before there is a session."""
 
     def look_then_replace(path: Path, sha256: str | None) -> Any:
-        found = open_artefact(path, sha256)
+        found = open_artifact(path, sha256)
         for file in (beside, beside.with_suffix(".data")):
             file.write_bytes(b"something else")
         return found
 
-    monkeypatch.setattr(guard_module, "open_artefact", look_then_replace)
+    monkeypatch.setattr(guard_module, "open_artifact", look_then_replace)
     found = Guard(beside, threads=1).scores(arrays[:2])
     assert np.array_equal(found["margin"], guard.scores(arrays[:2])["margin"])
