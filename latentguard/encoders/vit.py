@@ -143,7 +143,9 @@ class LatentViT(nn.Module):
         share: float = 0.0,
         whole: bool = True,
     ) -> Tensor:
-        """Tokens before `ln_post`, the class token first (without `whole` that one alone). H and W are multiples of the patch.
+        """Tokens before `ln_post`, the class token first (without `whole` that one alone).
+
+        H and W are multiples of the patch.
 
         What is read is (latents - sigma * noise) / alpha * scale + shift: see `ops.patch_embed`.
 
