@@ -96,7 +96,7 @@ class Crops(EncoderBase):
         boxes = boxes_of(latents.shape[-2], latents.shape[-1], self.side)
         pools = traits(self.whole).pools
         wanted, alone = ({"tokens": tokens}, {"tokens": False}) if pools else ({}, {})
-        whole = self.whole.features(latents, noise, alpha, sigma, **wanted)  # type: ignore[arg-type]
+        whole = self.whole.features(latents, noise, alpha, sigma, **wanted)
         if not boxes:
             return whole
         count = len(boxes)
@@ -105,7 +105,7 @@ class Crops(EncoderBase):
             None if noise is None else _crops(noise, boxes),
             None if alpha is None else alpha.repeat_interleave(count),
             None if sigma is None else sigma.repeat_interleave(count),
-            **alone,  # type: ignore[arg-type]
+            **alone,
         )
         own = crops.pooled.reshape(-1, count, crops.pooled.shape[-1])
         pooled = torch.cat([whole.pooled[:, None], own], 1).flatten(0, 1)

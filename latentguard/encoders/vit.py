@@ -96,8 +96,8 @@ class Transformer(nn.Module):
             tokens = block(tokens, count)
         block, count = last
         if not whole:
-            first: Tensor = block.first(tokens)
-            return first
+            assert isinstance(block, Block)
+            return block.first(tokens)
         restored: Tensor = block(tokens, count).restored()
         return restored
 
