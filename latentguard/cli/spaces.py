@@ -56,5 +56,8 @@ def show(
 ) -> None:
     """Print a latent space as JSON, in the form of a file of your own. Checks such a file."""
     from latentguard.spaces import LatentSpace
+    from latentguard.spaces.records import SUFFIXES
 
-    typer.echo(json.dumps(LatentSpace.of(space).to_dict(), indent=2))
+    own = space.endswith(SUFFIXES)
+    found = LatentSpace.from_file(space) if own else LatentSpace.get(space)
+    typer.echo(json.dumps(found.to_dict(), indent=2))

@@ -95,7 +95,8 @@ class Crops(EncoderBase):
         """As `Encoder.features`; `tiles` counts the views, `lead` is what a crop has to have."""
         boxes = boxes_of(latents.shape[-2], latents.shape[-1], self.side)
         pools = traits(self.whole).pools
-        wanted, alone = ({"tokens": tokens}, {"tokens": False}) if pools else ({}, {})
+        wanted: dict[str, Any] = {"tokens": tokens} if pools else {}
+        alone: dict[str, Any] = {"tokens": False} if pools else {}
         whole = self.whole.features(latents, noise, alpha, sigma, **wanted)
         if not boxes:
             return whole

@@ -44,7 +44,7 @@ class Decoding:
         if is_tiny(vae) or (space.scale, space.shift) == (1.0, 0.0):
             return cls(scaled=True)
         if space.statistics_of_vae == "batch_norm":
-            return _batch_normalised(cls, pipe, vae)
+            return _batch_normalized(cls, pipe, vae)
         numbers = numbers_of(pipe, config)
         if numbers is None or not numbers.scale_as(space):
             return None
@@ -94,7 +94,7 @@ class Decoding:
             yield 1 / self.factor * x
 
 
-def _batch_normalised(cls: type[Decoding], pipe: Any, vae: Any) -> Decoding | None:
+def _batch_normalized(cls: type[Decoding], pipe: Any, vae: Any) -> Decoding | None:
     """FLUX.2's numbers are buffers of its VAE."""
     if not hasattr(vae, "bn"):
         return None

@@ -117,7 +117,7 @@ def _complete(space: LatentSpace, pipe: Any) -> LatentSpace:
 
 
 def batch_norm_eps(pipe: Any, told: float) -> float:
-    """The epsilon that a pipeline normalises with, where its VAE tells another."""
+    """The epsilon that a pipeline normalizes with, where its VAE tells another."""
     own = _by_name(pipe, _EPS)
     return told if own is None else float(own)
 
@@ -150,7 +150,7 @@ _DECLARED = (
 )
 # Pipelines that do not add the shift_factor of their VAE before they decode.
 _UNSHIFTED = ((r"^Kandinsky5", True),)
-# Pipelines that normalise with an epsilon of their own.
+# Pipelines that normalize with an epsilon of their own.
 _EPS = ((r"^ErnieImage", 1e-5),)
 # Pipelines whose latents are not the image's alone, or show it at no step.
 _NO_IMAGE = (

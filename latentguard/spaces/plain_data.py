@@ -38,7 +38,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise LatentsError(f"{path}: there is no such file") from error
     except OSError as error:
-        raise LatentsError(f"{path}: cannot be read: {problem(error)}") from error
+        raise LatentsError(f"{path}: {problem(error)}") from error
     if len(data) > MAX_BYTES:
         raise LatentsError(f"{path}: is larger than 1 MiB")
     try:

@@ -100,7 +100,7 @@ def test_flux2_with_its_statistics_gives_itself_back() -> None:
         ({"channels": True}, "`channels` must be"),
         ({"channels": None}, "`channels` is missing"),
         ({"factor": "8"}, "`factor` must be a number of pixels from 1 to 256, got '8'"),
-        ({"colour": 1}, "`colour` is no key of a latent space: there are schema_version, name"),
+        ({"tint": 1}, "`tint` is no key of a latent space: there are schema_version, name"),
         ({"scaling": None}, "`scaling` is missing"),
         ({"scaling": 3}, "`scaling` must be a mapping, got 3"),
         (
