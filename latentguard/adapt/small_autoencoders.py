@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.teacher import Teacher
+from latentguard.encoders.lite import Lite2
 from latentguard.errors import ModelError
 
 FACTOR = 8
@@ -189,10 +190,10 @@ def _loss(
     loss = (found - images).abs().mean()
     loss = loss + design.kl * 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     if design.perceptual:
-        stem, normalise = teacher.net.stem, teacher.net.normalise
+        stem = teacher.net.stem
         with torch.no_grad():
-            wanted = stem(normalise(images))
-        distance = (stem(normalise(found)) - wanted).abs().mean() / wanted.abs().mean()
+            wanted = stem(Lite2.normalize(images))
+        distance = (stem(Lite2.normalize(found)) - wanted).abs().mean() / wanted.abs().mean()
         loss = loss + 0.1 * design.perceptual * distance
     return loss, float((found.detach() - images).square().mean())
 
