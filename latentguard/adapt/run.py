@@ -29,8 +29,6 @@ from latentguard.spaces import LatentSpace
 
 RGB_SIZE = 192
 """Pixels per side at which the rgb recipe reads a view: 64 cells are magnified threefold."""
-FILTER_WIDTH = 24
-"""Of the filter before the network that reads the view of any space."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +145,7 @@ def own_autoencoders(
 def any_view_config() -> dict[str, Any]:
     """RgbViewNet's configuration while it is trained: latents that are their own view."""
     identity = [[float(row == column) for column in range(3)] for row in range(3)]
-    return {
-        "factors": identity,
-        "bias": [0.0, 0.0, 0.0],
-        "size": RGB_SIZE,
-        "filter_width": FILTER_WIDTH,
-    }
+    return {"factors": identity, "bias": [0.0, 0.0, 0.0], "size": RGB_SIZE}
 
 
 def rgb_config(space: LatentSpace) -> dict[str, Any]:

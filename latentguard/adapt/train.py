@@ -53,8 +53,6 @@ class Recipe:
     noise_share: float = 0.3
     view_noise: float = 0.05
     view_cells: tuple[int, ...] = (64, 128)
-    filter_passes: int = 16_000
-    filter_lr: float = 2e-3
     view_passes: int = 12_800
     view_lr: float = 1e-4
     seed: int = 0
@@ -144,8 +142,8 @@ class AdapterRecipe:
         head = net.trunk.feature_map(entry)
         wanted = self.cache.batch("heads", rows)
         regression = ((head - wanted) / self.head_std).square().mean()
-        divergence = _divergence(net, head, wanted)
-        return divergence + regression + 0.25 * self._entry_error(entry, rows)
+        distance = divergence(net, head, wanted)
+        return distance + regression + 0.25 * self._entry_error(entry, rows)
 
 
 class RgbRecipe:
@@ -177,7 +175,7 @@ class RgbRecipe:
         head = net.from_view(view.contiguous(memory_format=torch.channels_last))
         wanted = self.cache.batch("heads", rows)
         error = (head.mean((2, 3)) - wanted.mean((2, 3))) / self.pooled_std
-        return _divergence(net, head, wanted) + error.square().mean()
+        return divergence(net, head, wanted) + error.square().mean()
 
 
 def _scale(std: Tensor) -> Tensor:
@@ -189,7 +187,7 @@ def _per_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-def _divergence(net: NanoNet | RgbViewNet, head: Tensor, wanted: Tensor) -> Tensor:
+def divergence(net: NanoNet | RgbViewNet, head: Tensor, wanted: Tensor) -> Tensor:
     """KL(teacher || student); the teacher's classifier is the student's start, kept in `wanted`."""
     found = torch.log_softmax(net.trunk.classifier(head.mean((2, 3))), 1)
     target = torch.log_softmax(F.linear(wanted.mean((2, 3)), *_teacher_classifier()), 1)
@@ -249,7 +247,9 @@ class Trainer:
             optimizer.load_state_dict(resume["optimizer"])
             schedule.load_state_dict(resume["schedule"])
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        rows = _batches(stage.rows, _held(stage.rows), size, self.work.recipe.seed + number, start)
+        rows = _batches(
+            stage.rows, held_rows(stage.rows), size, self.work.recipe.seed + number, start
+        )
         self.net.train()
         saved_at = time.monotonic()
         with Progress(f"training {stage.name}", steps * size, start * size) as progress:
@@ -284,7 +284,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, stage: Stage) -> float:
-        rows = np.arange(_held(stage.rows))
+        rows = np.arange(held_rows(stage.rows))
         parts = np.array_split(rows, max(1, len(rows) // 32))
         losses = [stage.loss(self.average, part, False).item() for part in parts]
         return float(np.mean(losses))
@@ -319,7 +319,7 @@ class Trainer:
         return state
 
 
-def _held(rows: int) -> int:
+def held_rows(rows: int) -> int:
     """How many of the first rows are for validation only: at most an eighth."""
     return min(VALIDATION, max(1, rows // 8))
 

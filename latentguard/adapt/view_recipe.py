@@ -1,9 +1,9 @@
 """Training nano-view: the pixel network behind a linear view, on views with errors.
 
-Three stages: the network on perfect views with white noise; the filter before it by itself, from
-views with errors to perfect ones, which costs little; then both on views of our own autoencoders'
-latents and of pictures, with the errors of views.py put on. The targets are the teacher's, of the
-clean picture.
+Two stages: the network on perfect views with white noise, which is cheap; then on views of our own
+autoencoders' latents and of pictures, with the errors of views.py put on. The targets are the
+teacher's, of the clean picture. A filter before the network, trained to give perfect views of such
+ones, was tried and helped nothing: what a view lacks is not to be had from its three numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from latentguard.adapt.cache import Cache
-from latentguard.adapt.train import Recipe, RgbRecipe, Stage, _divergence
+from latentguard.adapt.train import Recipe, RgbRecipe, Stage, divergence, held_rows
 from latentguard.adapt.view_cache import Encoded, perfect_views
 from latentguard.adapt.views import Errors
 from latentguard.encoders.nano_net import RgbViewNet
@@ -49,11 +49,7 @@ class ViewRecipe(RgbRecipe):
         self.head_std = std.clamp_min(0.3 * float(std.mean())).view(-1, 1, 1)
 
     def stages(self) -> list[Stage]:
-        stages = super().stages()
         rows = self.cache.meta.done
-        if self.net.filter is not None:
-            group = {"params": list(self.net.filter.parameters()), "lr": self.recipe.filter_lr}
-            stages.append(Stage("filter", [group], self.recipe.filter_passes, self.filter, rows))
         # The first layers' filters have to change most; later depthwise ones cost much and stay.
         trained = [
             p
@@ -61,24 +57,15 @@ class ViewRecipe(RgbRecipe):
             if not n.startswith("trunk.") or "depthwise.conv.weight" not in n
         ]
         group = {"params": trained, "lr": self.recipe.view_lr}
-        return [*stages, Stage("views", [group], self.recipe.view_passes, self.views, rows)]
-
-    def filter(self, net: nn.Module, rows: NDArray[np.intp], training: bool) -> Tensor:
-        """Mean squared error of the filtered view, in units of a picture's usual variance."""
-        assert isinstance(net, RgbViewNet)
-        assert net.filter is not None
-        view, perfect, _ = self._views(rows, training)
-        found = net.filter(view.contiguous(memory_format=torch.channels_last))
-        # The whole brightness and color are not to be known: a mean error is not its fault.
-        error = found - perfect
-        error = error - 0.7 * error.mean((2, 3), keepdim=True)
-        loss: Tensor = error.square().mean() / 0.06
-        return loss
+        return [
+            *super().stages(),
+            Stage("views", [group], self.recipe.view_passes, self.views, rows),
+        ]
 
     def views(self, net: nn.Module, rows: NDArray[np.intp], training: bool) -> Tensor:
         """The loss of the first stage plus the head map's error, on views with errors."""
         assert isinstance(net, RgbViewNet)
-        view, _, rows = self._views(rows, training)
+        view, rows = self._views(rows, training)
         wanted = self.cache.batch("heads", rows)
         if training and bool(torch.rand(()) < 0.5):
             view, wanted = view.flip(-1), wanted.flip(-1)
@@ -86,12 +73,10 @@ class ViewRecipe(RgbRecipe):
         error = (head.mean((2, 3)) - wanted.mean((2, 3))) / self.pooled_std
         places = F.adaptive_avg_pool2d(wanted, (head.shape[-2], head.shape[-1]))
         dense = ((head - places) / self.head_std).square().mean()
-        return _divergence(net, head, wanted) + error.square().mean() + 0.5 * dense
+        return divergence(net, head, wanted) + error.square().mean() + 0.5 * dense
 
-    def _views(
-        self, rows: NDArray[np.intp], training: bool
-    ) -> tuple[Tensor, Tensor, NDArray[np.intp]]:
-        """Views of about these rows, what they should be, and whose they are, in rising order."""
+    def _views(self, rows: NDArray[np.intp], training: bool) -> tuple[Tensor, NDArray[np.intp]]:
+        """Views of about these rows, and whose they are, in rising order."""
         rows = np.sort(rows)
         if not training:
             return self._validation_views(rows)
@@ -100,12 +85,12 @@ class ViewRecipe(RgbRecipe):
         cells = large if bool(torch.rand(()) < LARGE) else small
         if not own:
             perfect, crops = perfect_views(self.cache, rows, cells)
-            return self.errors.on(perfect, perfect, crops), perfect, rows
+            return self.errors.on(perfect, perfect, crops), rows
         # A picture at 1024 px that gets the error of another at 512 px, mirrored, or its own.
         mirrored = cells == 2 * small and bool(torch.rand(()) < 0.5)
         sources = [e for e in self.encoded if e.cells == (small if mirrored else cells)]
         source = sources[int(torch.randint(len(sources), ()))]
-        first = int(np.searchsorted(source.rows, self.held))
+        first = int(np.searchsorted(source.rows, held_rows(self.cache.meta.done)))
         places = np.sort(first + rows % (len(source.rows) - first))
         rows = source.rows[places]
         looseness = LOOSENESS * float(torch.rand(()))
@@ -117,22 +102,15 @@ class ViewRecipe(RgbRecipe):
             error = torch.cat([error, error.flip(-2)], -2)
             perfect, crops = perfect_views(self.cache, rows, cells)
             view = perfect + error
-        return self.errors.on(view, perfect, crops), perfect, rows
+        return self.errors.on(view, perfect, crops), rows
 
-    @property
-    def held(self) -> int:
-        """The first rows, which are for validation."""
-        from latentguard.adapt.train import _held
-
-        return _held(self.cache.meta.done)
-
-    def _validation_views(self, rows: NDArray[np.intp]) -> tuple[Tensor, Tensor, NDArray[np.intp]]:
+    def _validation_views(self, rows: NDArray[np.intp]) -> tuple[Tensor, NDArray[np.intp]]:
         """Views of own latents without further errors; of pictures where there are none."""
         if self.encoded:
             source = self.encoded[int(rows[0]) // 32 % len(self.encoded)]
             places = np.flatnonzero(np.isin(source.rows, rows))
             if len(places):
                 rows = source.rows[places]
-                return source.views(places), perfect_views(self.cache, rows, source.cells)[0], rows
+                return source.views(places), rows
         perfect, _ = perfect_views(self.cache, rows, self.recipe.view_cells[0])
-        return perfect, perfect, rows
+        return perfect, rows

@@ -49,9 +49,6 @@ def adapt(
     joint_passes: Annotated[
         int | None, typer.Option(help="Images seen while training all of it.")
     ] = None,
-    filter_passes: Annotated[
-        int | None, typer.Option(help="With --view: images seen while training the filter alone.")
-    ] = None,
     view_passes: Annotated[
         int | None, typer.Option(help="With --view: images seen while training on such views.")
     ] = None,
@@ -82,7 +79,6 @@ def adapt(
     given: dict[str, Any] = {
         "adapter_passes": adapter_passes,
         "joint_passes": joint_passes,
-        "filter_passes": filter_passes,
         "view_passes": view_passes,
         "seed": seed,
     }

@@ -129,7 +129,8 @@ def _describe(name: str) -> dict[str, Any]:
         "sha256": None,
     }
     if path is not None and ready:
-        row |= _from_header(path)
+        # One file may go by several names, and read several spaces.
+        row |= _from_header(path) | {"name": name, "space": entry.space}
     return row
 
 

@@ -38,7 +38,6 @@ TINY = Recipe(
     large_images=3,
     batch_size=2,
     view_cells=(16,),
-    filter_passes=4,
     view_passes=4,
 )
 
@@ -272,7 +271,7 @@ def test_view_recipe_end_to_end(
     stages = [
         e["stage"] for e in json.loads(out.with_suffix(".history.json").read_text())["history"]
     ]
-    assert list(dict.fromkeys(stages)) == ["joint", "filter", "views"]
+    assert list(dict.fromkeys(stages)) == ["joint", "views"]
     for space in ("sdxl", "flux1"):
         encoder = load_encoder(out, "cpu", space)
         assert isinstance(encoder, NanoEncoder)

@@ -179,7 +179,7 @@ def test_the_best_encoder_on_this_machine(by_hand: Path, monkeypatch: pytest.Mon
     by_hand.unlink()
     assert best_encoder("sdxl") == "nano-view"
     assert best_encoder("sd3") == "nano-view"
-    with pytest.raises(ModelError, match=r"no encoder reads .* sana: .*sdxl.*`latentguard adapt`"):
+    with pytest.raises(ModelError, match=r"no encoder reads .* sana .*sdxl.*`latentguard adapt`"):
         best_encoder("sana")
 
 

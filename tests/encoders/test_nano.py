@@ -17,7 +17,7 @@ from latentguard.encoders.class_text import ClassText, normalize, weights
 from latentguard.encoders.lite import ConvBN, Lite2, fuse
 from latentguard.encoders.minilm import is_installed
 from latentguard.encoders.nano import BASELINE, BUNDLED, WEIGHTS, NanoEncoder, load_nano
-from latentguard.encoders.nano_net import NanoNet, ViewFilter
+from latentguard.encoders.nano_net import NanoNet
 from latentguard.errors import LatentsError, ModelError
 from latentguard.policy import load_policy, shipped_policies
 from latentguard.spaces import SPACES, Latents
@@ -252,12 +252,6 @@ def test_nano_view_must_know_the_space() -> None:
     assert needs_space(bundled_path("nano-view"))
     assert not needs_space("nano-sdxl")
     assert not needs_space(bundled_path("nano-flux2"))
-
-
-@pytest.mark.parametrize("size", [(64, 64), (33, 47), (2, 2), (1, 5)])
-def test_a_filter_starts_as_the_identity_and_keeps_the_size(size: tuple[int, int]) -> None:
-    view = torch.rand(2, 3, *size)
-    assert (ViewFilter(4)(view) == view).all()
 
 
 def test_adapter_reads_large_grids_through_its_second_entry() -> None:

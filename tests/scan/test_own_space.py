@@ -109,12 +109,12 @@ def test_a_policy_may_name_the_space(own: Path, model: Path) -> None:
     assert Scorer(policy, model, device="cpu").space == "own-flux"
 
 
-def test_a_space_without_a_model_names_the_way_to_one(latents: Latents, own: Path) -> None:
-    LatentSpace.of(own)
-    with pytest.raises(
-        ModelError, match=r"no encoder reads latents of space own-flux.*latentguard ad"
-    ):
-        Scorer("family", space="own-flux", device="cpu")
+def test_a_space_with_a_view_has_a_model(own: Path) -> None:
+    scorer = Scorer("family", space=own, device="cpu")
+    assert (scorer.encoder.name, scorer.space) == ("nano-view", "own-flux")
+
+
+def test_a_space_without_a_model_names_the_way_to_one() -> None:
     with pytest.raises(ModelError, match=r"32x32 cells.*`latentguard adapt`"):
         Scorer("family", space="sana", device="cpu")
     zeros = Latents(torch.zeros(1, 32, 8, 8), "sana", scaled=True)

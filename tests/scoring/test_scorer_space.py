@@ -55,8 +55,12 @@ def test_a_model_of_several_spaces_takes_that_of_the_first_latents(latents: Late
 
 
 def test_the_first_model_of_a_cascade_reads_the_space_of_the_second(latents: Latents) -> None:
-    policy = load_policy("family").model_copy(
-        update={"cascade": Cascade(first="nano-view", unsure=0.1)}
+    whole = load_policy("family")
+    policy = whole.model_copy(
+        update={
+            "cascade": Cascade(first="nano-view", unsure=0.1),
+            "concepts": tuple(c for c in whole.concepts if c.id == "beer"),
+        }
     )
     scorer = Scorer(policy, "nano-flux2", device="cpu")
     assert scorer.first is not None
