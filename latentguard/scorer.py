@@ -17,6 +17,7 @@ from latentguard.encoders import (
     Features,
     best_encoder,
     load_encoder,
+    needs_space,
     strongest_view,
     traits,
 )
@@ -66,8 +67,9 @@ class Scorer:
         policy: a Policy, the name of a shipped one, or a path.
         model: an Encoder, its name or path, or "auto": the policy's own `model`, else the best
             encoder of `space` that is on this machine, else the bundled one.
-        space: the latent space. With "auto", where the policy does not name it either, it is that
-            of the first latents, and the model is loaded with them.
+        space: the latent space. With "auto" and with a model of several spaces (`nano-view`), where
+            the policy does not name it either, it is that of the first latents, and the model is
+            loaded with them.
         device: where the encoder runs; None is CUDA where there is one, else the CPU.
 
     Raises:
@@ -91,7 +93,7 @@ class Scorer:
             model = self.policy.model
         self._model, self._device = model, device
         wanted = self.policy.space if space is None else LatentSpace.of(space).name
-        if wanted is not None or model != "auto":
+        if wanted is not None or isinstance(model, Encoder) or not needs_space(model):
             self._bind(wanted)
 
     def _bind(self, space: str | None) -> None:
@@ -118,7 +120,8 @@ class Scorer:
         reads crops besides."""
         if self.policy.cascade is not None:
             alone = self.policy.model_copy(update={"cascade": None, "views": "whole"})
-            first = load_encoder(self.policy.cascade.first, self.encoder.device)
+            name, device = self.policy.cascade.first, self.encoder.device
+            first = load_encoder(name, device, self.encoder.space if needs_space(name) else None)
             self.first = Scorer(alone, first)
         self._judge = self._final = self._judging(self)
         if self.policy.views == "crops" and not traits(self.encoder).reads_crops:
@@ -148,8 +151,9 @@ class Scorer:
             "_final",
         ):
             raise ModelError(
-                "model 'auto' is chosen by the latents' space, which is not known before the first "
-                f"latents: to use {name.lstrip('_')} now, give space=... or name the model"
+                f"model {str(self._model)!r} depends on the latents' space, which is not known "
+                f"before the first latents: to use {name.lstrip('_')} now, give space=... or name "
+                "the model"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -355,4 +359,4 @@ def _encoder(
     if model == "auto":
         assert space is not None
         model = best_encoder(space)
-    return load_encoder(model, device)
+    return load_encoder(model, device, space if needs_space(model) else None)

@@ -11,8 +11,17 @@ from typing import Any
 from latentguard.adapt.autoencoders import Autoencoder, load_autoencoder
 from latentguard.adapt.cache import prepare
 from latentguard.adapt.images import find_images
-from latentguard.adapt.teacher import class_names, class_table, load_teacher
+from latentguard.adapt.small_autoencoders import (
+    DESIGNS,
+    Design,
+    SmallAutoencoder,
+    train_autoencoder,
+)
+from latentguard.adapt.teacher import Teacher, class_names, class_table, load_teacher
 from latentguard.adapt.train import AdapterRecipe, Recipe, RgbRecipe, Trainer
+from latentguard.adapt.view_cache import encode_all
+from latentguard.adapt.view_recipe import ViewRecipe
+from latentguard.encoders.catalog import ANY_VIEW
 from latentguard.encoders.nano import save_nano
 from latentguard.errors import ModelError
 from latentguard.policy import load_policy, shipped_policies
@@ -20,6 +29,8 @@ from latentguard.spaces import LatentSpace
 
 RGB_SIZE = 192
 """Pixels per side at which the rgb recipe reads a view: 64 cells are magnified threefold."""
+FILTER_WIDTH = 24
+"""Of the filter before the network that reads the view of any space."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ def adapt(
     name: str,
     space: str | Path | LatentSpace | None = None,
     autoencoder: str | Path | None = None,
+    any_view: bool = False,
     cache: str | Path | None = None,
     recipe: Recipe | None = None,
     keep: Callable[[Path], bool] = lambda path: True,
@@ -53,14 +65,23 @@ def adapt(
             certain.
         autoencoder: an encoder file of madebyollin/taesd or a diffusers VAE folder. Without one
             the model reads the space's published RGB view instead.
+        any_view: make a model that reads the RGB view of every space that has one, whose space is
+            said when it is loaded. It is trained on views of small autoencoders of our own
+            (small_autoencoders.py), which are made first and kept in the cache.
         cache: folder for crops, latents and targets, 360 kB to 430 kB a photo; beside `out`
             unless given.
         keep: photos for which it is False are left out, to hold some out of training.
 
     Raises:
-        ModelError: the teacher is not installed, or the space is not known or has no RGB view.
+        ModelError: the teacher is not installed, or the space is not known or has no RGB view, or
+            a space or an autoencoder is given together with any_view.
         LatentsError: no images, or a cache folder of another run.
     """
+    if any_view and (space is not None or autoencoder is not None):
+        raise ModelError(
+            "a model of any space's view is trained without a space and without an autoencoder: "
+            "give any_view (--view) alone, or not at all"
+        )
     recipe = recipe or Recipe()
     target = Path(out)
     if target.suffix != ".safetensors":
@@ -68,7 +89,7 @@ def adapt(
     target.parent.mkdir(parents=True, exist_ok=True)
     photos = [path for path in find_images(images) if keep(path)]
     encoder = load_autoencoder(autoencoder, space) if autoencoder else None
-    found = _space(encoder, space)
+    found = None if any_view else _space(encoder, space)
     teacher = load_teacher()
     folder = Path(cache) if cache else target.with_suffix(".cache")
     filled = prepare(
@@ -76,12 +97,17 @@ def adapt(
         photos,
         encoder,
         teacher,
-        space=found.name,
+        space="" if found is None else found.name,
         large_images=recipe.large_images,
         seed=recipe.seed,
     )
     work: AdapterRecipe | RgbRecipe
-    if encoder is not None:
+    if found is None:
+        kind, config = ANY_VIEW, any_view_config()
+        own = own_autoencoders(folder, photos, teacher)
+        encoded = encode_all(folder / "encoded", filled, own, recipe.view_cells)
+        work = ViewRecipe(filled, recipe, config, encoded)
+    elif encoder is not None:
         kind, config = "adapter", {"channels": found.channels}
         work = AdapterRecipe(filled, recipe, config)
     else:
@@ -95,7 +121,7 @@ def adapt(
         kind=kind,
         config=config,
         name=name,
-        space=found.name,
+        space="" if found is None else found.name,
         card=card(name, found, encoder, filled.meta.done),
         class_names=class_names(),
         table=class_table(),
@@ -106,6 +132,27 @@ def adapt(
     picture = target.with_suffix(".png")
     plot_history(trainer.history, picture)
     return Result(target, history, picture, filled.meta.done)
+
+
+def own_autoencoders(
+    folder: Path, photos: Sequence[Path], teacher: Teacher
+) -> list[tuple[Design, SmallAutoencoder]]:
+    """The autoencoders to train a reader of views on; made where `folder` does not hold them."""
+    return [
+        (design, train_autoencoder(design, photos, teacher, folder / f"{design.name}.pt"))
+        for design in DESIGNS
+    ]
+
+
+def any_view_config() -> dict[str, Any]:
+    """RgbViewNet's configuration while it is trained: latents that are their own view."""
+    identity = [[float(row == column) for column in range(3)] for row in range(3)]
+    return {
+        "factors": identity,
+        "bias": [0.0, 0.0, 0.0],
+        "size": RGB_SIZE,
+        "filter_width": FILTER_WIDTH,
+    }
 
 
 def rgb_config(space: LatentSpace) -> dict[str, Any]:
@@ -145,13 +192,20 @@ def stored_prompts() -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def card(name: str, space: LatentSpace, encoder: Autoencoder | None, photos: int) -> str:
+def card(name: str, space: LatentSpace | None, encoder: Autoencoder | None, photos: int) -> str:
     """The model's card in a few sentences, as reports show it."""
     limits = (
         "It sees what ImageNet's 1,000 classes span: objects and animals, not nudity, hate, gore "
         "or acts; concepts outside are marked as not visible."
     )
-    if encoder is None:
+    if space is None:
+        source = (
+            "It reads only the linear RGB view of latents (3 numbers a cell, about an eighth of "
+            f"the image's resolution) and was trained on {photos:,} photos and on views of small "
+            "autoencoders made for it. Of the latent space that it is used on it saw nothing, and "
+            "it recognizes less there than figures on photos say."
+        )
+    elif encoder is None:
         source = (
             f"It reads only the linear RGB view of {space.name} latents (3 numbers a cell, about "
             f"an eighth of the image's resolution) and was trained on {photos:,} photos "

@@ -53,6 +53,10 @@ class Recipe:
     noise_share: float = 0.3
     view_noise: float = 0.05
     view_cells: tuple[int, ...] = (64, 128)
+    filter_passes: int = 16_000
+    filter_lr: float = 2e-3
+    view_passes: int = 12_800
+    view_lr: float = 1e-4
     seed: int = 0
 
 
@@ -150,9 +154,8 @@ class RgbRecipe:
     def __init__(self, cache: Cache, recipe: Recipe, config: dict[str, Any]) -> None:
         self.cache, self.recipe = cache, recipe
         self.net = RgbViewNet(**config)
-        self.net.load_state_dict(
-            {**teacher_weights(), "factors": self.net.factors, "bias": self.net.bias}
-        )
+        # What the teacher has not (the view, a filter) stays as it is made.
+        self.net.load_state_dict(self.net.state_dict() | teacher_weights())
         fuse(self.net)
         sample = cache.batch("heads", np.arange(min(128, cache.meta.done)))
         self.pooled_std = _scale(sample.mean((2, 3)).std(0))

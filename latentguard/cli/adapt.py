@@ -31,6 +31,14 @@ def adapt(
             ".json). Needed where not certain."
         ),
     ] = None,
+    view: Annotated[
+        bool,
+        typer.Option(
+            "--view",
+            help="One model for every space that has a linear RGB view, trained on views of small "
+            "autoencoders that are made first; the space is said when it is loaded.",
+        ),
+    ] = False,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder for crops, latents and targets (0.4 MB a photo)."),
@@ -40,6 +48,12 @@ def adapt(
     ] = None,
     joint_passes: Annotated[
         int | None, typer.Option(help="Images seen while training all of it.")
+    ] = None,
+    filter_passes: Annotated[
+        int | None, typer.Option(help="With --view: images seen while training the filter alone.")
+    ] = None,
+    view_passes: Annotated[
+        int | None, typer.Option(help="With --view: images seen while training on such views.")
     ] = None,
     hold_out: Annotated[
         int | None,
@@ -68,6 +82,8 @@ def adapt(
     given: dict[str, Any] = {
         "adapter_passes": adapter_passes,
         "joint_passes": joint_passes,
+        "filter_passes": filter_passes,
+        "view_passes": view_passes,
         "seed": seed,
     }
     recipe = replace(Recipe(), **{key: value for key, value in given.items() if value is not None})
@@ -77,6 +93,7 @@ def adapt(
         name=name or out.stem,
         space=space,
         autoencoder=autoencoder,
+        any_view=view,
         cache=cache,
         recipe=recipe,
         keep=lambda path: hold_out is None or not held_out(path, hold_out),

@@ -93,7 +93,7 @@ def calibrate(
         if not 0 < rate < 1:
             raise UsageError(f"--fpr must be above 0 and below 1, got {rate:g}")
     if trajectories:
-        margins = _from_records(trajectories, chosen, model, device)
+        margins = _from_records(trajectories, chosen, model, device, space)
     else:
         margins = _from_latents(
             latents or [], chosen, model, noise_levels, estimate,
@@ -112,14 +112,16 @@ def calibrate(
     typer.echo(f"wrote {path}")
 
 
-def _from_records(paths: list[Path], policy: Policy, model: str, device: str | None) -> Margins:
+def _from_records(
+    paths: list[Path], policy: Policy, model: str, device: str | None, space: str | None
+) -> Margins:
     from latentguard.evaluate.trajectories import read_trajectories
 
     if model == "auto":
         return read_trajectories(paths, policy)
     from latentguard.encoders import load_encoder
 
-    encoder = load_encoder(model, device)
+    encoder = load_encoder(model, device, space)
     return read_trajectories(paths, policy, (encoder.name, encoder.sha256), encoder.space)
 
 

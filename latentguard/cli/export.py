@@ -110,7 +110,10 @@ def onnx_(
     ] = None,
     space: Annotated[
         str | None,
-        typer.Option(help="The latent space of a model of your own, a file (.yaml, .json)."),
+        typer.Option(
+            help="The latent space, where the model reads several (nano-view); of a model of your "
+            "own, a file (.yaml, .json)."
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the SHA-256 only.")] = False,
 ) -> None:
@@ -140,7 +143,7 @@ def onnx_(
     if int8 and not calibration and not dynamic_quantization:
         _say(quiet, "no --calibration latents: the ranges of activations come from each input")
         dynamic_quantization = True
-    from latentguard.encoders import load_encoder
+    from latentguard.encoders import load_encoder, needs_space
     from latentguard.encoders.catalog import MERGE
 
     if merge_tokens is not None:
@@ -149,7 +152,7 @@ def onnx_(
         from latentguard.spaces import LatentSpace
 
         LatentSpace.of(space)  # known by its name from here on
-    encoder = load_encoder(model, "cpu")
+    encoder = load_encoder(model, "cpu", space if needs_space(model) else None)
     result = export_onnx(
         policy,
         encoder,

@@ -39,7 +39,7 @@ def list_(
     for row in rows:
         table.add_row(
             f"[bold]{row['name']}[/bold]",
-            row["space"],
+            row["space"] or "any RGB view",
             row["state"],
             _size(row["size"]),
             (row["sha256"] or "")[:12],

@@ -92,6 +92,9 @@ def check(
     model: str | None = typer.Option(
         None, help="A model's name or file: name each prompt that it cannot see, with its coverage."
     ),
+    space: str | None = typer.Option(
+        None, help="Latent space, where the model reads several (nano-view) and policies name none."
+    ),
 ) -> None:
     """Check policies: every error of every file, with its line. Exit code 2 when there is any."""
     from latentguard.cli.exit_codes import EXIT_USAGE
@@ -103,7 +106,7 @@ def check(
     if model is not None:
         from latentguard.encoders import load_encoder
 
-        encoder = load_encoder(model, "cpu")
+        encoder = load_encoder(model, "cpu", space)
     failed = False
     for name in files:
         try:

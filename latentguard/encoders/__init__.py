@@ -10,7 +10,7 @@ from latentguard.encoders.base import (
     strongest_view,
     traits,
 )
-from latentguard.encoders.hub import best_encoder, load_encoder
+from latentguard.encoders.hub import best_encoder, load_encoder, needs_space
 
 __all__ = [
     "Encoder",
@@ -19,6 +19,7 @@ __all__ = [
     "Head",
     "best_encoder",
     "load_encoder",
+    "needs_space",
     "strongest_view",
     "traits",
 ]

@@ -10,11 +10,14 @@ import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentguard import plugins
 from latentguard.atomic import replacing
 from latentguard.errors import ModelError
+
+if TYPE_CHECKING:
+    from latentguard.spaces import LatentSpace
 
 HUB = "https://huggingface.co"
 MERGE = "+merge="
@@ -22,6 +25,8 @@ MERGE = "+merge="
 
 VIEWS = "+views="
 """Behind a model's name or file: `crops` reads an image whole and in crops, see `crops`."""
+ANY_VIEW = "view"
+"""The kind of a nano network that reads the linear RGB view of any space, as its file says."""
 
 MAX_CONTEXT = 1024
 """Tokens of a prompt that a text tower may read; the causal mask grows with their square."""
@@ -109,17 +114,19 @@ class Entry:
     """A named model, as `models/NAME.json` describes it.
 
     format: how its weights are written, a key of `FORMATS`.
+    space: the latent space that it reads; None: every space that has a linear RGB view (`reads`).
     rank: the best of a space first; `--model auto` goes by this order.
     size: bytes to fetch, as far as it is known beforehand; 0 for a bundled model.
     repo, file: where the official checkpoint is on the hub; None for a bundled model.
     weights, module: of a model that another package brings: its file, and the module whose
         `load(path, device, entry)` makes an encoder of it, where `format` is none of latentguard's.
     config: the shape of a Latent-CLIP; None for other models.
+    same_as: the bundled model whose weights these are, under another name; None: its own.
     """
 
     name: str
     format: str
-    space: str
+    space: str | None
     summary: str
     rank: int
     size: int = 0
@@ -128,6 +135,19 @@ class Entry:
     config: LatentClipConfig | None = None
     weights: Path | None = None
     module: str | None = None
+    same_as: str | None = None
+
+    def reads(self, space: str) -> bool:
+        """Whether it reads latents of a space of that name."""
+        if self.space is not None:
+            return self.space == space
+        from latentguard.errors import LatentsError
+        from latentguard.spaces import LatentSpace
+
+        try:
+            return readable_view(LatentSpace.get(space))
+        except LatentsError:
+            return False
 
     @property
     def bundled(self) -> bool:
@@ -160,7 +180,18 @@ class Entry:
         return entry
 
 
-# How weights are written -> the module whose `load(path, device, entry)` makes an encoder of them.
+COARSEST = 16
+"""Pixels a cell, at most, of spaces whose view shows enough to be read: a picture of 1024 px has 64
+cells a side there."""
+
+
+def readable_view(space: LatentSpace) -> bool:
+    """Whether a space has a linear RGB view that is fine enough to be read."""
+    return space.rgb_view is not None and space.vae_scale_factor <= COARSEST
+
+
+# How weights are written -> the module whose `load(path, device, entry)` makes an encoder of
+# them, or `load(path, device, entry, space)` where it is a model of several spaces.
 FORMATS = {
     "latentguard-latent-clip": "latentguard.encoders.latent_clip",
     "latentguard-nano": "latentguard.encoders.nano",
@@ -275,7 +306,9 @@ def by_hand_path(name: str) -> Path:
 
 def bundled_path(name: str) -> Path:
     """Where a bundled model's weights lie inside the package."""
-    return Path(__file__).parent / "weights" / f"{name}.safetensors"
+    entry = CATALOG.get(name)
+    stem = name if entry is None or entry.same_as is None else entry.same_as
+    return Path(__file__).parent / "weights" / f"{stem}.safetensors"
 
 
 def _hub_cache_path(entry: Entry) -> Path | None:
@@ -315,7 +348,8 @@ def how_to_get(name: str) -> str:
 def by_hand(name: str) -> str:
     """How to do without the network, in one clause."""
     entry = CATALOG[name]
-    bundled = next(e.name for e in CATALOG.values() if e.bundled and e.space == entry.space)
+    space = str(entry.space)
+    bundled = next(e.name for e in CATALOG.values() if e.bundled and e.reads(space))
     return (
         f"download {entry.url} on another machine and put it at {by_hand_path(name)}, or use the "
         f"bundled {bundled}"

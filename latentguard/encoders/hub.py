@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from latentguard import plugins
 from latentguard.encoders.base import Encoder, traits
 from latentguard.encoders.catalog import (
+    ANY_VIEW,
     CATALOG,
     FORMATS,
     HUB,
@@ -35,37 +36,62 @@ from latentguard.encoders.catalog import (
 )
 from latentguard.encoders.header import read_metadata
 from latentguard.errors import ModelError
-from latentguard.spaces import RECORDS
+from latentguard.spaces import RECORDS, SPACES, LatentSpace
 from latentguard.text import first_line
 
 if TYPE_CHECKING:
     import torch
 
 
-def load_encoder(name_or_path: str | Path, device: torch.device | str | None = None) -> Encoder:
+def load_encoder(
+    name_or_path: str | Path,
+    device: torch.device | str | None = None,
+    space: str | LatentSpace | None = None,
+) -> Encoder:
     """An encoder by name (`latentguard models list`) or from a file.
 
     A path is an official Latent-CLIP checkpoint (.pt, .pth, .ckpt) or a .safetensors file that
     latentguard wrote, whose metadata says what it is. `+merge=SHARE` behind either makes a
     Latent-CLIP merge that share of its tokens (see `LatentCLIP.merge`); `+views=crops` makes a nano
     model read crops besides the whole (see `crops.Crops`). `device` None is CUDA where
-    there is one, else the CPU. Raises ModelError for an unknown name, a model that is not on this
-    machine (it says how to get it), and a file that cannot be loaded.
+    there is one, else the CPU. `space` is the latent space that it is to read: needed for a model
+    of several spaces (`needs_space`). Raises ModelError for an unknown name, a model that is not on
+    this machine (it says how to get it), one that reads another space, and a file that cannot be
+    loaded.
     """
     device = _device(device)
     plain, found, views = str(name_or_path).rpartition(VIEWS)
     if found:
-        return _in_views(load_encoder(plain, device), views)
+        return _in_views(load_encoder(plain, device, space), views)
     plain, found, share = str(name_or_path).rpartition(MERGE)
     if found:
-        return _merging(load_encoder(plain, device), share)
+        return _merging(load_encoder(plain, device, space), share)
     entry = known(name_or_path) if isinstance(name_or_path, str) else None
     if entry is not None:
-        return _load_named(entry, device)
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        raise ModelError(_unknown(str(name_or_path)))
-    return _load_file(path, device)
+        encoder = _load_named(entry, device, space)
+    else:
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise ModelError(_unknown(str(name_or_path)))
+        encoder = _load_file(path, device, space)
+    if space is not None and encoder.space != LatentSpace.get(space).name:
+        raise ModelError(f"model {encoder.name} reads {encoder.space} latents, not {space}")
+    return encoder
+
+
+def needs_space(model: str | Path) -> bool:
+    """Whether the latent space must be known before a model can be loaded.
+
+    So it is of `auto`, and of a model that reads the RGB view of several spaces.
+    """
+    plain = str(model).split(VIEWS)[0].split(MERGE)[0]
+    entry = known(plain) if isinstance(model, str) else None
+    if entry is not None:
+        return entry.space is None
+    path = Path(plain).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return model == "auto"
+    return read_metadata(path).get("kind") == ANY_VIEW
 
 
 def _in_views(encoder: Encoder, views: str) -> Encoder:
@@ -97,13 +123,13 @@ def best_encoder(space: str) -> str:
     Raises ModelError where there is none; it says which spaces have one, or how to get it.
     """
     everything = entries()
-    of_space = [entry for entry in everything if entry.space == space]
+    of_space = [entry for entry in everything if entry.reads(space)]
     for entry in of_space:
         if locate(entry.name) is not None:
             return entry.name
     if of_space:
         raise ModelError(_missing(of_space[0]))
-    spaces = sorted({entry.space for entry in everything})
+    spaces = [name for name in SPACES if any(entry.reads(name) for entry in everything)]
     record = RECORDS.get(space)
     why = f" ({record.view_missing})" if record is not None and record.view_missing else ""
     raise ModelError(
@@ -121,13 +147,15 @@ def find(name: str) -> Entry:
     return entry
 
 
-def _load_named(entry: Entry, device: str | torch.device) -> Encoder:
+def _load_named(
+    entry: Entry, device: str | torch.device, space: str | LatentSpace | None
+) -> Encoder:
     path = locate(entry.name)
     if path is None:
         raise ModelError(_missing(entry))
     if not entry.bundled and path != converted_path(entry.name):
         path = install(entry.name, path)
-    return _load_as(entry.format, path, device, entry)
+    return _load_as(entry.format, path, device, entry, space)
 
 
 def _missing(entry: Entry) -> str:
@@ -219,7 +247,7 @@ def fetch(name: str, keep: bool = False) -> Path:
     return target
 
 
-def _load_file(path: Path, device: str | torch.device) -> Encoder:
+def _load_file(path: Path, device: str | torch.device, space: str | LatentSpace | None) -> Encoder:
     if path.suffix in (".pt", ".pth", ".ckpt"):  # official checkpoints are of Latent-CLIPs
         return _load_as("latentguard-latent-clip", path, device)
     written_as = read_metadata(path).get("format")
@@ -227,15 +255,23 @@ def _load_file(path: Path, device: str | torch.device) -> Encoder:
         raise ModelError(
             f"{path}: metadata `format` must be {' or '.join(FORMATS)}, got {written_as!r}"
         )
-    return _load_as(written_as, path, device)
+    return _load_as(written_as, path, device, None, space)
 
 
 def _load_as(
-    written_as: str, path: Path, device: str | torch.device, entry: Entry | None = None
+    written_as: str,
+    path: Path,
+    device: str | torch.device,
+    entry: Entry | None = None,
+    space: str | LatentSpace | None = None,
 ) -> Encoder:
     module = (entry.module if entry is not None else None) or FORMATS[written_as]
     load = importlib.import_module(module).load
-    encoder: Encoder = load(path, device, entry)
+    if entry is None:
+        several = path.suffix == ".safetensors" and read_metadata(path).get("kind") == ANY_VIEW
+    else:
+        several = entry.space is None
+    encoder: Encoder = load(path, device, entry, space) if several else load(path, device, entry)
     return encoder
 
 

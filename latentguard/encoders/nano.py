@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from latentguard.atomic import replacing
 from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
-from latentguard.encoders.catalog import Entry
+from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path, readable_view
 from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalize
 from latentguard.encoders.header import opened, read_header
 from latentguard.encoders.lite import CLASSES, fuse
@@ -34,7 +34,7 @@ from latentguard.spaces import Latents, LatentSpace
 FORMAT = "latentguard-nano"
 SCHEMA_VERSION = "1"
 WEIGHTS = Path(__file__).parent / "weights"
-BUNDLED = ("nano-flux2", "nano-sdxl")
+BUNDLED = ("nano-flux2", "nano-view")
 MAX_BYTES = 64 << 20
 """No nano model is larger; a larger file is something else."""
 MAX_SIZE = 4096
@@ -73,6 +73,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         space: str,
         card: str,
         class_names: Sequence[str],
+        needs_scaled: bool = True,
     ) -> None:
         super().__init__()
         self.net = net
@@ -82,7 +83,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         self.space = space
         self.notes = card
         self.class_names = tuple(class_names)
-        self.needs_scaled = True
+        self.needs_scaled = needs_scaled
         self.uses_templates = False
         self.always_neutral = True
         self.dim = DIM
@@ -118,7 +119,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         the baseline's axis.
 
         Args:
-            latents: [B, C, H, W] in the scaled convention.
+            latents: [B, C, H, W] in the convention that `needs_scaled` names.
             noise, alpha, sigma: predicted noise [B, C, H, W] and the levels [B]: the x0 estimate
                 (latents - sigma * noise) / alpha is read instead, computed in float32.
             tokens: whether the cells are wanted, too.
@@ -149,7 +150,7 @@ class NanoEncoder(nn.Module, EncoderBase):
             raise LatentsError(
                 f"model {self.name} reads {self.space} latents, got {latents.space.name}"
             )
-        tensor = latents.to_spatial().to_standard().tensor
+        tensor = latents.to_spatial().to_standard(self.needs_scaled).tensor
         return self.features(tensor.to(self.device), tokens=False).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -182,18 +183,27 @@ def embed_logits(logits: Tensor) -> Tensor:
     return (padded + axis).to(logits.dtype)
 
 
-def load_nano(name_or_path: str | Path, device: str | torch.device | None = None) -> NanoEncoder:
+def load_nano(
+    name_or_path: str | Path,
+    device: str | torch.device | None = None,
+    space: str | LatentSpace | None = None,
+) -> NanoEncoder:
     """A bundled nano encoder by name, or one that `latentguard adapt` wrote, by path.
 
+    space: whose RGB view a model of several spaces is to read; other models read the space that
+    their file says.
+
     Raises:
-        ModelError: no such file, not a nano model, an unknown schema_version, a broken file.
+        ModelError: no such file, not a nano model, an unknown schema_version, a broken file, a
+            model of several spaces without a space, or a space without a view that can be read.
     """
     import safetensors
     import safetensors.torch
 
     path = Path(name_or_path)
-    if str(name_or_path) in BUNDLED:
-        path = WEIGHTS / f"{name_or_path}.safetensors"
+    entry = CATALOG.get(str(name_or_path))
+    if entry is not None and entry.format == FORMAT:
+        return load(bundled_path(entry.name), device, entry, space)
     if not path.is_file():
         raise ModelError(f"no nano model at {path}; bundled are {', '.join(BUNDLED)}")
     with opened(path) as file:
@@ -216,33 +226,75 @@ def load_nano(name_or_path: str | Path, device: str | torch.device | None = None
             f"{path}: schema_version {metadata.get('schema_version')!r}, "
             f"this latentguard reads {SCHEMA_VERSION!r}"
         )
-    space = str(metadata.get("space"))
+    several = metadata.get("kind") == ANY_VIEW
+    own = str(metadata.get("space"))
     try:
-        LatentSpace.get(space)
+        LatentSpace.get("sdxl" if several else own)
     except LatentsError as error:
         raise ModelError(
-            f"{path}: reads latents of space {space!r:.60}, which is not known here: give the file "
+            f"{path}: reads latents of space {own!r:.60}, which is not known here: give the file "
             "of that space, too (--space FILE.yaml, space=)"
         ) from error
     try:
+        if several:
+            metadata = metadata | _of_space(metadata, space)
         encoder = _build(metadata, tensors, hashlib.sha256(data).hexdigest())
+    except (ModelError, LatentsError):
+        raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: damaged nano model ({error})") from error
     return encoder if device is None else encoder.to(device)
 
 
 def load(
-    path: Path, device: torch.device | str | None = None, entry: Entry | None = None
+    path: Path,
+    device: torch.device | str | None = None,
+    entry: Entry | None = None,
+    space: str | LatentSpace | None = None,
 ) -> NanoEncoder:
-    """`load_nano` for the catalog, whose `entry` says no more than the file does."""
-    return load_nano(path, device)
+    """`load_nano` for the catalog, whose `entry` may say the space, or another name."""
+    own = None if entry is None else entry.space
+    encoder = load_nano(path, device, own or space)
+    if entry is not None and entry.same_as is not None:
+        encoder.name = entry.name
+    return encoder
+
+
+def _of_space(metadata: dict[str, str], given: str | LatentSpace | None) -> dict[str, str]:
+    """What the file of a model of several spaces says once its space is known.
+
+    Raises ModelError where no space is given, or one whose view cannot be read.
+    """
+    name = metadata["name"]
+    if given is None:
+        raise ModelError(
+            f"model {name} reads the RGB view of several latent spaces: say of which (space=..., "
+            "--space)"
+        )
+    # The view is of latents in the space's usual scaling, to which they are brought.
+    space = LatentSpace.get(given).standard
+    found = space.rgb_view
+    if found is None or not readable_view(space):
+        raise ModelError(
+            f"model {name} reads linear RGB views, and space {space.name} has none that is fine "
+            "enough to be read"
+        )
+    view = {"factors": found.factors, "bias": found.bias}
+    card = f"{metadata['card']} Here it reads {space.name} latents."
+    config = json.loads(metadata["config"]) | view
+    scaled = "yes" if found.scaled else "no"
+    return {"space": space.name, "card": card, "config": json.dumps(config), "scaled": scaled}
 
 
 def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) -> NanoEncoder:
     weights = {k[4:]: v.float() for k, v in tensors.items() if k.startswith("net.")}
+    config = json.loads(metadata["config"])
+    if metadata["kind"] == ANY_VIEW:
+        # The view is the space's, not the file's.
+        weights |= {key: torch.tensor(config[key]) for key in ("factors", "bias")}
     # Without memory: the file's own tensors become the weights, and no size is taken at its word.
     with torch.device("meta"):
-        net = make_net(metadata["kind"], _config(json.loads(metadata["config"]), len(weights)))
+        net = make_net(metadata["kind"], _config(config, len(weights)))
     fuse(net)
     net.load_state_dict(weights, assign=True)
     net.eval().requires_grad_(False)
@@ -258,6 +310,7 @@ def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) ->
         space=metadata["space"],
         card=metadata["card"],
         class_names=names,
+        needs_scaled=metadata.get("scaled", "yes") == "yes",
     )
 
 
@@ -272,7 +325,11 @@ def _config(config: dict[str, Any], tensors: int) -> dict[str, Any]:
 
 def make_net(kind: str, config: dict[str, Any]) -> NanoNet | RgbViewNet:
     """The network that a model file's `kind` and `config` describe, with fresh weights."""
-    kinds: dict[str, type[NanoNet] | type[RgbViewNet]] = {"adapter": NanoNet, "rgb": RgbViewNet}
+    kinds: dict[str, type[NanoNet] | type[RgbViewNet]] = {
+        "adapter": NanoNet,
+        "rgb": RgbViewNet,
+        ANY_VIEW: RgbViewNet,
+    }
     if kind not in kinds:
         raise ModelError(f"unknown nano network {kind!r}; known are {', '.join(kinds)}")
     return kinds[kind](**config)
@@ -295,6 +352,7 @@ def save_nano(
 
     Args:
         net: a trained network; its batch norms are folded in a copy.
+        space: that it reads; "" where `kind` is `ANY_VIEW`, and the view is left out.
         table: [2, 1000, 384], see ClassText.
         prompts: stored with the model, so that they need no sentence encoder.
     """
@@ -307,7 +365,11 @@ def save_nano(
 
     fused = fuse(copy.deepcopy(net).eval())
     keys = list(dict.fromkeys(normalize(prompt) for prompt in prompts))
-    tensors = {f"net.{k}": v.half().contiguous() for k, v in fused.state_dict().items()}
+    weights = fused.state_dict()
+    if kind == ANY_VIEW:
+        weights = {k: v for k, v in weights.items() if k not in ("factors", "bias")}
+        config = {k: v for k, v in config.items() if k not in ("factors", "bias")}
+    tensors = {f"net.{k}": v.half().contiguous() for k, v in weights.items()}
     tensors["text.table"] = table.half().contiguous()
     tensors["text.prompts"] = similarities(minilm().encode(keys), table).half().contiguous()
     metadata = {

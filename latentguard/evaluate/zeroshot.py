@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentguard.encoders import Encoder, best_encoder, load_encoder
+from latentguard.encoders import Encoder, best_encoder, load_encoder, needs_space
 from latentguard.errors import LatentsError, ModelError
 from latentguard.evaluate.metrics import Interval, ranks_of, wilson
 from latentguard.evaluate.reading import batches
@@ -178,4 +178,6 @@ def _lines(path: Path) -> list[str]:
 def _encoder(model: Encoder | str | Path, first: Latents, device: str | None) -> Encoder:
     if isinstance(model, Encoder):
         return model if device is None else model.to(device)
-    return load_encoder(best_encoder(first.space.name) if model == "auto" else model, device)
+    space = first.space.name
+    name = best_encoder(space) if model == "auto" else model
+    return load_encoder(name, device, space if needs_space(name) else None)

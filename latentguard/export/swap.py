@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from latentguard.atomic import replacing_all
-from latentguard.encoders import Encoder, load_encoder
+from latentguard.encoders import Encoder, load_encoder, needs_space
 from latentguard.errors import ModelError, PolicyError
 from latentguard.export.graph import attach_bank
 from latentguard.export.metadata import describe
@@ -42,7 +42,7 @@ def swap_policy(
     artifact = open_artifact(source, sha256)
     before = artifact.metadata
     name = before["model"]["name"]
-    encoder = model if isinstance(model, Encoder) else load_encoder(model or name, "cpu")
+    encoder = model if isinstance(model, Encoder) else _encoder(model or name, before["space"])
     _check_model(artifact, encoder)
     rules = load_policy(policy)
     if rules.space not in (None, before["space"]):
@@ -70,6 +70,10 @@ def swap_policy(
             digest = guard.sha256
         files[:0] = main
     return digest
+
+
+def _encoder(name: str | Path, space: str) -> Encoder:
+    return load_encoder(name, "cpu", space if needs_space(name) else None)
 
 
 def _check_model(artifact: Artifact, encoder: Encoder) -> None:

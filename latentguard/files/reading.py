@@ -22,7 +22,7 @@ from latentguard.files.shards import Sample, member_window, read_samples, sample
 from latentguard.files.streams import open_regular, size_of, state_of, unchanged
 from latentguard.files.tar import Member, printable
 from latentguard.files.torch_files import open_torch
-from latentguard.spaces import Latents, LatentSpace, Layout, recognize
+from latentguard.spaces import SPACES, Latents, LatentSpace, Layout, recognize
 from latentguard.spaces.arrays import LatentArray, unpack, unpatchify, widened
 from latentguard.spaces.statistics import MAX_IMAGES
 from latentguard.spaces.tokens import check_layout, check_size
@@ -307,15 +307,28 @@ def _settle(
     sample = list(itertools.islice(usable, MAX_IMAGES))
     if not sample:
         return None
-    if any(image.ndim == 2 for image in sample):
-        raise LatentsError(
-            "packed latents are not recognized by their statistics: declare their space and "
-            "scaling in the file, or say --space and --scaled or --unscaled"
-        )
+    sample = [_recognizable(image, known, claims) for image in sample]
     found = recognize(sample, known, claims.scaled)
     if found.space is None or found.scaled is None:
         raise LatentsError(found.question)
     return known or LatentSpace.get(found.space), found.scaled
+
+
+def _recognizable(image: Image, known: LatentSpace | None, claims: Claims) -> Image:
+    """Cells [C, H, W], as statistics are of; FLUX.2's tokens alone can be recognized by theirs.
+
+    Raises LatentsError for other tokens, and for those whose size is not said or is denied.
+    """
+    if image.ndim != 2:
+        return image
+    space = SPACES["flux2"] if known is None else known
+    if image.shape[1] != space.packed_channels or space.name != "flux2":
+        raise LatentsError(
+            "packed latents are not recognized by their statistics: declare their space and "
+            "scaling in the file, or say --space and --scaled or --unscaled"
+        )
+    cells: Image = unpack(image[None], space, claims.height, claims.width)[0]
+    return cells
 
 
 def _record(

@@ -70,7 +70,7 @@ class Judges(ABC):
 
 class TorchJudges(Judges):
     """Judges with one model, or (`auto`) with the one that the policy names, or with the best one
-    on this machine for each space.
+    on this machine for each space. A model of several spaces (`nano-view`) is loaded for each.
 
     Raises as `scan_files` does.
     """
@@ -89,7 +89,8 @@ class TorchJudges(Judges):
         self._judges: dict[str, SpaceJudge | str] = {}
         if model == "auto" and loaded.model is not None:
             model = loaded.model
-        self._named = None if model == "auto" else self._load(model, space)
+        self._by_space = model if _of_several(model) else None
+        self._named = None if self._by_space is not None else self._load(model, space)
 
     def of(self, space: str) -> SpaceJudge | str:
         if self._named is not None:
@@ -116,15 +117,20 @@ class TorchJudges(Judges):
         return self._joined(info, judge)
 
     def _choose(self, space: str) -> SpaceJudge | str:
-        from latentguard.encoders import best_encoder
+        from latentguard.encoders import best_encoder, load_encoder
 
         policy = self._policy
         if policy.space not in (None, space):
             return f"policy '{policy.name}' is written for {policy.space}, not {space}"
         try:
-            name = best_encoder(space)
+            if self._by_space == "auto":
+                name = best_encoder(space)
+            else:
+                encoder = load_encoder(str(self._by_space), self._device, space)
         except ModelError as error:
             return str(error)
+        if self._by_space != "auto":
+            return self._load(encoder, space)
         self._note_bundled(name, space)
         return self._load(name, space)
 
@@ -133,7 +139,7 @@ class TorchJudges(Judges):
 
         if name not in CATALOG or not CATALOG[name].bundled:
             return
-        better = next((e.name for e in CATALOG.values() if e.space == space and not e.bundled), "")
+        better = next((e.name for e in CATALOG.values() if e.reads(space) and not e.bundled), "")
         hint = f"; for a stronger one: latentguard models get {better}" if better else ""
         self.notes.append(f"{space} latents are judged by the bundled model {name}{hint}")
 
@@ -192,6 +198,12 @@ class OnnxJudges(Judges):
                 f"{path} names policy '{own.name}' ({own.sha256[:12]}), and its concepts or "
                 "thresholds are not those of that policy: export it anew, and pin it by --sha256"
             )
+
+
+def _of_several(model: Encoder | str | Path) -> bool:
+    from latentguard.encoders import needs_space
+
+    return isinstance(model, (str, Path)) and needs_space(model)
 
 
 def _judging(guard: Guard) -> Callable[[LatentArray, bool], Judged]:

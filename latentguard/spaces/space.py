@@ -424,6 +424,11 @@ class LatentSpace:
             return height, width
         if layout == "patches":
             self._check_packs()
+            if self.packed_order != CANONICAL:
+                raise LatentsError(
+                    f"space {self}: tokens have the order {self.packed_order}, and patches of such "
+                    "an order are not known: give tokens, or [B, C, H, W]"
+                )
             if len(shape) != 4 or shape[1] != self.packed_channels:
                 raise LatentsError(
                     f"space {self}: patches must be [B, {self.packed_channels}, H/"

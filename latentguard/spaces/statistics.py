@@ -324,7 +324,7 @@ def _flux2(
     flux2 = SPACES["flux2"]
     if known is None:
         signature = float(np.mean([_signature(image) for image in images]))
-        prominence = min(_prominence(image) for image in images)
+        prominence = float(np.mean([_prominence(image) for image in images]))
         if signature < MIN_SIGNATURE or prominence < MIN_PROMINENCE:
             return _ask(
                 known,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from latentguard.adapt import run
@@ -19,13 +21,15 @@ from latentguard.adapt.cache import prepare
 from latentguard.adapt.hold_out import held_out
 from latentguard.adapt.images import center_crop, find_images, random_crop
 from latentguard.adapt.run import adapt, card, stored_prompts
+from latentguard.adapt.small_autoencoders import Design, fit_view, train_autoencoder
 from latentguard.adapt.teacher import class_definitions, class_names, class_table, load_teacher
 from latentguard.adapt.train import AdapterRecipe, Recipe, RgbRecipe, Trainer
+from latentguard.adapt.views import Errors, leaked
 from latentguard.encoders import load_encoder
 from latentguard.encoders.lite import Lite2
 from latentguard.encoders.nano import NEUTRAL_PROMPTS, WEIGHTS, NanoEncoder
 from latentguard.errors import LatentsError, ModelError
-from latentguard.spaces import Latents
+from latentguard.spaces import SPACES, Latents
 
 TINY = Recipe(
     adapter_passes=4,
@@ -34,6 +38,8 @@ TINY = Recipe(
     large_images=3,
     batch_size=2,
     view_cells=(16,),
+    filter_passes=4,
+    view_passes=4,
 )
 
 
@@ -248,6 +254,87 @@ def test_rgb_recipe_end_to_end(few: Path, texts: None, tmp_path: Path) -> None:
     assert "RGB view" in encoder.notes
     latents = Latents(torch.randn(1, 4, 64, 64), "sdxl", scaled=True)
     assert encoder.encode_latents(latents).shape == (1, 1008)
+
+
+@pytest.fixture
+def small_design(monkeypatch: pytest.MonkeyPatch) -> Design:
+    """One autoencoder in place of three: two steps of training."""
+    design = Design("tiny", 4, 4, "silu", True, 1e-4, 0.3, seed=0, crop=32, batch=2, steps=2)
+    monkeypatch.setattr(run, "DESIGNS", (design,))
+    return design
+
+
+def test_view_recipe_end_to_end(
+    few: Path, texts: None, tmp_path: Path, small_design: Design
+) -> None:
+    out = tmp_path / "view.safetensors"
+    adapt([few], out, name="my-view", any_view=True, recipe=TINY)
+    stages = [
+        e["stage"] for e in json.loads(out.with_suffix(".history.json").read_text())["history"]
+    ]
+    assert list(dict.fromkeys(stages)) == ["joint", "filter", "views"]
+    for space in ("sdxl", "flux1"):
+        encoder = load_encoder(out, "cpu", space)
+        assert isinstance(encoder, NanoEncoder)
+        assert (encoder.name, encoder.space) == ("my-view", space)
+        shape = (1, SPACES[space].channels, 64, 64)
+        latents = Latents(torch.randn(shape), space, scaled=True)
+        assert encoder.encode_latents(latents).shape == (1, 1008)
+    # What was made is kept: a second run trains nothing and writes the same weights.
+    before = encoder.net.state_dict()
+    adapt([few], out, name="my-view", any_view=True, recipe=TINY)
+    again = load_encoder(out, "cpu", "flux1")
+    assert isinstance(again, NanoEncoder)
+    assert all(torch.equal(v, before[k]) for k, v in again.net.state_dict().items())
+
+
+def test_a_reader_of_any_view_takes_no_space(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"give any_view \(--view\) alone"):
+        adapt([photos], tmp_path / "x.safetensors", name="x", space="sdxl", any_view=True)
+
+
+def test_an_autoencoder_learns_and_goes_on(photos: Path, tmp_path: Path) -> None:
+    files, teacher = find_images([photos]), load_teacher()
+    design = Design(
+        "x", 4, 8, "relu", False, 1e-4, 0.0, seed=0, crop=32, batch=4, steps=60, lr=5e-3
+    )
+    net = train_autoencoder(design, files, teacher, tmp_path / "x.pt")
+    images = torch.stack(
+        [torch.from_numpy(center_crop(file, 64).copy()).permute(2, 0, 1) / 255 for file in files]
+    )
+    # Better than the mean color of all of them.
+    error = (net.decode(net.encode(images)) - images).square().mean()
+    assert error < 0.7 * images.var()
+    again = train_autoencoder(design, files, teacher, tmp_path / "x.pt")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    with pytest.raises(ModelError, match="of another design"):
+        train_autoencoder(replace(design, width=4), files, teacher, tmp_path / "x.pt")
+
+
+def test_a_fitted_view_shows_what_latents_are_made_of() -> None:
+    torch.manual_seed(0)
+    pictures = torch.rand(4, 3, 8, 8)
+    mix = torch.randn(5, 3)
+    latents = torch.einsum("bchw,rc->brhw", pictures, mix) + 0.3
+    view = fit_view(latents, pictures)
+    assert view.r2 > 1 - 1e-9
+    factors = torch.from_numpy(view.factors).float()
+    found = torch.einsum("bchw,cr->brhw", latents, factors)
+    found = found + torch.from_numpy(view.bias).float().view(3, 1, 1)
+    assert torch.allclose(found * 0.5 + 0.5, pictures, atol=1e-4)
+
+
+def test_errors_of_views_are_as_large_as_they_say() -> None:
+    torch.manual_seed(0)
+    pictures = F.interpolate(torch.rand(16, 3, 24, 24), size=(128, 128), mode="bilinear")
+    perfect = F.avg_pool2d(pictures, 8)
+    none = Errors(leak=0, mixing=0, gain=0, bias=0, slow=0, noise=0, moved=0, blurred=0)
+    assert torch.allclose(none.on(perfect, perfect, pictures), perfect, atol=1e-6)
+    leak = leaked(pictures, 16)
+    assert leak.shape == perfect.shape
+    assert abs(float(leak.std()) - 1) < 1e-3
+    found = Errors().on(perfect, perfect, pictures)
+    assert 0.05 < float((found - perfect).std()) < 0.4
 
 
 def test_a_space_without_autoencoder_must_be_named(photos: Path, tmp_path: Path) -> None:

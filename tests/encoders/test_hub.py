@@ -81,7 +81,7 @@ def test_a_missing_model_says_how_to_get_it(own_cache: Path) -> None:
         "/resolve/main/checkpoints/epoch_34.pt" in text
     )
     assert str(own_cache / "models" / "latent-clip-b4-plus.pt") in text
-    assert "the bundled nano-sdxl" in text
+    assert "the bundled nano-view" in text
 
 
 def test_random_weights_have_no_name() -> None:
@@ -95,9 +95,10 @@ def test_bundled_models_load_by_name_and_by_path(name: str) -> None:
     path = bundled_path(name)
     if not path.is_file():
         pytest.skip(f"needs {path}, which this checkout does not have")
-    encoder = load_encoder(name)
-    assert (encoder.name, encoder.space) == (name, CATALOG[name].space)
-    assert load_encoder(path).sha256 == encoder.sha256
+    space = CATALOG[name].space or "sd1"
+    encoder = load_encoder(name, space=space)
+    assert (encoder.name, encoder.space) == (name, space)
+    assert load_encoder(path, space=space).sha256 == encoder.sha256
 
 
 # --- from files ------------------------------------------------------------------------------
@@ -170,15 +171,16 @@ def test_foreign_safetensors_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_best_encoder_on_this_machine(by_hand: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    present = {"nano-sdxl", "nano-flux2"}
+    present = {"nano-sdxl", "nano-flux2", "nano-view"}
     located = hub.locate
     monkeypatch.setattr(hub, "locate", lambda name: located(name) or (name in present) or None)
     assert best_encoder("flux2") == "nano-flux2"
     assert best_encoder("sdxl") == "latent-clip-b8"
     by_hand.unlink()
-    assert best_encoder("sdxl") == "nano-sdxl"
-    with pytest.raises(ModelError, match=r"no encoder reads latents of space sd3: .* flux2, sdxl"):
-        best_encoder("sd3")
+    assert best_encoder("sdxl") == "nano-view"
+    assert best_encoder("sd3") == "nano-view"
+    with pytest.raises(ModelError, match=r"no encoder reads .* sana: .*sdxl.*`latentguard adapt`"):
+        best_encoder("sana")
 
 
 def test_no_encoder_of_a_space_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +225,7 @@ def test_without_network_the_error_says_what_to_do(own_cache: Path) -> None:
     assert "latent-clip-b8 could not be fetched from https://huggingface.co/wendlerc/" in text
     assert "download https://huggingface.co/wendlerc/latent-clip-b-8-512-34b-80k/resolve" in text
     assert f"put it at {own_cache / 'models' / 'latent-clip-b8.pt'}" in text
-    assert text.endswith("or use the bundled nano-sdxl")
+    assert text.endswith("or use the bundled nano-view")
 
 
 @pytest.fixture
@@ -365,7 +367,8 @@ def test_list_and_the_encoder_state_the_same_digest(name: str, run: Callable[...
         pytest.skip(f"needs {bundled_path(name)}, which this checkout does not have")
     rows = {row["name"]: row for row in json.loads(run("list", "--format", "json").stdout)}
     assert rows[name]["state"] == "bundled"
-    assert rows[name]["sha256"] == load_encoder(name).sha256
+    space = CATALOG[name].space or "sd1"
+    assert rows[name]["sha256"] == load_encoder(name, space=space).sha256
 
 
 def test_get_from_a_file_and_show(

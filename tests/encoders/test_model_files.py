@@ -180,19 +180,19 @@ def test_a_nano_model_that_says_it_is_large(tmp_path: Path, config: dict[str, An
     safetensors.torch.save_file({"net.x": torch.zeros(3)}, path, metadata)
     before = peak()
     with pytest.raises(ModelError, match="damaged nano model"):
-        load_nano(path)
+        load_nano(path, space="sdxl")
     assert peak() - before < 300
 
 
 def test_a_view_of_more_pixels_than_a_nano_model_may_have(tmp_path: Path) -> None:
-    source = WEIGHTS / "nano-sdxl.safetensors"
+    source = WEIGHTS / "nano-view.safetensors"
     with safetensors.safe_open(source, framework="pt") as file:
         metadata = dict(file.metadata())
     metadata["config"] = json.dumps({**json.loads(metadata["config"]), "size": 10**6})
     path = tmp_path / "large.safetensors"
     safetensors.torch.save_file(safetensors.torch.load_file(source), path, metadata)
     with pytest.raises(ModelError, match="size must be a whole number from 1 to 4096"):
-        load_nano(path)
+        load_nano(path, space="sdxl")
 
 
 @pytest.mark.parametrize("key", ["layers", "text_layers"])

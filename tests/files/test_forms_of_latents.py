@@ -114,6 +114,31 @@ def test_tokens_of_ideogram_are_read_in_their_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_latents(tmp_path / "b.pt").tensor, PHOTOS.tensor)
 
 
+def test_tokens_of_flux2_are_recognized_where_their_size_is_said(tmp_path: Path) -> None:
+    tokens = {"latents": TOKENS.contiguous(), "height": 32, "width": 32}
+    torch.save(tokens, tmp_path / "a.pt")
+    records = list(read_arrays(tmp_path / "a.pt"))
+    assert [record.error for record in records] == [None] * 4
+    assert [record.latents.scaled for record in records if record.latents] == [True] * 4
+    torch.save(tokens | {"latents": TOKENS * 1.75}, tmp_path / "b.pt")
+    (first, *_) = read_arrays(tmp_path / "b.pt")
+    assert first.latents is not None
+    assert not first.latents.scaled
+    # In the order of another pipeline they are no pictures of this space.
+    ideogram = Latents(PHOTOS.tensor, LatentSpace.get("ideogram4"), True).to_packed().tensor
+    torch.save(tokens | {"latents": ideogram}, tmp_path / "c.pt")
+    assert "--space flux2" in error(tmp_path / "c.pt")
+    np.save(tmp_path / "d.npy", np.zeros((1, 64, 64), np.float32))
+    said = error(tmp_path / "d.npy", layout="packed", height=16, width=16)
+    assert "packed latents are not recognized" in said
+
+
+def test_patches_of_another_order_are_not_known(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", PATCHES[:1].contiguous().numpy())
+    said = error(tmp_path / "a.npy", space="ideogram4", scaled=True)
+    assert "tokens have the order dy dx c, and patches of such an order are not known" in said
+
+
 def test_an_operator_s_layout_does_not_overrule_the_file_s(tmp_path: Path) -> None:
     save_latents(tmp_path / "a.pt", PHOTOS.to_packed())
     assert "the file says layout 'packed', what is said beside it says 'spatial'" in error(

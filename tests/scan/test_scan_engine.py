@@ -181,14 +181,14 @@ def test_an_image_that_fails_while_scored_fails_alone(
 
 
 def test_a_space_without_a_model_is_an_error_of_its_images(tmp_path: Path, calm: Path) -> None:
-    file = tmp_path / "sd3.pt"
-    save_latents(file, Latents(latents_of(2, channels=16), "sd3", True))
+    file = tmp_path / "sana.pt"
+    save_latents(file, Latents(latents_of(2, channels=32), "sana", True))
     good = write_latents(tmp_path / "flux2.pt", 1)
     run = Scan([file, good], calm)
     records = list(run)
     assert [r.failed for r in records] == [True, True, False]
-    assert "sd3" in str(records[0].verdict.error)
-    assert records[0].space == "sd3"
+    assert "sana" in str(records[0].verdict.error)
+    assert records[0].space == "sana"
     assert [m.id.name for m in run.models] == ["nano-flux2"]
 
 
@@ -225,6 +225,23 @@ def test_auto_takes_the_model_that_the_policy_names(tmp_path: Path, calm: Path) 
     assert [m.id.name for m in run.models] == ["nano-sdxl"]
     (other,) = scan_files(tmp_path / "flux2.pt", calm, "nano-flux2")  # what is asked for goes first
     assert not other.failed
+
+
+def test_nano_view_is_loaded_for_each_space_that_has_a_view(tmp_path: Path, calm: Path) -> None:
+    files = []
+    for space, channels in (("sd1", 4), ("wan21", 16), ("sana", 32)):
+        files.append(tmp_path / f"{space}.pt")
+        save_latents(files[-1], Latents(latents_of(1, channels=channels, side=64), space, True))
+    for model in ("auto", "nano-view"):
+        run = Scan(files, calm, model)
+        records = {record.space: record for record in run}
+        assert [records[name].failed for name in ("sd1", "wan21", "sana")] == [False, False, True]
+        assert {(m.id.name, m.space) for m in run.models} == {
+            ("nano-view", "sd1"),
+            ("nano-view", "wan21"),
+        }
+        assert records["sana"].verdict.decision == "block"
+    assert "space sana has none that is fine enough" in str(records["sana"].verdict.error)
 
 
 def test_a_policy_of_one_space_makes_others_errors(tmp_path: Path, calm: Path) -> None:
