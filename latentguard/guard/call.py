@@ -481,10 +481,12 @@ class GuardedCall:
         assert self._space is not None
         form = str(self._argument("output_type"))
         cls = outputs.output_class(self.pipe)
-        # Pipelines of packed spaces differ in the form of the latents that they give back, and
-        # an image that was cropped for inpainting is put back into the whole of it.
+        # Pipelines of packed spaces differ in the form of the latents that they give back, some
+        # images have transparency, and one that was cropped for inpainting is put back into the
+        # whole of it.
         assert self._layout is not None
-        differs = form == "latent" and self._layout.forms != (SPATIAL,)
+        colors = outputs.drawn_channels(self.pipe) == 3
+        differs = self._layout.forms != (SPATIAL,) if form == "latent" else not colors
         if cls is None or differs or self._argument("padding_mask_crop") is not None:
             return None
         if form == "latent":

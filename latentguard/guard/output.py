@@ -128,10 +128,17 @@ def _are_pixels(shape: tuple[int, ...], pipe: Any) -> bool:
 
     Gray images have one channel.
     """
-    channels = {3, getattr(getattr(decoder_of(pipe), "config", None), "out_channels", 3)}
+    channels = {3, drawn_channels(pipe)}
     if len(shape) <= 4:
         channels.add(1)
     return len(shape) > 2 and bool({shape[-1], shape[-3]} & channels)
+
+
+def drawn_channels(pipe: Any) -> int:
+    """How many channels the images have that a pipeline's VAE draws: 3 where it does not say."""
+    config = getattr(decoder_of(pipe), "config", {})
+    channels, patch = config.get("out_channels", 3), config.get("patch_size")
+    return int(channels // patch**2 if isinstance(patch, int) else channels)
 
 
 def _is_array(image: Any) -> bool:
