@@ -23,6 +23,7 @@ from latentguard.adapt.view_cache import encode_all
 from latentguard.adapt.view_recipe import ViewRecipe
 from latentguard.encoders.catalog import ANY_VIEW
 from latentguard.encoders.nano import save_nano
+from latentguard.encoders.nano_net import OCTAVES
 from latentguard.errors import ModelError
 from latentguard.policy import load_policy, shipped_policies
 from latentguard.spaces import LatentSpace
@@ -145,7 +146,8 @@ def own_autoencoders(
 def any_view_config() -> dict[str, Any]:
     """RgbViewNet's configuration while it is trained: latents that are their own view."""
     identity = [[float(row == column) for column in range(3)] for row in range(3)]
-    return {"factors": identity, "bias": [0.0, 0.0, 0.0], "size": RGB_SIZE}
+    octaves = len(OCTAVES)
+    return {"factors": identity, "bias": [0.0] * 3, "size": RGB_SIZE, "octaves": octaves}
 
 
 def rgb_config(space: LatentSpace) -> dict[str, Any]:

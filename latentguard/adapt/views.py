@@ -19,7 +19,10 @@ class Errors:
     """How large the errors are that views get, in a range of 1 (one deviation, or the largest).
 
     leak: what a random encoder writes into the view (see `leaked`), the largest of a batch.
-    mixing, gain, bias: of colors. slow: of a gradient over the picture. noise: white, the largest.
+    mixing, gain, bias: of colors. faded: share of pictures that lose one direction of color.
+    sharper: logarithm of how much stronger an octave gets, the largest; it gets weaker by a third
+        of that at most.
+    slow: of a gradient over the picture. noise: white, the largest.
     moved: share of pictures that get the measured error of another picture.
     blurred: share of pictures that are blurred.
     """
@@ -28,6 +31,8 @@ class Errors:
     mixing: float = 0.08
     gain: float = 0.25
     bias: float = 0.06
+    faded: float = 0.25
+    sharper: float = 1.2
     slow: float = 0.08
     noise: float = 0.08
     moved: float = 0.4
@@ -48,7 +53,7 @@ class Errors:
         share = 0.4 if bool(measured.abs().mean() > 0.01) else 1.0
         level = share * self.leak * torch.rand(count, 1, 1, 1)
         views = views + level * leaked(pictures, views.shape[-1])
-        views = self._colored(views)
+        views = self._sharpened(self._colored(views))
         slow = torch.randn(count, 3, 3, 3) * self.slow * torch.rand(count, 1, 1, 1)
         views = views + F.interpolate(
             slow, size=views.shape[-2:], mode="bicubic", align_corners=False
@@ -60,9 +65,28 @@ class Errors:
     def _colored(self, views: Tensor) -> Tensor:
         count = len(views)
         mix = torch.eye(3) + self.mixing * torch.randn(count, 3, 3)
+        lost = torch.randn(count, 3, 1)
+        # A direction of color, not of brightness.
+        lost = F.normalize(lost - lost.mean(1, keepdim=True), dim=1)
+        share = (torch.rand(count, 1, 1) < self.faded) * torch.rand(count, 1, 1)
+        mix = mix @ (torch.eye(3) - share * lost @ lost.transpose(1, 2))
         mix = mix * torch.exp(self.gain * (2 * torch.rand(count, 1, 1) - 1))
         bias = self.bias * torch.randn(count, 3, 1, 1)
         return torch.einsum("bchw,bcr->brhw", views - 0.5, mix) + 0.5 + bias
+
+    def _sharpened(self, views: Tensor) -> Tensor:
+        """Every octave of every picture stronger or weaker; the finest ones change most."""
+        found: list[Tensor] = []
+        for _ in range(3):
+            coarser = F.avg_pool2d(views, 2)
+            found.append(views - F.interpolate(coarser, size=views.shape[-2:], mode="bilinear"))
+            views = coarser
+        strength = self.sharper * torch.rand(len(views), 1, 1, 1)
+        for number, octave in reversed(list(enumerate(found))):
+            views = F.interpolate(views, size=octave.shape[-2:], mode="bilinear")
+            most = strength * (1 - 0.3 * number)
+            views = views + octave * torch.exp(most * (4 / 3 * torch.rand_like(most) - 1 / 3))
+        return views
 
 
 FILTERS = 16

@@ -327,7 +327,7 @@ def test_errors_of_views_are_as_large_as_they_say() -> None:
     torch.manual_seed(0)
     pictures = F.interpolate(torch.rand(16, 3, 24, 24), size=(128, 128), mode="bilinear")
     perfect = F.avg_pool2d(pictures, 8)
-    none = Errors(leak=0, mixing=0, gain=0, bias=0, slow=0, noise=0, moved=0, blurred=0)
+    none = Errors(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     assert torch.allclose(none.on(perfect, perfect, pictures), perfect, atol=1e-6)
     leak = leaked(pictures, 16)
     assert leak.shape == perfect.shape

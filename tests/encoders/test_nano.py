@@ -17,7 +17,7 @@ from latentguard.encoders.class_text import ClassText, normalize, weights
 from latentguard.encoders.lite import ConvBN, Lite2, fuse
 from latentguard.encoders.minilm import is_installed
 from latentguard.encoders.nano import BASELINE, BUNDLED, WEIGHTS, NanoEncoder, load_nano
-from latentguard.encoders.nano_net import NanoNet
+from latentguard.encoders.nano_net import NanoNet, leveled
 from latentguard.errors import LatentsError, ModelError
 from latentguard.policy import load_policy, shipped_policies
 from latentguard.spaces import SPACES, Latents
@@ -238,6 +238,37 @@ def test_nano_sdxl_is_nano_view_on_sdxl() -> None:
     latents = latents_of(load_nano("nano-sdxl"), 1)
     assert (one.sha256, one.space) == (other.sha256, other.space)
     assert (one.encode_latents(latents) == other.encode_latents(latents)).all()
+
+
+def picture(size: int) -> torch.Tensor:
+    """Random numbers with octaves about as strong as those of pictures, [1, 3, size, size]."""
+    torch.manual_seed(0)
+    parts = [0.08 * torch.randn(1, 3, size >> level, size >> level) for level in range(1, 5)]
+    whole = torch.full((1, 3, size, size), 0.5)
+    for part in parts:
+        whole = whole + torch.nn.functional.interpolate(part, size=(size, size), mode="bilinear")
+    return whole
+
+
+def test_leveling_weakens_what_a_view_overstates() -> None:
+    view = picture(64)
+    fine = torch.nn.functional.interpolate(
+        torch.nn.functional.avg_pool2d(view, 2), size=(64, 64), mode="bilinear"
+    )
+    sharpened = view + 4 * (view - fine)
+    before, after = (sharpened - view).std(), (leveled(sharpened) - leveled(view)).std()
+    assert after < 0.6 * before
+    # A view as a picture is stays as it is but for its contrast.
+    assert (leveled(view) - view).std() < 0.3 * view.std()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 47), (16, 9), (2, 2), (1, 5)])
+def test_leveling_keeps_any_size_and_flat_views(size: tuple[int, int]) -> None:
+    flat = torch.full((2, 3, *size), 0.3)
+    assert torch.allclose(leveled(flat), flat, atol=1e-5)
+    noise = torch.randn(2, 3, *size)
+    # One image of a batch has no part in another's.
+    assert torch.allclose(leveled(noise)[1:], leveled(noise[1:]), atol=1e-6)
 
 
 def test_nano_view_must_know_the_space() -> None:
