@@ -243,7 +243,8 @@ def test_nano_sdxl_is_nano_view_on_sdxl() -> None:
 def picture(size: int) -> torch.Tensor:
     """Random numbers with octaves about as strong as those of pictures, [1, 3, size, size]."""
     torch.manual_seed(0)
-    parts = [0.08 * torch.randn(1, 3, size >> level, size >> level) for level in range(1, 5)]
+    strengths = (0.09, 0.11, 0.13, 0.2)
+    parts = [s * torch.randn(1, 3, size >> n, size >> n) for n, s in enumerate(strengths, 1)]
     whole = torch.full((1, 3, size, size), 0.5)
     for part in parts:
         whole = whole + torch.nn.functional.interpolate(part, size=(size, size), mode="bilinear")
@@ -258,8 +259,8 @@ def test_leveling_weakens_what_a_view_overstates() -> None:
     sharpened = view + 4 * (view - fine)
     before, after = (sharpened - view).std(), (leveled(sharpened) - leveled(view)).std()
     assert after < 0.6 * before
-    # A view as a picture is stays as it is but for its contrast.
-    assert (leveled(view) - view).std() < 0.3 * view.std()
+    # What is like a picture stays about as it is.
+    assert (leveled(view) - view).std() < 0.2 * view.std()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 47), (16, 9), (2, 2), (1, 5)])
