@@ -11,8 +11,9 @@ cell: no latents have it.
 
 Top-1 and top-5: PHOTOS, one of each of as many classes, largest centered square at 512 px, fewer of
 them at 1024 px. Detection: the held-out revolvers and cannons of Caltech-101 against PHOTOS,
-margins under the family policy; `blocked` is the largest share of PHOTOS, of all concepts, at the
-shipped thresholds. Encoding is in bfloat16, which changes a view by 0.002 of a range of 1.
+margins under the family policy; `matched` is the largest share of PHOTOS, of all concepts of the
+policies that the model can judge by, at the shipped thresholds. Encoding is in bfloat16, which
+changes a view by 0.002 of a range of 1.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from latentguard.encoders.nano import NanoEncoder, embed_logits, load_nano
 from latentguard.evaluate.metrics import ranks_of, separation, wilson
 from latentguard.spaces import LatentSpace
 
+POLICIES = ("default", "family", "weapons")
 RESULTS = Path(__file__).parent / "results"
 FIT_ON = 160
 """Training crops at 512 px that the view of an own autoencoder is fitted to."""
@@ -152,8 +154,6 @@ def row(
     if detected is None or kinds is None:
         return values
     negative = detected[kinds == "photo"]
-    values["blocked"] = float((negative >= 0).mean(0).max())
-    values["blocked_by"] = ids[int((negative >= 0).mean(0).argmax())]
     for kind, concept in CLASSES.items():
         column = ids.index(concept)
         result = separation(detected[kinds == kind][:, column], negative[:, column])
@@ -161,6 +161,22 @@ def row(
         values[f"auroc_{kind}_95"] = [result.auroc.low, result.auroc.high]
         values[f"matched_{kind}"] = float((detected[kinds == kind][:, column] >= 0).mean())
     return values
+
+
+def matched(
+    scorers: dict[str, Scorer], embedded: Tensor, files: Sequence[Path]
+) -> dict[str, list[str]]:
+    """By `policy/concept`, the photos that meet its shipped threshold; others are left out."""
+    found: dict[str, list[str]] = {}
+    for policy, scorer in scorers.items():
+        values = margins(scorer, embedded)
+        for k, concept in enumerate(scorer.policy.concepts):
+            names = [
+                files[i].stem for i in np.flatnonzero(values[:, k] >= scorer.bound.threshold(k))
+            ]
+            if names:
+                found[f"{policy}/{concept.id}"] = names
+    return found
 
 
 def main() -> None:
@@ -181,6 +197,7 @@ def main() -> None:
     text = encoder.encode_text([line.strip() for line in a.names.read_text().splitlines()])
     scorer = Scorer("family", encoder)
     ids = [concept.id for concept in scorer.policy.concepts]
+    scorers = {name: Scorer(name, encoder) for name in POLICIES}
     spaces = [flux2(a.autoencoder, a.factors), *own(a.caltech, a.cache)]
     shown = [f for kind in CLASSES for f in find_images([a.caltech / kind]) if held_out(f, 5)]
     rows: list[dict[str, Any]] = []
@@ -200,6 +217,7 @@ def main() -> None:
             detected = margins(scorer, embedded) if also else None
             alone = embedded[: len(chosen)]
             figures = row(name, alone, text, labels[some], detected, kinds if also else None, ids)
+            figures["matched"] = matched(scorers, alone, chosen)
             rows.append({"px": px, **figures})
     write(rows)
 
@@ -207,7 +225,7 @@ def main() -> None:
 def write(rows: list[dict[str, Any]]) -> None:
     """The table as Markdown and JSON."""
     head = ["px", "read", "photos", "top-1 [95 %]", "top-5", "of the perfect view's top-1"]
-    head += [f"AUROC of {kind}" for kind in CLASSES] + ["harmless blocked, at most"]
+    head += [f"AUROC of {kind}" for kind in CLASSES] + ["harmless matched, at most"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     ideal = {r["px"]: r["top1"] for r in rows if r["reader"] == "perfect view"}
     for r in rows:
@@ -218,8 +236,9 @@ def write(rows: list[dict[str, Any]]) -> None:
         for kind in CLASSES:
             value = r.get(f"auroc_{kind}")
             cells.append("" if value is None else f"{value:.3f}")
-        blocked = f"{r['blocked']:.3f} ({r['blocked_by']})" if "blocked" in r else ""
-        lines.append(f"| {' | '.join([*cells, blocked])} |")
+        worst = max(r["matched"].items(), key=lambda pair: len(pair[1]), default=("none", []))
+        cells.append(f"{len(worst[1]) / r['photos']:.3f} ({worst[0]})")
+        lines.append(f"| {' | '.join(cells)} |")
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "views.json").write_text(json.dumps(rows, indent=1))
