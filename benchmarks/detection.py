@@ -109,8 +109,6 @@ def main() -> None:
     found = {
         "teacher": margins(scorer, readers.teacher(images)),
         "nano-flux2": margins(scorer, readers.flux2(latents)),
-        "nano-sdxl 512 px": margins(scorer, readers.sdxl(images, 64)),
-        "nano-sdxl 1024 px": margins(scorer, readers.sdxl(images, 128)),
     }
     concepts = {**CLASSES, **{name: concept for name, (_, concept) in DRAWN.items()}}
     label = np.array(kinds)

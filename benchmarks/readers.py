@@ -1,9 +1,7 @@
 """Every way from a picture to a posterior that the accuracy benchmarks compare.
 
 teacher: the pixel network on the picture itself, the ceiling. nano-flux2: the bundled model on
-latents of the given autoencoder. nano-sdxl: the bundled model on the RGB view that a latent of that
-size has, i.e. the picture downsampled by 8, with noise of the size that it was trained with.
-All share one text side.
+latents of the given autoencoder. Both share one text side. nano-view: views.py.
 """
 
 from __future__ import annotations
@@ -13,16 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from latentguard.adapt.autoencoders import load_autoencoder
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.teacher import load_teacher
-from latentguard.encoders.nano import NanoEncoder, embed_logits, load_nano
-
-VIEW_NOISE = 0.05
+from latentguard.encoders.nano import embed_logits, load_nano
 
 
 def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
@@ -68,28 +63,3 @@ def flux2(latents: Tensor) -> Tensor:
     """nano-flux2's embeddings of latents."""
     encoder = load_nano("nano-flux2")
     return in_batches(lambda x: encoder.features(x).pooled, latents, "nano-flux2")
-
-
-def sdxl(pictures: NDArray[np.uint8], cells: int) -> Tensor:
-    """nano-sdxl's embeddings of the view that a latent of `cells` cells a side has."""
-    encoder = load_nano("nano-sdxl")
-    generator = torch.Generator().manual_seed(0)
-
-    def read(images: Tensor) -> Tensor:
-        view = F.interpolate(images, size=(cells, cells), mode="bilinear", antialias=True)
-        view = view + VIEW_NOISE * torch.randn(view.shape, generator=generator)
-        return encoder.features(latents_with_view(encoder, view)).pooled
-
-    return in_batches(read, to_tensor(pictures), f"nano-sdxl {cells * 8} px")
-
-
-def latents_with_view(encoder: NanoEncoder, view: Tensor) -> Tensor:
-    """The smallest latents [B, 4, h, w] whose linear RGB view is `view` [B, 3, h, w].
-
-    Not latents of the SDXL VAE: one of four directions of a cell is invisible in the view, and is 0
-    here. Only what the model reads of a latent is right about them.
-    """
-    factors, bias = encoder.net.factors, encoder.net.bias
-    rgb = view * 2 - 1 - bias.view(1, 3, 1, 1)
-    inverse = torch.linalg.pinv(factors)
-    return torch.einsum("brhw,rc->bchw", rgb, inverse)

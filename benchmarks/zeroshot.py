@@ -52,8 +52,6 @@ def main() -> None:
         f"EfficientNet-Lite2 on pixels, {len(some)} of them": (teacher[some], labels[some]),
         f"nano-flux2, 256 px, {len(some)} of them": (readers.flux2(latents[some]), labels[some]),
         f"nano-flux2, 512 px, {len(some)} of them": (readers.flux2(large_latents), labels[some]),
-        "nano-sdxl, 512 px (RGB view of 64 px)": (readers.sdxl(pictures, 64), labels),
-        "nano-sdxl, 1024 px (RGB view of 128 px)": (readers.sdxl(pictures, 128), labels),
     }
     rows = [accuracy(name, *pair, text) for name, pair in posteriors.items()]
     lines = ["| reader | photos | top-1 | top-5 | of the teacher's top-1 |", "| --- " * 5 + "|"]
