@@ -53,8 +53,8 @@ class Recipe:
     noise_share: float = 0.3
     view_noise: float = 0.05
     view_cells: tuple[int, ...] = (64, 128)
-    view_passes: int = 12_800
-    view_lr: float = 1e-4
+    view_passes: int = 6_400
+    view_lr: float = 1.2e-4
     seed: int = 0
 
 

@@ -28,6 +28,8 @@ LARGE = 0.4
 OWN = 0.6
 """Share of batches whose views are of our own autoencoders' latents; the others are of pictures."""
 LOOSENESS = 0.25
+BLOCKS = 6
+"""Of the trunk, from its start, that are trained on views, besides the stem."""
 
 
 class ViewRecipe(RgbRecipe):
@@ -50,12 +52,12 @@ class ViewRecipe(RgbRecipe):
 
     def stages(self) -> list[Stage]:
         rows = self.cache.meta.done
-        # The first layers' filters have to change most; later depthwise ones cost much and stay.
-        trained = [
-            p
-            for n, p in self.net.named_parameters()
-            if not n.startswith("trunk.") or "depthwise.conv.weight" not in n
-        ]
+        # A view is another picture, not another world: what the later layers know of a thousand
+        # classes stays, as few photos would take some of it away.
+        net = self.net
+        early = nn.ModuleList([net.stem, *net.trunk.blocks[:BLOCKS]])
+        kept = {id(p) for n, p in net.trunk.named_parameters() if "depthwise.conv.weight" in n}
+        trained = [p for p in early.parameters() if id(p) not in kept]
         group = {"params": trained, "lr": self.recipe.view_lr}
         return [
             *super().stages(),
