@@ -52,7 +52,9 @@ def _difference(ours: list[Any], claims: Claims, theirs: Any, says: dict[str, An
     for number, array in enumerate(arrays):
         # Every structure here has three or four axes, and one error for an array as a whole.
         images = array.astype(array.dtype.newbyteorder("="))
-        images = images if array.ndim == 4 else images[None]
+        if array.ndim == 4 and array.shape[1] == 1:  # [C, 1, H, W]: an axis of one frame
+            images = images[:, 0]
+        images = images if images.ndim == 4 else images[None]
         if rest and isinstance(rest[0], LatentsError):
             rest.pop(0)
             continue
