@@ -236,7 +236,7 @@ def test_an_encoder_is_a_json_file_a_module_and_a_line(tree: Tree) -> None:
     from safetensors.torch import save_file
 
     described = {
-        "rank": 9,
+        "rank": 1,
         "format": "toy-format",
         "space": "flux1",
         "summary": "a toy",

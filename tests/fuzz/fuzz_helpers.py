@@ -9,7 +9,10 @@ from typing import Any
 
 from latentguard.errors import LatentsError
 from latentguard.files.claims import KEYS, Claims, Payload
+from latentguard.spaces import SPACES
 from latentguard.spaces.arrays import widened
+
+CHANNELS = {space.channels for space in SPACES.values()}
 
 Library = Callable[[bytes], tuple[Any, dict[str, Any]]]
 """Bytes of a file to its latents (an array, or a list of them) and what it says besides."""
@@ -52,7 +55,10 @@ def _difference(ours: list[Any], claims: Claims, theirs: Any, says: dict[str, An
     for number, array in enumerate(arrays):
         # Every structure here has three or four axes, and one error for an array as a whole.
         images = array.astype(array.dtype.newbyteorder("="))
-        images = images if array.ndim == 4 else images[None]
+        # [C, 1, H, W] has an axis of one frame, where C is a space's number of channels.
+        if array.ndim == 4 and array.shape[1] == 1 and array.shape[0] in CHANNELS:
+            images = images[:, 0]
+        images = images if images.ndim == 4 else images[None]
         if rest and isinstance(rest[0], LatentsError):
             rest.pop(0)
             continue

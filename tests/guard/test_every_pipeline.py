@@ -233,7 +233,7 @@ def test_a_picture_in_tokens_of_another_order_is_seen(monkeypatch: pytest.Monkey
         pipe = every_run.pipeline(cls)
         target = tokens_by_cell(2).restored(named[name][None])
 
-        def towards(
+        def toward(
             *_: Any, hidden_states: Any, timestep: Any, target: Any = target, **__: Any
         ) -> Any:
             """The velocity that leads to a picture from wherever the loop is."""
@@ -244,7 +244,7 @@ def test_a_picture_in_tokens_of_another_order_is_seen(monkeypatch: pytest.Monkey
             return (velocity,)
 
         for part in (pipe.transformer, pipe.unconditional_transformer):
-            monkeypatch.setattr(part, "forward", towards)
+            monkeypatch.setattr(part, "forward", toward)
         pipe.callback_on_step_end = guard = LatentGuard("family")
         given = every_run.arguments(cls, pipe, height=256, width=256, output_type="latent")
         made = pipe(**given).images
