@@ -341,6 +341,7 @@ def test_a_space_without_autoencoder_must_be_named(photos: Path, tmp_path: Path)
         adapt([photos], tmp_path / "x.safetensors", name="x", recipe=TINY)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(photos: Path, tmp_path: Path) -> None:
     """The rgb recipe on twelve pictures: fifty steps must fit them better than none."""
     cache = prepare(tmp_path, find_images([photos]), None, load_teacher(), space="sdxl")

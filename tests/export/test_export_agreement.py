@@ -57,6 +57,7 @@ def test_any_number_of_images(count: int, exports: Exports) -> None:
     assert np.abs(part - whole[:count]).max() < CLOSE
 
 
+@pytest.mark.slow
 def test_nano_sdxl_agrees(exports: Exports, models: Models) -> None:
     latents = sdxl(4, (64, 64))
     with Guard(exports("nano-sdxl").path) as guard:
@@ -102,7 +103,11 @@ def test_a_fixed_size_is_kept_to(exports: Exports) -> None:
 # Measured on the bundled latents: 7e-4 and 2e-4, 0.039 and 0.989, 0.003 and 0.99998.
 @pytest.mark.parametrize(
     ("name", "margin", "cosine"),
-    [("nano-fp16", 0.01, 0.999), ("nano-int8", 0.1, 0.98), ("nano-dynamic", 0.01, 0.9999)],
+    [
+        ("nano-fp16", 0.01, 0.999),
+        pytest.param("nano-int8", 0.1, 0.98, marks=pytest.mark.slow),
+        pytest.param("nano-dynamic", 0.01, 0.9999, marks=pytest.mark.slow),
+    ],
 )
 def test_nano_in_other_precisions(
     name: str, margin: float, cosine: float, exports: Exports, models: Models

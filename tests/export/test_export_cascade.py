@@ -21,6 +21,9 @@ from latentguard.runtime import Guard
 from latentguard.runtime.artifact import METADATA
 from latentguard.scorer import Scorer
 
+pytestmark = pytest.mark.slow
+"""Exports of two models, or of one that is traced anew; judge and guard have cascades in short."""
+
 
 def metadata(path: Path) -> dict[str, Any]:
     entries = {entry.key: entry.value for entry in onnx.load(path).metadata_props}

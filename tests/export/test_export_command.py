@@ -41,6 +41,7 @@ def test_export_and_swap(command: Command, tmp_path: Path) -> None:
     assert [v.decision for v in verdicts] == [v.decision for v in decided]
 
 
+@pytest.mark.slow
 def test_int8_on_files(command: Command, tmp_path: Path) -> None:
     out = tmp_path / "guard.onnx"
     arguments = ("--precision", "int8", "--calibration", EXAMPLES, "--quiet")
@@ -52,6 +53,7 @@ def test_int8_on_files(command: Command, tmp_path: Path) -> None:
         assert guard.metadata["calibration"] == "25 latents of flux2"
 
 
+@pytest.mark.slow
 def test_a_model_file_and_drawn_latents(command: Command, tmp_path: Path) -> None:
     path, out = tmp_path / "model.safetensors", tmp_path / "guard.onnx"
     generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,9 @@ from latentguard.export import Exported, export_onnx, swap_policy
 from latentguard.runtime import Guard
 from latentguard.scorer import Scorer
 
+pytestmark = pytest.mark.slow
+"""Each export traces Latent-CLIP anew; tests/encoders has merging in short."""
+
 Models = dict[str, Encoder]
 Exports = Callable[[str], Exported]
 

@@ -26,6 +26,9 @@ from latentguard.runtime.artifact import METADATA
 from latentguard.scan import Scan
 from latentguard.spaces import Latents
 
+pytestmark = pytest.mark.slow
+"""Exports of two models, or of one that is traced anew; judge and guard have cascades in short."""
+
 if TYPE_CHECKING:
     from latentguard.export import Exported
 

@@ -380,7 +380,11 @@ def test_a_full_disk_is_one_line(tmp_path: Path, calm: Path, arguments: tuple[st
 
 @pytest.mark.parametrize(
     ("encoding", "arguments"),
-    [("cp437", ("scan", "a.pt")), ("cp437", ("doctor",)), ("ascii", ("policy", "show"))],
+    [
+        pytest.param("cp437", ("scan", "a.pt"), marks=pytest.mark.slow),
+        ("cp437", ("doctor",)),
+        ("ascii", ("policy", "show")),
+    ],
 )
 def test_consoles_without_our_signs_get_other_ones(
     tmp_path: Path, policy: Callable[..., Path], encoding: str, arguments: tuple[str, ...]
