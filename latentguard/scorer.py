@@ -175,7 +175,7 @@ class Scorer:
 
         Raises LatentsError when the latents are of another space than the encoder's.
         """
-        return self._scores(self._seen(latents, tokens=False), noise_level)
+        return self._scores(self._seen(latents), noise_level)
 
     @torch.no_grad()
     def verdicts(
@@ -241,11 +241,12 @@ class Scorer:
         if self.space is None:
             self._bind(_space(latents).name)
 
-    def _seen(self, latents: Latents | Prediction, tokens: bool = True) -> Features:
+    def _seen(self, latents: Latents | Prediction) -> Features:
+        """Tokens and all: without them a matrix product of another size rounds otherwise, and a
+        verdict would depend on whether a heat map is asked for."""
         self._know(latents)
-        options = {"tokens": tokens} if traits(self.encoder).pools else {}
         with self._exactly():
-            return self._features(*self._input(latents), **options)
+            return self._features(*self._input(latents))
 
     def _scores(self, features: Features, noise_level: float) -> Scores:
         with self._exactly():
@@ -336,7 +337,7 @@ class _Alone:
         final: bool = True,
         heatmaps: bool = False,
     ) -> Judged:
-        features = self.scorer._seen(latents, tokens=heatmaps)
+        features = self.scorer._seen(latents)
         verdicts = self.scorer.decide(self.scorer._scores(features, noise_level), final)
         return Judged(verdicts, self._maps(features) if heatmaps else None)
 

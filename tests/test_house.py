@@ -71,7 +71,7 @@ def _rooms(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if "." in name}
 
 
-COMMON = {"atomic", "deprecated", "errors", "plugins", "regular", "text"}
+COMMON = {"atomic", "deprecated", "errors", "plugins", "regular", "text", "yaml_nodes"}
 """Small files that every room may use."""
 
 WALLS = {

@@ -262,7 +262,7 @@ class LatentCLIP(EncoderBase):
         Scaled latents are converted. Raises LatentsError for another space, ModelError where the
         images are read as several views, which have no single embedding.
         """
-        features = self.features(self.prepare(latents), tokens=False)
+        features = self.features(self.prepare(latents))
         if features.tiles > 1:
             raise ModelError(
                 f"{self.name} with resize='tile' reads {features.tiles} views of an image of "

@@ -151,7 +151,7 @@ class NanoEncoder(nn.Module, EncoderBase):
                 f"model {self.name} reads {self.space} latents, got {latents.space.name}"
             )
         tensor = latents.to_spatial().to_standard(self.needs_scaled).tensor
-        return self.features(tensor.to(self.device), tokens=False).pooled
+        return self.features(tensor.to(self.device)).pooled
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm class weightings [P, 1008].

@@ -5,8 +5,8 @@ complete: `Policy.to_dict()` is the same as JSON-able data, which is all that `l
 needs. Calibrated thresholds lie beside the policy in NAME.lock.yaml.
 
 fields: what each kind of value accepts. models: Policy and its parts. lock: calibrated thresholds.
-loading: files to policies. yaml_nodes: untrusted YAML to values that know their lines. problems:
-what is wrong, in sentences.
+loading: files to policies. problems: what is wrong, in sentences. latentguard/yaml_nodes.py reads
+untrusted YAML to values that know their lines.
 """
 
 from latentguard.policy.fields import SCHEMA_VERSION

@@ -16,8 +16,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from latentguard.policy.yaml_nodes import show
 from latentguard.text import unseen
+from latentguard.yaml_nodes import show
 
 SCHEMA_VERSION = 1
 

@@ -10,8 +10,8 @@ from typing import Any
 from latentguard.errors import PolicyError
 from latentguard.policy.lock import Lock, lock_path, parse_lock
 from latentguard.policy.models import Policy
-from latentguard.policy.problems import closest, line_of, validate
-from latentguard.policy.yaml_nodes import clip, compose, problems_error, read_bytes
+from latentguard.policy.problems import closest, validate
+from latentguard.yaml_nodes import clip, compose, line_of, problems_error, read_bytes
 
 
 def parse_policy(

@@ -23,7 +23,7 @@ from latentguard.policy.fields import (
     rule,
 )
 from latentguard.policy.problems import validate
-from latentguard.policy.yaml_nodes import compose, read_bytes
+from latentguard.yaml_nodes import compose, read_bytes
 
 
 class CalibratedMargin(Frozen):

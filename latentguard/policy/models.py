@@ -29,7 +29,7 @@ from latentguard.policy.fields import (
     rule,
 )
 from latentguard.policy.lock import Lock
-from latentguard.policy.yaml_nodes import show
+from latentguard.yaml_nodes import show
 
 Action = Literal["observe", "review", "steer", "block"]
 ThresholdKind = Literal["probability", "margin", "fpr"]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from latentguard.policy.fields import PATTERNS, SCHEMA_VERSION
-from latentguard.policy.yaml_nodes import Node, Problem, clip, problems_error, show
+from latentguard.yaml_nodes import Node, Problem, clip, line_of, problems_error, show
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -46,21 +46,6 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` most likely meant, or None."""
     found = difflib.get_close_matches(word[:100].lower(), list(known), n=1, cutoff=0.6)
     return found[0] if found else None
-
-
-def line_of(node: Node, loc: Sequence[int | str]) -> int:
-    """The line of what `loc` leads to, or of the deepest part of the way that exists."""
-    line = node.line
-    for step in loc:
-        value = node.value
-        if isinstance(value, dict) and step in value:
-            line, node = node.key_lines[str(step)], value[str(step)]
-        elif isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value):
-            node = value[step]
-            line = node.line
-        else:
-            break
-    return line
 
 
 def _path(loc: Iterable[int | str]) -> str:

@@ -6,6 +6,7 @@ own is a file of the same kind, JSON or YAML (docs/spaces.md has every key).
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -13,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentguard.errors import LatentsError
-from latentguard.spaces.plain_data import Keys, line_of, parse, read_text
+from latentguard.errors import LatentsError, PolicyError
 from latentguard.spaces.rgb import RGBView
 from latentguard.text import visible
+
+Keys = tuple[str | int, ...]
+"""The way to a value: the keys of mappings and the indices of lists."""
 
 DATA = Path(__file__).parent / "data"
 SUFFIXES = (".json", ".yaml", ".yml")
@@ -86,20 +89,30 @@ def read_record(path: Path) -> SpaceRecord:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise LatentsError(f"{path}: a latent space is a file that ends in {', '.join(SUFFIXES)}")
-    text = read_text(path)
-    values = parse(text, str(path))
+    if path.parent == DATA:  # ours, read at every import: without PyYAML
+        return record_of(json.loads(path.read_bytes()), str(path), path.stem)
+    from latentguard.yaml_nodes import compose, line_of, read_bytes
+
     try:
-        return _record(values, path.stem)
+        data = read_bytes(path)
+        # JSON is YAML but for its tabs, which are blanks there: no string can hold one.
+        json_text = path.suffix.lower() == ".json"
+        root = compose(data.replace(b"\t", b" ") if json_text else data, str(path))
+    except PolicyError as error:
+        raise LatentsError(str(error)) from error
+    try:
+        return _record(root.plain(), path.stem)
     except _WrongError as wrong:
-        line = line_of(text, wrong.keys)
-        where = f"{path}:{line}" if line is not None else str(path)
-        raise LatentsError(f"{where}: {wrong}") from wrong
+        raise LatentsError(f"{path}:{line_of(root, wrong.keys)}: {wrong}") from wrong
 
 
-def record_of(values: Any, source: str) -> SpaceRecord:
-    """The record that is in a mapping. Raises LatentsError, which names `source` and the key."""
+def record_of(values: Any, source: str, name: str = "") -> SpaceRecord:
+    """The record that is in a mapping, under `name` unless it gives its own.
+
+    Raises LatentsError, which names `source` and the key.
+    """
     try:
-        return _record(values, "")
+        return _record(values, name)
     except _WrongError as wrong:
         raise LatentsError(f"{source}: {wrong}") from wrong
 

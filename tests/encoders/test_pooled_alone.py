@@ -1,4 +1,4 @@
-"""Whoever asks for no heat maps gets the same vector, and less is computed."""
+"""Exports without heat maps compute the pooled vector alone, and verdicts never depend on maps."""
 
 from __future__ import annotations
 
@@ -36,9 +36,15 @@ def test_the_last_block_computes_one_token() -> None:
     rows: list[int] = []
     last = encoder.vit.transformer.resblocks[-1]
     last.mlp.register_forward_hook(lambda _, given, made: rows.append(made.shape[1]))
-    scorer = Scorer("weapons", encoder, device="cpu")
-    latents = Latents(torch.randn(1, 4, 64, 64), "sdxl", scaled=True)
-    plain, mapped = scorer.judge(latents), scorer.judge(latents, heatmaps=True)
+    encoder.features(torch.randn(1, 4, 64, 64), tokens=False)
+    encoder.features(torch.randn(1, 4, 64, 64))
     assert rows == [1, 65]
+
+
+@pytest.mark.parametrize("make", MODELS[:3], ids=("nano", "clip", "merging"))
+def test_verdicts_are_the_same_to_the_bit_with_heat_maps(make: Callable[[], Any]) -> None:
+    scorer = Scorer("weapons", make(), device="cpu")
+    latents = Latents(torch.randn(2, 4, 64, 64), "sdxl", scaled=True)
+    plain, mapped = scorer.judge(latents), scorer.judge(latents, heatmaps=True)
     assert mapped.heatmaps is not None
-    assert [v.decision for v in plain.verdicts] == [v.decision for v in mapped.verdicts]
+    assert list(plain.verdicts) == list(mapped.verdicts)

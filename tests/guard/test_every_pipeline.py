@@ -122,8 +122,10 @@ def test_every_class_is_guarded_or_refused_in_one_sentence() -> None:
 
 def test_the_page_tells_what_happens() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    if f"diffusers {diffusers.__version__}." not in text:
-        pytest.skip("docs/pipelines.md is written for another version of diffusers")
+    written_for = re.search(r"diffusers ([0-9][0-9.]*[0-9])", text)
+    assert written_for is not None
+    if written_for[1] != diffusers.__version__:
+        pytest.skip(f"needs diffusers {written_for[1]}, which constraints.txt pins")
     assert text == page(every_row()), "run make pipelines"
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from judging import decided
 
+from latentguard import yaml_nodes as bounds
 from latentguard.policy import (
     Concept,
     LockEntry,
@@ -19,7 +20,6 @@ from latentguard.policy import (
     parse_policy,
     shipped_policies,
 )
-from latentguard.policy import yaml_nodes as bounds
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text()
 EXAMPLE, LOCK = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)

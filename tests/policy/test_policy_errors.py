@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from latentguard.errors import LatentGuardError, PolicyError
 from latentguard.policy import load_policy, parse_policy
 from latentguard.policy.models import Cascade, Threshold
-from latentguard.policy.yaml_nodes import MAX_BYTES, MAX_SHOWN_ERRORS
+from latentguard.yaml_nodes import MAX_BYTES, MAX_SHOWN_ERRORS
 
 GOOD = """\
 schema_version: 1
@@ -433,7 +433,7 @@ def test_the_parser_in_python_says_the_same_lines(monkeypatch: pytest.MonkeyPatc
     """Where PyYAML comes without libyaml."""
     import yaml
 
-    monkeypatch.setattr("latentguard.policy.yaml_nodes._LOADER", yaml.SafeLoader)
+    monkeypatch.setattr("latentguard.yaml_nodes._LOADER", yaml.SafeLoader)
     assert parse_policy(GOOD).name == "test"
     (error,) = errors_of(GOOD.replace("every: 2", "every: 0"))
     assert error.startswith("p.yaml:25: schedule.every must be")

@@ -3,7 +3,8 @@
 Only PyYAML's event stream is used, never its constructors, so nothing in a file can name a type.
 Size, nesting and the number of values (aliases counted as what they expand to) are bounded while
 reading. Plain scalars follow the core schema of YAML 1.2, as editors do: `1e-3` is a number,
-`yes`, `off` and `2024-01-01` are text.
+`yes`, `off` and `2024-01-01` are text. Policies, their locks and latent spaces of one's own are
+read with it. The errors are PolicyErrors; whoever reads something else gives them its own kind.
 """
 
 from __future__ import annotations
@@ -257,6 +258,21 @@ def compose(data: bytes, source: str) -> Node:
     # The scanner also lets errors of int() and chr() through, for escapes such as "\UFFFFFFFF".
     except Exception as error:
         raise PolicyError(f"{source}: this is not valid YAML: {clip(str(error), 200)}") from error
+
+
+def line_of(node: Node, loc: Sequence[int | str]) -> int:
+    """The line of what `loc` leads to, or of the deepest part of the way that exists."""
+    line = node.line
+    for step in loc:
+        value = node.value
+        if isinstance(value, dict) and step in value:
+            line, node = node.key_lines[str(step)], value[str(step)]
+        elif isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value):
+            node = value[step]
+            line = node.line
+        else:
+            break
+    return line
 
 
 def problems_error(source: str, problems: Sequence[Problem]) -> PolicyError:
