@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
 
 
+@pytest.mark.slow
 def test_what_is_forbidden_does_not_come_out(tmp_path):
     plot = tmp_path / "guard.png"
     command = [sys.executable, str(SCRIPT), "cat", "revolver", "--steps", "4", "--plot", str(plot)]

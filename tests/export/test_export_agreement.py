@@ -66,6 +66,7 @@ def test_nano_sdxl_agrees(exports: Exports, models: Models) -> None:
     assert max(differences(found, wanted).values()) < CLOSE
 
 
+@pytest.mark.slow
 def test_raw_and_scaled_inputs_mean_the_same_image(exports: Exports, models: Models) -> None:
     scaled = sdxl(4, (64, 64))
     raw = scaled.to_raw()

@@ -383,6 +383,7 @@ def fingerprint() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_as_where_latentguard_was_never_imported() -> None:
     code = """
 import ast, json, sys

@@ -347,6 +347,7 @@ def test_a_reader_that_goes_away_is_not_a_match(tmp_path: Path, calm: Path) -> N
     assert b"Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_table_that_goes_away_is_not_a_match(tmp_path: Path, calm: Path) -> None:
     process = _process("scan", write_latents(tmp_path / "a.pt", 1), "--policy", calm)
     assert process.stdout is not None
@@ -361,7 +362,10 @@ def test_a_reader_of_the_table_that_goes_away_is_not_a_match(tmp_path: Path, cal
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("scan", "a.pt", "--policy", "calm.yaml", "-q", "--format", "json"),
+        pytest.param(
+            ("scan", "a.pt", "--policy", "calm.yaml", "-q", "--format", "json"),
+            marks=pytest.mark.slow,
+        ),
         ("scan", "a.pt", "--policy", "calm.yaml"),
         ("policy", "schema"),
     ],
