@@ -117,9 +117,9 @@ def main() -> None:
                         area = float(auroc(count(score[positive], score[~positive])))
                         found.setdefault(way, []).append((area, recall(score, positive)))
             for way, pairs in found.items():
-                auroc, caught = np.mean(pairs, 0).tolist()
+                area, caught = np.mean(pairs, 0).tolist()
                 row = {"reader": reader, "prompts": count, "way": way, "trials": len(pairs)}
-                rows.append({**row, "auroc": auroc, "recall": caught})
+                rows.append({**row, "auroc": area, "recall": caught})
     head = ("reader", "prompts", "score", "AUROC", f"recall at {RATE:.0%} false positives")
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in rows:
