@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from latentguard.files import PassedOver, read_arrays
+from latentguard.files import Dtype, PassedOver, Reading, read_records
 from latentguard.judge import PolicyId, Rules
 from latentguard.policy import Policy
 from latentguard.scan.judges import Runtime, Views, make_judges
@@ -38,6 +38,13 @@ def scan_files(
     layout: Layout | None = None,
     height: int | None = None,
     width: int | None = None,
+    pixels: bool = False,
+    key: str | None = None,
+    member: str | None = None,
+    moments: bool = False,
+    dequantize: str | tuple[float, float] | None = None,
+    dtype: Dtype | None = None,
+    strict: bool = False,
     batch_size: int = 16,
     previews: bool = False,
     heatmaps: bool = False,
@@ -57,6 +64,7 @@ def scan_files(
         space, scaled: what files do not say of themselves; one that says otherwise is an error. A
             space is a name, a file of one's own, or a LatentSpace.
         layout, height, width: the same, for arrays whose shape leaves it open.
+        pixels, key, member, moments, dequantize, dtype, strict: as in `files.Reading`.
         batch_size: images that are scored together, at least 1.
         device: where the model runs; None is CUDA where there is one, else the CPU.
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
@@ -86,6 +94,13 @@ def scan_files(
             layout=layout,
             height=height,
             width=width,
+            pixels=pixels,
+            key=key,
+            member=member,
+            moments=moments,
+            dequantize=dequantize,
+            dtype=dtype,
+            strict=strict,
             batch_size=batch_size,
             previews=previews,
             heatmaps=heatmaps,
@@ -102,6 +117,7 @@ class Scan:
 
     seconds: reading and scoring so far, without loading models and without the caller's own time.
     passed: what folders and shards held so far that was not read, as it cannot be latents.
+    reading: everything that is said of the files.
     """
 
     paths: Iterable[str | Path] | str | Path
@@ -112,6 +128,13 @@ class Scan:
     layout: Layout | None = None
     height: int | None = None
     width: int | None = None
+    pixels: bool = False
+    key: str | None = None
+    member: str | None = None
+    moments: bool = False
+    dequantize: str | tuple[float, float] | None = None
+    dtype: Dtype | None = None
+    strict: bool = False
     batch_size: int = 16
     device: torch.device | str | None = None
     previews: bool = False
@@ -121,19 +144,26 @@ class Scan:
     views: Views | None = None
     seconds: float = field(init=False, default=0.0)
     passed: PassedOver = field(init=False, default_factory=PassedOver)
+    reading: Reading = field(init=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        self._records = read_arrays(
-            self.paths,
+        self.reading = Reading.of(
             self.space,
             self.scaled,
-            self.passed,
-            self.layout,
-            self.height,
-            self.width,
+            layout=self.layout,
+            height=self.height,
+            width=self.width,
+            pixels=self.pixels,
+            key=self.key,
+            member=self.member,
+            moments=self.moments,
+            dequantize=self.dequantize,
+            dtype=self.dtype,
+            strict=self.strict,
         )
+        self._records = read_records(self.paths, self.reading, self.passed)
         self._judges = make_judges(
             self.policy,
             self.model,
