@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Unpack
@@ -13,11 +14,13 @@ from typing import BinaryIO, Unpack
 import numpy as np
 
 from latentguard.errors import LatentsError
+from latentguard.files.addresses import Remote, found, shown
 from latentguard.files.claims import Claims, Image, Payload
 from latentguard.files.numpy_files import open_npy, open_npz
 from latentguard.files.options import Options, Reading
 from latentguard.files.passed_over import PassedOver
-from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable, expand
+from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable
+from latentguard.files.remote import FileState, copied, state_of_path
 from latentguard.files.safetensors_files import open_safetensors
 from latentguard.files.shards import Sample, member_window, read_samples, sample_claims
 from latentguard.files.streams import open_regular, size_of, state_of, unchanged
@@ -96,8 +99,8 @@ def read_arrays(
     besides what a .pt inside a shard holds. Without torch.
 
     Args:
-        paths: files (`paths.SUFFIXES`), folders (searched recursively, sorted by name), and glob
-            patterns.
+        paths: files (`paths.SUFFIXES`), folders (searched recursively, sorted by name), glob
+            patterns, ranges `{000..099}`, and addresses of other file systems (`s3://...`).
         space, scaled: what the files do not say themselves. A file that says otherwise is an
             error, and one that says nothing is recognized by its statistics or is an error. A
             scaling that is not the space's usual one comes with `space` alone: a file that declares
@@ -152,12 +155,38 @@ def load_latents(
 def _records(
     paths: Iterable[str | Path], reading: Reading, passed: PassedOver
 ) -> Iterator[ArrayRecord]:
-    for path in paths:
-        for found in expand(path, passed):
-            if isinstance(found, Unreadable):
-                yield ArrayRecord(found.source, 0, None, None, found.error)
-                continue
-            yield from _guarded(str(found), 0, _file(found, reading, passed))
+    for file in found(paths, passed):
+        yield from read_file(file, reading, passed)
+
+
+def read_file(
+    file: Path | Remote | Unreadable,
+    reading: Reading,
+    passed: PassedOver,
+    states: dict[str, FileState] | None = None,
+) -> Iterator[ArrayRecord]:
+    """The records of one file; one that cannot be read is one with an error.
+
+    states: told what the file was before it was read, under its name in the records.
+    Raises OSError where this machine has no room for the copy of a remote file.
+    """
+    if isinstance(file, Unreadable):
+        yield ArrayRecord(file.source, 0, None, None, file.error)
+        return
+    states = {} if states is None else states
+    if isinstance(file, Path):
+        with suppress(OSError):
+            states[str(file)] = state_of_path(file)
+        yield from _guarded(str(file), 0, _file(file, reading, passed))
+        return
+    name = shown(file.address)
+    try:
+        with copied(file.address) as (path, state):
+            states[name] = state
+            for record in _guarded(str(path), 0, _file(path, reading, passed)):
+                yield replace(record, source=name + record.source[len(str(path)) :])
+    except LatentsError as error:
+        yield ArrayRecord(name, 0, None, None, str(error))
 
 
 def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterator[ArrayRecord]:
