@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from latentguard.scan.judges import Judges
 from latentguard.scan.judging import Judging
 from latentguard.scan.keep import check_keep
 from latentguard.scan.options import RunOptions
+from latentguard.scan.record import ScanRecord
 from latentguard.scan.schema import need_pyarrow
 from latentguard.scan.shard import Facts, Shard, plan, scan_shard, unreadable
 from latentguard.scan.store import Store, open_store
@@ -39,6 +40,13 @@ from latentguard.scan.unit import ENTRIES, FOLDERS, Unit, entry_name
 RUN = "run.json"
 SCHEMA_VERSION = 1
 _ASKING = 16
+
+Told = Callable[[Sequence[ScanRecord]], None]
+"""Called with the records of each batch, for whoever counts or shows them."""
+
+
+def ignored(records: Sequence[ScanRecord]) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass
@@ -61,9 +69,9 @@ class Run:
         mine, of = task
         return [s for s in self.shards if s.number % of == mine and s.number not in self.done]
 
-    def scan(self, shard: Shard, judging: Judging) -> Entry:
+    def scan(self, shard: Shard, judging: Judging, told: Told = ignored) -> Entry:
         """Scan one shard in this process, and note that it is done."""
-        entry = scan_unit(self.store, shard, self.options, judging)
+        entry = scan_unit(self.store, shard, self.options, judging, told)
         self.done[shard.number] = entry
         return entry
 
@@ -73,9 +81,16 @@ class Run:
         return sum(entry.errors for entry in self.done.values())
 
 
-def scan_unit(store: Store, shard: Shard, options: RunOptions, judging: Judging) -> Entry:
+def scan_unit(
+    store: Store,
+    shard: Shard,
+    options: RunOptions,
+    judging: Judging,
+    told: Told = ignored,
+) -> Entry:
     """Scan a shard into a run: everything of it, or nothing.
 
+    told: called with the records of each batch.
     Raises OSError where there is no room for what is written, UsageError where the run's place
     cannot be written.
     """
@@ -84,6 +99,7 @@ def scan_unit(store: Store, shard: Shard, options: RunOptions, judging: Judging)
     try:
         for records in scan_shard(shard, options, judging, facts):
             unit.add(records)
+            told(records)
         return unit.commit(facts)
     except LatentsError as error:
         return fail_unit(store, shard, options, judging, str(error))
