@@ -66,14 +66,20 @@ def shown(address: str) -> str:
 
 
 def found(
-    paths: Iterable[str | Path] | str | Path, passed: PassedOver
+    paths: Iterable[str | Path] | str | Path, passed: PassedOver, strict: bool = False
 ) -> Iterator[Path | Remote | Unreadable]:
-    """The files that paths and addresses stand for; at least one, or an Unreadable, for each."""
+    """The files that paths and addresses stand for; at least one, or an Unreadable, for each.
+
+    passed, strict: as in `paths.expand`.
+    """
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         try:
             for one in _braces(path):
                 local = _local(one)
-                yield from _remote(str(one), passed) if local is None else expand(local, passed)
+                if local is None:
+                    yield from _remote(str(one), passed, strict)
+                else:
+                    yield from expand(local, passed, strict)
         except LatentsError as error:
             yield Unreadable(shown(str(path)), str(error))
 
@@ -218,7 +224,7 @@ def _local(path: str | Path) -> str | Path | None:
     return None
 
 
-def _remote(address: str, passed: PassedOver) -> Iterator[Remote | Unreadable]:
+def _remote(address: str, passed: PassedOver, strict: bool) -> Iterator[Remote | Unreadable]:
     scheme = address.partition("://")[0].lower()
     name = shown(address)
     if scheme in _NO_FOLDERS:
@@ -243,6 +249,9 @@ def _remote(address: str, passed: PassedOver) -> Iterator[Remote | Unreadable]:
         empty = True
         for entry, info in entries.items():
             one = _judged(fs, entry, info, passed)
+            if one is None and strict and not entry.endswith("/"):
+                said = "is no latents file, and --strict lets nothing be passed over"
+                one = Unreadable(shown(fs.unstrip_protocol(entry)), said)
             if one is not None:
                 empty = False
                 yield one
@@ -277,7 +286,7 @@ def _judged(
     head = partial(_head, fs, path, size or 0)
     try:
         if is_apple_double(name, head):
-            passed.add_file(name)
+            passed.add_file(name, shown(address))
             return None
         if name.lower().endswith((*SUFFIXES, *COMPRESSED_SHARDS)):
             return Remote(address, size)
@@ -291,7 +300,7 @@ def _judged(
     except Exception as error:  # each file system raises its own kinds
         said = first_line(error, type(error).__name__)
         return Unreadable(shown(address), f"could hold latents, but cannot be opened: {said}")
-    passed.add_file(name)
+    passed.add_file(name, shown(address))
     return None
 
 

@@ -152,7 +152,7 @@ def open_run(
     if said is not None and not resume:
         raise UsageError(f"there is a run in {place}: go on with it (--resume), or name another")
     passed = PassedOver() if passed is None else passed
-    planned = list(plan(paths, passed)) if paths else None
+    planned = list(plan(paths, passed, options.reading.strict)) if paths else None
     if said is None:
         if not planned:
             raise UsageError(f"there is no run in {place}, and no path to begin one with")

@@ -56,14 +56,16 @@ class Facts:
     passed: PassedOver = field(default_factory=PassedOver)
 
 
-def plan(paths: Iterable[str | Path] | str | Path, passed: PassedOver) -> Iterator[Shard]:
+def plan(
+    paths: Iterable[str | Path] | str | Path, passed: PassedOver, strict: bool = False
+) -> Iterator[Shard]:
     """The shards of paths and addresses, in their order: large files one by one, small ones
     together.
 
-    passed: counts the files of folders that cannot hold latents.
+    passed, strict: as in `files.addresses.found`.
     """
     number, group, size = 0, list[str](), 0
-    for file in found(paths, passed):
+    for file in found(paths, passed, strict):
         if isinstance(file, Unreadable):
             name, held = file.source, None
         elif isinstance(file, Remote):
