@@ -1,8 +1,7 @@
-"""What may stand where a path may: addresses of other file systems, ranges in braces, and lists.
+"""What may stand where a path may: addresses of other file systems, and ranges in braces.
 
 `found` turns each of them into files. A path is searched as paths.py does. An address
-(`s3://bucket/shards/`, `hf://datasets/...`) is searched likewise, by fsspec. `listed` reads the
-lists of addresses that a command line names: `@shards.txt`, and `-` for standard input.
+(`s3://bucket/shards/`, `hf://datasets/...`) is searched likewise, by fsspec.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentsError, MissingExtraError
 from latentguard.files.passed_over import (
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 MAX_RANGE = 10_000_000
 """Addresses that the braces of one may stand for."""
 
-_MAX_LINE = 1 << 16
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
@@ -82,21 +80,6 @@ def found(
                     yield from expand(local, passed, strict)
         except LatentsError as error:
             yield Unreadable(shown(str(path)), str(error))
-
-
-def listed(arguments: Iterable[str], stdin: TextIO) -> Iterator[str]:
-    """Arguments, with the lines of each list (`@FILE`, `-`) in place of it.
-
-    Empty lines and those that begin with # do not count. Raises LatentsError where a list cannot
-    be read, is empty, or names another list.
-    """
-    for argument in arguments:
-        if argument == "-":
-            yield from _lines(stdin, "standard input")
-        elif argument.startswith("@"):
-            yield from _list(argument[1:])
-        else:
-            yield argument
 
 
 def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
@@ -176,38 +159,6 @@ class _Numbers:
 
     def __iter__(self) -> Iterator[str]:
         return (str(n).zfill(self.digits) for n in range(self.first, self.last + 1))
-
-
-# -- lists -----------------------------------------------------------------------------------
-
-
-def _list(name: str) -> Iterator[str]:
-    from latentguard.files.remote import local_file
-
-    try:
-        with local_file(name) as path, path.open(encoding="utf-8") as lines:
-            yield from _lines(lines, shown(name))
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else None
-        raise LatentsError(f"the list {shown(name)} cannot be read: {said or error}") from error
-
-
-def _lines(lines: TextIO, name: str) -> Iterator[str]:
-    empty = True
-    number = 0
-    while line := lines.readline(_MAX_LINE):
-        number += 1
-        text = line.strip()
-        if len(line) == _MAX_LINE:
-            raise LatentsError(f"{name}, line {number}: over {_MAX_LINE} characters")
-        if not text or text.startswith("#"):
-            continue
-        if text == "-" or text.startswith("@"):
-            raise LatentsError(f"{name}, line {number}: a list cannot name another list")
-        empty = False
-        yield text
-    if empty:
-        raise LatentsError(f"{name} lists no file")
 
 
 # -- other file systems ----------------------------------------------------------------------
