@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentguard.errors import MissingExtraError, UsageError
+from latentguard.errors import UsageError
 from latentguard.judge import PolicyId, Verdict
 from latentguard.regular import open_regular, problem
 from latentguard.scan.record import ScanRecord
+from latentguard.scan.schema import need_pyarrow
 from latentguard.scan.tally import KIND, Tally
 from latentguard.text import first_line
 
@@ -141,12 +142,9 @@ def _no_constant(name: str) -> None:
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"{path}: Parquet needs pyarrow, which is not installed: pip install pyarrow"
-        ) from error
+    need_pyarrow()
+    from pyarrow import ArrowException, parquet
+
     with open_regular(path) as file:
         try:
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):

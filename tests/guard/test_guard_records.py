@@ -460,9 +460,9 @@ def test_blocks_are_logged_and_nothing_is_printed(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reader() -> Any:
-    """The process's meter provider, which can be set once."""
+    """The process's meter provider, which can be set once; a worker may come back to a module."""
     metrics = pytest.importorskip("opentelemetry.metrics", reason="needs opentelemetry-api")
     sdk = pytest.importorskip("opentelemetry.sdk.metrics", reason="needs opentelemetry-sdk")
     export = pytest.importorskip("opentelemetry.sdk.metrics.export", reason="needs the same")
