@@ -103,22 +103,22 @@ def main() -> None:
     encoder = load_nano("nano-flux2")
     rows = []
     for reader, images in embedded.items():
-        for count in (2, 3, 5):
+        for drawn in (2, 3, 5):
             found: dict[str, list[tuple[float, float]]] = {}
             for group, classes in groups(names).items():
                 positive = np.isin(labels, classes)
                 if positive.sum() < 2:
                     continue
                 for draw in range(DRAWS):
-                    rng = random.Random(f"{group}{draw}{count}")
-                    some = rng.sample(classes, min(count, len(classes)))
+                    rng = random.Random(f"{group}{draw}{drawn}")
+                    some = rng.sample(classes, min(drawn, len(classes)))
                     prompts = encoder.encode_text([names[i].split(",")[0] for i in some])
                     for way, score in scores(images.numpy(), prompts.numpy()).items():
                         area = float(auroc(count(score[positive], score[~positive])))
                         found.setdefault(way, []).append((area, recall(score, positive)))
             for way, pairs in found.items():
                 area, caught = np.mean(pairs, 0).tolist()
-                row = {"reader": reader, "prompts": count, "way": way, "trials": len(pairs)}
+                row = {"reader": reader, "prompts": drawn, "way": way, "trials": len(pairs)}
                 rows.append({**row, "auroc": area, "recall": caught})
     head = ("reader", "prompts", "score", "AUROC", f"recall at {RATE:.0%} false positives")
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
