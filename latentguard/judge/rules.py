@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from latentguard.deprecated import Former
 from latentguard.judge.model_id import ModelId, PolicyId
+from latentguard.judge.scheme import Scheme
 from latentguard.judge.verdict import ACTIONS, SCHEMA_VERSION, SEVERITIES, listed
 
 PURE_NOISE = 1e6
@@ -49,7 +50,7 @@ class Rule:
     """What a policy says of one concept.
 
     noise_window: the noise levels at which it is judged before the end, both included.
-    steer: only where the action is steer.
+    steer: only where the action is steer. taxonomy: its categories in published hazard schemes.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Rule:
     threshold: Threshold
     noise_window: tuple[float, float]
     steer: Steer | None
+    taxonomy: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, concept: Mapping[str, Any]) -> Rule:
@@ -91,6 +93,10 @@ class Rule:
             threshold=Threshold(kind, value),
             noise_window=window,
             steer=None if steer is None else Steer(float(steer["strength"]), steer["iterations"]),
+            taxonomy={
+                scheme: tuple(categories)
+                for scheme, categories in (concept.get("taxonomy") or {}).items()
+            },
         )
 
     def judged_at(self, noise_level: float) -> bool:
@@ -163,6 +169,7 @@ class Rules:
     description: for people. on_error: the decision on an image that could not be judged.
     uncovered: `warn` where the policy accepts that a model does not see all of its concepts.
     locked: calibrated margins by (model, its SHA-256, space, concept), None without a lock file.
+    schemes: the published hazard schemes that a concept is mapped to, by name.
     """
 
     policy: PolicyId
@@ -172,6 +179,7 @@ class Rules:
     concepts: tuple[Rule, ...]
     cascade: Escalation | None = None
     locked: Mapping[_Key, Calibrated] | None = None
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Rules:
@@ -194,15 +202,30 @@ class Rules:
                 concepts=tuple(Rule.of(concept) for concept in plain["concepts"]),
                 cascade=cascade and Escalation(cascade["first"], float(cascade["unsure"])),
                 locked=None if lock is None else _locked(lock["entries"]),
+                schemes={
+                    name: Scheme.of(name, scheme)
+                    for name, scheme in (plain.get("taxonomies") or {}).items()
+                },
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             kind = type(error).__name__
             raise ValueError(f"policy: cannot be read ({kind}: {error})") from error
         if not rules.concepts:
             raise ValueError("policy: has no concepts")
         if len(set(rules.ids)) < len(rules.ids):
             raise ValueError("policy: two concepts have the same id")
+        rules._check_taxonomies()
         return rules
+
+    def _check_taxonomies(self) -> None:
+        for rule in self.concepts:
+            for name, categories in rule.taxonomy.items():
+                known = self.schemes[name].categories if name in self.schemes else ()
+                if not all(category in known for category in categories):
+                    raise ValueError(
+                        f"policy: concept '{rule.id}' is mapped to {listed(categories)} of "
+                        f"taxonomy '{name}', which is not there"
+                    )
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
@@ -213,6 +236,32 @@ class Rules:
     def prompts(self) -> tuple[str, ...]:
         """The prompts of all concepts, concept after concept."""
         return tuple(prompt for rule in self.concepts for prompt in rule.prompts)
+
+    @cached_property
+    def mapped(self) -> Mapping[str, Mapping[str, tuple[Rule, ...]]]:
+        """For each scheme the concepts of each category that has some, in the scheme's order.
+
+        A category's concepts are also those of the categories that it holds.
+        """
+        return {
+            name: {
+                category: rules
+                for category in scheme.categories
+                if (rules := tuple(r for r in self.concepts if _falls(r, scheme, category)))
+            }
+            for name, scheme in self.schemes.items()
+        }
+
+    def scheme(self, name: str) -> Scheme:
+        """A hazard scheme that a concept is mapped to. Raises ValueError for any other."""
+        found = self.schemes.get(name)
+        if found is None:
+            known = ", ".join(self.schemes) or "none"
+            raise ValueError(
+                f"policy '{self.policy.name}' maps no concept to the taxonomy '{name}'; those that "
+                f"it maps to: {known}"
+            )
+        return found
 
     def __getitem__(self, concept: str) -> Rule:
         """A concept by its id."""
@@ -344,6 +393,11 @@ class BoundRules:
         return math.log(p / (1 - p)) / scale
 
     limit = Former("threshold")
+
+
+def _falls(rule: Rule, scheme: Scheme, category: str) -> bool:
+    """Whether a concept falls under a category, or under one that it holds."""
+    return any(category in scheme.above(own) for own in rule.taxonomy.get(scheme.name, ()))
 
 
 def on_error_of(plain: Any) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from latentguard.deprecated import Former
+from latentguard.judge.categories import Categories
 from latentguard.judge.model_id import ModelId
 
 SCHEMA_VERSION = 1
@@ -80,6 +81,7 @@ class Verdict:
     being judged, or None. noise_level: noise-to-signal ratio, 0 is clean, inf where it is infinite
     or unknown (null in JSON). concepts: every concept that could be scored, matched or not.
     model: the encoder that scored it, None where none did or none was named.
+    taxonomies: the same in the words of published hazard schemes, where that was asked for.
     """
 
     schema_version: int
@@ -89,6 +91,7 @@ class Verdict:
     noise_level: float
     concepts: tuple[ConceptScore, ...]
     model: ModelId | None = None
+    taxonomies: tuple[Categories, ...] = ()
 
     @property
     def matched(self) -> tuple[ConceptScore, ...]:
@@ -101,7 +104,10 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON-able data."""
-        data = asdict(self)
+        data = asdict(replace(self, taxonomies=()))
+        del data["taxonomies"]
+        if self.taxonomies:
+            data["taxonomies"] = {found.scheme: found.to_dict() for found in self.taxonomies}
         data["noise_level"] = self.noise_level if math.isfinite(self.noise_level) else None
         data["concepts"] = [
             {**concept, "unseen": list(concept["unseen"])} for concept in data["concepts"]
@@ -132,6 +138,10 @@ class Verdict:
             noise_level=math.inf if noise_level is None else noise_level,
             concepts=tuple(_read_concept(item) for item in _read(data, "concepts", list)),
             model=_read_model(data),
+            taxonomies=tuple(
+                Categories.from_dict(scheme, found)
+                for scheme, found in _read_mapping(data, "taxonomies").items()
+            ),
         )
 
 
@@ -151,6 +161,16 @@ def _read(data: Mapping[str, Any], key: str, kind: type, *, or_none: bool = Fals
         return float(value)
     if kind is float or not isinstance(value, kind):
         raise ValueError(f"verdict: {key} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _read_mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What may be missing."""
+    value = data.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"verdict: {key} must be a mapping, got {value!r}")
     return value
 
 

@@ -4,7 +4,8 @@ A policy is one YAML file; docs/policies.md describes every key. What is loaded 
 complete: `Policy.to_dict()` is the same as JSON-able data, which is all that `latentguard.judge`
 needs. Calibrated thresholds lie beside the policy in NAME.lock.yaml.
 
-fields: what each kind of value accepts. models: Policy and its parts. lock: calibrated thresholds.
+fields: what each kind of value accepts. taxonomies: published hazard schemes. models: Policy and
+its parts. lock: calibrated thresholds.
 loading: files to policies. problems: what is wrong, in sentences. latentguard/yaml_nodes.py reads
 untrusted YAML to values that know their lines.
 """
@@ -27,6 +28,7 @@ from latentguard.policy.lock import (
     write_lock,
 )
 from latentguard.policy.models import Concept, Policy, Schedule, Steer, Threshold
+from latentguard.policy.taxonomies import Scheme, schemes
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -36,6 +38,7 @@ __all__ = [
     "LockEntry",
     "Policy",
     "Schedule",
+    "Scheme",
     "Steer",
     "Threshold",
     "json_schema",
@@ -45,6 +48,7 @@ __all__ = [
     "lock_path",
     "parse_lock",
     "parse_policy",
+    "schemes",
     "shipped_policies",
     "write_lock",
 ]

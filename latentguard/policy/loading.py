@@ -11,6 +11,7 @@ from latentguard.errors import PolicyError
 from latentguard.policy.lock import Lock, lock_path, parse_lock
 from latentguard.policy.models import Policy
 from latentguard.policy.problems import closest, validate
+from latentguard.policy.shipped import shipped_files
 from latentguard.yaml_nodes import clip, compose, line_of, problems_error, read_bytes
 
 
@@ -113,14 +114,7 @@ def lines_of(
 
 def shipped_policies() -> dict[str, Path]:
     """The policies that come with latentguard, by name."""
-    package = Path(__file__).resolve().parents[1]
-    # Installed they lie inside the package, in a checkout beside it.
-    for folder in (package / "policies", package.parent / "policies"):
-        files = sorted(folder.glob("*.yaml"))
-        names = {f.stem: f for f in files if not f.name.endswith(".lock.yaml")}
-        if names:
-            return names
-    return {}
+    return shipped_files()
 
 
 def json_schema() -> dict[str, Any]:

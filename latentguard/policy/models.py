@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, PrivateAttr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from latentguard.deprecated import Former
 from latentguard.policy.fields import (
@@ -29,6 +29,7 @@ from latentguard.policy.fields import (
     rule,
 )
 from latentguard.policy.lock import Lock
+from latentguard.policy.taxonomies import Taxonomy, schemes
 from latentguard.yaml_nodes import show
 
 Action = Literal["observe", "review", "steer", "block"]
@@ -114,6 +115,8 @@ class Concept(Frozen):
     noise_window: NoiseWindow = (0.0, None)
     """[low, high] noise levels (noise-to-signal ratio, 0 is clean) at which it is judged during
     denoising; null is no upper end. Final latents are always judged."""
+    taxonomy: Taxonomy = Field(default_factory=dict)
+    """The categories of published hazard schemes that it falls under, by the scheme's name."""
 
     @model_validator(mode="after")
     def _contrast_differs(self) -> Self:
@@ -256,10 +259,11 @@ class Policy(Frozen):
         ).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """The policy as JSON-able data, complete with `sha256` and `lock`.
+        """The policy as JSON-able data, complete with `sha256`, `lock` and `taxonomies`.
 
         Each concept's `threshold` is {"kind", "value"}, and `steer` is {"strength", "iterations"}
-        exactly where the action is steer, else None.
+        exactly where the action is steer, else None. `taxonomies` has the schemes that a concept
+        is mapped to, with all of their categories.
         """
         data = self.model_dump(mode="json")
         for concept, model in zip(data["concepts"], self.concepts, strict=True):
@@ -268,6 +272,8 @@ class Policy(Frozen):
             concept["steer"] = (model.steer or Steer()).model_dump() if steered else None
         data["sha256"] = self.sha256
         data["lock"] = self._lock.model_dump(mode="json") if self._lock else None
+        used = {name for concept in self.concepts for name in concept.taxonomy}
+        data["taxonomies"] = {name: schemes()[name].to_dict() for name in sorted(used)}
         return data
 
     plain = Former("to_dict")
