@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from latentguard.encoders import Encoder
+    from latentguard.judge import Rules
     from latentguard.policy import Concept, Policy
 
 policy_app = typer.Typer(
@@ -51,6 +55,13 @@ def list_() -> None:
 def show(
     name: str = typer.Argument(help="The name of a policy that ships, or the path of a file."),
     as_json: bool = typer.Option(False, "--json", help="Print all of it as one JSON object."),
+    taxonomy: list[str] = typer.Option(
+        [],
+        metavar="NAME",
+        help="Show which concepts fall under each category of a published scheme, too (mlcommons, "
+        "openai, azure, rekognition). May be repeated.",
+        show_default=False,
+    ),
 ) -> None:
     """Show what a policy looks for, at which thresholds, and what it does."""
     from latentguard.policy import load_policy
@@ -84,6 +95,39 @@ def show(
             escape(visible(", ".join(concept.prompts), 4000)),
         )
     console.print(table)
+    for scheme in taxonomy:
+        _show_taxonomy(console, policy, scheme)
+
+
+def _show_taxonomy(console: Console, policy: Policy, name: str) -> None:
+    """The concepts of each category that has some. Raises PolicyError where none has."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    rules = _mapped(policy, name)
+    scheme = rules.scheme(name)
+    console.print(escape(f"{scheme.title} {scheme.version}, {scheme.source}"))
+    table = Table("category", "name", "concepts")
+    for category, concepts in rules.mapped[name].items():
+        ids = ", ".join(rule.id for rule in concepts)
+        table.add_row(escape(category), escape(scheme.categories[category]), escape(ids))
+    console.print(table)
+    unmapped = [rule.id for rule in rules.concepts if name not in rule.taxonomy]
+    if unmapped:
+        console.print(f"in no category of {name}: {escape(', '.join(unmapped))}")
+
+
+def _mapped(policy: Policy, scheme: str) -> Rules:
+    """The rules of a policy that maps concepts to a scheme. Raises PolicyError for any other."""
+    from latentguard.errors import PolicyError
+    from latentguard.judge import Rules
+
+    rules = Rules.of(policy.to_dict())
+    try:
+        rules.scheme(scheme)
+    except ValueError as error:
+        raise PolicyError(str(error)) from error
+    return rules
 
 
 @policy_app.command()
@@ -94,6 +138,13 @@ def check(
     ),
     space: str | None = typer.Option(
         None, help="Latent space, where the model reads several (nano-view) and policies name none."
+    ),
+    taxonomy: list[str] = typer.Option(
+        [],
+        metavar="NAME",
+        help="Name the concepts that fall under no category of a published scheme, and with "
+        "--model its categories that the model cannot see. May be repeated.",
+        show_default=False,
     ),
 ) -> None:
     """Check policies: every error of every file, with its line. Exit code 2 when there is any."""
@@ -120,6 +171,13 @@ def check(
         failed = failed or refused
         if not refused:
             typer.echo(f"{name}: ok, {len(policy.concepts)} concepts, sha256 {policy.sha256}")
+        for scheme in taxonomy:
+            try:
+                for sentence in _taxonomy_notes(policy, scheme, encoder):
+                    typer.echo(visible(f"{name}: note: {sentence}", 4000), err=True)
+            except PolicyError as error:
+                failed = True
+                typer.echo(visible(f"{name}: {error}", 4000), err=True)
         for concept in policy.concepts:
             if concept.threshold.kind == "fpr" and not _is_calibrated(policy, concept):
                 typer.echo(
@@ -130,6 +188,28 @@ def check(
                 )
     if failed:
         raise typer.Exit(EXIT_USAGE)
+
+
+def _taxonomy_notes(policy: Policy, name: str, encoder: Encoder | None) -> Iterator[str]:
+    """What a verdict in a scheme's words leaves out. Raises PolicyError where it has none."""
+    rules = _mapped(policy, name)
+    unmapped = [rule.id for rule in rules.concepts if name not in rule.taxonomy]
+    if unmapped:
+        yield f"in no category of {name}: {', '.join(unmapped)}"
+    if encoder is None:
+        return
+    from latentguard.concepts import coverage_of
+
+    seen = {
+        concept.id: len(found.unseen) < len(concept.prompts)
+        for concept, found in zip(policy.concepts, coverage_of(policy, encoder), strict=True)
+    }
+    for category, concepts in rules.mapped[name].items():
+        if not any(seen[rule.id] for rule in concepts):
+            ids = ", ".join(rule.id for rule in concepts)
+            yield (
+                f"{encoder.name} sees nothing of {name} '{category}', whose score is null ({ids})"
+            )
 
 
 def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
@@ -214,6 +294,10 @@ def _settings(policy: Policy) -> list[str]:
     )
     if policy.contrast:
         lines.append(f"compared with {len(policy.contrast)} shared contrast prompts")
+    schemes = policy.to_dict()["taxonomies"]
+    if schemes:
+        told = ", ".join(f"{name} {scheme['version']}" for name, scheme in schemes.items())
+        lines.append(f"mapped to the taxonomies {told}")
     if policy.lock:
         lines.append(f"lock file: {len(policy.lock.entries)} calibrated entries")
     return lines

@@ -137,6 +137,13 @@ def scan(
         "large images and costs several times as much.",
         show_default="the policy's",
     ),
+    taxonomy: list[str] = typer.Option(
+        [],
+        metavar="NAME",
+        help="Tell verdicts in the categories of a published scheme, too, as far as the policy is "
+        "mapped to it: mlcommons, openai, azure, rekognition. May be repeated.",
+        show_default=False,
+    ),
     output_format: Format = typer.Option(
         "table", "--format", help="Table, one JSON object per line, or CSV."
     ),
@@ -241,6 +248,11 @@ def scan(
         "task": task,
     }
     if run_place is not None:
+        if taxonomy:
+            raise UsageError(
+                "--taxonomy is not for runs: their records have every concept's score, which "
+                "`latentguard.judge.categorize` tells in a taxonomy's words at any time"
+            )
         if report or output or heatmap or output_format != "table":
             raise UsageError(
                 "a run writes its records into its folder: leave out --report, --output, --heatmap "
@@ -287,6 +299,7 @@ def scan(
         runtime=runtime,
         sha256=sha256,
         views=views,
+        taxonomies=taxonomy,
     )
     summary = Summary(run.policy_id, passed=run.passed)
     page = Report(run.rules, max_cards) if report else None
@@ -349,7 +362,7 @@ def _sink(output_format: Format, file: TextIO, run: Scan) -> Sink:
     if output_format == "json":
         return JsonLines(file)
     if output_format == "csv":
-        return Csv(file, run.rules)
+        return Csv(file, run.rules, run.taxonomies)
     from latentguard.scan.table import Table
 
     return Table(file)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentguard.judge import ConceptScore
+from latentguard.judge import Categories, ConceptScore
 from latentguard.scan.image import heat_png, outline
 from latentguard.scan.record import ScanRecord
 from latentguard.scan.report_data import Card
@@ -51,6 +51,7 @@ class CardView:
     heats: list[Heat]
     rows: list[Row]
     unchecked: list[str]
+    categories: list[str]
 
     @classmethod
     def of(cls, card: Card, scales: Scales, mixed_models: bool) -> CardView:
@@ -76,6 +77,7 @@ class CardView:
                 _row(c, scales, mapped.index(c.id) + 1 if c.id in mapped else None) for c in seen
             ],
             unchecked=unchecked,
+            categories=[_told(found) for found in record.verdict.taxonomies],
         )
 
 
@@ -96,6 +98,22 @@ def _where(record: ScanRecord, mixed_models: bool) -> str:
     if mixed_models and record.model:
         parts.append(record.model.name)
     return " · ".join(parts)
+
+
+def _told(found: Categories) -> str:
+    """An image in a scheme's words: flagged categories with their scores, and the gaps."""
+    parts = []
+    for category in found.flagged:
+        name = found.names[category]
+        level = (found.severities or {}).get(category)
+        parts.append(
+            (name if name == category else f"{category} {name}")
+            + f" {found.scores[category]:.3f}"
+            + ("" if level is None else f", severity {level}")
+        )
+    text = f"{found.scheme} {found.version}: {'; '.join(parts) or 'nothing flagged'}"
+    unscored = [category for category, score in found.scores.items() if score is None]
+    return text + (f" · not checked: {', '.join(unscored)}" if unscored else "")
 
 
 def _reason(record: ScanRecord) -> str:

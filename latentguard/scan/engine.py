@@ -6,12 +6,13 @@ makes the scan as a whole meaningless (the policy, the model) raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from latentguard.errors import PolicyError
 from latentguard.files import Dtype, PassedOver, Reading, read_records
 from latentguard.judge import PolicyId, Rules
 from latentguard.policy import Policy
@@ -51,6 +52,7 @@ def scan_files(
     runtime: Runtime = "torch",
     sha256: str | None = None,
     views: Views | None = None,
+    taxonomies: Sequence[str] = (),
 ) -> Iterator[ScanRecord]:
     """Moderate latents files: one record per image, in the order of the paths, as they come.
 
@@ -72,6 +74,8 @@ def scan_files(
         sha256: of that file, which must have it.
         views: "whole", or "crops" to read an image in overlapping crops besides, which finds small
             objects in large images; None is what the policy says.
+        taxonomies: published hazard schemes that the policy's concepts are mapped to; each verdict
+            then has `taxonomies`, the same in the words of each.
 
     Yields:
         ScanRecords. An image that cannot be read has decision block and an error; one that was
@@ -107,6 +111,7 @@ def scan_files(
             runtime=runtime,
             sha256=sha256,
             views=views,
+            taxonomies=taxonomies,
         )
     )
 
@@ -142,6 +147,7 @@ class Scan:
     runtime: Runtime = "torch"
     sha256: str | None = None
     views: Views | None = None
+    taxonomies: Sequence[str] = ()
     seconds: float = field(init=False, default=0.0)
     passed: PassedOver = field(init=False, default_factory=PassedOver)
     reading: Reading = field(init=False)
@@ -173,7 +179,13 @@ class Scan:
             sha256=self.sha256,
             views=self.views,
         )
-        self._judging = Judging(self._judges, self.previews, self.heatmaps)
+        self.taxonomies = tuple(dict.fromkeys(self.taxonomies))
+        for name in self.taxonomies:
+            try:
+                self.rules.scheme(name)
+            except ValueError as error:
+                raise PolicyError(str(error)) from error
+        self._judging = Judging(self._judges, self.previews, self.heatmaps, self.taxonomies)
 
     @property
     def rules(self) -> Rules:

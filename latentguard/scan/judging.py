@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentGuardError, LatentsError
 from latentguard.files import ArrayRecord
-from latentguard.judge import Heatmaps, ModelId, Rules, Verdict, failed
+from latentguard.judge import Heatmaps, ModelId, Rules, Verdict, failed, with_taxonomies
 from latentguard.scan.judges import Judges, SpaceJudge
 from latentguard.scan.record import ScanRecord, rank
 from latentguard.text import first_line
@@ -32,10 +32,17 @@ class Judging:
     seconds: what judging took so far, without loading models.
 
     previews, heatmaps: whether records carry an RGB view and heat maps of margins.
+    taxonomies: the published hazard schemes in whose words verdicts are told, too.
     """
 
-    def __init__(self, judges: Judges, previews: bool = False, heatmaps: bool = False) -> None:
-        self.judges = judges
+    def __init__(
+        self,
+        judges: Judges,
+        previews: bool = False,
+        heatmaps: bool = False,
+        taxonomies: Sequence[str] = (),
+    ) -> None:
+        self.judges, self._taxonomies = judges, taxonomies
         self._previewed, self._heated = previews, heatmaps
         self.seconds = 0.0
 
@@ -124,7 +131,7 @@ class Judging:
             index=record.index,
             id=record.id,
             space=latents.space.name if latents is not None else None,
-            verdict=verdict,
+            verdict=with_taxonomies(verdict, self.rules, self._taxonomies),
             policy=self.rules.policy,
             model=model,
             size=(latents.height, latents.width) if latents is not None else None,

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from latentguard.deprecated import former_keywords
 from latentguard.judge import ConceptScore
+from latentguard.scan.category_counts import CategoryCounts
 from latentguard.scan.record import ScanRecord
 from latentguard.scan.shortlist import Shortlist
 from latentguard.scan.text import visible
@@ -44,9 +45,11 @@ class Table:
         self._console = _Console(file=file, highlight=False, emoji=False, width=width)
         self._rows = Shortlist(max_rows)
         self._unseen: dict[str, tuple[ConceptScore, ...]] = {}
+        self._categories = CategoryCounts()
 
     def add(self, record: ScanRecord) -> None:
         self._rows.add(record)
+        self._categories.add(record)
         unseen = tuple(c for c in record.verdict.concepts if c.unseen or not c.covered)
         if unseen and record.judged_by:
             self._unseen.setdefault(record.judged_by.name, unseen)
@@ -92,6 +95,7 @@ class Table:
                         f"{visible(model)} cannot see, and did not check, {noun} of "
                         f"{visible(concept.id)}: {prompts}"
                     )
+        yield from self._categories.lines()
         if shown < self._rows.seen:
             yield (
                 f"{shown:,} of {self._rows.seen:,} images are shown, those not allowed before the "
