@@ -5,6 +5,8 @@
 
     curl --data-binary @latents.npy 'localhost:8000/v1/verdicts?space=flux2&scaled=true'
 
+`POST /v1/moderations` answers clients of a moderation endpoint in the shape that they know.
+
 It fails closed: 200 is the only answer that can allow an image. Every other one says
 `"decision": "block"`; so must a client that gets no answer.
 """
@@ -16,26 +18,30 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import numpy as np
 import uvicorn
-from checks import Limits, Refused, check_form, read_latents
+from checks import Given, Limits, Refused, check_form, read_latents
 from connections import connections, may_be_open
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from measures import Measures
+from moderations import PATH, answer, check_mapped, error_body, read_inputs
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from latentguard.runtime import Batching, Guard, LatentsError, ModelError, Overloaded, Verdict
 
 logger = logging.getLogger("latentguard.serve")
+
+Read = Callable[[bytes], list[Given]]
+"""What makes latents of a body, an item for each array. Raises Refused."""
 
 
 class Service:
@@ -48,10 +54,8 @@ class Service:
         self._inside = 0
         self._threads = ThreadPoolExecutor(limits.max_requests, thread_name_prefix="judge")
 
-    async def verdicts(
-        self, request: Request, asked: dict[str, Any], noise_level: float
-    ) -> list[Verdict]:
-        """The answer to one request; `asked` as `read_latents` takes it. Raises Refused."""
+    async def verdicts(self, request: Request, read: Read, noise_level: float) -> list[Verdict]:
+        """The answer to one request, whose body `read` reads. Raises Refused."""
         if not self.ready or self._inside >= self.limits.max_requests:
             await self.discard(request)
             raise Refused(503, "not ready yet" if not self.ready else "too many requests")
@@ -61,7 +65,7 @@ class Service:
         try:
             data = await self._receive(request)
             job = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._judge, data, asked, noise_level
+                self._threads, self._judge, data, read, noise_level
             )
             # A job that is late still occupies its thread: its place is free when it ends.
             job.add_done_callback(self._leave)
@@ -88,14 +92,16 @@ class Service:
         self._threads.shutdown()
         self.guard.close()
 
-    def _judge(self, data: bytes, asked: dict[str, Any], noise_level: float) -> list[Verdict]:
-        latents, height, width = read_latents(data, asked, self.guard, self.limits)
-        try:
-            return self.guard.scan(latents, noise_level, height=height, width=width)
-        except LatentsError as error:
-            raise Refused(422, str(error)) from error
-        except Overloaded as error:
-            raise Refused(503, str(error)) from error
+    def _judge(self, data: bytes, read: Read, noise_level: float) -> list[Verdict]:
+        found: list[Verdict] = []
+        for latents, height, width in read(data):
+            try:
+                found += self.guard.scan(latents, noise_level, height=height, width=width)
+            except LatentsError as error:
+                raise Refused(422, str(error)) from error
+            except Overloaded as error:
+                raise Refused(503, str(error)) from error
+        return found
 
     def _leave(self, job: asyncio.Future[Any] | None) -> None:
         if job is not None and not job.cancelled():
@@ -133,6 +139,22 @@ class Service:
             return
 
 
+@dataclass
+class AskedOf:
+    """What the query of a request says of its latents."""
+
+    space: Annotated[str | None, Query(max_length=100)] = None
+    scaled: bool | None = None
+    layout: Annotated[str | None, Query(max_length=100)] = None
+    noise_level: Annotated[float, Query(ge=0)] = 0.0
+    height: Annotated[int | None, Query(ge=1, le=1 << 20)] = None
+    width: Annotated[int | None, Query(ge=1, le=1 << 20)] = None
+
+    def said(self) -> dict[str, Any]:
+        """As `read_latents` takes it."""
+        return {key: value for key, value in vars(self).items() if key != "noise_level"}
+
+
 def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
     """The application around a guard, which it closes in the end."""
     service = Service(guard, limits or Limits())
@@ -155,37 +177,45 @@ def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
     )
     app.state.service = service
 
-    @app.post("/v1/verdicts")
-    async def verdicts(
+    async def judged(
         request: Request,
-        space: Annotated[str | None, Query(max_length=100)] = None,
-        scaled: bool | None = None,
-        layout: Annotated[str | None, Query(max_length=100)] = None,
-        noise_level: Annotated[float, Query(ge=0)] = 0.0,
-        height: Annotated[int | None, Query(ge=1, le=1 << 20)] = None,
-        width: Annotated[int | None, Query(ge=1, le=1 << 20)] = None,
-    ) -> Response:
+        asked: AskedOf,
+        read: Read,
+        check: Callable[[Guard], None] = lambda _: None,
+    ) -> list[Verdict]:
+        """The verdicts on a body that may be read at all; counted."""
         began = time.perf_counter()
         announced = request.headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > service.limits.max_bytes:
             raise Refused(413, f"the body is larger than {service.limits.max_bytes} bytes")
         try:
             check_form(request.headers)
+            check(guard)
         except Refused:
             await service.discard(request)
             raise
-        asked = {
-            "space": space,
-            "scaled": scaled,
-            "layout": layout,
-            "height": height,
-            "width": width,
-        }
-        found = await service.verdicts(request, asked, noise_level)
+        found = await service.verdicts(request, read, asked.noise_level)
         service.measures.judged(found, time.perf_counter() - began)
+        return found
+
+    @app.post("/v1/verdicts")
+    async def verdicts(request: Request, asked: Annotated[AskedOf, Depends()]) -> Response:
+        found = await judged(
+            request, asked, lambda data: [read_latents(data, asked.said(), guard, service.limits)]
+        )
         return JSONResponse(
             {"verdicts": [verdict.to_dict() for verdict in found], "sha256": guard.sha256}
         )
+
+    @app.post(PATH)
+    async def moderations(request: Request, asked: Annotated[AskedOf, Depends()]) -> Response:
+        found = await judged(
+            request,
+            asked,
+            lambda data: read_inputs(data, asked.said(), guard, service.limits),
+            check_mapped,
+        )
+        return JSONResponse(answer(found, guard))
 
     @app.get("/v1/guard")
     async def about() -> dict[str, Any]:
@@ -214,31 +244,33 @@ def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
         text, kind = service.measures.text()
         return Response(text, media_type=kind)
 
-    def refuse(status: int, reason: str) -> JSONResponse:
+    def refuse(request: Request, status: int, reason: str) -> JSONResponse:
         service.measures.answers.labels(status).inc()
         headers = {"Retry-After": "1"} if status == 503 else None
+        if request.url.path == PATH:
+            return JSONResponse(error_body(status, reason), status, headers)
         return JSONResponse({"decision": "block", "error": reason}, status, headers)
 
     @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
-        return refuse(error.status, error.reason)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return refuse(request, error.status, error.reason)
 
     @app.exception_handler(HTTPException)
-    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
-        return refuse(error.status_code, str(error.detail))
+    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        return refuse(request, error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return refuse(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return refuse(request, 422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
-        return refuse(400, "the client went away")
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return refuse(request, 400, "the client went away")
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        return refuse(500, "an error of the service; these images were not judged")
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return refuse(request, 500, "an error of the service; these images were not judged")
 
     return app
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.files.claims import Claims
+from latentguard.files.claims import Claims, Payload
 from latentguard.files.numpy_files import open_npy
 from latentguard.files.safetensors_files import open_safetensors
+from latentguard.files.torch_files import open_torch
 from latentguard.runtime import Guard, LatentsError
 from latentguard.spaces.arrays import widened
 
+_ZIP = b"PK\x03\x04"
 # What people send by mistake, by how it begins.
 _OTHERS = {
     b"\x1f\x8b": "compressed by gzip",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"PK\x03\x04": "a zip archive, as .pt and .npz files are",
+    _ZIP: "a zip archive, as .pt and .npz files are",
 }
 
 
@@ -78,25 +80,33 @@ def check_form(headers: Mapping[str, str]) -> None:
         )
 
 
-def read_latents(data: bytes, asked: Mapping[str, Any], guard: Guard, limits: Limits) -> Given:
+def read_latents(
+    data: bytes,
+    asked: Mapping[str, Any],
+    guard: Guard,
+    limits: Limits,
+    *,
+    what: str = "the body",
+    torch_files: bool = False,
+) -> Given:
     """The latents in a .npy or .safetensors file, told apart by how they begin.
 
     asked: what the query says of them: space, scaled, layout, height, width; None or missing where
     it says nothing. What neither says, or the two say differently, is refused, not guessed.
+    what: what the data are, in messages. torch_files: read .pt files, too.
 
     Raises Refused. Nothing is unpickled, and no size is believed; see `latentguard.files`.
     """
     for begins, kind in _OTHERS.items():
-        if data.startswith(begins):
+        if data.startswith(begins) and not (torch_files and begins == _ZIP):
             raise Refused(
                 422,
-                f"the body is {kind}: send the bytes of a .npy or .safetensors file as they are",
+                f"{what} is {kind}: send the bytes of a .npy or .safetensors file as they are",
             )
     stream = io.BytesIO(data)
     try:
         claims = Claims.parse(asked)
-        opener = open_npy if data.startswith(b"\x93NUMPY") else open_safetensors
-        payload = opener(stream, len(data), claims)
+        payload = _opener(data)(stream, len(data), claims)
         payload.beside.check()
         _check_convention(payload.claims, guard)
         images = []
@@ -105,7 +115,7 @@ def read_latents(data: bytes, asked: Mapping[str, Any], guard: Guard, limits: Li
                 raise image
             images.append(widened(image))
     except LatentsError as error:
-        raise Refused(422, f"the body cannot be read: {error}") from error
+        raise Refused(422, f"{what} cannot be read: {error}") from error
     if len(images) > limits.max_images:
         raise Refused(413, f"more than {limits.max_images} images in a request")
     latents = np.stack(images)
@@ -116,6 +126,12 @@ def read_latents(data: bytes, asked: Mapping[str, Any], guard: Guard, limits: Li
         raise Refused(413, f"images of {cells} latent cells; at most {limits.max_cells}")
     found = payload.claims
     return Given(latents, found.height, found.width)
+
+
+def _opener(data: bytes) -> Callable[[BinaryIO, int, Claims], Payload]:
+    if data.startswith(b"\x93NUMPY"):
+        return open_npy
+    return open_torch if data.startswith(_ZIP) else open_safetensors
 
 
 def _check_convention(claims: Claims, guard: Guard) -> None:

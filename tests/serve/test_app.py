@@ -27,9 +27,9 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "httpx2"):
     pytest.importorskip(package, reason=f"the example needs {package}")
 
 import httpx2  # noqa: E402
-import uvicorn  # noqa: E402
-from app import create_app, serving  # noqa: E402
+from app import create_app  # noqa: E402
 from checks import Limits  # noqa: E402
+from http_helpers import listening, npy  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from latentguard.runtime import Guard, Verdict  # noqa: E402
@@ -38,12 +38,6 @@ Array = Any
 APP = Path(__file__).resolve().parents[2] / "examples" / "serve" / "app.py"
 VERDICTS = "/v1/verdicts"
 SAID = {"space": "flux2", "scaled": "true"}
-
-
-def npy(array: Array) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -410,23 +404,6 @@ def test_a_request_under_way_is_answered_before_the_end(
     assert process.wait(timeout=300) in (0, -signal.SIGTERM)
     with pytest.raises(httpx2.TransportError):
         httpx2.get(f"{url}/healthz")
-
-
-@contextlib.contextmanager
-def listening(guard: Guard, limits: Limits) -> Iterator[tuple[str, int]]:
-    """The service on a socket of its own, in this process; its host and port."""
-    config = uvicorn.Config(create_app(guard, limits), port=0, **serving(limits))
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[:2]
-    finally:
-        server.should_exit = True
-        thread.join(timeout=60)
 
 
 @pytest.fixture
