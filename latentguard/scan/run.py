@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +177,11 @@ def open_run(
 
 def _begin(store: Store, options: RunOptions, judges: Judges, shards: list[Shard]) -> bytes:
     """Write what the run is, unless another process has just done so; what is there now."""
+    # Whoever may read what came of a run needs no signature or password of what was scanned.
     lines = "".join(
-        json.dumps({"number": s.number, "files": s.files, "error": s.error}) + "\n" for s in shards
+        json.dumps({"number": s.number, "files": list(map(shown, s.files)), "error": s.error})
+        + "\n"
+        for s in shards
     ).encode("ascii")
     digest = hashlib.sha256(lines).hexdigest()
     store.write(_list_name(digest), lines)
@@ -231,9 +234,11 @@ def _agreed(
         Shard(one["number"], tuple(one["files"]), one["error"])
         for one in map(json.loads, lines.splitlines())
     ]
-    if planned is not None:
-        _check_same_files(place, shards, planned)
-    return shards
+    if planned is None:
+        return shards
+    _check_same_files(place, shards, planned)
+    files = iter([name for shard in planned for name in shard.files])
+    return [replace(shard, files=tuple(next(files) for _ in shard.files)) for shard in shards]
 
 
 def _brief(value: Any) -> str:
@@ -242,15 +247,16 @@ def _brief(value: Any) -> str:
 
 
 def _check_same_files(place: str, shards: list[Shard], planned: list[Shard]) -> None:
-    begun = [name for shard in shards for name in shard.files]
-    now = [name for shard in planned for name in shard.files]
+    begun = [shown(name) for shard in shards for name in shard.files]
+    now = [shown(name) for shard in planned for name in shard.files]
     if begun == now:
         return
-    for first, second, what in ((now, begun, "has not"), (begun, now, "has")):
-        other = [name for name in first if name not in set(second)] if first != second else []
-        if other:
+    for these, those, what in ((now, begun, "has not"), (begun, now, "has")):
+        known = set(those)
+        other = next((name for name in these if name not in known), None)
+        if other is not None:
             raise UsageError(
-                f"the run in {place} {what} {shown(other[0])} and is of {len(begun):,} files, the "
+                f"the run in {place} {what} {other} and is of {len(begun):,} files, the "
                 f"paths given hold {len(now):,}: begin another run for what is new"
             )
     raise UsageError(f"the run in {place} has its files in another order: give the same paths")

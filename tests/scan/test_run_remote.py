@@ -65,17 +65,20 @@ def test_an_address_that_answers_500_half_of_the_time(tmp_path: Path, calm: Path
     whole = plain(shards, calm)
     random_ = random.Random(2)
     with serving(tmp_path / "shards") as server:
-        address = f"{server.address}/{{00000..00003}}.tar"
+        address = f"{server.address}/{{00000..00003}}.tar?signature=secret"
         server.fails = lambda: random_.random() < 0.5
         run = scan_run(tmp_path / "run", options, [address])
         server.fails = lambda: False
         # With bad luck a shard failed eight times in a row; then it is in the quarantine.
+        address = address.replace("secret", "of-today")
         run = scan_run(tmp_path / "run", options, [address], resume=True)
         rows = records_of(run)
         assert [row["source"] for row in rows[::2]] == [
             f"{server.address}/{n:05d}.tar::{n:03d}000.latent.npy" for n in range(4)
         ]
     assert _without_source(rows) == _without_source(whole)
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or b"signature" not in path.read_bytes()
 
 
 def test_an_address_that_is_down_is_tried_again_by_the_next(tmp_path: Path, calm: Path) -> None:
