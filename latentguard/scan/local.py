@@ -30,6 +30,9 @@ from latentguard.scan.unit import Unit
 ATTEMPTS = 3
 """How many readers may die of a shard before it counts as one that cannot be read."""
 
+STARTS = 10
+"""How many readers in a row may be killed before they are ready."""
+
 MAX_MEMORY = 256 << 20
 """Bytes of decoded latents that are on their way, unless said otherwise."""
 
@@ -335,7 +338,7 @@ class _Supervisor:
         """The pipe to a reader, which is started where there is none."""
         if self._pipe is not None:
             return self._pipe
-        for _ in range(ATTEMPTS):
+        for attempt in range(STARTS):
             pipe = self._start()
             with suppress(EOFError, ConnectionError):
                 if receive(pipe) == READY:
@@ -343,6 +346,8 @@ class _Supervisor:
             how = self._end()
             if self._stopped:
                 raise EOFError
+            if not how.startswith("signal") and attempt + 1 >= ATTEMPTS:
+                break  # nobody killed it, so the next one will do the same
         raise UsageError(
             f"processes that read cannot be started ({how}): in a script, call this under "
             "`if __name__ == '__main__':`, or read in this process (--workers 0)"
