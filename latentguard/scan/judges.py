@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -105,6 +105,7 @@ class TorchJudges(Judges):
     def _load(
         self, model: Encoder | str | Path, space: str | Path | LatentSpace | None
     ) -> SpaceJudge:
+        from latentguard.encoders.base import traits
         from latentguard.scorer import Scorer
 
         begun = perf_counter()
@@ -116,6 +117,8 @@ class TorchJudges(Judges):
         judging = scorer.thorough
         notes = str(getattr(judging.encoder, "notes", "") or "")
         info = _info(judging.bound, notes, judging.bank.unseen_contrast)
+        if "views" not in self._policy.model_fields_set:  # else somebody has thought of them
+            info = replace(info, crop_side=traits(judging.encoder).crop_side)
         self.loading += perf_counter() - begun
         return self._joined(info, judge)
 

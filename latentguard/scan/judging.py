@@ -87,6 +87,12 @@ class Judging:
             if len(members) > 1:
                 return [self._scored([record], judge)[0] for record in members]
             return [self._record(members[0], failed(_sentence(error), self.rules), identity)]
+        side = judge.info.crop_side
+        if side is not None and max(latents.height, latents.width) > side:
+            self._note(
+                f"images of more than {side}x{side} cells were read whole, and {identity.name} "
+                "misses small objects in them: --views crops finds more, at several times the cost"
+            )
         pictures = self._previews(latents) if self._previewed else None
         heats = self._heats(judged.heatmaps)
         return [
