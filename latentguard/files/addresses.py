@@ -1,8 +1,7 @@
-"""What may stand where a path may: addresses of other file systems, ranges in braces, and lists.
+"""What may stand where a path may: addresses of other file systems, and ranges in braces.
 
 `found` turns each of them into files. A path is searched as paths.py does. An address
-(`s3://bucket/shards/`, `hf://datasets/...`) is searched likewise, by fsspec. `listed` reads the
-lists of addresses that a command line names: `@shards.txt`, and `-` for standard input.
+(`s3://bucket/shards/`, `hf://datasets/...`) is searched likewise, by fsspec.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentsError, MissingExtraError
 from latentguard.files.passed_over import (
@@ -33,9 +32,11 @@ if TYPE_CHECKING:
 MAX_RANGE = 10_000_000
 """Addresses that the braces of one may stand for."""
 
-_MAX_LINE = 1 << 16
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# Of an address in a sentence: what stands before its host, and behind its path.
+_CARRIED = re.compile(r"(https?://)(?:[^\s'\"/@]*@)?([^\s'\"?#]*)[^\s'\"]*")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _NEEDED = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
 _NO_FOLDERS = ("http", "https")
@@ -51,7 +52,7 @@ class Remote:
 
 def is_address(path: str | Path) -> bool:
     """Whether this is an address of a file system (`s3://...`), and no path."""
-    return isinstance(path, str) and _SCHEME.match(path) is not None
+    return isinstance(path, str) and _ADDRESS.match(path) is not None
 
 
 def shown(address: str) -> str:
@@ -65,32 +66,29 @@ def shown(address: str) -> str:
     return f"{scheme[0]}{host.rpartition('@')[2]}{slash}{path}"
 
 
+def said_of(error: BaseException) -> str:
+    """What an error of a file system says, on one line and without what addresses carry."""
+    line = first_line(error, type(error).__name__)
+    return _CARRIED.sub(r"\1\2", line)
+
+
 def found(
-    paths: Iterable[str | Path] | str | Path, passed: PassedOver
+    paths: Iterable[str | Path] | str | Path, passed: PassedOver, strict: bool = False
 ) -> Iterator[Path | Remote | Unreadable]:
-    """The files that paths and addresses stand for; at least one, or an Unreadable, for each."""
+    """The files that paths and addresses stand for; at least one, or an Unreadable, for each.
+
+    passed, strict: as in `paths.expand`.
+    """
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         try:
             for one in _braces(path):
                 local = _local(one)
-                yield from _remote(str(one), passed) if local is None else expand(local, passed)
+                if local is None:
+                    yield from _remote(str(one), passed, strict)
+                else:
+                    yield from expand(local, passed, strict)
         except LatentsError as error:
             yield Unreadable(shown(str(path)), str(error))
-
-
-def listed(arguments: Iterable[str], stdin: TextIO) -> Iterator[str]:
-    """Arguments, with the lines of each list (`@FILE`, `-`) in place of it.
-
-    Empty lines and those that begin with # do not count. Raises LatentsError where a list cannot
-    be read, is empty, or names another list.
-    """
-    for argument in arguments:
-        if argument == "-":
-            yield from _lines(stdin, "standard input")
-        elif argument.startswith("@"):
-            yield from _list(argument[1:])
-        else:
-            yield argument
 
 
 def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
@@ -113,13 +111,10 @@ def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
         fs, path = url_to_fs(address)
     except ImportError as error:
         raise MissingExtraError(
-            f"{scheme}:// needs {_NEEDED.get(scheme, 'another package')}: "
-            f"{first_line(error, 'no message')}"
+            f"{scheme}:// needs {_NEEDED.get(scheme, 'another package')}: {said_of(error)}"
         ) from error
     except Exception as error:  # each file system raises its own kinds
-        raise LatentsError(
-            f"cannot be opened: {first_line(error, type(error).__name__)}"
-        ) from error
+        raise LatentsError(f"cannot be opened: {said_of(error)}") from error
     return fs, path
 
 
@@ -172,38 +167,6 @@ class _Numbers:
         return (str(n).zfill(self.digits) for n in range(self.first, self.last + 1))
 
 
-# -- lists -----------------------------------------------------------------------------------
-
-
-def _list(name: str) -> Iterator[str]:
-    from latentguard.files.remote import local_file
-
-    try:
-        with local_file(name) as path, path.open(encoding="utf-8") as lines:
-            yield from _lines(lines, shown(name))
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else None
-        raise LatentsError(f"the list {shown(name)} cannot be read: {said or error}") from error
-
-
-def _lines(lines: TextIO, name: str) -> Iterator[str]:
-    empty = True
-    number = 0
-    while line := lines.readline(_MAX_LINE):
-        number += 1
-        text = line.strip()
-        if len(line) == _MAX_LINE:
-            raise LatentsError(f"{name}, line {number}: over {_MAX_LINE} characters")
-        if not text or text.startswith("#"):
-            continue
-        if text == "-" or text.startswith("@"):
-            raise LatentsError(f"{name}, line {number}: a list cannot name another list")
-        empty = False
-        yield text
-    if empty:
-        raise LatentsError(f"{name} lists no file")
-
-
 # -- other file systems ----------------------------------------------------------------------
 
 
@@ -218,7 +181,7 @@ def _local(path: str | Path) -> str | Path | None:
     return None
 
 
-def _remote(address: str, passed: PassedOver) -> Iterator[Remote | Unreadable]:
+def _remote(address: str, passed: PassedOver, strict: bool) -> Iterator[Remote | Unreadable]:
     scheme = address.partition("://")[0].lower()
     name = shown(address)
     if scheme in _NO_FOLDERS:
@@ -243,13 +206,16 @@ def _remote(address: str, passed: PassedOver) -> Iterator[Remote | Unreadable]:
         empty = True
         for entry, info in entries.items():
             one = _judged(fs, entry, info, passed)
+            if one is None and strict and not entry.endswith("/"):
+                said = "is no latents file, and --strict lets nothing be passed over"
+                one = Unreadable(shown(fs.unstrip_protocol(entry)), said)
             if one is not None:
                 empty = False
                 yield one
     except FileNotFoundError:
         yield Unreadable(name, "does not exist")
     except Exception as error:  # each file system raises its own kinds
-        yield Unreadable(name, f"cannot be listed: {first_line(error, type(error).__name__)}")
+        yield Unreadable(name, f"cannot be listed: {said_of(error)}")
     else:
         if empty:
             yield Unreadable(name, nothing)
@@ -277,7 +243,7 @@ def _judged(
     head = partial(_head, fs, path, size or 0)
     try:
         if is_apple_double(name, head):
-            passed.add_file(name)
+            passed.add_file(name, shown(address))
             return None
         if name.lower().endswith((*SUFFIXES, *COMPRESSED_SHARDS)):
             return Remote(address, size)
@@ -289,9 +255,9 @@ def _judged(
                 f"{', '.join(SUFFIXES)}",
             )
     except Exception as error:  # each file system raises its own kinds
-        said = first_line(error, type(error).__name__)
+        said = said_of(error)
         return Unreadable(shown(address), f"could hold latents, but cannot be opened: {said}")
-    passed.add_file(name)
+    passed.add_file(name, shown(address))
     return None
 
 

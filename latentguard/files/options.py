@@ -110,12 +110,15 @@ class Reading:
     def said(self) -> Claims:
         """What is said of every file, but its space and scaling. Raises LatentsError."""
         values = {"layout": self.layout, "height": self.height, "width": self.width}
-        return Claims.parse(values)
+        return Claims.parse(values, pixels=self.pixels)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.space is not None:
             LatentSpace.of(self.space)  # a space of one's own is known in this process, too
+
+
+NOTHING_SAID = Reading()
 
 
 def _dequantization(given: Any) -> tuple[float, float]:

@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import BinaryIO, Unpack
 
 import numpy as np
 
 from latentguard.errors import LatentsError
 from latentguard.files.addresses import Remote, found, shown
-from latentguard.files.claims import Claims, Image, Payload
+from latentguard.files.claims import Claims, Image, Payload, if_moments
 from latentguard.files.numpy_files import open_npy, open_npz
 from latentguard.files.options import Options, Reading
 from latentguard.files.passed_over import PassedOver
 from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable
-from latentguard.files.remote import FileState, copied, state_of_path
+from latentguard.files.remote import Noted, copied, state_of_path
 from latentguard.files.safetensors_files import open_safetensors
 from latentguard.files.shards import Sample, member_window, read_samples, sample_claims
 from latentguard.files.streams import open_regular, size_of, state_of, unchanged
@@ -31,10 +32,11 @@ from latentguard.spaces.arrays import LatentArray, unpack, unpatchify, widened
 from latentguard.spaces.statistics import MAX_IMAGES
 from latentguard.spaces.tokens import check_layout, check_size
 
-_OPENERS: dict[str, Callable[[BinaryIO, int, Claims], Payload]] = {
+_OPENERS: dict[str, Callable[[BinaryIO, int, Claims, Reading], Payload]] = {
     ".pt": open_torch,
     ".pth": open_torch,
     ".safetensors": open_safetensors,
+    ".latent": open_safetensors,
     ".npy": open_npy,
     ".npz": open_npz,
 }
@@ -155,7 +157,7 @@ def load_latents(
 def _records(
     paths: Iterable[str | Path], reading: Reading, passed: PassedOver
 ) -> Iterator[ArrayRecord]:
-    for file in found(paths, passed):
+    for file in found(paths, passed, reading.strict):
         yield from read_file(file, reading, passed)
 
 
@@ -163,26 +165,28 @@ def read_file(
     file: Path | Remote | Unreadable,
     reading: Reading,
     passed: PassedOver,
-    states: dict[str, FileState] | None = None,
+    noted: Noted | None = None,
 ) -> Iterator[ArrayRecord]:
     """The records of one file; one that cannot be read is one with an error.
 
-    states: told what the file was before it was read, under its name in the records.
+    noted: told what the file was before it was read.
     Raises OSError where this machine has no room for the copy of a remote file.
     """
     if isinstance(file, Unreadable):
         yield ArrayRecord(file.source, 0, None, None, file.error)
         return
-    states = {} if states is None else states
+    noted = Noted() if noted is None else noted
     if isinstance(file, Path):
         with suppress(OSError):
-            states[str(file)] = state_of_path(file)
+            noted.states[str(file)] = state_of_path(file)
         yield from _guarded(str(file), 0, _file(file, reading, passed))
         return
     name = shown(file.address)
+    begun = perf_counter()
     try:
         with copied(file.address) as (path, state):
-            states[name] = state
+            noted.states[name] = state
+            noted.copying += perf_counter() - begun
             for record in _guarded(str(path), 0, _file(path, reading, passed)):
                 yield replace(record, source=name + record.source[len(str(path)) :])
     except LatentsError as error:
@@ -220,7 +224,7 @@ def _file(path: Path, reading: Reading, passed: PassedOver) -> Iterator[ArrayRec
         if name.endswith(".tar"):
             records = _shard(path, stream, size, reading, passed)
         else:
-            payload = _OPENERS[path.suffix.lower()](stream, size, reading.said())
+            payload = _OPENERS[path.suffix.lower()](stream, size, reading.said(), reading)
             records = _images(payload, str(path), 0, None, reading, passed)
         yield from unchanged(stream, path, before, records)
 
@@ -233,7 +237,7 @@ def _shard(
     passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     index = 0
-    for sample in read_samples(stream, size, passed):
+    for sample in read_samples(stream, size, passed, reading):
         if isinstance(sample, LatentsError):
             yield ArrayRecord(str(path), index, None, None, str(sample))
             index += 1
@@ -257,9 +261,12 @@ def _member(
 ) -> Iterator[ArrayRecord]:
     if member.size == 0:
         raise LatentsError("is an empty member")
-    claims = sample_claims(stream, sample).merged(reading.said(), "KEY.json", "the option given")
+    declared = sample_claims(stream, sample, reading)
+    claims = declared.merged(reading.said(), "KEY.json", "the option given")
     suffix = os.path.splitext(member.name.lower())[1]
-    payload = _OPENERS[suffix](member_window(stream, member), member.size, claims)
+    if suffix not in _OPENERS:
+        raise LatentsError(f"is of an unknown type: known are {', '.join(_OPENERS)}")
+    payload = _OPENERS[suffix](member_window(stream, member), member.size, claims, reading)
     yield from _images(payload, source, index, printable(sample.key), reading, passed)
 
 
@@ -285,17 +292,19 @@ def _images(
         claims.check_scaling(*settled)
         _check_size(payload, claims, settled[0])
     passed.texts += payload.beside.texts
+    passed.left += payload.beside.left
+    names = payload.names(key)
     count = 0
     for number, image in enumerate(payload.images()):
         count = number + 1
-        name = key if claims.ids is None else (claims.ids[number : number + 1] or (None,))[0]
-        record = _record(source, first + number, name, image, settled, claims)
+        record = _record(source, first + number, next(names), image, settled, claims)
         yield _one_layout(record, image) if payload.twofold else record
     if count == 0:
         raise LatentsError("holds no image")
-    if claims.ids is not None and len(claims.ids) != count:
-        raise LatentsError(f"has {len(claims.ids)} ids for {count} images")
+    payload.check_names(count)
     payload.beside.check()
+    if reading.strict and payload.beside.texts:
+        raise LatentsError("holds text embeddings, and --strict lets nothing be passed over")
 
 
 def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
@@ -303,16 +312,17 @@ def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
 
     Raises LatentsError where the numbers of one deny it.
     """
-    if claims.height is None or claims.width is None:
+    height, width = claims.size(space)
+    if height is None or width is None:
         return
     for image in itertools.islice(payload.images(), MAX_IMAGES):
         if isinstance(image, LatentsError) or image.ndim != 2:
             continue
         try:
-            space.size((1, *image.shape), "packed", claims.height, claims.width)
+            space.size((1, *image.shape), "packed", height, width)
         except LatentsError:
             continue  # an image of another size is an error of its own
-        check_size(space.canonical(widened(image))[None], space, claims.height, claims.width)
+        check_size(space.canonical(widened(image))[None], space, height, width)
 
 
 def _settle(
@@ -350,7 +360,7 @@ def _recognizable(image: Image, known: LatentSpace | None, claims: Claims) -> Im
             "packed latents are not recognized by their statistics: declare their space and "
             "scaling in the file, or say --space and --scaled or --unscaled"
         )
-    cells: Image = unpack(image[None], space, claims.height, claims.width)[0]
+    cells: Image = unpack(image[None], space, *claims.size(space))[0]
     return cells
 
 
@@ -371,14 +381,17 @@ def _record(
     batch = image[None]
     try:
         if image.ndim == 2:
-            batch = unpack(batch, space, claims.height, claims.width)
+            batch = unpack(batch, space, *claims.size(space))
         elif _is_patches(image, space, claims):
             batch = unpatchify(batch, space)
         space.size(batch.shape, "spatial", claims.height, claims.width)
         latents = LatentArray(batch, space, scaled, None if name is None else (name,))
         return ArrayRecord(source, index, name, latents, None)
     except LatentsError as error:
-        return ArrayRecord(source, index, name, None, str(error))
+        advice = if_moments(image.shape[0], {space.channels}) if image.ndim == 3 else ""
+        if "are pixels" in str(error):
+            advice = ", or say --pixels"
+        return ArrayRecord(source, index, name, None, f"{error}{advice}")
 
 
 def _is_patches(image: Image, space: LatentSpace, claims: Claims) -> bool:

@@ -14,14 +14,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from latentguard.errors import LatentsError
-from latentguard.files.addresses import filesystem, is_address
+from latentguard.files.addresses import filesystem, is_address, said_of
 from latentguard.files.scratch import scratch_folder
-from latentguard.text import first_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -43,7 +42,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 8 << 20
 _SPARE = 64 << 20
 # What does not get better by waiting.
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, LatentsError)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING_STATUS = range(400, 500)
 _WORTH_A_TRY = (408, 425, 429)
 _VERSIONS = ("etag", "ETag", "generation", "version_id", "sha256", "md5", "content_md5")
@@ -60,6 +59,18 @@ class FileState:
 
     size: int
     version: str
+
+
+@dataclass
+class Noted:
+    """What reading files tells besides their records.
+
+    states: of each file, before it was read, under its name in records. copying: seconds that
+    copies of remote files took.
+    """
+
+    states: dict[str, FileState] = field(default_factory=dict)
+    copying: float = 0.0
 
 
 def state_of_path(path: Path) -> FileState:
@@ -197,29 +208,64 @@ def retried(action: Callable[[], Result], progress: Callable[[], int] = lambda: 
     while True:
         try:
             return action()
-        except _LASTING as error:
-            raise _lasting(error) from error
         except Exception as error:  # each file system raises its own kinds
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full or (isinstance(error, (OSError,)) and error.errno == errno.EFBIG):
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise
-            status = getattr(error, "status", None)
-            if status in _LASTING_STATUS and status not in _WORTH_A_TRY:
+            if _is_lasting(error):
                 raise _lasting(error) from error
             failures = 1 if progress() > reached else failures + 1
             reached = max(reached, progress())
             if failures >= ATTEMPTS:
-                said = first_line(error, type(error).__name__)
-                raise LatentsError(f"cannot be read: failed {ATTEMPTS} times ({said})") from error
+                last = _root(error)
+                raise LatentsError(
+                    f"cannot be read: failed {ATTEMPTS} times ({said_of(last)})"
+                ) from error
         longest = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1))
         time.sleep(longest * random.uniform(0.5, 1.0))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised for, at most a few of them."""
+    following: BaseException | None = error
+    for _ in range(8):
+        if following is None:
+            return
+        yield following
+        following = following.__cause__ or following.__context__
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error that says most: a server's answer, where there is one."""
+    return next((e for e in _chain(error) if _status(e) is not None), error)
+
+
+def _status(error: BaseException) -> int | None:
+    """What a server answered, as HTTP numbers it."""
+    status = getattr(error, "status", None)
+    if status is None:
+        response = getattr(error, "response", None)
+        about = response.get("ResponseMetadata") if isinstance(response, dict) else None
+        status = about.get("HTTPStatusCode") if isinstance(about, dict) else None
+    return status if isinstance(status, int) else None
+
+
+def _is_lasting(error: BaseException) -> bool:
+    """Whether it does not help to wait."""
+    if isinstance(error, LatentsError):
+        return True
+    status = _status(_root(error))
+    if status is not None:
+        return status in _LASTING_STATUS and status not in _WORTH_A_TRY
+    # fsspec calls a web server that it cannot reach a file that is not there.
+    reached = not any(isinstance(e, (ConnectionError, TimeoutError)) for e in _chain(error))
+    return isinstance(error, _LASTING) and reached
 
 
 def _lasting(error: Exception) -> LatentsError:
     if isinstance(error, LatentsError):
         return error
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or _status(_root(error)) in (404, 410):
         return LatentsError("does not exist")
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or _status(_root(error)) in (401, 403):
         return LatentsError("cannot be opened: permission denied")
-    return LatentsError(f"cannot be opened: {first_line(error, type(error).__name__)}")
+    return LatentsError(f"cannot be opened: {said_of(error)}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +26,13 @@ from latentguard.errors import LatentsError, UsageError
 from latentguard.files import PassedOver
 from latentguard.files.addresses import is_address, shown
 from latentguard.files.remote import FileState, state_of_address, state_of_path
+from latentguard.judge import PolicyId
 from latentguard.scan.entry import Entry, Written
 from latentguard.scan.judges import Judges
 from latentguard.scan.judging import Judging
 from latentguard.scan.keep import check_keep
 from latentguard.scan.options import RunOptions
+from latentguard.scan.record import ScanRecord
 from latentguard.scan.schema import need_pyarrow
 from latentguard.scan.shard import Facts, Shard, plan, scan_shard, unreadable
 from latentguard.scan.store import Store, open_store
@@ -39,6 +41,13 @@ from latentguard.scan.unit import ENTRIES, FOLDERS, Unit, entry_name
 RUN = "run.json"
 SCHEMA_VERSION = 1
 _ASKING = 16
+
+Told = Callable[[Sequence[ScanRecord]], None]
+"""Called with the records of each batch, for whoever counts or shows them."""
+
+
+def ignored(records: Sequence[ScanRecord]) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass
@@ -50,6 +59,7 @@ class Run:
     """
 
     place: str
+    policy: PolicyId
     store: Store
     options: RunOptions
     shards: list[Shard]
@@ -61,9 +71,9 @@ class Run:
         mine, of = task
         return [s for s in self.shards if s.number % of == mine and s.number not in self.done]
 
-    def scan(self, shard: Shard, judging: Judging) -> Entry:
+    def scan(self, shard: Shard, judging: Judging, told: Told = ignored) -> Entry:
         """Scan one shard in this process, and note that it is done."""
-        entry = scan_unit(self.store, shard, self.options, judging)
+        entry = scan_unit(self.store, shard, self.options, judging, told)
         self.done[shard.number] = entry
         return entry
 
@@ -73,17 +83,27 @@ class Run:
         return sum(entry.errors for entry in self.done.values())
 
 
-def scan_unit(store: Store, shard: Shard, options: RunOptions, judging: Judging) -> Entry:
+def scan_unit(
+    store: Store,
+    shard: Shard,
+    options: RunOptions,
+    judging: Judging,
+    told: Told = ignored,
+) -> Entry:
     """Scan a shard into a run: everything of it, or nothing.
 
+    told: called with the records of each batch.
     Raises OSError where there is no room for what is written, UsageError where the run's place
     cannot be written.
     """
     facts = Facts()
-    unit = Unit(store, shard, options)
+    unit = Unit(store, shard, options, judging.judges)
     try:
+        before = judging.seconds
         for records in scan_shard(shard, options, judging, facts):
-            unit.add(records)
+            unit.add(records, judging.seconds - before)
+            before = judging.seconds
+            told(records)
         return unit.commit(facts)
     except LatentsError as error:
         return fail_unit(store, shard, options, judging, str(error))
@@ -95,7 +115,7 @@ def fail_unit(
     store: Store, shard: Shard, options: RunOptions, judging: Judging, error: str
 ) -> Entry:
     """Write a shard into a run as one that cannot be read."""
-    unit = Unit(store, shard, options)
+    unit = Unit(store, shard, options, judging.judges)
     try:
         unit.add(judging.judge(unreadable(shard, error)))
         return unit.commit(Facts())
@@ -136,7 +156,7 @@ def open_run(
     if said is not None and not resume:
         raise UsageError(f"there is a run in {place}: go on with it (--resume), or name another")
     passed = PassedOver() if passed is None else passed
-    planned = list(plan(paths, passed)) if paths else None
+    planned = list(plan(paths, passed, options.reading.strict)) if paths else None
     if said is None:
         if not planned:
             raise UsageError(f"there is no run in {place}, and no path to begin one with")
@@ -144,7 +164,13 @@ def open_run(
         if options.keep is not None:
             check_keep(planned)
         said = _begin(store, options, judges, planned)
-    run = Run(place, store, options, _agreed(place, store, said, options, judges, planned))
+    run = Run(
+        place,
+        judges.rules.policy,
+        store,
+        options,
+        _agreed(place, store, said, options, judges, planned),
+    )
     _load(run, judges, task)
     return run
 
