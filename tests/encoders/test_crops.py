@@ -119,6 +119,7 @@ def test_models_without_a_measured_lead_are_refused() -> None:
         load_encoder("nano-flux2+views=tiles")
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_latents() -> None:
     tensor = scene().tensor.requires_grad_()
     scorer = Scorer("weapons", "nano-flux2+views=crops")
