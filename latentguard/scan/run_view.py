@@ -10,7 +10,7 @@ from latentguard.judge.verdict import ACTIONS
 from latentguard.scan.alternatives import Alternative, alternatives, curve
 from latentguard.scan.axis import BARS, Axis, Tick
 from latentguard.scan.concept_tally import ConceptTally, Example, Judge, JudgeTally
-from latentguard.scan.estimates import Share, shares
+from latentguard.scan.estimates import Share, percentage, shares
 from latentguard.scan.summary import ModelInfo
 from latentguard.scan.tally import PHASES, Tally
 
@@ -178,27 +178,7 @@ def share_views(tally: Tally) -> list[ShareView]:
     """The estimates of a sample; empty where all images were looked at."""
     if tally.sample is None:
         return []
-    return [ShareView(s, percentage(s.share), interval(s)) for s in shares(tally.sample)]
-
-
-def interval(share: Share) -> str:
-    """A sentence's worth of an interval."""
-    if share.low == share.high:
-        return "all images were looked at"
-    if share.independent is not None and share.seen == 0:
-        alone = percentage(share.independent)
-        return f"at most {percentage(share.high)}; {alone} if shards do not matter"
-    if share.independent is not None:
-        return f"at least {percentage(share.low)}"
-    return f"{percentage(share.low)} to {percentage(share.high)}"
-
-
-def percentage(share: float) -> str:
-    """A share with three digits: 12.3 %, 0.0012 %."""
-    value = 100 * share
-    if value == 0 or value >= 99.95:
-        return f"{value:.0f} %" if value in (0, 100) else f"{value:.3g} %"
-    return f"{value:.2f} %" if value >= 0.1 else f"{value:.2g} %"
+    return [ShareView(s, percentage(s.share), s.interval) for s in shares(tally.sample)]
 
 
 def percent(part: int, whole: int) -> str:
