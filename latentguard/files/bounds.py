@@ -48,3 +48,9 @@ MAX_ID = 1024
 MAX_SHARD_GAPS = 256 * MIB
 # Latents of one key of a shard, which are kept until the key's KEY.json has been met.
 MAX_SHARD_SAMPLE = 4096
+# The footer of a Parquet file: some 100,000 row groups. It is read as a whole.
+MAX_PARQUET_FOOTER = 16 * MIB
+# Rows of a table that are read together, in bytes.
+MAX_BATCH_BYTES = 16 * MIB
+# The index.json of an MDS folder: some 100,000 shards. It is read as a whole.
+MAX_MDS_INDEX = 64 * MIB

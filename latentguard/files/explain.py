@@ -26,6 +26,8 @@ def no_latents(names: Iterable[str], arrays: Iterable[str], needs: str) -> Laten
 
 
 def _advice(names: list[str], arrays: list[str]) -> str:
+    if "--key" in needs:
+        return ""
     texts = any(part in name for part in TEXT for name in names)
     if texts and not any("latent" in name for name in names):
         return ": these are text embeddings, of which no image is made; leave the file out"

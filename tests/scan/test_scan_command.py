@@ -261,7 +261,10 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_what_is_passed_over_is_counted_and_named(mixed: Path, calm: Path, command: Any) -> None:
-    said = "passed over, as no latents: 3 files (.json 2, .md 1)"
+    said = (
+        "passed over, as no latents: 3 files (.json 2, .md 1); the first files: a.json, b.json, "
+        "readme.md"
+    )
     table = command("scan", mixed, "--policy", calm)
     assert (table.code, table.out.splitlines()[-2]) == (0, said)
     report = mixed.parent / "report.html"
@@ -278,11 +281,11 @@ def test_what_is_passed_over_is_counted_and_named(mixed: Path, calm: Path, comma
 def test_a_file_that_could_hold_latents_is_not_passed_over(
     mixed: Path, calm: Path, command: Any
 ) -> None:
-    (mixed / "ComfyUI_00001_.latent").write_bytes(b"x")
+    (mixed / "latents.ckpt").write_bytes(b"x")
     ran = command("scan", mixed, "--policy", calm, "--format", "json")
     assert ran.code == 3
-    failed, good = (json.loads(line) for line in ran.out.splitlines())
-    assert failed["source"] == str(mixed / "ComfyUI_00001_.latent")
+    good, failed = (json.loads(line) for line in ran.out.splitlines())
+    assert failed["source"] == str(mixed / "latents.ckpt")
     assert failed["decision"] == "block"
     assert "could hold latents, but is of a type that is not read" in failed["error"]
     assert good["error"] is None
