@@ -105,7 +105,9 @@ def choose_columns(columns: Iterable[Column], reading: Reading, passed: PassedOv
     readable = [column.name for column in found.values() if column.readable]
     if reading.key is not None:
         if reading.key not in readable:
-            raise no_latents(found, (), f"a column {reading.key[:60]!r} of bytes or numbers")
+            raise no_latents(
+                found, (), f"a column {reading.key[:60]!r} of bytes or numbers", said=True
+            )
         name = reading.key
     else:
         usual = [name for name in readable if _LATENTS.fullmatch(name)]
