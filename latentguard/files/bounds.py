@@ -39,7 +39,8 @@ MAX_REPEATS = 16
 MIN_READING = 64 * MIB
 # What reading a tensor counts for besides its numbers.
 TENSOR_COST = 1024
-# An image whose numbers lie scattered, or images that interleave, are read at once up to this.
+# An image whose numbers lie scattered, or images that interleave (also those of an array in
+# Fortran order), are read at once up to this.
 MAX_GATHERED = 256 * MIB
 # An image's name; longer ones would swamp every report.
 MAX_ID = 1024

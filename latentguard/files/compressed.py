@@ -64,7 +64,7 @@ def unpacked_zstd(stream: BinaryIO, size: int) -> tuple[BinaryIO, int]:
     stream.seek(0)
     total = 0
     try:
-        # Closing it must not close the file, which is checked for changes afterwards.
+        # Closing it must not close the file, which is checked for changes afterward.
         packed = pa.PythonFile(Window(stream, 0, size), mode="r")
         with pa.CompressedInputStream(packed, "zstd") as inflated:
             while data := inflated.read(_CHUNK):

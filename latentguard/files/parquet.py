@@ -77,6 +77,11 @@ def read_parquet(
             for place in range(batch.num_rows):
                 yield _row(pa, batch, place, number, table, shape, whole, pixels, reading)
                 number += 1
+    if number != file.metadata.num_rows:
+        raise LatentsError(
+            f"is a damaged Parquet file: {file.metadata.num_rows} rows are announced, {number} are "
+            "there"
+        )
     table.check()
 
 
@@ -114,11 +119,21 @@ def _check_footer(stream: BinaryIO, size: int) -> None:
 
 
 def _check_groups(metadata: pq.FileMetaData, size: int) -> None:
-    """LatentsError where a part announces more than the file can hold."""
+    """LatentsError where a part announces more than the file holds, or other rows than it has."""
+    rows = 0
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
+        rows += row_group.num_rows
         for index in range(row_group.num_columns):
             chunk = row_group.column(index)
+            flat = metadata.schema.column(index).max_repetition_level == 0
+            if chunk.num_values < row_group.num_rows or (
+                flat and chunk.num_values != row_group.num_rows
+            ):
+                raise LatentsError(
+                    f"is a damaged Parquet file: a part of {row_group.num_rows} rows has "
+                    f"{chunk.num_values} values"
+                )
             packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
             limit = min(MAX_INFLATED, MIN_INFLATED + MAX_RATIO * max(0, packed))
             if not 0 <= packed <= size or not 0 <= unpacked <= limit:
@@ -126,6 +141,11 @@ def _check_groups(metadata: pq.FileMetaData, size: int) -> None:
                     f"holds a part of {unpacked} bytes in {packed}, over the limit of {limit}: "
                     "write smaller row groups"
                 )
+    if rows != metadata.num_rows:
+        raise LatentsError(
+            f"is a damaged Parquet file: {metadata.num_rows} rows are announced, its parts have "
+            f"{rows}"
+        )
 
 
 def _batches(
