@@ -36,8 +36,8 @@ def swap_policy(
     sha256: the pinned digest of `source`.
 
     Raises ModelError where `source` is not an export, or `model` is not the one in it (another
-    name, digest or dimension), or the policy has a cascade whose first model `source` lacks;
-    PolicyError for a policy that cannot be used.
+    name, digest or dimension), or the policy has a cascade whose first model `source` lacks, or
+    views that it does not read; PolicyError for a policy that cannot be used.
     """
     artifact = open_artifact(source, sha256)
     before = artifact.metadata
@@ -48,6 +48,11 @@ def swap_policy(
     if rules.space not in (None, before["space"]):
         raise PolicyError(f"policy '{rules.name}' is for {rules.space}, not {before['space']}")
     scorer, out = Scorer(rules, encoder), Path(out)
+    if scorer.thorough is not scorer:
+        raise ModelError(
+            f"{source}: reads images whole, and policy '{rules.name}' asks for views: "
+            f"{rules.views}: export it anew with this policy"
+        )
     if scorer.first is not None and artifact.first is None:
         raise ModelError(
             f"{source}: has no first model, which policy '{rules.name}' asks for by its cascade: "

@@ -29,9 +29,15 @@ from latentguard.files.passed_over import (
 )
 from latentguard.files.streams import open_regular
 
+<<<<<<< HEAD
 SUFFIXES = (
     ".pt", ".pth", ".safetensors", ".latent", ".npy", ".npz", ".tar", ".parquet", *SHARDS,
 )  # fmt: skip
+=======
+SUFFIXES = (".pt", ".pth", ".safetensors", ".latent", ".npy", ".npz", ".tar")
+MISSING = "does not exist"
+"""The error of a path that leads nowhere."""
+>>>>>>> c5f97dd82c610d41db24095f1417564d89eb51f5
 COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -64,7 +70,7 @@ def expand(
             nothing = "matches no file"
         else:
             found = iter([Path(text)] if os.path.lexists(text) else [])
-            nothing = "does not exist"
+            nothing = MISSING
     except (OSError, ValueError) as error:  # a NUL byte in the path is a ValueError
         yield Unreadable(text, f"cannot be opened: {error}")
         return

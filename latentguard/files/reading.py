@@ -6,20 +6,24 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import BinaryIO, Unpack
 
 import numpy as np
 
 from latentguard.errors import LatentsError
+from latentguard.files.addresses import Remote, found, shown
 from latentguard.files.claims import Claims, Image, Payload, if_moments
 from latentguard.files.mds import SHARDS, read_mds
 from latentguard.files.numpy_files import open_npy, open_npz
 from latentguard.files.options import Options, Reading
 from latentguard.files.parquet import read_parquet
 from latentguard.files.passed_over import PassedOver
-from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable, expand
+from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable
+from latentguard.files.remote import Noted, copied, state_of_path
 from latentguard.files.safetensors_files import open_safetensors
 from latentguard.files.shards import Sample, member_window, read_samples, sample_claims
 from latentguard.files.streams import open_regular, size_of, state_of, unchanged
@@ -100,8 +104,8 @@ def read_arrays(
     besides what a .pt inside a shard holds. Without torch.
 
     Args:
-        paths: files (`paths.SUFFIXES`), folders (searched recursively, sorted by name), and glob
-            patterns.
+        paths: files (`paths.SUFFIXES`), folders (searched recursively, sorted by name), glob
+            patterns, ranges `{000..099}`, and addresses of other file systems (`s3://...`).
         space, scaled: what the files do not say themselves. A file that says otherwise is an
             error, and one that says nothing is recognized by its statistics or is an error. A
             scaling that is not the space's usual one comes with `space` alone: a file that declares
@@ -156,12 +160,40 @@ def load_latents(
 def _records(
     paths: Iterable[str | Path], reading: Reading, passed: PassedOver
 ) -> Iterator[ArrayRecord]:
-    for path in paths:
-        for found in expand(path, passed, reading.strict):
-            if isinstance(found, Unreadable):
-                yield ArrayRecord(found.source, 0, None, None, found.error)
-                continue
-            yield from _guarded(str(found), 0, _file(found, reading, passed))
+    for file in found(paths, passed, reading.strict):
+        yield from read_file(file, reading, passed)
+
+
+def read_file(
+    file: Path | Remote | Unreadable,
+    reading: Reading,
+    passed: PassedOver,
+    noted: Noted | None = None,
+) -> Iterator[ArrayRecord]:
+    """The records of one file; one that cannot be read is one with an error.
+
+    noted: told what the file was before it was read.
+    Raises OSError where this machine has no room for the copy of a remote file.
+    """
+    if isinstance(file, Unreadable):
+        yield ArrayRecord(file.source, 0, None, None, file.error)
+        return
+    noted = Noted() if noted is None else noted
+    if isinstance(file, Path):
+        with suppress(OSError):
+            noted.states[str(file)] = state_of_path(file)
+        yield from _guarded(str(file), 0, _file(file, reading, passed))
+        return
+    name = shown(file.address)
+    begun = perf_counter()
+    try:
+        with copied(file.address) as (path, state):
+            noted.states[name] = state
+            noted.copying += perf_counter() - begun
+            for record in _guarded(str(path), 0, _file(path, reading, passed)):
+                yield replace(record, source=name + record.source[len(str(path)) :])
+    except LatentsError as error:
+        yield ArrayRecord(name, 0, None, None, str(error))
 
 
 def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterator[ArrayRecord]:

@@ -117,7 +117,7 @@ def read_samples(
             yield member
             continue
         name = member.name.lower()
-        head = partial(_head, stream, member)
+        head = partial(member_head, stream, member)
         if is_apple_double(name, head):
             passes(name)
             continue
@@ -198,6 +198,7 @@ def _complete(sample: Sample) -> Iterator[Sample]:
         yield sample
 
 
-def _head(stream: BinaryIO, member: Member) -> bytes:
+def member_head(stream: BinaryIO, member: Member) -> bytes:
+    """The first bytes of a member, by which `could_hold_latents` goes."""
     stream.seek(member.start)
     return read_exactly(stream, min(HEAD, member.size))

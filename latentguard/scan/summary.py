@@ -23,6 +23,8 @@ class ModelInfo:
     thresholds: concept id -> threshold as a margin, where it is known for this model.
     unseen: concept id -> the prompts that it cannot see, of concepts of which it sees others.
     unseen_contrast: the contrast prompts that it cannot see.
+    crop_side: rows or columns of latents above which it could read an image in crops, where neither
+        the policy nor the caller says whether it should.
     """
 
     id: ModelId
@@ -32,6 +34,7 @@ class ModelInfo:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     unseen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unseen_contrast: tuple[str, ...] = ()
+    crop_side: int | None = None
 
     limits = Former("thresholds")
 

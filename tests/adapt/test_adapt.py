@@ -161,6 +161,7 @@ def test_unknown_autoencoders_are_refused(tmp_path: Path, encoder_file: Path) ->
     assert load_autoencoder(encoder_file).space.name == "flux2"
 
 
+@pytest.mark.slow
 def test_cache_goes_on_and_refuses_another_set(
     photos: Path, encoder_file: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from latentguard import LatentGuardError, Latents, Scorer, load_policy, scan_fil
 from latentguard.encoders import load_encoder, strongest_view
 from latentguard.encoders.crops import PER_AXIS, Crops, boxes_of
 from latentguard.files import load_latents
+from latentguard.scan import Scan
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "latents.pt"
 SIDE = 32
@@ -112,6 +113,23 @@ def test_scan_with_crops(tmp_path: Path) -> None:
     assert decisions == [["allow"], ["allow"], ["block"]]
 
 
+@pytest.mark.parametrize(("views", "told"), [(None, True), ("whole", False), ("crops", False)])
+def test_a_scan_says_that_large_images_were_read_whole(
+    views: str | None, told: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "scene.npy"
+    np.save(path, scene().tensor.numpy())
+    scan = Scan(path, "weapons", "nano-flux2", space="flux2", scaled=True, views=views)
+    assert len(list(scan)) == 1
+    assert any("were read whole" in note for note in scan.notes) == told
+
+
+def test_a_scan_says_nothing_of_small_images(tmp_path: Path) -> None:
+    scan = Scan(EXAMPLES, "weapons", "nano-flux2")
+    assert len(list(scan)) == 25
+    assert not any("read whole" in note for note in scan.notes)
+
+
 def test_models_without_a_measured_lead_are_refused() -> None:
     with pytest.raises(LatentGuardError, match="nano-sdxl is not read in crops"):
         load_encoder("nano-sdxl+views=crops")
@@ -119,6 +137,7 @@ def test_models_without_a_measured_lead_are_refused() -> None:
         load_encoder("nano-flux2+views=tiles")
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_latents() -> None:
     tensor = scene().tensor.requires_grad_()
     scorer = Scorer("weapons", "nano-flux2+views=crops")

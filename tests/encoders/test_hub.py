@@ -314,6 +314,7 @@ def test_a_download_is_of_one_commit_and_of_the_digest_that_is_published(
     assert (record.revision, record.sha256) == ("1" * 40, right)
 
 
+@pytest.mark.slow
 def test_what_was_fetched_first_is_what_is_fetched_again(
     get: Callable[..., subprocess.CompletedProcess[str]], server: Any
 ) -> None:

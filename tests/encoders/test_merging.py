@@ -230,6 +230,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert (half.encode_latents(raw) * want).sum(-1).min() > 0.998
 
 
+@pytest.mark.slow
 def test_one_graph_for_the_compiler() -> None:
     encoder = LatentCLIP.random(TINY, merge=0.5)
     raw = latents(2, TINY).float()

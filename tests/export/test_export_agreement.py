@@ -58,6 +58,7 @@ def test_any_number_of_images(count: int, exports: Exports) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_nano_sdxl_agrees(exports: Exports, models: Models) -> None:
     latents = sdxl(4, (64, 64))
     with Guard(exports("nano-sdxl").path) as guard:
@@ -80,8 +81,13 @@ def test_raw_and_scaled_inputs_mean_the_same_image(exports: Exports, models: Mod
     assert differences(wrong, wanted)["embedding"] > 100 * CLOSE
 
 
-# Trained size, larger, not square, not multiples of the patch, thin.
-@pytest.mark.parametrize("size", [(64, 64), (96, 64), (61, 50), (8, 120)])
+# Neither square nor multiples of the patch; trained size, larger, thin.
+LARGER = [(64, 64), (96, 64), (8, 120)]
+
+
+@pytest.mark.parametrize(
+    "size", [(61, 50), *(pytest.param(size, marks=pytest.mark.slow) for size in LARGER)]
+)
 def test_open_height_and_width(size: tuple[int, int], exports: Exports, models: Models) -> None:
     scorer, latents = Scorer("family", models["b4"]), sdxl(2, size)
     with Guard(exports("clip-open").path) as guard:
@@ -124,7 +130,12 @@ def test_nano_in_other_precisions(
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("clip-fp16", 0.9999), ("clip-int8", 0.999), ("clip-dynamic", 0.999)]
+    ("name", "least"),
+    [
+        pytest.param("clip-fp16", 0.9999, marks=pytest.mark.slow),
+        ("clip-int8", 0.999),
+        ("clip-dynamic", 0.999),
+    ],
 )
 def test_latent_clip_in_other_precisions(
     name: str, least: float, exports: Exports, models: Models
@@ -138,6 +149,7 @@ def test_latent_clip_in_other_precisions(
     assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < CLOSE
 
 
+@pytest.mark.slow
 def test_what_the_export_reports_is_what_it_is(exports: Exports, models: Models) -> None:
     made = exports("nano-int8")
     wanted = expected(Scorer("family", models["nano-flux2"]), photos())

@@ -27,8 +27,10 @@ from latentguard.scorer import Scorer
 Models = dict[str, Encoder]
 Exports = Callable[[str], Exported]
 
+SLOW = ("nano-int8", "nano-dynamic", "nano-sdxl")
 ALL = [
-    *("nano", "nano-fp16", "nano-int8", "nano-dynamic", "nano-sdxl"),
+    *("nano", "nano-fp16"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     *("clip", "clip-fp16", "clip-int8", "clip-dynamic", "clip-open"),
 ]
 
@@ -65,8 +67,17 @@ def test_nothing_tells_of_the_machine_that_exported(exports: Exports) -> None:
         assert str(path).encode() not in data or str(path) == "/"
 
 
-def test_metadata(exports: Exports, models: Models) -> None:
-    model = onnx.load(exports("nano-int8").path)
+@pytest.mark.parametrize(
+    ("name", "precision", "calibration"),
+    [
+        ("nano-fp16", "fp16", None),
+        pytest.param("nano-int8", "int8", "25 latents of flux2", marks=pytest.mark.slow),
+    ],
+)
+def test_metadata(
+    name: str, precision: str, calibration: str | None, exports: Exports, models: Models
+) -> None:
+    model = onnx.load(exports(name).path)
     entries = {entry.key: entry.value for entry in model.metadata_props}
     assert set(entries) == {METADATA, DIGEST}
     found = json.loads(entries[METADATA])
@@ -85,7 +96,7 @@ def test_metadata(exports: Exports, models: Models) -> None:
     assert found["model"]["sha256"] == encoder.sha256
     assert (found["space"], found["scaled"], found["channels"]) == ("flux2", True, 32)
     assert (found["height"], found["width"], found["packed_patch"]) == (32, 32, 2)
-    assert (found["precision"], found["calibration"]) == ("int8", "25 latents of flux2")
+    assert (found["precision"], found["calibration"]) == (precision, calibration)
     assert (found["dim"], found["logit_scale"]) == (encoder.dim, encoder.logit_scale)
     assert found["files"] == {}
 
@@ -107,7 +118,10 @@ def test_the_same_export_is_the_same_file(tmp_path: Path, models: Models) -> Non
     assert made[0].sha256 == made[1].sha256
 
 
-@pytest.mark.parametrize("name", ["nano", "nano-fp16", "nano-int8", "clip-int8"])
+@pytest.mark.parametrize(
+    "name",
+    ["nano", "nano-fp16", pytest.param("nano-int8", marks=pytest.mark.slow), "clip-int8"],
+)
 def test_the_concept_bank_is_four_float32_initializers(
     name: str, exports: Exports, models: Models
 ) -> None:
@@ -122,6 +136,7 @@ def test_the_concept_bank_is_four_float32_initializers(
         assert np.array_equal(found[key], value.numpy())
 
 
+@pytest.mark.slow
 def test_smaller_precisions_are_smaller_files(exports: Exports) -> None:
     size = exports("nano").bytes
     assert exports("nano-fp16").bytes < 0.6 * size

@@ -23,6 +23,7 @@ OWN = LatentSpace("own-eight", channels=8, scale=0.5, shift=0.25, packed_patch=2
 CONFIG: LatentClipConfig = replace(SECOND, channels=8, space="own-eight", grid=16)
 
 
+@pytest.mark.slow
 def test_a_file_of_an_own_space_runs_where_nobody_knows_it(tmp_path: Path) -> None:
     encoder = LatentCLIP.random(CONFIG)
     path = tmp_path / "guard.onnx"

@@ -40,7 +40,7 @@ concepts:
 """
 
 
-@pytest.mark.parametrize("name", ["nano", "nano-int8"])
+@pytest.mark.parametrize("name", ["nano", pytest.param("nano-int8", marks=pytest.mark.slow)])
 def test_a_swapped_file_judges_by_the_new_policy(
     name: str, exports: Exports, models: Models, tmp_path: Path
 ) -> None:

@@ -136,7 +136,9 @@ def with_torch(
     return run
 
 
-@pytest.mark.parametrize("form", ["table", "json", pytest.param("csv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "form", [*(pytest.param(form, marks=pytest.mark.slow) for form in ("table", "csv")), "json"]
+)
 def test_the_same_output_and_exit_code_without_torch(
     artifact: Path, tmp_path: Path, with_torch: Callable[..., tuple[int, str]], form: str
 ) -> None:

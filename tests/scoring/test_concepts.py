@@ -251,6 +251,7 @@ def test_scorer_refuses_another_space() -> None:
         Scorer(policy(), WordEncoder(), space="flux2")
 
 
+@pytest.mark.slow
 def test_latent_clip_under_a_shipped_policy() -> None:
     encoder = LatentCLIP.random("latent-clip-b8")
     shipped = load_policy("weapons")

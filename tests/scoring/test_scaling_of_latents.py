@@ -27,7 +27,9 @@ def pictures() -> torch.Tensor:
     return torch.einsum("brhw,rc->bchw", rgb - torch.tensor(sdxl.rgb_bias).view(3, 1, 1), inverse)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_nano_sdxl_decides_alike_in_every_scaling(dtype: torch.dtype) -> None:
     scorer = Scorer("family", "nano-sdxl", device="cpu")
     scaled = pictures()
