@@ -72,6 +72,8 @@ def unpacked_zstd(stream: BinaryIO, size: int) -> tuple[BinaryIO, int]:
                 _check(total, limit, size)
                 target.write(data)
     except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # of this machine's disk, not of the file
         reason = str(error).split("\n", 1)[0][:100]
         raise LatentsError(f"is a truncated or damaged zstd file ({reason})") from error
     return target, size_of(target)

@@ -29,15 +29,11 @@ from latentguard.files.passed_over import (
 )
 from latentguard.files.streams import open_regular
 
-<<<<<<< HEAD
 SUFFIXES = (
     ".pt", ".pth", ".safetensors", ".latent", ".npy", ".npz", ".tar", ".parquet", *SHARDS,
 )  # fmt: skip
-=======
-SUFFIXES = (".pt", ".pth", ".safetensors", ".latent", ".npy", ".npz", ".tar")
 MISSING = "does not exist"
 """The error of a path that leads nowhere."""
->>>>>>> c5f97dd82c610d41db24095f1417564d89eb51f5
 COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
