@@ -161,8 +161,13 @@ class Payload:
     parts: tuple[tuple[str, int], ...] = ()
 
     def names(self, key: str | None = None) -> Iterator[str | None]:
-        """One name an image, without end: as the file gives them, or else the `key` of a sample."""
+        """One name an image, without end: as the file gives them, or else the `key` of a sample.
+
+        Raises LatentsError for a name over the limit.
+        """
         ids = self.claims.ids
+        for part, _ in self.parts:
+            image_id(part)  # a key of a file is as long as its author likes
         if not self.parts:
             yield from itertools.repeat(key) if ids is None else ids
         whole = ids is not None and all(count == len(ids) for _, count in self.parts)

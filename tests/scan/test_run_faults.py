@@ -138,7 +138,7 @@ def test_readers_killed_at_twenty_random_moments(tmp_path: Path, calm: Path) -> 
     shards = write_shards(tmp_path / "shards", 20, 8)
     options = options_of(calm, batch_size=2)
     random_ = random.Random(0)
-    killing = _Killing(20, lambda: random_.random() < 0.3)
+    killing = _Killing(20, lambda: random_.random() < 0.6)
     run = scan_run(tmp_path / "run", options, shards, 3, max_memory=1, told=killing)
     assert killing.killed == 20
     again = scan_run(tmp_path / "run", options, shards, resume=True)  # what was given up
