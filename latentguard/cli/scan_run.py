@@ -14,7 +14,7 @@ from latentguard.cli.exit_codes import EXIT_INTERRUPTED, EXIT_UNREADABLE, FailOn
 from latentguard.errors import TooManyErrorsError, UsageError
 
 if TYPE_CHECKING:
-    from latentguard.cli.scan_progress import Step
+    from latentguard.cli.scan_progress import Told
     from latentguard.files import PassedOver
     from latentguard.scan import ScanRecord, Summary
     from latentguard.scan.judging import Judging
@@ -32,11 +32,12 @@ def scan_run(
     options: Mapping[str, Any],
     fail_on: FailOn,
     quiet: bool,
+    showing: Mapping[str, Any],
 ) -> NoReturn:
     """Begin a run or go on with it, and exit as `latentguard scan` does.
 
     reading: of `Reading.of`. judging: of `RunOptions`, with the policy's name. options: those of
-    a run, None where they were not given.
+    a run, None where they were not given. showing: of `scan_progress.shown`.
     """
     from latentguard.files import PassedOver, Reading
     from latentguard.files.lists import listed
@@ -71,7 +72,14 @@ def scan_run(
     stopped: TooManyErrorsError | None = None
     try:
         _work(
-            run, Judging(judges), options["workers"], max_memory, options["max_errors"], task, quiet
+            run,
+            Judging(judges),
+            options["workers"],
+            max_memory,
+            options["max_errors"],
+            task,
+            quiet,
+            showing,
         )
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted; {_progress(run)}", err=True)
@@ -99,41 +107,50 @@ def _work(
     max_errors: int | None,
     task: tuple[int, int],
     quiet: bool,
+    showing: Mapping[str, Any],
 ) -> None:
-    from latentguard.cli.scan_progress import progress
+    from latentguard.cli.scan_progress import Told, shown
     from latentguard.scan.local import MAX_MEMORY, run_local
     from latentguard.scan.reader import default_workers
 
-    with progress(sys.stderr.isatty() and not quiet) as step:
+    workers = default_workers() if workers is None else workers
+    left = len(run.pending(task))
+    mine = sum(shard.number % task[1] == task[0] for shard in run.shards)
+    readers = max(workers, 1)
+    with shown(
+        shards=mine, done=mine - left, workers={"read": readers, "decode": readers}, **showing
+    ) as progress:
+        shower = _Shown(run, judging, Told(progress, judging.judges.notes, quiet))
         run_local(
             run,
             judging,
-            workers=default_workers() if workers is None else workers,
+            workers=workers,
             max_memory=MAX_MEMORY if max_memory is None else max_memory,
             max_errors=max_errors,
             task=task,
-            told=_Shown(run, judging, step, quiet),
+            told=shower,
         )
+        shower([])
 
 
 class _Shown:
-    """Shows what is judged, as it comes."""
+    """Shows what is judged, as it comes, and the shards that are done since."""
 
-    def __init__(self, run: Run, judging: Judging, step: Step, quiet: bool) -> None:
-        from latentguard.scan import Summary
-
-        self._summary = Summary(judging.rules.policy)
-        self._notes = judging.judges.notes
-        self._step, self._quiet = step, quiet
-        self._told = 0
-        for note in () if quiet else run.notes:
-            step.say(note)
+    def __init__(self, run: Run, judging: Judging, told: Told) -> None:
+        self._run, self._judging, self._told = run, judging, told
+        self._done = set(run.done)
+        self._reading = dict.fromkeys(("read", "decode"), 0.0)
+        for note in run.notes:
+            told.say(note)
 
     def __call__(self, records: Sequence[ScanRecord]) -> None:
-        for record in records:
-            self._summary.add(record)
-        self._step(self._summary, [] if self._quiet else self._notes[self._told :])
-        self._told = len(self._notes)
+        new = self._run.done.keys() - self._done if len(self._run.done) > len(self._done) else ()
+        for number in new:
+            spent = self._run.done[number].tally.get("microseconds", {})
+            for phase in self._reading:
+                self._reading[phase] += spent.get(phase, 0) / 1e6
+        self._done |= set(new)
+        self._told(records, {**self._reading, "score": self._judging.seconds}, len(new))
 
 
 def _summary(run: Run, passed: PassedOver) -> Summary:

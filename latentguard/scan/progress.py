@@ -103,6 +103,27 @@ class View(Protocol):
         """The scan is over, finished or not."""
 
 
+class _Rate:
+    """How fast a total grows of late, however rarely it is reported."""
+
+    def __init__(self, now: float) -> None:
+        self._reports = deque([(now, 0.0)])
+
+    def add(self, now: float, total: float) -> None:
+        if total > self._reports[-1][1] and now - self._reports[-1][0] >= _STEP:
+            self._reports.append((now, total))
+
+    def each_second(self, now: float, total: float, *, still: bool) -> float:
+        """still: whether what was not reported since the last time has not grown either; else it
+        is taken to grow as it did."""
+        while len(self._reports) > 2 and now - self._reports[1][0] >= _WINDOW:
+            self._reports.popleft()
+        first, (last, known) = self._reports[0], self._reports[-1]
+        if len(self._reports) > 1 and not still and now - last >= _WINDOW:
+            now, total = last, known
+        return (total - first[1]) / max(now - first[0], 1e-9)
+
+
 class Progress:
     """Adds up what an engine reports, and hands it to views.
 
@@ -131,7 +152,8 @@ class Progress:
         self._bytes = 0
         self._begun = clock()
         self._shown = -math.inf
-        self._past = deque([(self._begun, 0, dict.fromkeys(PHASES, 0.0))])
+        self._rate = _Rate(self._begun)
+        self._busy = {phase: _Rate(self._begun) for phase in PHASES}
 
     def update(
         self,
@@ -152,6 +174,9 @@ class Progress:
             self._seconds[phase] += seconds  # type: ignore[assignment]
         self._done += shards
         now = self._clock()
+        self._rate.add(now, self._outcomes.total())
+        for phase, rate in self._busy.items():
+            rate.add(now, float(self._seconds[phase]))
         if now - self._shown < _APART:
             return
         self._shown = now
@@ -173,17 +198,12 @@ class Progress:
         """How far it is now."""
         now, images = self._clock(), self._outcomes.total()
         seconds = {phase: float(self._seconds[phase]) for phase in PHASES}
-        if now - self._past[-1][0] >= _STEP:
-            self._past.append((now, images, seconds))
-        while len(self._past) > 1 and now - self._past[1][0] >= _WINDOW:
-            self._past.popleft()
-        since, images_then, seconds_then = self._past[0]
-        passed = max(now - since, 1e-9)
         busy = {
-            phase: min((seconds[phase] - seconds_then[phase]) / passed / self._workers[phase], 1.0)
+            phase: self._busy[phase].each_second(now, seconds[phase], still=False)
             for phase in PHASES
             if seconds[phase] > 0
         }
+        busy = {phase: min(part / self._workers[phase], 1.0) for phase, part in busy.items()}
         return State(
             images=images,
             outcomes=dict(self._outcomes),
@@ -193,7 +213,7 @@ class Progress:
             shards_done=self._done,
             shards=self._shards,
             elapsed=now - self._begun,
-            rate=(images - images_then) / passed,
+            rate=self._rate.each_second(now, images, still=True),
             busy=busy,
             bound=PHASES[max(busy, key=lambda phase: busy[phase])] if busy else None,
             left=self._left(now),

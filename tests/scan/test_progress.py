@@ -59,6 +59,30 @@ def test_rate_and_bound_are_those_of_late() -> None:
     assert state.left is None
 
 
+def test_reading_that_is_reported_shard_by_shard_is_not_forgotten_between() -> None:
+    clock = Clock()
+    progress = Progress(workers={"read": 4}, clock=clock)
+    for second in range(1, 2000):
+        clock.now += 1
+        shard = second % 300 == 0
+        progress.update(images(5), {"score": 0.3, "read": 1100.0 if shard else 0.0})
+        if second > 350:
+            state = progress.state()
+            assert state.bound == "reading", second
+            assert state.busy["read"] == pytest.approx(1100 / 300 / 4, rel=0.12)
+            assert state.busy["score"] == pytest.approx(0.3, rel=0.1)
+
+
+def test_a_scan_that_stands_still_has_no_rate() -> None:
+    clock = Clock()
+    progress = Progress(clock=clock)
+    for _ in range(100):
+        clock.now += 1
+        progress.update(images(5), {"score": 1.0})
+    clock.now += 1000
+    assert progress.state().rate < 0.2
+
+
 def test_nothing_yet_is_no_division_by_zero() -> None:
     state = Progress(shards=3).state()
     assert (state.images, state.blocked, state.left, state.bound) == (0, 0.0, None, None)

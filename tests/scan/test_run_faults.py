@@ -137,13 +137,25 @@ def test_killed_at_twenty_random_moments(tmp_path: Path, calm: Path) -> None:
 def test_readers_killed_at_twenty_random_moments(tmp_path: Path, calm: Path) -> None:
     shards = write_shards(tmp_path / "shards", 20, 8)
     options = options_of(calm, batch_size=2)
+    whole = records_of(scan_run(tmp_path / "whole", options, shards))
     random_ = random.Random(0)
-    killing = _Killing(20, lambda: random_.random() < 0.6)
-    run = scan_run(tmp_path / "run", options, shards, 3, max_memory=1, told=killing)
-    assert killing.killed == 20
-    again = scan_run(tmp_path / "run", options, shards, resume=True)  # what was given up
-    assert records_of(again) == records_of(scan_run(tmp_path / "whole", options, shards))
-    assert len(run.done) == 20
+    next_one = [0.0]
+
+    def when() -> bool:
+        if time.monotonic() < next_one[0]:
+            return False
+        next_one[0] = time.monotonic() + random_.uniform(0.1, 1.5)
+        return True
+
+    killing = _Killing(20, when)
+    turn = 0
+    while killing.killed < 20:
+        turn += 1
+        place = tmp_path / str(turn)
+        run = scan_run(place, options, shards, 3, max_memory=1, told=killing)
+        assert len(run.done) == 20
+        # What was given up, as three of its readers were killed, is tried again.
+        assert records_of(scan_run(place, options, shards, resume=True)) == whole
 
 
 def test_a_full_disk_ends_a_run_that_can_go_on(tmp_path: Path, calm: Path) -> None:

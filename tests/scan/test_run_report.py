@@ -193,7 +193,7 @@ def test_a_path_that_is_called_report_can_be_scanned(
 
 
 def test_help_teaches_both(command: Any) -> None:
-    assert "latentguard scan report" in command("scan", "--help").out
+    assert "latentguard scan report PART" in command("scan", "--help").out
     assert "./report" in command("scan", "report", "--help").out
     assert "scan report" in command("--help").out
 
@@ -337,3 +337,97 @@ def scanned(tmp_path: Path, policy: Callable[..., Path]) -> tuple[Path, Path]:
 
     file = write_latents(tmp_path / "a.pt", 3, side=8, ids=["x", "y", "z"])
     return file, policy(("revolver", "block", -2.0), ("nazi rally", "block", 2.0))
+
+
+def test_a_scan_writes_its_tally(scanned: tuple[Path, Path], tmp_path: Path, command: Any) -> None:
+    file, rules = scanned
+    target = tmp_path / "run.json"
+    ran = command("scan", file, "--policy", rules, "--summary", target, "--format", "json")
+    assert ran.code == 1
+    assert f"summary: {target}" in ran.err
+    assert len(ran.out.splitlines()) == 3
+    tally = Tally.from_dict(json.loads(target.read_bytes()))
+    assert tally.outcomes == {"block": 3}
+    assert tally.seconds("score") > 0
+    ((judge, counts),) = tally.judges.items()
+    assert (judge.name, judge.space, counts.images) == ("nano-flux2", "flux2", 3)
+    assert counts.concepts["nazi-rally"].unchecked == 3
+    assert counts.notes
+    previews = [example.preview for example in counts.concepts["revolver"].gravest]
+    assert len(previews) == 3
+    assert None not in previews
+    page = tmp_path / "run.html"
+    assert command("scan", "report", target, "-o", page).code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "3 of 3 images not allowed" in text
+    assert "nazi-rally" in text
+    assert text.count("data:image/png") == 3
+
+
+def test_a_scan_of_a_sample_says_what_it_estimates(
+    scanned: tuple[Path, Path], tmp_path: Path, command: Any
+) -> None:
+    file, rules = scanned
+    target = tmp_path / "run.json"
+    arguments = (file, "--policy", rules, "--sample", 2, "--seed", 4, "--summary", target)
+    ran = command("scan", *arguments)
+    assert ran.code == 1
+    assert "sample: 2 images of 1 of 1 shards (seed 4)" in ran.out
+    assert "block: 100 % (at least" in ran.out
+    tally = Tally.from_dict(json.loads(target.read_bytes()))
+    assert tally.sample is not None
+    assert (tally.images, tally.sample.size) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--seed", 1), "give --sample IMAGES, too"),
+        (("--sample-shards", 1), "give --sample IMAGES, too"),
+        (("--sample", 0), "greater than or equal to 1"),
+        (("--sample", 5, "--run", "run"), "a run scans all images"),
+        (("--summary", "out.txt"), "must be a file that ends in .json"),
+        (("--summary", "no/such/run.json"), "there is no folder"),
+        (("--metrics-port", 70000), "less than or equal to"),
+        (("--output", "a.pt"), "would write over latents"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    scanned: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    command: Any,
+    arguments: tuple[Any, ...],
+    said: str,
+) -> None:
+    file, rules = scanned
+    monkeypatch.chdir(file.parent)
+    before = file.read_bytes()
+    ran = command("scan", "a.pt", "--policy", rules, *arguments)
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+    assert file.read_bytes() == before
+
+
+def test_progress_as_json_lines(scanned: tuple[Path, Path], command: Any) -> None:
+    file, rules = scanned
+    ran = command("scan", file, "--policy", rules, "--progress", "json", "-q")
+    (last,) = [json.loads(line) for line in ran.err.splitlines()][-1:]
+    assert (last["images"], last["errors"], last["finished"]) == (3, 0, True)
+    assert last["share_blocked"] == 1
+    assert set(last["busy"]) == {"reading", "scoring"}
+
+
+def test_a_run_is_reported(scanned: tuple[Path, Path], tmp_path: Path, command: Any) -> None:
+    file, rules = scanned
+    run = tmp_path / "run"
+    arguments = (file, tmp_path / "missing.pt", "--policy", rules, "--run", run, "--workers", 0)
+    ran = command("scan", *arguments, "--sink", "json", "--progress", "json")
+    assert ran.code == 3
+    lines = [json.loads(line) for line in ran.err.splitlines() if line.startswith("{")]
+    assert (lines[-1]["images"], lines[-1]["shards_done"], lines[-1]["shards"]) == (4, 2, 2)
+    assert command("scan", "report", run, "-o", tmp_path / "run.html").code == 0
+    text = " ".join(Page((tmp_path / "run.html").read_text("utf-8")).text)
+    assert "4 of 4 images not allowed" in text
+    assert "1 image could not be read or judged" in text
+    assert "does not exist" in text
+    parts = sorted((run / "parts").glob("*.jsonl"))
+    assert collect(parts).tally.outcomes == collect([run]).tally.outcomes
