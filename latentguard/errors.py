@@ -36,6 +36,10 @@ class UsageError(ModelError):
     """Options of the command line that do not go together, or cannot be used."""
 
 
+class TooManyErrorsError(LatentGuardError):
+    """A run that was stopped, as more could not be read or judged than it was allowed."""
+
+
 class MissingExtraError(LatentGuardError, ImportError):
     """Something that is asked for needs packages which are not installed; the message says which
     extra brings them."""

@@ -10,12 +10,14 @@ import sys
 import typer
 
 from latentguard import __version__
+from latentguard.cli.commands import Commands
 from latentguard.cli.exit_codes import EXIT_USAGE
 from latentguard.errors import LatentGuardError
 from latentguard.text import visible
 
 app = typer.Typer(
     name="latentguard",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -49,9 +51,21 @@ def _register() -> None:
     import latentguard.cli.models as models
     import latentguard.cli.policy as policy
     import latentguard.cli.scan as scan
+    import latentguard.cli.scan_report as scan_report
     import latentguard.cli.spaces as spaces
 
-    for module in (scan, policy, models, spaces, evaluate, calibrate, adapt, export, doctor):
+    for module in (
+        scan,
+        scan_report,
+        policy,
+        models,
+        spaces,
+        evaluate,
+        calibrate,
+        adapt,
+        export,
+        doctor,
+    ):
         module.register(app)
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-_LATENTS = (".pt", ".pth", ".safetensors", ".npy", ".npz", ".tar")
-
 
 Format = Literal["table", "json", "csv"]
 """How verdicts are written."""
@@ -35,6 +33,9 @@ Views = Literal["whole", "crops"]
 Layout = Literal["spatial", "packed", "patches"]
 """How an array holds images: [C, H, W], tokens [N, C], or [C * 4, H/2, W/2]."""
 
+Dtype = Literal["bfloat16", "float16", "float32", "uint8", "int8"]
+"""What numbers without a type are."""
+
 FailOn = Literal["block", "review", "never"]
 """The mildest decision that makes the exit code 1."""
 
@@ -47,7 +48,8 @@ def register(app: typer.Typer) -> None:
 def scan(
     paths: list[str] = typer.Argument(
         metavar="PATH",
-        help="Latents: .pt, .pth, .safetensors, .npy, .npz, WebDataset .tar, folders, globs.",
+        help="Latents: .pt, .pth, .safetensors, .latent, .npy, .npz, WebDataset .tar, folders, "
+        "globs.",
         show_default=False,
     ),
     policy: str | None = typer.Option(
@@ -80,6 +82,41 @@ def scan(
         None, min=1, help="Height in latent cells of packed latents that do not say."
     ),
     width: int | None = typer.Option(None, min=1, help="Width of the same."),
+    pixels: bool = typer.Option(
+        False,
+        "--pixels",
+        help="--height, --width and what files say of them are pixels, not latent cells.",
+    ),
+    key: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        help="The array that holds the latents: a key of a dict (a/b for b in a), .npz or "
+        ".safetensors. Other arrays are then left aside and counted.",
+    ),
+    member: str | None = typer.Option(
+        None,
+        metavar="ENDING",
+        help="What follows the key in the names of a shard's members that hold latents, as "
+        "latents.npy or npy; by default latent.pt and the like. Others are left aside and counted.",
+    ),
+    moments: bool = typer.Option(
+        False,
+        "--moments",
+        help="Arrays hold means and deviations, twice the channels; the means are judged.",
+    ),
+    dequantize: str | None = typer.Option(
+        None,
+        metavar="SCALE,ZERO",
+        help="Whole numbers become (number - ZERO) * SCALE; imagenet.int8 is a name for its own.",
+    ),
+    dtype: Dtype | None = typer.Option(
+        None, help="Type of numbers that carry none, such as bfloat16 of numpy.save."
+    ),
+    strict: bool = typer.Option(
+        False,
+        "--strict",
+        help="What is passed over, as no latents, is an error: captions, pictures, notes.",
+    ),
     scaled: bool | None = typer.Option(
         None,
         "--scaled/--unscaled",
@@ -138,6 +175,13 @@ def scan(
         layout=layout,
         height=height,
         width=width,
+        pixels=pixels,
+        key=key,
+        member=member,
+        moments=moments,
+        dequantize=dequantize,
+        dtype=dtype,
+        strict=strict,
         batch_size=batch_size,
         previews=report is not None,
         heatmaps=heatmap,
@@ -290,6 +334,8 @@ def _check_targets(
     paths: list[str], output: Path | None, report: Path | None, heatmap: bool
 ) -> None:
     """Find what cannot be written before an hour of scanning, and never write over latents."""
+    from latentguard.files import SUFFIXES
+
     if heatmap and report is None:
         raise UsageError("heat maps are shown in the report: give --report FILE.html too")
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
@@ -297,7 +343,11 @@ def _check_targets(
     for option, target in (("--report", report), ("--output", output)):
         if target is None:
             continue
-        if target.resolve().suffix.lower() in _LATENTS or _is_one_of(target, paths):
+        if (
+            target.name.lower().endswith(SUFFIXES)
+            or target.resolve().suffix in SUFFIXES
+            or _is_one_of(target, paths)
+        ):
             raise UsageError(f"{option} would write over latents: {target}")
         if target.is_dir():
             raise UsageError(f"{option} must be a file, {target} is a folder")

@@ -28,23 +28,32 @@ class Beside:
     """The arrays of a file that are not read.
 
     unread: names of those that could be latents. texts: how many could, but for their names.
+    left: how many could, and are left aside since the operator named the array that counts.
     """
 
     unread: tuple[str, ...] = ()
     texts: int = 0
+    left: int = 0
 
     @classmethod
-    def of(cls, arrays: Iterable[tuple[str, tuple[int, ...]]]) -> Beside:
-        """Of the name and shape of each array of floating point numbers."""
+    def of(cls, arrays: Iterable[tuple[str, tuple[int, ...]]], said: bool = False) -> Beside:
+        """Of the name and shape of each array of floating point numbers.
+
+        said: whether the operator named the array that counts.
+        """
         unread: list[str] = []
         texts = 0
         for name, shape in arrays:
-            if not _is_shape_of_latents(shape):
+            if not is_shape_of_latents(shape) and not _is_moments(name, shape):
+                continue
+            if _is_mask(name, shape):
                 continue
             if _is_text(name, shape):
                 texts += 1
             else:
                 unread.append(name)
+        if said:
+            return cls((), texts, len(unread))
         return cls(tuple(unread), texts)
 
     def check(self) -> None:
@@ -56,11 +65,12 @@ class Beside:
             shown += f" and {len(self.unread) - _SHOWN} more"
         raise LatentsError(
             f"holds {shown} beside the latents that are read, which could be latents, too, and "
-            "was not looked at: save each array of latents in a file of its own"
+            "was not looked at: save each array of latents in a file of its own, or name the one "
+            "that counts (--key)"
         )
 
 
-def _is_shape_of_latents(shape: tuple[int, ...]) -> bool:
+def is_shape_of_latents(shape: tuple[int, ...]) -> bool:
     """[..., C, H, W] of a known space, or packed tokens [B, N, C * 4] or [N, C * 4]."""
     if math.prod(shape) == 0 or len(shape) < 2:
         return False
@@ -70,6 +80,21 @@ def _is_shape_of_latents(shape: tuple[int, ...]) -> bool:
         spatial = spatial or shape[-4] in {space.channels for space in SPACES.values()}
     tokens = len(shape) == 3 or (len(shape) == 2 and shape[0] >= _MIN_TOKENS)
     return spatial or (tokens and shape[-1] in packed)
+
+
+def channels_of(shape: tuple[int, ...]) -> int:
+    """Of an array [..., C, H, W], which may have an axis of frames."""
+    return shape[-4] if len(shape) >= 4 and shape[-3] == 1 else shape[-3]
+
+
+def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether an array is one mask of a picture, [H, W], as sd-scripts keeps it."""
+    return len(shape) == 2 and "mask" in name.lower()
+
+
+def _is_moments(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether an array holds means and deviations, of which latents are made."""
+    return len(shape) >= 3 and "moments" in name.lower() and math.prod(shape) > 0
 
 
 def _is_text(name: str, shape: tuple[int, ...]) -> bool:

@@ -25,6 +25,8 @@ MAX_INFLATED = 4096 * MIB
 # may be this many times its size in the file.
 MAX_RATIO = 64
 MIN_INFLATED = 256 * MIB
+# What is unpacked from a gzip file stays in memory up to this, and is a temporary file beyond.
+MAX_SPOOLED = 64 * MIB
 # Arrays of an .npz beside its latents: each header is read, to tell whether it is of latents, too.
 MAX_BESIDE = 1000
 # Axes of an array: latents have four at most, and the product of a million sizes takes minutes.

@@ -8,6 +8,7 @@ are ignored.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -51,18 +52,46 @@ class Claims:
     ids: tuple[str, ...] | None = None
     scale: float | tuple[float, ...] | None = None
     shift: float | tuple[float, ...] | None = None
+    pixel_height: int | None = None
+    pixel_width: int | None = None
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any], text: bool = False) -> Claims:
-        """Validate the known keys of a mapping; `text` where every value is a string.
+    def parse(cls, values: Mapping[str, Any], text: bool = False, pixels: bool = False) -> Claims:
+        """Validate the known keys of a mapping.
+
+        Args:
+            text: whether every value is a string.
+            pixels: whether height and width are of pixels.
 
         Raises:
             LatentsError: a known key with a value that is not what it must be.
         """
-        found = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
+        found = {key: values[key] for key in _PARSERS if values.get(key) is not None}
         if text:
             found = {key: _from_text(key, value) for key, value in found.items()}
-        return cls(**{key: _PARSERS[key](key, value) for key, value in found.items()})
+        parsed = {key: _PARSERS[key](key, value) for key, value in found.items()}
+        if pixels:
+            parsed = {f"pixel_{k}" if k in ("height", "width") else k: v for k, v in parsed.items()}
+        return cls(**parsed)
+
+    def size(self, space: LatentSpace) -> tuple[int | None, int | None]:
+        """Height and width in latent cells of a space, None where nothing says them.
+
+        Raises LatentsError where pixels are no whole number of cells, or deny what is said in them.
+        """
+        found = []
+        pairs = ((self.height, self.pixel_height), (self.width, self.pixel_width))
+        for cells, pixels in pairs:
+            if pixels is not None:
+                count, rest = divmod(pixels, space.vae_scale_factor)
+                if rest or cells not in (None, count):
+                    raise LatentsError(
+                        f"{pixels} pixels are not {cells or 'a whole number of'} latent cells of "
+                        f"{space}, of which each has {space.vae_scale_factor}"
+                    )
+                cells = count
+            found.append(cells)
+        return found[0], found[1]
 
     def merged(self, other: Claims, mine: str, theirs: str) -> Claims:
         """Both; LatentsError where they contradict each other."""
@@ -109,7 +138,8 @@ class Claims:
         )
 
 
-KEYS = frozenset(field.name for field in fields(Claims))
+KEYS = frozenset(("space", "scaled", "layout", "height", "width", "ids", "scale", "shift"))
+"""The keys that a file may hold beside its latents."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +151,37 @@ class Payload:
 
     twofold: whether an array's shape is that of one image and of packed tokens (`is_twofold`).
     beside: the arrays that are not read.
+    parts: name and number of images of each array, where names tell the images apart.
     """
 
     claims: Claims
     images: Callable[[], Iterator[Image | LatentsError]]
     twofold: bool = False
     beside: Beside = field(default_factory=Beside)
+    parts: tuple[tuple[str, int], ...] = ()
+
+    def names(self, key: str | None = None) -> Iterator[str | None]:
+        """One name an image, without end: as the file gives them, or else the `key` of a sample."""
+        ids = self.claims.ids
+        if not self.parts:
+            yield from itertools.repeat(key) if ids is None else ids
+        whole = ids is not None and all(count == len(ids) for _, count in self.parts)
+        for part, count in self.parts:
+            for number in range(count):
+                if ids is not None and whole:
+                    yield f"{ids[number]}/{part}"
+                    continue
+                name = part if count == 1 else f"{part}/{number}"
+                yield name if key is None else f"{key}/{name}"
+        yield from itertools.repeat(None)
+
+    def check_names(self, count: int) -> None:
+        """LatentsError unless there are as many ids as each array has images, or all have."""
+        ids = self.claims.ids
+        if ids is None or len(ids) == count:
+            return
+        if not self.parts or any(part != len(ids) for _, part in self.parts):
+            raise LatentsError(f"has {len(ids)} ids for {count} images")
 
 
 @dataclass(frozen=True)
@@ -134,22 +189,36 @@ class Plan:
     """How one array holds images: `count` of them of `shape`, one after the other.
 
     frames: the array's axis of frames, of which there is one, and which `shape` leaves out.
+    moments: whether means are followed by deviations, which `shape` leaves out.
     """
 
     count: int
     shape: tuple[int, ...]
     layout: str
     frames: int | None = None
+    moments: bool = False
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of an image's numbers in the file; its first `shape[0]` channels count."""
+        return (self.shape[0] * 2, *self.shape[1:]) if self.moments else self.shape
 
 
-def plan(shape: tuple[int, ...], claims: Claims) -> Plan:
+def plan(shape: tuple[int, ...], claims: Claims, moments: bool = False) -> Plan:
     """Read an array's shape as a batch of images, or as one.
+
+    moments: whether its channels are those of means, and then as many of deviations.
 
     Raises:
         LatentsError: a rank, size or layout that is no batch of latents.
     """
     if math.prod(shape) == 0:
         raise LatentsError(f"the latents are empty (shape {list(shape)})")
+    if moments:
+        whole = plan(_means(shape), claims)
+        if whole.layout == "packed":
+            raise LatentsError(f"moments must be [B, 2 * C, H, W], got tokens {list(shape)}")
+        return replace(whole, moments=True)
     layout = _layout(shape, claims)
     rank = 2 if layout == "packed" else 3
     frames = _frames(shape, claims) if layout != "packed" else None
@@ -172,6 +241,18 @@ def plan(shape: tuple[int, ...], claims: Claims) -> Plan:
             f"({', '.join(f'{s.name} {s.channels}' for s in SPACES.values())})"
         )
     return Plan(count, image, layout, frames)
+
+
+def _means(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the means of an array of means and deviations."""
+    axis = 0 if len(shape) == 3 else 1
+    if len(shape) == 4 and shape[1] == 1:
+        axis = 0  # [2 * C, 1, H, W], of one frame
+    if len(shape) not in (3, 4, 5) or shape[axis] % 2:
+        raise LatentsError(
+            f"moments must be [B, 2 * C, H, W] or [2 * C, H, W], got shape {list(shape)}"
+        )
+    return (*shape[:axis], shape[axis] // 2, *shape[axis + 1 :])
 
 
 def _frames(shape: tuple[int, ...], claims: Claims) -> int | None:
@@ -215,13 +296,20 @@ def _layout(shape: tuple[int, ...], claims: Claims) -> str:
         )
     size = (claims.height, claims.width)
     # [C, H, W] and packed [B, N, C] have the same rank: the declared size, else the channel count.
-    cells = -1 if claims.height is None or claims.width is None else claims.height * claims.width
     packed = any(
-        claims.space in (None, space.name) and shape[1] * space.packed_patch**2 == cells
+        claims.space in (None, space.name)
+        and shape[1] * space.packed_patch**2 == _cells_said(claims, space)
         for space in packed_spaces(shape[2])
     )
     channels = {s.channels for s in SPACES.values() if claims.space in (None, s.name)}
     spatial = shape[0] in channels and size in ((None, None), shape[1:])
+    if packed and claims.pixel_height is not None:
+        # Pixels that fit the tokens, and are not those of cells.
+        spatial = spatial and any(
+            claims.space in (None, s.name) and _cells_said(claims, s) == shape[1] * shape[2]
+            for s in SPACES.values()
+            if s.channels == shape[0]
+        )
     if not packed and not spatial:
         spatial = _is_patches(shape, claims)
     if packed is not spatial:
@@ -229,8 +317,31 @@ def _layout(shape: tuple[int, ...], claims: Claims) -> str:
     raise LatentsError(
         f"shape {list(shape)} could be one image [C, H, W] or packed tokens [B, N, C]: declare "
         "layout (spatial or packed; in the file, or by --layout), and for packed ones height and "
-        "width in latent cells"
+        f"width in latent cells{if_pixels(claims)}{if_moments(shape[0], channels)}"
     )
+
+
+def if_pixels(claims: Claims) -> str:
+    """What to do about a size that does not fit, as the end of a sentence."""
+    if claims.height is None and claims.width is None:
+        return ""
+    return "; if the height and width that are said are pixels, say --pixels"
+
+
+def if_moments(count: int, channels: set[int]) -> str:
+    """What to do about an array of so many channels, as the end of a sentence."""
+    if count % 2 or count in channels or count // 2 not in channels:
+        return ""
+    return f"; if its {count} channels are means and deviations, say --moments"
+
+
+def _cells_said(claims: Claims, space: LatentSpace) -> int:
+    """How many latent cells an image is said to have, -1 where nothing says it."""
+    try:
+        height, width = claims.size(space)
+    except LatentsError:
+        return -1
+    return -1 if height is None or width is None else height * width
 
 
 def _is_patches(shape: tuple[int, ...], claims: Claims) -> bool:

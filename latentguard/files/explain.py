@@ -26,14 +26,12 @@ def no_latents(names: Iterable[str], arrays: Iterable[str], needs: str) -> Laten
 
 
 def _advice(names: list[str], arrays: list[str]) -> str:
-    if "latent_tensor" in names:
-        return (
-            ": this is a latent of ComfyUI, which is not read as it is; load latent_tensor and "
-            "save it as latents, with its space and scaling"
-        )
     texts = any(part in name for part in TEXT for name in names)
     if texts and not any("latent" in name for name in names):
         return ": these are text embeddings, of which no image is made; leave the file out"
     if not arrays:
         return ""
-    return f": save the numbers that are latents ({arrays[0][:30]}?) under the name latents"
+    return (
+        f": save the numbers that are latents ({arrays[0][:30]}?) under the name latents, or say "
+        "which they are (--key)"
+    )

@@ -22,33 +22,39 @@ from latentguard.files.bounds import (
     MAX_RATIO,
     MIN_INFLATED,
 )
-from latentguard.files.claims import KEYS, Claims, Image, Payload, is_twofold, plan
-from latentguard.files.explain import no_latents
+from latentguard.files.choice import Choice, choose
+from latentguard.files.claims import KEYS, Claims, Image, Payload, Plan, is_twofold, plan
+from latentguard.files.numbers import Numbers, numbers_of
+from latentguard.files.options import NOTHING_SAID, Reading
 from latentguard.files.passed_over import HEAD, could_hold_latents
 from latentguard.files.signatures import check_start, kind_of
 from latentguard.files.streams import read_exactly
 from latentguard.files.zip_archive import DEFLATED, STORED, Entry, entry_stream, read_archive
 
-FLOATS = ("f2", "f4", "f8")
+_EXPECTED = "float16, float32 or float64"
 _MAGIC = b"\x93NUMPY"
 _CLAIM_KINDS = "bUiuf"
 
 
-def open_npy(stream: BinaryIO, size: int, claims: Claims) -> Payload:
+def open_npy(
+    stream: BinaryIO, size: int, claims: Claims, reading: Reading = NOTHING_SAID
+) -> Payload:
     """A .npy file; it carries nothing but numbers, so `claims` come from elsewhere."""
     check_start(stream, size, "a file of numpy.save")
-    header = _header(stream, size)
+    header = _header(stream, size, reading)
+    layout = plan(header.shape, claims, reading.moments)
 
     def images() -> Iterator[Image | LatentsError]:
         stream.seek(header.start)
-        return _images(stream, header, claims)
+        return _images(stream, header, layout)
 
-    plan(header.shape, claims)
-    return Payload(claims, images, is_twofold(header.shape))
+    return Payload(claims, images, not layout.moments and is_twofold(header.shape))
 
 
-def open_npz(stream: BinaryIO, size: int, claims: Claims) -> Payload:
-    """An .npz: the array `latents` (or the only one of three or more axes) and the known keys."""
+def open_npz(
+    stream: BinaryIO, size: int, claims: Claims, reading: Reading = NOTHING_SAID
+) -> Payload:
+    """An .npz: the arrays that are latents by their names (choice.py), and the known keys."""
     check_start(stream, size, "a file of numpy.savez")
     start = stream.read(8)
     if start[:4] != b"PK\x03\x04":
@@ -63,52 +69,50 @@ def open_npz(stream: BinaryIO, size: int, claims: Claims) -> Payload:
             raise LatentsError(f"is a damaged .npz: it holds {name[:60]!r} twice")
         entries[name] = _checked(entry)
     values = {name: _small(stream, entries[name]) for name in KEYS & entries.keys()}
-    claims = Claims.parse(values).merged(claims, "the file", "what is said beside it")
-    latents = _latents_entry(entries)
-    entry = entries[latents]
-    header = _header(entry_stream(stream, entry), entry.size)
-    plan(header.shape, claims)
+    claims = Claims.parse(values, pixels=reading.pixels).merged(
+        claims, "the file", "what is said beside it"
+    )
+    choice = _choice(stream, entries, reading)
+    arrays: list[tuple[Entry, _Header, Plan]] = []
+    for name in choice.names:
+        entry = entries[name]
+        header = _header(entry_stream(stream, entry), entry.size, reading)
+        arrays.append((entry, header, plan(header.shape, claims, choice.moments)))
 
     def images() -> Iterator[Image | LatentsError]:
-        member = entry_stream(stream, entry)
-        read_exactly(member, header.start)
-        return _images(member, header, claims)
+        for entry, header, layout in arrays:
+            member = entry_stream(stream, entry)
+            read_exactly(member, header.start)
+            yield from _images(member, header, layout)
 
-    others = {name: other for name, other in entries.items() if name not in {*KEYS, latents}}
-    return Payload(claims, images, is_twofold(header.shape), _beside(stream, others))
+    others = {name: e for name, e in entries.items() if name not in {*KEYS, *choice.names}}
+    counts = [(name, a[2].count) for name, a in zip(choice.names, arrays, strict=True)]
+    return Payload(
+        claims,
+        images,
+        not choice.moments and any(is_twofold(header.shape) for _, header, _ in arrays),
+        _beside(stream, others, choice.said),
+        tuple(counts) if choice.several else (),
+    )
 
 
 class _Header:
     """The checked header of a .npy stream; `start` is where the numbers begin."""
 
-    __slots__ = ("dtype", "shape", "start")
+    __slots__ = ("dtype", "numbers", "shape", "start")
 
-    def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...], start: int) -> None:
-        self.dtype, self.shape, self.start = dtype, shape, start
+    def __init__(
+        self, dtype: np.dtype[Any], shape: tuple[int, ...], start: int, numbers: Numbers
+    ) -> None:
+        self.dtype, self.shape, self.start, self.numbers = dtype, shape, start, numbers
 
 
-def _header(stream: BinaryIO, size: int) -> _Header:
+def _header(stream: BinaryIO, size: int, reading: Reading) -> _Header:
     """Read and check the header; the stream is at its start, and `size` bytes long."""
     dtype, shape, start = _any_header(stream)
-    if dtype.str[1:] not in FLOATS:
-        raise LatentsError(f"latents must be float16, float32 or float64, got {_kind(dtype)}")
+    numbers = numbers_of(dtype, reading, _EXPECTED)
     _check_size(dtype, shape, size - start)
-    return _Header(dtype, shape, start)
-
-
-def _kind(dtype: np.dtype[Any]) -> str:
-    """A type that latents do not have, and what to do about it."""
-    if dtype.hasobject:
-        return (
-            "objects, which would have to be unpickled: save one array of numbers, "
-            "numpy.stack(list).astype(numpy.float32)"
-        )
-    if dtype.str[1:] == "V2":
-        return (
-            "V2: this is bfloat16 as numpy.save writes it, without its type; save "
-            "latents.astype(numpy.float32), or use safetensors"
-        )
-    return f"{dtype}"[:100]
+    return _Header(dtype, shape, start, numbers)
 
 
 def _any_header(stream: BinaryIO) -> tuple[np.dtype[Any], tuple[int, ...], int]:
@@ -163,16 +167,16 @@ def _check_size(dtype: np.dtype[Any], shape: tuple[int, ...], held: int) -> None
         )
 
 
-def _images(stream: BinaryIO, header: _Header, claims: Claims) -> Iterator[Image | LatentsError]:
+def _images(stream: BinaryIO, header: _Header, layout: Plan) -> Iterator[Image | LatentsError]:
     """Every image of an array whose numbers begin where the stream stands."""
-    layout = plan(header.shape, claims)
+    bytes_each = math.prod(layout.stored) * header.dtype.itemsize
     for index in range(layout.count):
-        bytes_each = math.prod(layout.shape) * header.dtype.itemsize
         if stream.seekable():
             # Others may have moved the stream between two images.
             stream.seek(header.start + index * bytes_each)
-        numbers = np.frombuffer(read_exactly(stream, bytes_each), dtype=header.dtype)
-        yield numbers.reshape(layout.shape).astype(header.dtype.newbyteorder("="))
+        numbers = np.frombuffer(read_exactly(stream, bytes_each), dtype=header.numbers.stored)
+        image = numbers.reshape(layout.stored)[: layout.shape[0]]
+        yield header.numbers.latents(image)
 
 
 # -- .npz ------------------------------------------------------------------------------------
@@ -193,13 +197,8 @@ def _checked(entry: Entry) -> Entry:
     return entry
 
 
-def _beside(stream: BinaryIO, entries: dict[str, Entry]) -> Beside:
+def _beside(stream: BinaryIO, entries: dict[str, Entry], said: bool) -> Beside:
     """The parts of an archive that are not read."""
-    if len(entries) > MAX_BESIDE:
-        raise LatentsError(
-            f"holds {len(entries)} arrays beside its latents, over the limit of {MAX_BESIDE}: save "
-            "the latents in a file of their own"
-        )
     arrays: list[tuple[str, tuple[int, ...]]] = []
     unknown: list[str] = []
     for name, entry in entries.items():
@@ -216,18 +215,34 @@ def _beside(stream: BinaryIO, entries: dict[str, Entry]) -> Beside:
             continue
         if dtype.kind == "f" or dtype.str[1:] == "V2":
             arrays.append((name, shape))
-    found = Beside.of(arrays)
+    found = Beside.of(arrays, said)
+    if said:
+        return Beside((), found.texts, found.left + len(unknown))
     return Beside((*found.unread, *unknown), found.texts)
 
 
-def _latents_entry(entries: dict[str, Entry]) -> str:
-    """The name of the latents."""
-    if "latents" in entries:
-        return "latents"
-    candidates = [name for name in entries if name not in KEYS]
-    if len(candidates) != 1:
-        raise no_latents(sorted(entries), candidates, "an array named latents")
-    return candidates[0]
+def _choice(stream: BinaryIO, entries: dict[str, Entry], reading: Reading) -> Choice:
+    """The names of the latents, in alphabetical order."""
+    arrays: dict[str, tuple[tuple[int, ...], bool]] = {}
+    _check_count(len(entries.keys() - KEYS) - 1)
+    for name in sorted(entries.keys() - KEYS):
+        try:
+            dtype, shape, _, _ = _parsed(entry_stream(stream, entries[name]))
+        except LatentsError:
+            shape, floating = (), False  # its own error follows where it is read
+        else:
+            floating = dtype.kind == "f" or dtype.str[1:] == "V2"
+        arrays[name] = (shape, floating)
+    return choose(arrays, reading, sorted(entries), "an array named latents")
+
+
+def _check_count(beside: int) -> None:
+    """Each array's header is read, so there may not be very many of them."""
+    if beside > MAX_BESIDE:
+        raise LatentsError(
+            f"holds {beside} arrays beside its latents, over the limit of {MAX_BESIDE}: save "
+            "the latents in a file of their own"
+        )
 
 
 def _small(stream: BinaryIO, entry: Entry) -> Any:

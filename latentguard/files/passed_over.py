@@ -57,6 +57,8 @@ _NUMBERS = re.compile(rb"PK\x03\x04|\x93NUMPY|\x89HDF|\x80[\x02-\x05]")
 _SAFETENSORS_HEADER = 100_000_000  # the most that the format allows, in bytes
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 _SUFFIXES = 40
+_NAMED = 3
+_MAX_NAME = 120
 
 
 def suffix_of(name: str) -> str:
@@ -106,24 +108,44 @@ def _begins_as(magic: re.Pattern[bytes], head: bytes) -> bool:
 
 @dataclass
 class PassedOver:
-    """Counts of what was not read because it cannot hold latents.
+    """Counts of what was not read because it cannot hold latents, or since the operator said so.
 
     files: of folders, by suffix. members: of shards, likewise. links: to folders that are read
     under another name. texts: arrays beside latents that are text embeddings by their name.
+    left, left_members: arrays of files and members of shards that could be latents, where the
+    operator named those that count (`Reading.key`, `Reading.member`).
+    names: the first few files of folders.
     """
 
     files: Counter[str] = field(default_factory=Counter)
     members: Counter[str] = field(default_factory=Counter)
     links: int = 0
     texts: int = 0
+    left: int = 0
+    left_members: int = 0
+    names: list[str] = field(default_factory=list)
 
-    def add_file(self, name: str) -> None:
-        """Count a file of a folder."""
+    def add_file(self, name: str, path: str | None = None) -> None:
+        """Count a file of a folder; the path names it."""
         _count(self.files, name)
+        if len(self.names) < _NAMED:
+            shown = (name if path is None else path)[-_MAX_NAME:]
+            self.names.append("".join(c if c.isprintable() else "?" for c in shown))
 
     def add_member(self, name: str) -> None:
         """Count a member of a shard."""
         _count(self.members, name)
+
+    def add(self, other: PassedOver) -> None:
+        """Count what another part of the same scan has passed over, too."""
+        for mine, theirs in ((self.files, other.files), (self.members, other.members)):
+            for label, count in theirs.items():
+                mine[label if label in mine or len(mine) < _SUFFIXES else "other"] += count
+        self.links += other.links
+        self.texts += other.texts
+        self.left += other.left
+        self.left_members += other.left_members
+        self.names = (self.names + other.names)[:_NAMED]
 
     def line(self) -> str:
         """One line that counts and names them; empty where there are none."""
@@ -136,7 +158,17 @@ class PassedOver:
             parts.append(f"{self.links:,} {_plural('link', self.links)} to folders that are read")
         if self.texts:
             parts.append(f"{self.texts:,} {_plural('array', self.texts)} of text embeddings")
-        return f"passed over, as no latents: {', '.join(parts)}" if parts else ""
+        line = f"passed over, as no latents: {', '.join(parts)}" if parts else ""
+        aside = []
+        if self.left:
+            aside.append(f"{self.left:,} other {_plural('array', self.left)} (--key)")
+        if self.left_members:
+            members = _plural("shard member", self.left_members)
+            aside.append(f"{self.left_members:,} other {members} (--member)")
+        said = f"left aside, as said: {', '.join(aside)}" if aside else ""
+        more = ", ..." if self.files.total() > len(self.names) else ""
+        named = f"the first files: {', '.join(self.names)}{more}" if self.names else ""
+        return "; ".join(filter(None, (line, named, said)))
 
 
 def _count(counts: Counter[str], name: str) -> None:

@@ -28,7 +28,7 @@ from latentguard.files.passed_over import (
 )
 from latentguard.files.streams import open_regular
 
-SUFFIXES = (".pt", ".pth", ".safetensors", ".npy", ".npz", ".tar")
+SUFFIXES = (".pt", ".pth", ".safetensors", ".latent", ".npy", ".npz", ".tar")
 COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -40,21 +40,24 @@ class Unreadable:
     error: str
 
 
-def expand(path: str | Path, passed: PassedOver) -> Iterator[Path | Unreadable]:
+def expand(
+    path: str | Path, passed: PassedOver, strict: bool = False
+) -> Iterator[Path | Unreadable]:
     """The files that a path, a folder or a pattern means; at least one file or Unreadable.
 
     Args:
         passed: counts the files of folders that cannot hold latents.
+        strict: whether each of these is an error, too.
     """
     text = os.fspath(path)
     found: Iterator[Path | Unreadable]
     try:
         if os.path.isdir(text):
-            folders = _Folders(passed)
+            folders = _Folders(passed, strict)
             found = chain(folders.files(text), folders.linked_files())
             nothing = f"is a folder without latents files ({', '.join(SUFFIXES)})"
         elif glob.has_magic(text) and not os.path.lexists(text):
-            found = _matches(text, passed)
+            found = _matches(text, passed, strict)
             nothing = "matches no file"
         else:
             found = iter([Path(text)] if os.path.lexists(text) else [])
@@ -86,8 +89,8 @@ class _Folder:
 class _Folders:
     """Walks folders and what is below them, each once however many links lead there."""
 
-    def __init__(self, passed: PassedOver) -> None:
-        self._passed = passed
+    def __init__(self, passed: PassedOver, strict: bool = False) -> None:
+        self._passed, self._strict = passed, strict
         self._seen: set[str] = set()
         self._links: deque[str] = deque()
 
@@ -149,8 +152,7 @@ class _Folders:
         head = partial(_head_if_readable if is_harmless(name) else _head, path)
         try:
             if is_apple_double(name, head):
-                self._passed.add_file(name)
-                return None
+                return self._pass(path, name)
             if name.lower().endswith(SUFFIXES + COMPRESSED_SHARDS):
                 return Path(path)
             if could_hold_latents(name, head):
@@ -161,8 +163,13 @@ class _Folders:
                 )
         except (OSError, LatentsError) as error:
             return Unreadable(path, f"could hold latents, but {_reason(error)}")
-        self._passed.add_file(name)
-        return None
+        return self._pass(path, name)
+
+    def _pass(self, path: str, name: str) -> Unreadable | None:
+        self._passed.add_file(name, path)
+        if not self._strict:
+            return None
+        return Unreadable(path, "is no latents file, and --strict lets nothing be passed over")
 
 
 def _listed(folder: str) -> _Folder:
@@ -220,7 +227,7 @@ def _reason(error: Exception) -> str:
 # -- patterns --------------------------------------------------------------------------------
 
 
-def _matches(pattern: str, passed: PassedOver) -> Iterator[Path | Unreadable]:
+def _matches(pattern: str, passed: PassedOver, strict: bool) -> Iterator[Path | Unreadable]:
     """What matches a pattern, sorted, with `**` for any folders below; folders are searched."""
     drive, rest = os.path.splitdrive(pattern)
     root = drive + rest[: len(rest) - len(rest.lstrip("/" + os.sep))]
@@ -232,7 +239,7 @@ def _matches(pattern: str, passed: PassedOver) -> Iterator[Path | Unreadable]:
     yield from broken.values()
     if rest.endswith(("/", os.sep)):
         found = [path for path in found if os.path.isdir(path)]
-    yield from _once(_files_of(sorted(set(found)), _Folders(passed)))
+    yield from _once(_files_of(sorted(set(found)), _Folders(passed, strict)))
 
 
 def _files_of(matches: list[str], folders: _Folders) -> Iterator[Path | Unreadable]:

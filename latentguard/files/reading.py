@@ -6,31 +6,36 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Unpack
 
 import numpy as np
 
 from latentguard.errors import LatentsError
-from latentguard.files.claims import Claims, Image, Payload
+from latentguard.files.addresses import Remote, found, shown
+from latentguard.files.claims import Claims, Image, Payload, if_moments
 from latentguard.files.numpy_files import open_npy, open_npz
+from latentguard.files.options import Options, Reading
 from latentguard.files.passed_over import PassedOver
-from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable, expand
+from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable
+from latentguard.files.remote import FileState, copied, state_of_path
 from latentguard.files.safetensors_files import open_safetensors
 from latentguard.files.shards import Sample, member_window, read_samples, sample_claims
 from latentguard.files.streams import open_regular, size_of, state_of, unchanged
 from latentguard.files.tar import Member, printable
 from latentguard.files.torch_files import open_torch
-from latentguard.spaces import SPACES, Latents, LatentSpace, Layout, recognize
+from latentguard.spaces import SPACES, Latents, LatentSpace, recognize
 from latentguard.spaces.arrays import LatentArray, unpack, unpatchify, widened
 from latentguard.spaces.statistics import MAX_IMAGES
 from latentguard.spaces.tokens import check_layout, check_size
 
-_OPENERS: dict[str, Callable[[BinaryIO, int, Claims], Payload]] = {
+_OPENERS: dict[str, Callable[[BinaryIO, int, Claims, Reading], Payload]] = {
     ".pt": open_torch,
     ".pth": open_torch,
     ".safetensors": open_safetensors,
+    ".latent": open_safetensors,
     ".npy": open_npy,
     ".npz": open_npz,
 }
@@ -56,18 +61,6 @@ class ArrayRecord:
 
 
 @dataclass(frozen=True)
-class Operator:
-    """What whoever reads the files says of those that do not say it.
-
-    said: layout, height and width.
-    """
-
-    space: LatentSpace | None
-    scaled: bool | None
-    said: Claims
-
-
-@dataclass(frozen=True)
 class Record:
     """As `ArrayRecord`, with the latents as a torch tensor, spatial."""
 
@@ -82,9 +75,10 @@ def read_latents(
     paths: Iterable[str | Path] | str | Path,
     space: str | Path | LatentSpace | None = None,
     scaled: bool | None = None,
+    **options: Unpack[Options],
 ) -> Iterator[Record]:
     """`read_arrays`, as torch tensors. Raises LatentsError where torch is not installed, too."""
-    records = read_arrays(paths, space, scaled)
+    records = read_arrays(paths, space, scaled, **options)
     if importlib.util.find_spec("torch") is None:
         raise LatentsError("tensors need torch: pip install 'latentguard[torch]', or read_arrays")
     return (
@@ -100,50 +94,54 @@ def read_arrays(
     space: str | Path | LatentSpace | None = None,
     scaled: bool | None = None,
     passed: PassedOver | None = None,
-    layout: Layout | None = None,
-    height: int | None = None,
-    width: int | None = None,
+    **options: Unpack[Options],
 ) -> Iterator[ArrayRecord]:
     """Read latents files one image at a time, in a stable order; at most one image is in memory
     besides what a .pt inside a shard holds. Without torch.
 
     Args:
-        paths: files (.pt, .pth, .safetensors, .npy, .npz, .tar), folders (searched recursively,
-            sorted by name), and glob patterns.
+        paths: files (`paths.SUFFIXES`), folders (searched recursively, sorted by name), glob
+            patterns, ranges `{000..099}`, and addresses of other file systems (`s3://...`).
         space, scaled: what the files do not say themselves. A file that says otherwise is an
             error, and one that says nothing is recognized by its statistics or is an error. A
             scaling that is not the space's usual one comes with `space` alone: a file that declares
             one of its own is an error.
-        layout, height, width: the same, for arrays whose shape leaves it open; packed tokens need
-            height and width, in latent cells.
         passed: counts what folders and shards hold besides, which cannot be latents.
+        options: everything else that `Reading` says of the files.
 
     Yields:
         ArrayRecords. Whatever is wrong with a file or an image becomes a record with an error, and
         the rest is read. So does what could hold latents but is of a type that is not read.
 
     Raises:
-        LatentsError: the space is unknown.
+        LatentsError: the space is unknown, or an option cannot be.
     """
-    given = None if space is None else LatentSpace.of(space)
-    if scaled is not None and not isinstance(scaled, bool):
-        raise LatentsError(f"scaled must be True, False or None, got {scaled!r}")
-    said = Claims.parse({"layout": layout, "height": height, "width": width})
-    operator = Operator(given, scaled, said)
+    return read_records(paths, Reading.of(space, scaled, **options), passed)
+
+
+def read_records(
+    paths: Iterable[str | Path] | str | Path, reading: Reading, passed: PassedOver | None = None
+) -> Iterator[ArrayRecord]:
+    """`read_arrays`, with everything that is said of the files in one object."""
     paths = [paths] if isinstance(paths, (str, Path)) else paths
-    return _records(paths, operator, PassedOver() if passed is None else passed)
+    return _records(paths, reading, PassedOver() if passed is None else passed)
 
 
 def load_latents(
-    path: str | Path, space: str | Path | LatentSpace | None = None, scaled: bool | None = None
+    path: str | Path,
+    space: str | Path | LatentSpace | None = None,
+    scaled: bool | None = None,
+    **options: Unpack[Options],
 ) -> Latents:
     """All images of one file as one batch, spatial, with its ids if every image has one.
+
+    options: as `read_arrays`.
 
     Raises:
         LatentsError: anything in the file cannot be read, or its images differ in size.
     """
     batches = []
-    for record in read_latents([path], space, scaled):
+    for record in read_latents([path], space, scaled, **options):
         if record.latents is None:
             where = record.source if record.index == 0 else f"{record.source}, image {record.index}"
             raise LatentsError(f"{where}: {record.error}")
@@ -156,14 +154,40 @@ def load_latents(
 
 
 def _records(
-    paths: Iterable[str | Path], operator: Operator, passed: PassedOver
+    paths: Iterable[str | Path], reading: Reading, passed: PassedOver
 ) -> Iterator[ArrayRecord]:
-    for path in paths:
-        for found in expand(path, passed):
-            if isinstance(found, Unreadable):
-                yield ArrayRecord(found.source, 0, None, None, found.error)
-                continue
-            yield from _guarded(str(found), 0, _file(found, operator, passed))
+    for file in found(paths, passed, reading.strict):
+        yield from read_file(file, reading, passed)
+
+
+def read_file(
+    file: Path | Remote | Unreadable,
+    reading: Reading,
+    passed: PassedOver,
+    states: dict[str, FileState] | None = None,
+) -> Iterator[ArrayRecord]:
+    """The records of one file; one that cannot be read is one with an error.
+
+    states: told what the file was before it was read, under its name in the records.
+    Raises OSError where this machine has no room for the copy of a remote file.
+    """
+    if isinstance(file, Unreadable):
+        yield ArrayRecord(file.source, 0, None, None, file.error)
+        return
+    states = {} if states is None else states
+    if isinstance(file, Path):
+        with suppress(OSError):
+            states[str(file)] = state_of_path(file)
+        yield from _guarded(str(file), 0, _file(file, reading, passed))
+        return
+    name = shown(file.address)
+    try:
+        with copied(file.address) as (path, state):
+            states[name] = state
+            for record in _guarded(str(path), 0, _file(path, reading, passed)):
+                yield replace(record, source=name + record.source[len(str(path)) :])
+    except LatentsError as error:
+        yield ArrayRecord(name, 0, None, None, str(error))
 
 
 def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterator[ArrayRecord]:
@@ -184,7 +208,7 @@ def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterato
 # -- one file --------------------------------------------------------------------------------
 
 
-def _file(path: Path, operator: Operator, passed: PassedOver) -> Iterator[ArrayRecord]:
+def _file(path: Path, reading: Reading, passed: PassedOver) -> Iterator[ArrayRecord]:
     name = path.name.lower()
     if name.endswith(COMPRESSED_SHARDS):
         raise LatentsError("is a compressed archive, whose size nothing bounds: unpack it to .tar")
@@ -195,10 +219,10 @@ def _file(path: Path, operator: Operator, passed: PassedOver) -> Iterator[ArrayR
         if size == 0:
             raise LatentsError("is an empty file")
         if name.endswith(".tar"):
-            records = _shard(path, stream, size, operator, passed)
+            records = _shard(path, stream, size, reading, passed)
         else:
-            payload = _OPENERS[path.suffix.lower()](stream, size, operator.said)
-            records = _images(payload, str(path), 0, None, operator, passed)
+            payload = _OPENERS[path.suffix.lower()](stream, size, reading.said(), reading)
+            records = _images(payload, str(path), 0, None, reading, passed)
         yield from unchanged(stream, path, before, records)
 
 
@@ -206,18 +230,18 @@ def _shard(
     path: Path,
     stream: BinaryIO,
     size: int,
-    operator: Operator,
+    reading: Reading,
     passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     index = 0
-    for sample in read_samples(stream, size, passed):
+    for sample in read_samples(stream, size, passed, reading):
         if isinstance(sample, LatentsError):
             yield ArrayRecord(str(path), index, None, None, str(sample))
             index += 1
             continue
         for member in sample.latents:
             source = f"{path}::{printable(member.name)}"
-            records = _member(stream, sample, member, source, index, operator, passed)
+            records = _member(stream, sample, member, source, index, reading, passed)
             for record in _guarded(source, index, records):
                 index = record.index + 1
                 yield record
@@ -229,15 +253,18 @@ def _member(
     member: Member,
     source: str,
     index: int,
-    operator: Operator,
+    reading: Reading,
     passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     if member.size == 0:
         raise LatentsError("is an empty member")
-    claims = sample_claims(stream, sample).merged(operator.said, "KEY.json", "the option given")
+    declared = sample_claims(stream, sample, reading)
+    claims = declared.merged(reading.said(), "KEY.json", "the option given")
     suffix = os.path.splitext(member.name.lower())[1]
-    payload = _OPENERS[suffix](member_window(stream, member), member.size, claims)
-    yield from _images(payload, source, index, printable(sample.key), operator, passed)
+    if suffix not in _OPENERS:
+        raise LatentsError(f"is of an unknown type: known are {', '.join(_OPENERS)}")
+    payload = _OPENERS[suffix](member_window(stream, member), member.size, claims, reading)
+    yield from _images(payload, source, index, printable(sample.key), reading, passed)
 
 
 # -- images ----------------------------------------------------------------------------------
@@ -248,11 +275,11 @@ def _images(
     source: str,
     first: int,
     key: str | None,
-    operator: Operator,
+    reading: Reading,
     passed: PassedOver,
 ) -> Iterator[ArrayRecord]:
     """The records of one payload: its convention is settled first, then image after image."""
-    space, scaled = operator.space, operator.scaled
+    space, scaled = reading.space, reading.scaled
     given = Claims(space=None if space is None else space.name, scaled=scaled)
     claims = payload.claims.merged(given, "the file", "the option given")
     # The operator's may have a scaling of its own, or flux2's statistics.
@@ -262,17 +289,19 @@ def _images(
         claims.check_scaling(*settled)
         _check_size(payload, claims, settled[0])
     passed.texts += payload.beside.texts
+    passed.left += payload.beside.left
+    names = payload.names(key)
     count = 0
     for number, image in enumerate(payload.images()):
         count = number + 1
-        name = key if claims.ids is None else (claims.ids[number : number + 1] or (None,))[0]
-        record = _record(source, first + number, name, image, settled, claims)
+        record = _record(source, first + number, next(names), image, settled, claims)
         yield _one_layout(record, image) if payload.twofold else record
     if count == 0:
         raise LatentsError("holds no image")
-    if claims.ids is not None and len(claims.ids) != count:
-        raise LatentsError(f"has {len(claims.ids)} ids for {count} images")
+    payload.check_names(count)
     payload.beside.check()
+    if reading.strict and payload.beside.texts:
+        raise LatentsError("holds text embeddings, and --strict lets nothing be passed over")
 
 
 def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
@@ -280,16 +309,17 @@ def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
 
     Raises LatentsError where the numbers of one deny it.
     """
-    if claims.height is None or claims.width is None:
+    height, width = claims.size(space)
+    if height is None or width is None:
         return
     for image in itertools.islice(payload.images(), MAX_IMAGES):
         if isinstance(image, LatentsError) or image.ndim != 2:
             continue
         try:
-            space.size((1, *image.shape), "packed", claims.height, claims.width)
+            space.size((1, *image.shape), "packed", height, width)
         except LatentsError:
             continue  # an image of another size is an error of its own
-        check_size(space.canonical(widened(image))[None], space, claims.height, claims.width)
+        check_size(space.canonical(widened(image))[None], space, height, width)
 
 
 def _settle(
@@ -327,7 +357,7 @@ def _recognizable(image: Image, known: LatentSpace | None, claims: Claims) -> Im
             "packed latents are not recognized by their statistics: declare their space and "
             "scaling in the file, or say --space and --scaled or --unscaled"
         )
-    cells: Image = unpack(image[None], space, claims.height, claims.width)[0]
+    cells: Image = unpack(image[None], space, *claims.size(space))[0]
     return cells
 
 
@@ -348,14 +378,17 @@ def _record(
     batch = image[None]
     try:
         if image.ndim == 2:
-            batch = unpack(batch, space, claims.height, claims.width)
+            batch = unpack(batch, space, *claims.size(space))
         elif _is_patches(image, space, claims):
             batch = unpatchify(batch, space)
         space.size(batch.shape, "spatial", claims.height, claims.width)
         latents = LatentArray(batch, space, scaled, None if name is None else (name,))
         return ArrayRecord(source, index, name, latents, None)
     except LatentsError as error:
-        return ArrayRecord(source, index, name, None, str(error))
+        advice = if_moments(image.shape[0], {space.channels}) if image.ndim == 3 else ""
+        if "are pixels" in str(error):
+            advice = ", or say --pixels"
+        return ArrayRecord(source, index, name, None, f"{error}{advice}")
 
 
 def _is_patches(image: Image, space: LatentSpace, claims: Claims) -> bool:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
 from latentguard.errors import LatentsError
-from latentguard.files.beside import Beside
+from latentguard.files.beside import Beside, channels_of
 from latentguard.files.bounds import MAX_AXES, MAX_SAFETENSORS_HEADER
-from latentguard.files.claims import Claims, Image, Payload, is_twofold, plan
-from latentguard.files.explain import no_latents
+from latentguard.files.choice import COMFYUI, choose
+from latentguard.files.claims import Claims, Image, Payload, Plan, is_twofold, plan
+from latentguard.files.numbers import Numbers, numbers_of
+from latentguard.files.options import NOTHING_SAID, Reading
 from latentguard.files.signatures import check_start, kind_of
 from latentguard.files.streams import read_exactly
-from latentguard.spaces.arrays import BFLOAT16, native
+from latentguard.spaces.arrays import BFLOAT16
 
 # Bits of every type that a file may hold beside its latents.
 _BITS = {
@@ -26,11 +29,28 @@ _BITS = {
 }  # fmt: skip
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FLOATS = ("F", "BF")
-_KINDS = {"F16": np.dtype("<f2"), "BF16": BFLOAT16, "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_WHOLE: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U16": np.dtype("<u2"),
+}
+# What ComfyUI's LoadLatent looks for, and by what it multiplies where that is not there.
+COMFYUI_VERSION = "latent_format_version_0"
+COMFYUI_FACTOR = 1.0 / 0.18215
+_MUSUBI = {"architecture", "format_version"}
+_KINDS: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
 
 
-def open_safetensors(stream: BinaryIO, size: int, claims: Claims) -> Payload:
-    """A safetensors file: the tensor `latents` (or the only one) and the known metadata keys."""
+def open_safetensors(
+    stream: BinaryIO, size: int, claims: Claims, reading: Reading = NOTHING_SAID
+) -> Payload:
+    """A safetensors file: the tensors that are latents by their names (choice.py), and the known
+    metadata keys. A .latent of ComfyUI is one."""
     check_start(stream, size, "a safetensors file")
     header, start = _header(stream, size)
     metadata = header.pop("__metadata__", {})
@@ -38,31 +58,71 @@ def open_safetensors(stream: BinaryIO, size: int, claims: Claims) -> Payload:
         isinstance(v, str) and _is_text(v) and _is_text(k) for k, v in metadata.items()
     ):
         raise LatentsError("has damaged metadata: every value must be text")
-    claims = Claims.parse(metadata, text=True).merged(claims, "the file", "what is said beside it")
+    declared = Claims.parse(_own(metadata), text=True, pixels=reading.pixels)
+    claims = declared.merged(claims, "the file", "what is said beside it")
     tensors = _tensors(header, size - start)
-    name = "latents" if "latents" in tensors else next(iter(tensors), "")
-    if name not in tensors or (name != "latents" and len(tensors) > 1):
-        arrays = sorted(name for name, tensor in tensors.items() if tensor[0] in _KINDS)
-        raise no_latents(sorted(tensors), arrays, "a tensor named latents")
-    dtype, shape, begin = tensors[name]
-    if dtype not in _KINDS:
-        raise LatentsError(f"latents must be {', '.join(_KINDS)}, got {dtype!r}")
-    layout = plan(shape, claims)
+    choice = choose(
+        {n: (tensors[n][1], tensors[n][0].startswith(_FLOATS)) for n in _candidates(tensors)},
+        reading,
+        sorted(tensors),
+        "a tensor named latents",
+    )
+    if choice.names == (COMFYUI,):
+        claims = _of_comfyui(tensors[COMFYUI][1], claims)
+    arrays: list[tuple[Numbers, Plan, int]] = []
+    for name in choice.names:
+        dtype, shape, begin = tensors[name]
+        numbers = _numbers(dtype, reading)
+        if name == COMFYUI and COMFYUI_VERSION not in tensors:
+            numbers = replace(numbers, factor=COMFYUI_FACTOR)
+        arrays.append((numbers, plan(shape, claims, choice.moments), start + begin))
 
     def images() -> Iterator[Image | LatentsError]:
-        kind = _KINDS[dtype]
-        bytes_each = math.prod(layout.shape) * kind.itemsize
-        for index in range(layout.count):
-            stream.seek(start + begin + index * bytes_each)
-            numbers = np.frombuffer(read_exactly(stream, bytes_each), kind)
-            yield native(numbers.reshape(layout.shape))
+        for numbers, layout, begin in arrays:
+            bytes_each = math.prod(layout.stored) * numbers.stored.itemsize
+            for index in range(layout.count):
+                stream.seek(begin + index * bytes_each)
+                image = np.frombuffer(read_exactly(stream, bytes_each), numbers.stored)
+                yield numbers.latents(image.reshape(layout.stored)[: layout.shape[0]])
 
     others = Beside.of(
-        (other, tensor[1])
-        for other, tensor in tensors.items()
-        if other != name and tensor[0].startswith(_FLOATS)
+        (
+            (other, tensor[1])
+            for other, tensor in tensors.items()
+            if other not in choice.names and tensor[0].startswith(_FLOATS)
+        ),
+        choice.said,
     )
-    return Payload(claims, images, is_twofold(shape), others)
+    counts = [(name, a[1].count) for name, a in zip(choice.names, arrays, strict=True)]
+    twofold = not choice.moments and any(is_twofold(tensors[name][1]) for name in choice.names)
+    return Payload(claims, images, twofold, others, tuple(counts) if choice.several else ())
+
+
+def _candidates(tensors: Iterable[str]) -> list[str]:
+    """Names of tensors that may be latents, sorted: a file's own order is that of its writer."""
+    return sorted(name for name in tensors if name != COMFYUI_VERSION)
+
+
+def _own(metadata: dict[str, str]) -> dict[str, str]:
+    """What metadata say of the latents: musubi-tuner's width and height are of the picture."""
+    if metadata.keys() >= _MUSUBI:
+        return {key: value for key, value in metadata.items() if key not in ("height", "width")}
+    return metadata
+
+
+def _of_comfyui(shape: tuple[int, ...], claims: Claims) -> Claims:
+    """ComfyUI's latents of four and sixteen channels are as the VAE encodes."""
+    if len(shape) < 3 or channels_of(shape) not in (4, 16):
+        return claims
+    return Claims(scaled=False).merged(claims, "a latent of ComfyUI", "what is said beside it")
+
+
+def _numbers(dtype: str, reading: Reading) -> Numbers:
+    expected = ", ".join(_KINDS)
+    stored = {**_KINDS, **_WHOLE}.get(dtype)
+    if stored is None:
+        raise LatentsError(f"latents must be {expected}, got {dtype[:60]!r}")
+    return numbers_of(stored, reading, expected, repr(dtype))
 
 
 def _header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
@@ -139,7 +199,7 @@ def _tensor(name: str, entry: Any, held: int) -> tuple[str, tuple[int, ...], int
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise damaged
-    if dtype not in _KINDS and name == "latents":
+    if dtype not in {*_KINDS, *_WHOLE} and name == "latents":
         raise LatentsError(f"latents must be {', '.join(_KINDS)}, got {dtype[:60]!r}")
     if dtype not in _BITS:
         raise LatentsError(f"holds tensor {name[:60]!r} of the unknown type {dtype[:60]!r}")

@@ -1,5 +1,7 @@
 """WebDataset shards: .tar files of KEY.latent.pt (.npy, .safetensors, .npz) and KEY.json.
 
+Members of another ending are read where the operator names it (`Reading.member`).
+
 The archive is walked header by header (tar.py) and nothing is extracted. Members of other names
 are not read: those that could hold latents make an error, the others are counted.
 """
@@ -15,11 +17,14 @@ from typing import BinaryIO
 from latentguard.errors import LatentsError
 from latentguard.files.bounds import MAX_METADATA, MAX_SHARD_SAMPLE
 from latentguard.files.claims import Claims
+from latentguard.files.options import NOTHING_SAID, Reading
 from latentguard.files.passed_over import HEAD, PassedOver, could_hold_latents, is_apple_double
 from latentguard.files.streams import Window, read_exactly
 from latentguard.files.tar import Member, printable, read_members
 
 LATENT_SUFFIXES = (".latent.pt", ".latent.pth", ".latent.safetensors", ".latent.npy", ".latent.npz")
+# img2dataset says the size of the picture that it downloaded, and of what it made of it.
+_IMG2DATASET = {"original_height", "original_width"}
 _SHOWN = 3
 
 
@@ -53,12 +58,40 @@ class _Unread:
         return LatentsError(
             f"{self.count} {members} that could hold latents {are} not read "
             f"({', '.join(self.names)}{more}): name latents in a shard KEY.latent.pt, "
-            ".latent.safetensors, .latent.npy or .latent.npz"
+            ".latent.safetensors, .latent.npy or .latent.npz, or say how they are named "
+            f"(--member {_ending(self.names[0])})"
+        )
+
+
+def _ending(name: str) -> str:
+    """What follows the key of a sample in a member's name, as WebDataset has it."""
+    base = name.rpartition("/")[2].lstrip(".")
+    return base.partition(".")[2] or base
+
+
+@dataclass
+class _Passed:
+    """Members that cannot hold latents, where none may be passed over."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.names) < _SHOWN:
+            self.names.append(printable(name)[:100])
+
+    def error(self) -> LatentsError:
+        members, are = ("member", "is") if self.count == 1 else ("members", "are")
+        more = ", ..." if self.count > len(self.names) else ""
+        return LatentsError(
+            f"{self.count} {members} {are} no latents ({', '.join(self.names)}{more}), and "
+            "--strict lets nothing be passed over"
         )
 
 
 def read_samples(
-    stream: BinaryIO, size: int, passed: PassedOver
+    stream: BinaryIO, size: int, passed: PassedOver, reading: Reading = NOTHING_SAID
 ) -> Iterator[Sample | LatentsError]:
     """The shard's samples in order, and an error for each part that cannot be read.
 
@@ -70,6 +103,13 @@ def read_samples(
     current = Sample("")
     found = False
     unread = _Unread()
+    aside = _Passed()
+    endings = LATENT_SUFFIXES if reading.member is None else (f".{reading.member}",)
+
+    def passes(name: str) -> None:
+        passed.add_member(name)
+        aside.add(name)
+
     for member in read_members(stream, size):
         if isinstance(member, LatentsError):
             yield from _complete(current)
@@ -77,16 +117,19 @@ def read_samples(
             yield member
             continue
         name = member.name.lower()
-        head = partial(_head, stream, member)
+        head = partial(member_head, stream, member)
         if is_apple_double(name, head):
-            passed.add_member(name)
+            passes(name)
             continue
-        suffix = next((s for s in LATENT_SUFFIXES if name.endswith(s)), None)
+        suffix = next((s for s in endings if name.endswith(s)), None)
         if suffix is None and could_hold_latents(name, head):
-            unread.add(member.name)
+            if reading.member is None:
+                unread.add(member.name)
+            else:
+                passed.left_members += 1
             continue
         if suffix is None and not name.endswith(".json"):
-            passed.add_member(name)
+            passes(name)
             continue
         key = member.name[: -len(suffix or ".json")]
         if current.key != key:
@@ -113,11 +156,18 @@ def read_samples(
     elif not found:
         yield LatentsError(
             "holds no KEY.latent.pt, .latent.safetensors, .latent.npy or .latent.npz"
+            if reading.member is None
+            else f"holds no KEY.{reading.member}, as --member says"
         )
+    if reading.strict and aside.count:
+        yield aside.error()
 
 
-def sample_claims(stream: BinaryIO, sample: Sample) -> Claims:
-    """What KEY.json says; `id` is a name for the only image, else the key is."""
+def sample_claims(stream: BinaryIO, sample: Sample, reading: Reading = NOTHING_SAID) -> Claims:
+    """What KEY.json says; `id` is a name for the only image, else the key is.
+
+    Height and width of img2dataset are in pixels.
+    """
     if not sample.metadata:
         return Claims()
     metadata = sample.metadata[0]
@@ -135,7 +185,7 @@ def sample_claims(stream: BinaryIO, sample: Sample) -> Claims:
         raise LatentsError(f"{shown} must be a JSON object")
     if "id" in values and "ids" not in values:
         values["ids"] = [values["id"]]
-    return Claims.parse(values)
+    return Claims.parse(values, pixels=reading.pixels or values.keys() >= _IMG2DATASET)
 
 
 def member_window(stream: BinaryIO, member: Member) -> BinaryIO:
@@ -148,6 +198,7 @@ def _complete(sample: Sample) -> Iterator[Sample]:
         yield sample
 
 
-def _head(stream: BinaryIO, member: Member) -> bytes:
+def member_head(stream: BinaryIO, member: Member) -> bytes:
+    """The first bytes of a member, by which `could_hold_latents` goes."""
     stream.seek(member.start)
     return read_exactly(stream, min(HEAD, member.size))

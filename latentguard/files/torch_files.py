@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, BinaryIO
 
@@ -12,13 +14,17 @@ from numpy.typing import NDArray
 from latentguard.errors import LatentsError
 from latentguard.files.beside import Beside
 from latentguard.files.bounds import MAX_GATHERED, MAX_PICKLE, MAX_REPEATS, MIN_READING, TENSOR_COST
-from latentguard.files.claims import Claims, Image, Payload, is_twofold, plan
+from latentguard.files.choice import SINGLE_NAMES, choose, is_moments
+from latentguard.files.claims import KEYS, Claims, Image, Payload, image_id, is_twofold, plan
+from latentguard.files.compressed import is_gzip, unpacked
 from latentguard.files.explain import no_latents
+from latentguard.files.numbers import numbers_of
+from latentguard.files.options import NOTHING_SAID, Reading
 from latentguard.files.pickle_structure import Tensor, read_structure
 from latentguard.files.signatures import check_start, kind_of
 from latentguard.files.streams import read_exactly
 from latentguard.files.zip_archive import STORED, Entry, read_archive
-from latentguard.spaces.arrays import BFLOAT16, native
+from latentguard.spaces.arrays import BFLOAT16
 
 # What torch.save wrote before version 1.6, and what pickle.dump writes, is a bare pickle.
 _PICKLE_START = b"\x80"
@@ -38,31 +44,154 @@ _ALIGNMENT = 64  # of torch.save, where a file does not say it
 _MAX32 = 0xFFFFFFFF
 
 
-def open_torch(stream: BinaryIO, size: int, claims: Claims) -> Payload:
-    """A tensor, a list of tensors, or a dict with `latents` (either) and the known keys."""
+def open_torch(
+    stream: BinaryIO, size: int, claims: Claims, reading: Reading = NOTHING_SAID
+) -> Payload:
+    """A tensor, a list of tensors, a dict whose latents (either) are found by their names
+    (choice.py) beside the known keys, or a list of such dicts; compressed with gzip or not."""
+    if is_gzip(stream):
+        stream, size = unpacked(stream, size)
     check_start(stream, size, "a file of torch.save")
     value, places = _read(stream, size)
-    others = Beside()
-    if isinstance(value, Mapping):
-        claims = Claims.parse(_plain(value)).merged(claims, "the file", "what is said beside it")
-        whole, value = value, _latents_of(value)
-        others = _beside(whole, value)
-    tensors = value if isinstance(value, (list, tuple)) else [value]
-    if not tensors:
+    found = _Found.of(value, reading)
+    claims = found.claims.merged(claims, "the file", "what is said beside it")
+    if not found.tensors:
         raise LatentsError("holds an empty list: there are no latents in it")
-    if isinstance(tensors[0], Mapping):
-        raise LatentsError(
-            "holds a list of dicts, which is not read: save a list of their latents, or one dict "
-            "with these under latents"
-        )
+    others = Beside()
+    if found.names is not None:
+        others = _beside(value, [tensor for _, tensor in found.tensors], found.said)
 
     def images() -> Iterator[Image | LatentsError]:
         reader = _Reader(stream, size)
-        for tensor in tensors:
-            yield from _images(tensor, reader, places, claims)
+        for _, tensor in found.tensors:
+            yield from _images(tensor, reader, places, claims, reading, found.moments)
 
-    twofold = any(isinstance(tensor, Tensor) and is_twofold(tensor.shape) for tensor in tensors)
-    return Payload(claims, images, twofold, others)
+    twofold = not found.moments and any(
+        isinstance(tensor, Tensor) and is_twofold(tensor.shape) for _, tensor in found.tensors
+    )
+    parts = tuple((name, _count(t, claims, found.moments)) for name, t in found.tensors)
+    return Payload(claims, images, twofold, others, parts if found.several else ())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The latents of a file: `tensors` with the names that they have there, in order.
+
+    names: of the dicts that hold them, None where there are none. several: whether the names tell
+    images apart.
+    """
+
+    tensors: list[tuple[str, Any]]
+    claims: Claims = field(default_factory=Claims)
+    moments: bool = False
+    names: tuple[str, ...] | None = None
+    several: bool = False
+    said: bool = False
+
+    @classmethod
+    def of(cls, value: Any, reading: Reading) -> _Found:
+        """Of what a file holds. Raises LatentsError where it is not said which are latents."""
+        if isinstance(value, Mapping):
+            return cls._of_dict(value, reading)
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            return cls._of_dicts(value, reading)
+        return cls(_flat("", value), moments=reading.moments)
+
+    @classmethod
+    def _of_dict(cls, value: Mapping[Any, Any], reading: Reading) -> _Found:
+        claims = Claims.parse(_own(value), pixels=reading.pixels)
+        names = tuple(str(key) for key in value)
+        if reading.key is not None:
+            found = _under(value, reading.key)
+            if found is None:
+                raise no_latents(names, (), f"{reading.key[:60]!r}, as --key says")
+            moments = reading.moments or is_moments(re.split(r"[./]", reading.key)[-1])
+            inner = cls.of(found, replace(reading, key=None)) if _is_dicts(found) else None
+            tensors = _flat("", found) if inner is None else inner.tensors
+            several = inner is not None and inner.several
+            return cls(tensors, claims, moments, names, several, True)
+        kinds = (Tensor, list, tuple)
+        arrays = {k: item for k, item in value.items() if k == "latents" or isinstance(item, kinds)}
+        shaped = {
+            str(key): (item.shape, item.dtype in _FLOATS)
+            if isinstance(item, Tensor)
+            else ((), False)
+            for key, item in arrays.items()
+            if isinstance(item, Tensor) or key in SINGLE_NAMES
+        }
+        if len(shaped) < sum(isinstance(item, Tensor) for item in arrays.values()):
+            # Keys may be numbers, too: 1 and "1" are two.
+            floats = [str(k) for k, t in arrays.items() if isinstance(t, Tensor)]
+            raise no_latents(names, floats, "the key latents")
+        # Names tell images apart only where there is nothing else.
+        alone = all(str(key) in shaped or key in KEYS for key in value)
+        choice = choose(shaped, reading, names, "the key latents", alone)
+        found = {str(key): item for key, item in arrays.items()}
+        tensors = [pair for name in choice.names for pair in _flat(name, found[name])]
+        return cls(tensors, claims, choice.moments, names, choice.several)
+
+    @classmethod
+    def _of_dicts(cls, values: Sequence[Any], reading: Reading) -> _Found:
+        tensors: list[tuple[str, Any]] = []
+        claims = Claims()
+        ids: list[str] = []
+        found = []
+        for number, value in enumerate(values):
+            if not isinstance(value, Mapping):
+                raise LatentsError(f"holds a list of dicts with a {type(value).__name__} in it")
+            found.append(cls._of_dict(value, reading))
+            own = found[-1].claims
+            ids += own.ids or ()
+            claims = replace(own, ids=None).merged(
+                claims, f"the dict at place {number} of its list", "one before it"
+            )
+            label = image_id(value["id"]) if "id" in value else str(number)
+            tensors += [
+                (f"{label}/{name}" if found[-1].several else label, tensor)
+                for name, tensor in found[-1].tensors
+            ]
+        named = all(one.claims.ids for one in found)
+        claims = replace(claims, ids=tuple(ids)) if named else claims
+        names = tuple(str(key) for value in values for key in value)
+        moments = {one.moments for one in found}
+        if len(moments) > 1:
+            raise LatentsError("holds a list of dicts of latents and of moments: save two files")
+        return cls(tensors, claims, moments.pop(), names, not named, found[0].said)
+
+
+def _is_dicts(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and isinstance(value[0], Mapping)
+    return isinstance(value, Mapping)
+
+
+def _flat(name: str, latents: Any) -> list[tuple[str, Any]]:
+    """A tensor, or each one of a list, under the same name."""
+    items = latents if isinstance(latents, (list, tuple)) else [latents]
+    return [(name, item) for item in items]
+
+
+def _under(value: Any, key: str) -> Any:
+    """What a dict holds under a key, or under a path `a/b` or `a.b` of keys; None for nothing."""
+    if not isinstance(value, Mapping):
+        return None
+    if key in value:
+        return value[key]
+    for match in re.finditer(r"[./]", key):
+        head, rest = key[: match.start()], key[match.end() :]
+        if head in value and (found := _under(value[head], rest)) is not None:
+            return found
+    return None
+
+
+def _count(tensor: Any, claims: Claims, moments: bool) -> int:
+    """How many images a tensor gives; one that cannot be read gives one error."""
+    if not isinstance(tensor, Tensor):
+        return 1
+    try:
+        return plan(tensor.shape, claims, moments).count
+    except LatentsError:
+        return 1
 
 
 def _read(stream: BinaryIO, size: int) -> tuple[Any, dict[str, int]]:
@@ -175,26 +304,16 @@ def _content(stream: BinaryIO, entry: Entry, limit: int = MAX_PICKLE) -> bytes:
     return read_exactly(stream, entry.size)
 
 
-def _plain(value: Mapping[Any, Any]) -> dict[str, Any]:
-    return {key: item for key, item in value.items() if isinstance(key, str)}
+def _own(value: Mapping[Any, Any]) -> dict[str, Any]:
+    """What a dict says of its latents."""
+    return {key: item for key, item in value.items() if isinstance(key, str) and key in KEYS}
 
 
-def _latents_of(value: Mapping[Any, Any]) -> Any:
-    if "latents" in value:
-        return value["latents"]
-    # Keys may be numbers, too: 1 and "1" are two.
-    tensors = [(str(key), item) for key, item in value.items() if isinstance(item, Tensor)]
-    if len(tensors) != 1:
-        floats = [key for key, item in tensors if item.dtype in _FLOATS]
-        raise no_latents((str(key) for key in value), floats, "the key latents")
-    return tensors[0][1]
-
-
-def _beside(value: Mapping[Any, Any], latents: Any) -> Beside:
-    """The tensors of a dict, in whatever it holds, that are not among its latents."""
-    read = set(_tensors(latents))
+def _beside(value: Any, latents: list[Any], said: bool) -> Beside:
+    """The tensors of a file, in whatever it holds, that are not among its latents."""
+    read = {item for item in latents if isinstance(item, Tensor)}
     waiting: list[tuple[str, Any]] = [("", value)]
-    seen = {id(latents)}
+    seen = set()
     found = []
     while waiting:
         name, item = waiting.pop()
@@ -205,12 +324,7 @@ def _beside(value: Mapping[Any, Any], latents: Any) -> Beside:
             seen.add(id(item))  # a list can hold itself
             inner = item.items() if isinstance(item, Mapping) else ((name, one) for one in item)
             waiting += ((str(key), one) for key, one in inner)
-    return Beside.of(reversed(found))
-
-
-def _tensors(latents: Any) -> Iterator[Tensor]:
-    items = latents if isinstance(latents, (list, tuple)) else [latents]
-    return (item for item in items if isinstance(item, Tensor))
+    return Beside.of(reversed(found), said)
 
 
 # -- numbers ---------------------------------------------------------------------------------
@@ -243,17 +357,20 @@ class _Reader:
 
 
 def _images(
-    tensor: Any, reader: _Reader, places: Mapping[str, int], claims: Claims
+    tensor: Any,
+    reader: _Reader,
+    places: Mapping[str, int],
+    claims: Claims,
+    reading: Reading,
+    moments: bool,
 ) -> Iterator[Image | LatentsError]:
     reader.spend(TENSOR_COST)
     if not isinstance(tensor, Tensor):
         yield LatentsError(f"latents must be tensors, got {type(tensor).__name__}")
         return
-    if tensor.dtype not in _FLOATS:
-        yield LatentsError(f"latents must be floating point numbers, got {tensor.dtype}")
-        return
     try:
-        layout = plan(tensor.shape, claims)
+        numbers_are = numbers_of(tensor.dtype, reading, "floating point numbers", str(tensor.dtype))
+        layout = plan(tensor.shape, claims, moments)
     except LatentsError as error:
         yield error
         return
@@ -283,7 +400,8 @@ def _images(
         else:
             image = reader.numbers(begin, tensor, tensor.offset + index * step, one)
         bytes_each = tuple(n * tensor.dtype.itemsize for n in strides)
-        yield native(
+        # Of moments the first half of the channels, the means.
+        yield numbers_are.latents(
             np.lib.stride_tricks.as_strided(image, layout.shape, bytes_each, writeable=False)
         )
 

@@ -6,33 +6,25 @@ makes the scan as a whole meaningless (the policy, the model) raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from latentguard.errors import LatentGuardError, LatentsError, ModelError
-from latentguard.files import ArrayRecord, PassedOver, read_arrays
-from latentguard.judge import Heatmaps, ModelId, PolicyId, Rules, Verdict, failed
-from latentguard.policy import Policy, load_policy
-from latentguard.scan.judges import Judges, SpaceJudge
-from latentguard.scan.record import ScanRecord, rank
+from latentguard.files import Dtype, PassedOver, Reading, read_records
+from latentguard.judge import PolicyId, Rules
+from latentguard.policy import Policy
+from latentguard.scan.judges import Runtime, Views, make_judges
+from latentguard.scan.judging import Judging, batches
+from latentguard.scan.record import ScanRecord
 from latentguard.scan.summary import ModelInfo
-from latentguard.text import first_line
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from latentguard.encoders import Encoder
-    from latentguard.spaces import LatentArray, LatentSpace, Layout
-
-Runtime = Literal["torch", "onnx"]
-Views = Literal["whole", "crops"]
-
-MAX_CELLS = 1 << 26
-"""Numbers in the latents of one batch (256 MiB in float32): large images make smaller batches."""
+    from latentguard.spaces import LatentSpace, Layout
 
 
 def scan_files(
@@ -46,6 +38,13 @@ def scan_files(
     layout: Layout | None = None,
     height: int | None = None,
     width: int | None = None,
+    pixels: bool = False,
+    key: str | None = None,
+    member: str | None = None,
+    moments: bool = False,
+    dequantize: str | tuple[float, float] | None = None,
+    dtype: Dtype | None = None,
+    strict: bool = False,
     batch_size: int = 16,
     previews: bool = False,
     heatmaps: bool = False,
@@ -65,6 +64,7 @@ def scan_files(
         space, scaled: what files do not say of themselves; one that says otherwise is an error. A
             space is a name, a file of one's own, or a LatentSpace.
         layout, height, width: the same, for arrays whose shape leaves it open.
+        pixels, key, member, moments, dequantize, dtype, strict: as in `files.Reading`.
         batch_size: images that are scored together, at least 1.
         device: where the model runs; None is CUDA where there is one, else the CPU.
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
@@ -94,6 +94,13 @@ def scan_files(
             layout=layout,
             height=height,
             width=width,
+            pixels=pixels,
+            key=key,
+            member=member,
+            moments=moments,
+            dequantize=dequantize,
+            dtype=dtype,
+            strict=strict,
             batch_size=batch_size,
             previews=previews,
             heatmaps=heatmaps,
@@ -110,6 +117,7 @@ class Scan:
 
     seconds: reading and scoring so far, without loading models and without the caller's own time.
     passed: what folders and shards held so far that was not read, as it cannot be latents.
+    reading: everything that is said of the files.
     """
 
     paths: Iterable[str | Path] | str | Path
@@ -120,6 +128,13 @@ class Scan:
     layout: Layout | None = None
     height: int | None = None
     width: int | None = None
+    pixels: bool = False
+    key: str | None = None
+    member: str | None = None
+    moments: bool = False
+    dequantize: str | tuple[float, float] | None = None
+    dtype: Dtype | None = None
+    strict: bool = False
     batch_size: int = 16
     device: torch.device | str | None = None
     previews: bool = False
@@ -129,41 +144,36 @@ class Scan:
     views: Views | None = None
     seconds: float = field(init=False, default=0.0)
     passed: PassedOver = field(init=False, default_factory=PassedOver)
+    reading: Reading = field(init=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        self._records = read_arrays(
-            self.paths,
+        self.reading = Reading.of(
             self.space,
             self.scaled,
-            self.passed,
-            self.layout,
-            self.height,
-            self.width,
+            layout=self.layout,
+            height=self.height,
+            width=self.width,
+            pixels=self.pixels,
+            key=self.key,
+            member=self.member,
+            moments=self.moments,
+            dequantize=self.dequantize,
+            dtype=self.dtype,
+            strict=self.strict,
         )
-        self._judges = self._make_judges()
-
-    def _make_judges(self) -> Judges:
-        if self.runtime == "onnx":
-            from latentguard.scan.judges import OnnxJudges
-
-            if self.views is not None:
-                raise ModelError("an exported file has its own views: leave --views out")
-            if not isinstance(self.model, (str, Path)) or str(self.model) == "auto":
-                raise ModelError("the onnx runtime needs --model FILE.onnx, an exported file")
-            device = None if self.device is None else str(self.device)
-            return OnnxJudges(self.model, self.policy, device, self.space, self.sha256)
-        from latentguard.scan.judges import TorchJudges
-
-        if self.sha256 is not None:
-            raise ModelError("--sha256 pins an exported file: give --runtime onnx, too")
-        if isinstance(self.model, (str, Path)) and str(self.model).endswith(".onnx"):
-            raise ModelError(f"{self.model} is an exported file: give --runtime onnx, too")
-        policy = load_policy("default" if self.policy is None else self.policy)
-        if self.views is not None:
-            policy = policy.with_views(self.views)
-        return TorchJudges(policy, self.model, self.device, self.space)
+        self._records = read_records(self.paths, self.reading, self.passed)
+        self._judges = make_judges(
+            self.policy,
+            self.model,
+            space=self.space,
+            device=self.device,
+            runtime=self.runtime,
+            sha256=self.sha256,
+            views=self.views,
+        )
+        self._judging = Judging(self._judges, self.previews, self.heatmaps)
 
     @property
     def rules(self) -> Rules:
@@ -186,136 +196,12 @@ class Scan:
         return self._judges.notes
 
     def __iter__(self) -> Iterator[ScanRecord]:
-        chunks = _chunks(self._records, self.batch_size)
+        found = batches(self._records, self.batch_size)
         while True:
             begun, loading = perf_counter(), self._judges.loading
-            chunk = next(chunks, None)
-            if chunk is None:
+            batch = next(found, None)
+            if batch is None:
                 return
-            records = self._judged(chunk)
+            records = self._judging.judge(batch)
             self.seconds += perf_counter() - begun - (self._judges.loading - loading)
             yield from records
-
-    # -- images ------------------------------------------------------------------------------
-
-    def _judged(self, chunk: Sequence[ArrayRecord]) -> list[ScanRecord]:
-        """The chunk's records in its order; images of one shape are scored together."""
-        done: dict[int, ScanRecord] = {}
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        judges: dict[tuple[Any, ...], SpaceJudge] = {}
-        for place, record in enumerate(chunk):
-            latents = record.latents
-            if latents is None:
-                done[place] = self._unreadable(record, record.error or "cannot be read")
-                continue
-            judge = self._judges.of(latents.space.name)
-            if isinstance(judge, str):
-                done[place] = self._unreadable(record, judge)
-                continue
-            array = latents.array
-            key = (latents.space, latents.scaled, array.shape[2:], array.dtype)
-            groups.setdefault(key, []).append(place)
-            judges[key] = judge
-        for key, places in groups.items():
-            members = [chunk[place] for place in places]
-            done.update(zip(places, self._scored(members, judges[key]), strict=True))
-        return [done[place] for place in range(len(chunk))]
-
-    def _scored(self, members: Sequence[ArrayRecord], judge: SpaceJudge) -> list[ScanRecord]:
-        """Records of images of one shape; if they fail together they are tried one by one."""
-        from latentguard.spaces import LatentArray
-
-        identity = judge.info.id
-        try:
-            latents = LatentArray.cat([r.latents for r in members if r.latents is not None])
-            judged = judge.judge(latents, self.heatmaps)
-            if len(judged.verdicts) != len(members):
-                raise RuntimeError(f"{len(judged.verdicts)} verdicts for {len(members)} images")
-        except Exception as error:  # fail closed, but for no image but the one that caused it
-            if len(members) > 1:
-                return [self._scored([record], judge)[0] for record in members]
-            return [self._record(members[0], failed(_sentence(error), self.rules), identity)]
-        pictures = self._previews(latents) if self.previews else None
-        heats = self._heats(judged.heatmaps)
-        return [
-            self._record(
-                record,
-                verdict,
-                identity,
-                None if pictures is None else pictures[i],
-                None if heats is None else heats[i],
-            )
-            for i, (record, verdict) in enumerate(zip(members, judged.verdicts, strict=True))
-        ]
-
-    def _unreadable(self, record: ArrayRecord, error: str) -> ScanRecord:
-        """Block, whatever `on_error` says: there is no image that could be let pass."""
-        return self._record(record, failed(error, "block"))
-
-    def _record(
-        self,
-        record: ArrayRecord,
-        verdict: Verdict,
-        model: ModelId | None = None,
-        preview: np.ndarray | None = None,
-        heats: np.ndarray | None = None,
-    ) -> ScanRecord:
-        latents = record.latents
-        return ScanRecord(
-            source=record.source,
-            index=record.index,
-            id=record.id,
-            space=latents.space.name if latents is not None else None,
-            verdict=verdict,
-            policy=self.policy_id,
-            model=model,
-            size=(latents.height, latents.width) if latents is not None else None,
-            preview=preview,
-            heatmaps=None if heats is None else dict(zip(self.rules.ids, heats, strict=True)),
-            ranked=tuple(rank(verdict.concepts, self.rules)),
-        )
-
-    def _previews(self, latents: LatentArray) -> np.ndarray | None:
-        from latentguard.spaces import array_preview
-
-        try:
-            return array_preview(latents)
-        except LatentsError as error:  # raw flux2 without its statistics; the verdict stands
-            self._note(f"no pictures of some images: {error}")
-            return None
-
-    def _heats(self, heatmaps: Heatmaps | None) -> np.ndarray | None:
-        if heatmaps is None:
-            return None
-        if heatmaps.problem is not None:
-            self._note(f"no heat maps of some images: {heatmaps.problem}")
-        return heatmaps.margins
-
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
-
-
-def _chunks(records: Iterable[ArrayRecord], batch_size: int) -> Iterator[list[ArrayRecord]]:
-    """Up to `batch_size` records, fewer where their latents are large."""
-    chunk: list[ArrayRecord] = []
-    cells = 0
-    for record in records:
-        size = 0 if record.latents is None else record.latents.array.size
-        if chunk and cells + size > MAX_CELLS:
-            yield chunk
-            chunk, cells = [], 0
-        chunk.append(record)
-        cells += size
-        if len(chunk) == batch_size:
-            yield chunk
-            chunk, cells = [], 0
-    if chunk:
-        yield chunk
-
-
-def _sentence(error: Exception) -> str:
-    """An error as a sentence; the kind is named where it is not one of ours."""
-    if isinstance(error, LatentGuardError):
-        return str(error)
-    return f"{type(error).__name__}: {first_line(error, 'no message')}"

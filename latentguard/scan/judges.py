@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from latentguard.errors import ModelError, PolicyError
 from latentguard.judge import BoundRules, Judged, Rules
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from latentguard.encoders import Encoder
     from latentguard.runtime import Guard
     from latentguard.spaces import LatentArray, LatentSpace
+
+Runtime = Literal["torch", "onnx"]
+Views = Literal["whole", "crops"]
 
 
 @dataclass(frozen=True)
@@ -273,3 +276,30 @@ def _name(space: str | Path | LatentSpace) -> str:
     from latentguard.spaces import LatentSpace
 
     return LatentSpace.of(space).name
+
+
+def make_judges(
+    policy: Policy | str | Path | None,
+    model: Encoder | str | Path = "auto",
+    *,
+    space: str | Path | LatentSpace | None = None,
+    device: torch.device | str | None = None,
+    runtime: Runtime = "torch",
+    sha256: str | None = None,
+    views: Views | None = None,
+) -> Judges:
+    """The judges of a scan. Options and errors are those of `scan_files`."""
+    if runtime == "onnx":
+        if views is not None:
+            raise ModelError("an exported file has its own views: leave --views out")
+        if not isinstance(model, (str, Path)) or str(model) == "auto":
+            raise ModelError("the onnx runtime needs --model FILE.onnx, an exported file")
+        return OnnxJudges(model, policy, None if device is None else str(device), space, sha256)
+    if sha256 is not None:
+        raise ModelError("--sha256 pins an exported file: give --runtime onnx, too")
+    if isinstance(model, (str, Path)) and str(model).endswith(".onnx"):
+        raise ModelError(f"{model} is an exported file: give --runtime onnx, too")
+    policy = load_policy("default" if policy is None else policy)
+    if views is not None:
+        policy = policy.with_views(views)
+    return TorchJudges(policy, model, device, space)

@@ -11,6 +11,7 @@ import torch
 from files_helpers import flux2_batch, npy_bytes, read_all, torch_bytes, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from latentguard.files import load_latents, save_latents
 from latentguard.files.reading import SUFFIXES
@@ -45,6 +46,9 @@ def good_file(suffix: str, folder: Path) -> bytes:
     elif suffix == ".tar":
         member = torch_bytes({"latents": batch[:1], "space": "flux2", "scaled": True})
         write_tar(path, {"a.latent.pt": member, "b.json": b"{}", "b.latent.pt": member})
+    elif suffix == ".latent":
+        tensors = {"latent_tensor": batch, "latent_format_version_0": torch.tensor([])}
+        save_file(tensors, path, metadata={"prompt": "{}"})
     else:
         save_latents(path, Latents(batch, "flux2", scaled=True, ids=["a", "b"]))
     return path.read_bytes()

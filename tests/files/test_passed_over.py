@@ -108,7 +108,7 @@ def test_numbers_behind_the_name_of_a_mac_file_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.latent", b"x"),
+        ("a.latents", b"x"),
         ("a.ckpt", b"x"),
         ("a.bin", b"x"),
         ("a.pkl", b"x"),

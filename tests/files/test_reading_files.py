@@ -89,7 +89,7 @@ def test_torch_dict_with_one_tensor_of_another_name(tmp_path: Path) -> None:
     torch.save({"x": flux2_batch(), "y": flux2_batch(), **SAYS}, tmp_path / "b.pt")
     assert only_error(tmp_path / "b.pt") == (
         "needs the key latents, it holds x, y, space, scaled: save the numbers that are latents "
-        "(x?) under the name latents"
+        "(x?) under the name latents, or say which they are (--key)"
     )
 
 
@@ -271,7 +271,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     assert "cannot be opened" in only_error(tmp_path / "dangling.pt")
     assert only_error("a\0b.pt") == "does not exist"
     assert only_error("/dev/null") == "is of an unknown type: known are " + (
-        ".pt, .pth, .safetensors, .npy, .npz, .tar"
+        ".pt, .pth, .safetensors, .latent, .npy, .npz, .tar"
     )
 
 

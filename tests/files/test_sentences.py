@@ -34,7 +34,10 @@ IMAGE = flux2_batch(1)
 def test_compressed_files(tmp_path: Path, suffix: str, name: str, start: bytes) -> None:
     (tmp_path / f"a{suffix}").write_bytes(start)
     error = only_error(tmp_path / f"a{suffix}", **SAYS)
-    assert error.startswith(f"is compressed with {name}: unpack it (")
+    if (name, suffix) == ("gzip", ".pt"):  # unpacked, as some trainers write it
+        assert error == "is not a file of torch.save, or is truncated"
+    else:
+        assert error.startswith(f"is compressed with {name}: unpack it (")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".npz", ".npy", ".safetensors"])
@@ -93,8 +96,9 @@ def test_torchscript(tmp_path: Path) -> None:
             {"model_input": IMAGE, "crop": torch.zeros(2)},
             "it holds model_input, crop: save the numbers that are latents (model_input?) under",
         ),
-        ({str(n): IMAGE for n in range(20)}, "it holds 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"),
-        ([{"latents": IMAGE}, {"latents": IMAGE}], "holds a list of dicts"),
+        ({f"{n}": torch.ones(n) for n in range(20)}, "holds 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"),
+        ([{"latents": IMAGE}, {"x": 1}], "needs the key latents, it holds x"),
+        ([{"latents": IMAGE}, IMAGE], "holds a list of dicts with a Tensor in it"),
         ({"prompt_embeds": IMAGE, "pooled": IMAGE}, "these are text embeddings"),
         ({("a", 0): IMAGE}, "save it with text as its keys"),
         ({"latents": IMAGE, "tags": {"a"}}, "save it without that"),
@@ -111,11 +115,6 @@ def test_types_and_devices_beside_the_latents_are_read(tmp_path: Path) -> None:
     assert read_all(tmp_path / "a.pt")[0].error is None
 
 
-def test_latents_of_comfyui_and_text_embeddings(tmp_path: Path) -> None:
-    save_file(
-        {"latent_tensor": IMAGE, "latent_format_version_0": torch.tensor([])},
-        tmp_path / "a.safetensors",
-    )
-    assert "this is a latent of ComfyUI" in only_error(tmp_path / "a.safetensors", **SAYS)
+def test_text_embeddings(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", hidden_state1=np.ones(3), pool2=np.ones(3))
     assert "these are text embeddings" in only_error(tmp_path / "b.npz", **SAYS)

@@ -49,6 +49,24 @@ def compared(
         print(f"disagreement: {label}: {problem}")
 
 
+def chosen(arrays: dict[str, tuple[tuple[int, ...], bool]]) -> list[str]:
+    """Which arrays of a file hold its latents, by the rules of docs/latents.md.
+
+    arrays: shape of each, and whether it is of floating point numbers.
+    """
+    for name in ("latents", "samples"):
+        if name in arrays:
+            return [name]
+    if len(arrays) < 2:
+        return list(arrays)
+    shapes = [shape for shape, _ in arrays.values()]
+    assert all(floating for _, floating in arrays.values()), "other arrays beside the latents"
+    assert {len(shape) for shape in shapes} <= {3, 4}, "arrays of another form"
+    assert all(len(shape) == 3 or shape[0] == 1 for shape in shapes), "several images in one array"
+    assert len({shape[-3] for shape in shapes}) == 1, "arrays of several spaces"
+    return sorted(arrays)
+
+
 def _difference(ours: list[Any], claims: Claims, theirs: Any, says: dict[str, Any]) -> str | None:
     arrays = theirs if isinstance(theirs, (list, tuple)) else [theirs]
     rest = list(ours)

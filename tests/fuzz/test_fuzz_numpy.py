@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from fuzz_archives import FAULTS, Archive, Part, prefixed, two_directories
-from fuzz_helpers import compared
+from fuzz_helpers import chosen, compared
 
 from latentguard.files.claims import KEYS
 from latentguard.files.numpy_files import open_npy, open_npz
@@ -38,8 +38,13 @@ def npz_library(data: bytes) -> tuple[Any, dict[str, Any]]:
     assert not isinstance(value, np.ndarray), "an array, not an archive"
     # What numpy would hand out under each name; the latents are the only unknown one.
     names = [name for name in value.files if name not in KEYS]
-    latents = value["latents"] if "latents" in value.files else value[names[0]]
-    return latents, {name: value[name].tolist() for name in KEYS & set(value.files)}
+    if "latents" in names:
+        names = ["latents"]
+    arrays = {name: value[name] for name in names}
+    latents = chosen({name: (a.shape, a.dtype.kind == "f") for name, a in arrays.items()})
+    return [arrays[name] for name in latents], {
+        name: value[name].tolist() for name in KEYS & set(value.files)
+    }
 
 
 def _loaded(data: bytes) -> Any:

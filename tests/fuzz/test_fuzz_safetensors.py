@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz_helpers import compared
+from fuzz_helpers import chosen, compared
 
 from latentguard.files.claims import KEYS, Claims
 from latentguard.files.safetensors_files import open_safetensors
@@ -35,10 +35,14 @@ def structures(seed: int, count: int) -> Counter[str]:
             with safetensors.safe_open(path, "np") as opened:
                 metadata = opened.metadata() or {}
                 assert set(opened.keys()) == set(tensors)
-            name = "latents" if "latents" in tensors else next(iter(tensors))
-            entry = tensors[name]
+            names = chosen(
+                {
+                    n: (tuple(t["shape"]), t["dtype"] in {*FLOATS, "BF16"})
+                    for n, t in tensors.items()
+                }
+            )
             says = Claims.parse(metadata, text=True)
-            return _array(entry), {
+            return [_array(tensors[name]) for name in names], {
                 key: getattr(says, key) for key in KEYS if getattr(says, key) is not None
             }
 

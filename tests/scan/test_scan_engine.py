@@ -20,8 +20,8 @@ from latentguard.files import ArrayRecord, save_latents
 from latentguard.judge import Verdict
 from latentguard.policy import load_policy
 from latentguard.scan import Scan
-from latentguard.scan import engine as engine_module
-from latentguard.scan.engine import _chunks
+from latentguard.scan import judging as judging_module
+from latentguard.scan.judging import batches
 from latentguard.spaces import SPACES, LatentArray, Latents
 
 
@@ -320,12 +320,12 @@ def test_records_are_written_as_they_come(tmp_path: Path, calm: Path) -> None:
 
 
 def test_large_latents_make_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MAX_CELLS", 3 * 32 * 16 * 16)
+    monkeypatch.setattr(judging_module, "MAX_CELLS", 3 * 32 * 16 * 16)
     image = LatentArray(latents_of(1).numpy(), SPACES["flux2"], True)
     records = [ArrayRecord("a", n, None, image, None) for n in range(7)]
     records[3] = ArrayRecord("a", 3, None, None, "broken")
-    assert [len(chunk) for chunk in _chunks(records, 16)] == [4, 3]
-    assert [len(chunk) for chunk in _chunks(records, 2)] == [2, 2, 2, 1]
+    assert [len(batch) for batch in batches(records, 16)] == [4, 3]
+    assert [len(batch) for batch in batches(records, 2)] == [2, 2, 2, 1]
 
 
 def test_a_record_as_json_is_a_verdict_again(tmp_path: Path, calm: Path) -> None:

@@ -24,7 +24,7 @@ ANY_TEXT = st.text(st.characters(categories=None), max_size=300) | st.sampled_fr
 
 
 def filled(template: str, **values: Any) -> str:
-    return page_module._environment().from_string(template).render(**values)
+    return page_module.environment().from_string(template).render(**values)
 
 
 @given(ANY_TEXT, ANY_TEXT)

@@ -1,0 +1,67 @@
+"""`latentguard scan report`: what runs left, as one page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+
+from latentguard.errors import UsageError
+
+_PAGES, _TALLIES = (".html", ".htm"), (".json",)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("scan report", no_args_is_help=True)(report)
+
+
+def report(
+    parts: list[Path] = typer.Argument(
+        metavar="PART",
+        help="Run folders, files of records (.jsonl, .parquet), and tallies (.json), of any "
+        "number of shards and runs by one policy.",
+        show_default=False,
+    ),
+    output: Path = typer.Option(
+        ...,
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="FILE.html: a self-contained page. FILE.json: the sum of the parts, to be merged "
+        "further.",
+        show_default=False,
+    ),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="No summary; errors still show."),
+) -> None:
+    """Put scans together: throughput, decisions, and what other thresholds would do.
+
+    To scan a path that is called `report`, write `latentguard scan ./report`.
+
+    Exit codes: 0 written; 2 wrong usage, or parts that cannot be read or counted as one.
+    """
+    _check_target(output, parts)
+    from latentguard.scan import run_report
+    from latentguard.scan.parts import collect
+    from latentguard.scan.tally_file import write_tally
+
+    collected = collect(parts)
+    if output.suffix.lower() in _TALLIES:
+        write_tally(output, collected.tally)
+    else:
+        run_report.write(output, collected)
+    if not quiet:
+        typer.echo(run_report.summary(collected))
+
+
+def _check_target(output: Path, parts: list[Path]) -> None:
+    """Never write over a part, nor find after an hour that nothing can be written."""
+    if output.suffix.lower() not in _PAGES + _TALLIES:
+        raise UsageError(f"--output must end in .html or .json, got {output}")
+    if output.is_dir():
+        raise UsageError(f"--output must be a file, {output} is a folder")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output: there is no folder {output.parent}")
+    if any(part.exists() and output.exists() and os.path.samefile(part, output) for part in parts):
+        raise UsageError(f"--output would write over a part: {output}")

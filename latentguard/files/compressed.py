@@ -1,0 +1,57 @@
+"""gzip-compressed files: unpacked to a temporary file, as much as a bound allows."""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from typing import IO, BinaryIO, cast
+
+from latentguard.errors import LatentsError
+from latentguard.files.bounds import MAX_INFLATED, MAX_RATIO, MAX_SPOOLED, MIN_INFLATED
+from latentguard.files.streams import size_of
+
+_CHUNK = 64 * 1024
+_MAGIC = b"\x1f\x8b"
+
+
+def is_gzip(stream: BinaryIO) -> bool:
+    """Whether a file begins as gzip does; leaves the stream at its start.
+
+    A zip archive begins otherwise, so this says nothing against a file of torch.save.
+    """
+    stream.seek(0)
+    found = stream.read(len(_MAGIC)) == _MAGIC
+    stream.seek(0)
+    return found
+
+
+def unpacked(stream: BinaryIO, size: int) -> tuple[BinaryIO, int]:
+    """What a gzip file holds, as a seekable stream, and its size; small ones stay in memory.
+
+    Raises:
+        LatentsError: it holds more than the bounds allow, is damaged or truncated, or has anything
+            behind its first part, which readers differ on.
+    """
+    limit = min(MAX_INFLATED, MIN_INFLATED + MAX_RATIO * size)
+    inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    target = tempfile.SpooledTemporaryFile(max_size=MAX_SPOOLED)  # noqa: SIM115
+    stream.seek(0)
+    total = 0
+    while not inflate.eof:
+        packed = inflate.unconsumed_tail or stream.read(_CHUNK)
+        if not packed:
+            raise LatentsError("is a truncated gzip file")
+        try:
+            data = inflate.decompress(packed, _CHUNK)
+        except zlib.error as error:
+            raise LatentsError(f"is a damaged gzip file ({error})") from error
+        total += len(data)
+        if total > limit:
+            raise LatentsError(
+                f"unpacks to more than {limit} bytes, the limit for a gzip file of {size}"
+            )
+        target.write(data)
+    if inflate.unused_data or stream.read(1):
+        raise LatentsError("is a damaged gzip file: something is behind its end")
+    found = cast(BinaryIO, cast(IO[bytes], target))
+    return found, size_of(found)

@@ -1,0 +1,225 @@
+"""Files of other file systems: copied whole to this machine, so that the strict readers stay as
+they are.
+
+A copy counts only if the file was the same one before and behind it. What fails in passing (a
+server's 500, a connection that ends) is tried again, later and later.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+from latentguard.errors import LatentsError
+from latentguard.files.addresses import filesystem, is_address
+from latentguard.files.scratch import scratch_folder
+from latentguard.text import first_line
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+Result = TypeVar("Result")
+
+MAX_COPY = 1 << 40
+"""Bytes of one file."""
+
+ATTEMPTS = 8
+"""How often in a row something may fail before a file is given up."""
+
+FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0
+"""Seconds before the second attempt and, doubled each time, at most."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of this machine's own disk, which say nothing about a file that is read."""
+
+_BLOCK = 8 << 20
+_SPARE = 64 << 20
+# What does not get better by waiting.
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, LatentsError)
+_LASTING_STATUS = range(400, 500)
+_WORTH_A_TRY = (408, 425, 429)
+_VERSIONS = ("etag", "ETag", "generation", "version_id", "sha256", "md5", "content_md5")
+_TIMES = ("last_modified", "LastModified", "mtime", "created")
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What a file was when it was read.
+
+    version: what its file system says that changes with its contents (an ETag; of files on this
+    machine the times of change); empty where it says nothing.
+    """
+
+    size: int
+    version: str
+
+
+def state_of_path(path: Path) -> FileState:
+    """Of a file on this machine. Raises OSError."""
+    status = os.stat(path)
+    return FileState(status.st_size, f"{status.st_mtime_ns}-{status.st_ctime_ns}")
+
+
+def state_of_address(address: str) -> FileState:
+    """Of a file of another file system. Raises LatentsError where it cannot be asked."""
+    fs, path = filesystem(address)
+    return _state(fs, path)
+
+
+@contextmanager
+def local_file(name: str, state: FileState | None = None) -> Iterator[Path]:
+    """A file on this machine with the contents of a path or an address, while the block runs.
+
+    Raises LatentsError as `copied` does, and where the file is not the one that had this state.
+    """
+    changed = LatentsError("changed since it was read: scan it again when nothing writes to it")
+    if not is_address(name):
+        if state is not None and state_of_path(Path(name)) != state:
+            raise changed
+        yield Path(name)
+        if state is not None and state_of_path(Path(name)) != state:
+            raise changed
+        return
+    with copied(name) as (path, now):
+        if state is not None and now != state:
+            raise changed
+        yield path
+
+
+@contextmanager
+def copied(address: str) -> Iterator[tuple[Path, FileState]]:
+    """A copy of a remote file under its own name, for as long as the block runs.
+
+    Raises LatentsError where the file cannot be read, or changes meanwhile; OSError where this
+    machine has no room for it.
+    """
+    fs, path = filesystem(address)
+    state = _state(fs, path)
+    folder = scratch_folder()
+    if state.size > MAX_COPY:
+        raise LatentsError(f"has {state.size:,} bytes, over the limit of {MAX_COPY:,}")
+    free = shutil.disk_usage(folder).free
+    if state.size + _SPARE > free:
+        raise OSError(
+            errno.ENOSPC, f"no room for a copy of {state.size:,} bytes ({free:,} are free)", folder
+        )
+    place = folder / f"{random.getrandbits(64):016x}"
+    place.mkdir()
+    try:
+        copy = place / _name(path)
+        with copy.open("xb") as out:
+            _fill(fs, path, state.size, out)
+        if _state(fs, path) != state:
+            raise LatentsError("changed while it was read: scan it again when nothing writes to it")
+        yield copy, state
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _name(path: str) -> str:
+    """A plain name with the suffixes of the file, by which readers go."""
+    name = path.partition("?")[0].rpartition("/")[2]
+    _, dot, suffixes = name.partition(".")
+    plain = "".join(c if c.isalnum() or c == "." else "_" for c in suffixes[-100:])
+    return f"file{dot}{plain}"
+
+
+def _state(fs: AbstractFileSystem, path: str) -> FileState:
+    """Size and version, as the file system says them now."""
+
+    def ask() -> dict[str, Any]:
+        fs.invalidate_cache(path)
+        info: dict[str, Any] = fs.info(path)
+        return info
+
+    info = retried(ask)
+    if info.get("type") == "directory":
+        raise LatentsError("is a folder")
+    size = info.get("size")
+    if not isinstance(size, int):
+        raise LatentsError("is of a server that does not say how large its files are")
+    said = [f"{key}={info[key]}" for key in _VERSIONS if info.get(key)]
+    # A time alone tells less than an ETag; with one it only tells of a file that is written anew.
+    said = said or [f"{key}={info[key]}" for key in _TIMES if info.get(key)]
+    return FileState(size, " ".join(said))
+
+
+def _fill(fs: AbstractFileSystem, path: str, size: int, out: IO[bytes]) -> None:
+    """Copy `size` bytes, each block with its own attempts.
+
+    Raises LatentsError where the file has more or fewer, OSError where `out` cannot take them.
+    """
+    while True:
+        begun = out.tell()
+        try:
+            retried(lambda: _resume(fs, path, size, out), progress=out.tell)
+        except OSError as error:
+            if error.errno in FULL:
+                raise OSError(error.errno, error.strerror, getattr(out, "name", None)) from error
+            raise
+        if out.tell() == size:
+            return
+        if out.tell() == begun:
+            raise LatentsError(f"ended after {begun:,} of {size:,} bytes")
+
+
+def _resume(fs: AbstractFileSystem, path: str, size: int, out: IO[bytes]) -> None:
+    """Copy what is left, from where `out` stands; from the start where that cannot be had."""
+    with closing(fs.open(path, "rb", block_size=_BLOCK, cache_type="none")) as source:
+        if out.tell():
+            if getattr(source, "seekable", lambda: False)():
+                source.seek(out.tell())
+            else:
+                out.seek(0)
+                out.truncate()
+        while out.tell() < size:
+            data = source.read(min(_BLOCK, size - out.tell()))
+            if not data:
+                return
+            out.write(data)
+
+
+def retried(action: Callable[[], Result], progress: Callable[[], int] = lambda: 0) -> Result:
+    """What an action gives, tried again where it fails in passing.
+
+    progress: what grows as the action gets on; as long as it does, attempts are counted anew.
+    Raises LatentsError where it fails for good.
+    """
+    failures, reached = 0, progress()
+    while True:
+        try:
+            return action()
+        except _LASTING as error:
+            raise _lasting(error) from error
+        except Exception as error:  # each file system raises its own kinds
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or (isinstance(error, (OSError,)) and error.errno == errno.EFBIG):
+                raise
+            status = getattr(error, "status", None)
+            if status in _LASTING_STATUS and status not in _WORTH_A_TRY:
+                raise _lasting(error) from error
+            failures = 1 if progress() > reached else failures + 1
+            reached = max(reached, progress())
+            if failures >= ATTEMPTS:
+                said = first_line(error, type(error).__name__)
+                raise LatentsError(f"cannot be read: failed {ATTEMPTS} times ({said})") from error
+        longest = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1))
+        time.sleep(longest * random.uniform(0.5, 1.0))
+
+
+def _lasting(error: Exception) -> LatentsError:
+    if isinstance(error, LatentsError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return LatentsError("does not exist")
+    if isinstance(error, PermissionError):
+        return LatentsError("cannot be opened: permission denied")
+    return LatentsError(f"cannot be opened: {first_line(error, type(error).__name__)}")

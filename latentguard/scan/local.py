@@ -1,0 +1,377 @@
+"""The local engine: processes that read, and this one, which judges and writes.
+
+Each reader has a thread here that hands it shards, takes its batches, and gives its shard to
+another one where it dies. This process judges them in the order in which they come; of one shard
+they come in its own order, from one reader.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from threading import Condition, Lock, Thread
+
+from latentguard.errors import LatentsError, TooManyErrorsError, UsageError
+from latentguard.files import ArrayRecord
+from latentguard.scan.entry import Entry
+from latentguard.scan.judging import Judging
+from latentguard.scan.options import RunOptions
+from latentguard.scan.reader import GO, READY, NoRoom, held, receive, send, serve
+from latentguard.scan.run import Run, Told, fail_unit, ignored
+from latentguard.scan.shard import Facts, Shard
+from latentguard.scan.unit import Unit
+
+ATTEMPTS = 3
+"""How many readers may die of a shard before it counts as one that cannot be read."""
+
+MAX_MEMORY = 256 << 20
+"""Bytes of decoded latents that are on their way, unless said otherwise."""
+
+_GUESS = 1 << 20
+
+
+def run_local(
+    run: Run,
+    judging: Judging,
+    *,
+    workers: int,
+    max_memory: int = MAX_MEMORY,
+    max_errors: int | None = None,
+    task: tuple[int, int] = (0, 1),
+    told: Told = ignored,
+) -> None:
+    """Scan what is left of a run, on this machine.
+
+    Args:
+        workers: processes that read; 0 reads in this one.
+        max_memory: bytes of decoded latents between the readers and the model, or one batch.
+        max_errors: stop once the run has more records of what could not be read or judged.
+        task: as in `open_run`.
+        told: called with the records of each batch, in the order in which they are judged. A shard
+            whose reader died is judged anew, so records can come twice here, in no part.
+
+    Raises:
+        TooManyErrorsError: beyond `max_errors`.
+        OSError: there is no room for what is written or copied.
+        UsageError: readers cannot be started, or the run's place cannot be written.
+    """
+    _check_errors(run, max_errors)
+    pending = run.pending(task)
+    if workers == 0:
+        for shard in pending:
+            run.scan(shard, judging, told)
+            _check_errors(run, max_errors)
+        return
+    driver = _Driver(run, judging, told, max_errors)
+    driver.work(pending, workers, max_memory)
+
+
+def _check_errors(run: Run, max_errors: int | None) -> None:
+    if max_errors is not None and run.errors > max_errors:
+        raise TooManyErrorsError(
+            f"stopped: {run.errors:,} images or files could not be read or judged, over "
+            f"--max-errors {max_errors:,}; {run.place} says which, and --resume goes on"
+        )
+
+
+# -- what threads tell the driver ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Batch:
+    shard: Shard
+    records: list[ArrayRecord]
+    size: int
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A shard was read to its end."""
+
+    shard: Shard
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """The reader of a shard died. reason: why nobody else reads it, None where somebody does."""
+
+    shard: Shard
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """The run cannot go on."""
+
+    error: Exception
+
+
+class _Done:
+    """A thread has no more to do."""
+
+
+_Event = _Batch | _Read | _Lost | _Failed | _Done
+
+
+class _Budget:
+    """Bytes that may be on their way at once."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used, self._open = limit, 0, True
+        self._changed = Condition()
+
+    def take(self, size: int) -> None:
+        """Wait until there is room; a single batch always has some."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._open or self._used == 0 or self._used + size <= self._limit
+            )
+            self._used += size
+
+    def change(self, by: int) -> None:
+        with self._changed:
+            self._used += by
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody has to wait any more."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+
+# -- the driver ------------------------------------------------------------------------------
+
+
+class _Driver:
+    def __init__(self, run: Run, judging: Judging, told: Told, max_errors: int | None) -> None:
+        self._run, self._judging, self._told = run, judging, told
+        self._max_errors = max_errors
+        self._units: dict[int, Unit] = {}
+
+    def work(self, pending: Sequence[Shard], workers: int, max_memory: int) -> None:
+        budget = _Budget(max_memory)
+        events: SimpleQueue[_Event] = SimpleQueue()
+        work = _Work(pending)
+        readers = [
+            _Supervisor(work, events, budget, self._run.options)
+            for _ in range(min(workers, len(pending)))
+        ]
+        threads = [Thread(target=reader.run, daemon=True) for reader in readers]
+        try:
+            for thread in threads:
+                thread.start()
+            left = len(threads)
+            while left:
+                event = events.get()
+                if isinstance(event, _Done):
+                    left -= 1
+                elif isinstance(event, _Batch):
+                    self._judge(event)
+                    budget.change(-event.size)
+                else:
+                    self._finish(event)
+        finally:
+            work.stop()
+            budget.close()
+            for reader in readers:
+                reader.stop()
+            for unit in self._units.values():
+                unit.abandon()
+            for thread in threads:
+                thread.join(timeout=10)
+
+    def _judge(self, batch: _Batch) -> None:
+        records = self._judging.judge(batch.records)
+        self._unit(batch.shard).add(records)
+        self._told(records)
+
+    def _unit(self, shard: Shard) -> Unit:
+        if shard.number not in self._units:
+            self._units[shard.number] = Unit(self._run.store, shard, self._run.options)
+        return self._units[shard.number]
+
+    def _finish(self, event: _Read | _Lost | _Failed) -> None:
+        if isinstance(event, _Failed):
+            raise event.error
+        if isinstance(event, _Read):
+            unit = self._unit(event.shard)
+            try:
+                self._note(unit.commit(event.facts))
+            except LatentsError as error:
+                self._give_up(event.shard, str(error))
+            finally:
+                self._units.pop(event.shard.number).abandon()
+            return
+        unit_of_lost = self._units.pop(event.shard.number, None)
+        if unit_of_lost is not None:
+            unit_of_lost.abandon()
+        if event.reason is not None:
+            self._give_up(event.shard, event.reason)
+
+    def _give_up(self, shard: Shard, reason: str) -> None:
+        run = self._run
+        self._note(fail_unit(run.store, shard, run.options, self._judging, reason))
+
+    def _note(self, entry: Entry) -> None:
+        self._run.done[entry.number] = entry
+        _check_errors(self._run, self._max_errors)
+
+
+# -- readers ---------------------------------------------------------------------------------
+
+
+class _Work:
+    """The shards that nobody has read yet."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._waiting = deque((shard, 1) for shard in shards)
+        self._reading = 0
+        self._changed = Condition()
+
+    def take(self) -> tuple[Shard, int] | None:
+        """The next shard and the number of the attempt; None where all are read.
+
+        While others read, it waits: one of them may die, and its shard come back.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or not self._reading)
+            if not self._waiting:
+                return None
+            self._reading += 1
+            return self._waiting.popleft()
+
+    def finish(self, again: tuple[Shard, int] | None = None) -> None:
+        """What was taken is read, or has to be read again."""
+        with self._changed:
+            self._reading -= 1
+            if again is not None:
+                self._waiting.appendleft(again)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._waiting.clear()
+            self._reading = 0
+            self._changed.notify_all()
+
+
+class _Supervisor:
+    """The thread of one reader, and of those that take its place."""
+
+    def __init__(
+        self, work: _Work, events: SimpleQueue[_Event], budget: _Budget, options: RunOptions
+    ) -> None:
+        self._work, self._events, self._budget, self._options = work, events, budget, options
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._stopped = False
+        self._lock = Lock()
+
+    def run(self) -> None:
+        try:
+            while (job := self._work.take()) is not None:
+                self._read(*job)
+        except Exception as error:  # what a thread raises would otherwise be lost
+            self._events.put(_Failed(error))
+        finally:
+            self._end()
+            self._events.put(_Done())
+
+    def stop(self) -> None:
+        """End the reader, from another thread."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.terminate()
+
+    def _read(self, shard: Shard, attempt: int) -> None:
+        try:
+            self._serve(shard, self._reader())
+        except (EOFError, ConnectionError):
+            how = self._end()
+            if self._stopped:
+                return
+            last = attempt >= ATTEMPTS
+            reason = f"{attempt} processes that read it died, the last one with {how}"
+            # The driver forgets what came of it before anybody else reads it.
+            self._events.put(_Lost(shard, reason if last else None))
+            self._work.finish(None if last else (shard, attempt + 1))
+        else:
+            self._work.finish()
+
+    def _serve(self, shard: Shard, pipe: Connection) -> None:
+        send(pipe, shard)
+        expected = _GUESS
+        while True:
+            self._budget.take(expected)
+            taken = expected
+            try:
+                send(pipe, GO)
+                message = receive(pipe)
+                if isinstance(message, NoRoom):
+                    raise OSError(message.number, message.reason, message.file)
+                if isinstance(message, Facts):
+                    self._events.put(_Read(shard, message))
+                    return
+                expected = held(message)
+                self._budget.change(expected - taken)
+                self._events.put(_Batch(shard, message, expected))
+                taken = 0
+            finally:
+                self._budget.change(-taken)
+
+    def _reader(self) -> Connection:
+        """The pipe to a reader, which is started where there is none."""
+        if self._pipe is not None:
+            return self._pipe
+        for _ in range(ATTEMPTS):
+            self._start()
+            with suppress(EOFError, ConnectionError):
+                assert self._pipe is not None
+                if receive(self._pipe) == READY:
+                    return self._pipe
+            how = self._end()
+            if self._stopped:
+                raise EOFError
+        raise UsageError(
+            f"processes that read cannot be started ({how}): in a script, call this under "
+            "`if __name__ == '__main__':`, or read in this process (--workers 0)"
+        )
+
+    def _start(self) -> None:
+        # Not a fork: locks of threads, and CUDA, do not survive one.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, self._options), daemon=True)
+        with self._lock:
+            if self._stopped:
+                raise EOFError
+            process.start()
+            self._process = process
+        theirs.close()
+
+    def _end(self) -> str:
+        """End the reader if there is one; how it ended."""
+        if self._pipe is not None:
+            with suppress(OSError):
+                send(self._pipe, None)
+            self._pipe.close()
+            self._pipe = None
+        with self._lock:
+            process, self._process = self._process, None
+        if process is None:
+            return "nothing"
+        process.join(timeout=5)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        code = process.exitcode or 0
+        return f"signal {-code}" if code < 0 else f"exit code {code}"

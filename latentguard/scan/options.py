@@ -1,0 +1,79 @@
+"""How a run scans: what bears on its records, in one object that can be sent to other processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from latentguard.errors import UsageError
+from latentguard.files import Reading
+from latentguard.policy import Policy
+from latentguard.scan.judges import Judges, Runtime, Views, make_judges
+
+SinkName = Literal["parquet", "json"]
+Keep = Literal["allow", "review", "block"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every process of a run must know; frozen, and can be pickled.
+
+    policy: as it was loaded, so that each process judges by the same bytes; None is what an
+        exported file brings.
+    model: a name, a path, or "auto". runtime, sha256, views, device, batch_size: of `scan_files`.
+    reading: how files are read.
+    sink: how records are written. keep: copy the samples of this decision, too, or None.
+
+    Raises UsageError for values that cannot be.
+    """
+
+    policy: Policy | None = None
+    model: str = "auto"
+    runtime: Runtime = "torch"
+    sha256: str | None = None
+    views: Views | None = None
+    device: str | None = None
+    batch_size: int = 16
+    reading: Reading = field(default_factory=Reading)
+    sink: SinkName = "parquet"
+    keep: Keep | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.sink not in get_args(SinkName):
+            raise UsageError(f"sink must be parquet or json, got {self.sink!r}")
+        if self.keep is not None and self.keep not in get_args(Keep):
+            raise UsageError(f"keep must be allow, review or block, got {self.keep!r}")
+
+    def judges(self) -> Judges:
+        """Load what judges. Raises as `scan_files` does."""
+        return make_judges(
+            self.policy,
+            self.model,
+            space=self.reading.space,
+            device=self.device,
+            runtime=self.runtime,
+            sha256=self.sha256,
+            views=self.views,
+        )
+
+    def identity(self, judges: Judges) -> dict[str, Any]:
+        """Everything that bears on verdicts, as JSON: what must be the same where a run goes on.
+
+        A model is named by its weights; where each space has its own, `Entry.models` does.
+        Device, batch size and workers are not part of it: they change the last digits of scores.
+        """
+        reading = asdict(self.reading)
+        space = self.reading.space
+        reading["space"] = None if space is None else {"name": space.name, "says": repr(space)}
+        named = [model.id.to_dict() for model in judges.models]
+        return {
+            "policy": judges.rules.policy.to_dict(),
+            "model": named or self.model,
+            "runtime": self.runtime,
+            "views": self.views,
+            "reading": reading,
+            "sink": self.sink,
+            "keep": self.keep,
+        }

@@ -1,0 +1,384 @@
+"""A run: many shards, each scanned exactly once, in a folder that another process can go on with.
+
+    run.json             what the run is: policy, model, everything that bears on verdicts
+    shards-HASH.jsonl    the shards, one a line, in their order
+    parts/               the records of each shard, in one file
+    manifest/            one file for each shard that is done: written last
+    quarantine/          what of each shard could not be read or judged, and why
+    kept/                with `keep`, the copy of each shard's samples
+
+A shard is done if its file in the manifest is there and agrees with the others. Whatever else a
+process left that was killed is no part of the run, and goes when the run goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import latentguard
+from latentguard.errors import LatentsError, UsageError
+from latentguard.files import PassedOver
+from latentguard.files.addresses import is_address, shown
+from latentguard.files.remote import FileState, state_of_address, state_of_path
+from latentguard.scan.entry import Entry, Written
+from latentguard.scan.judges import Judges
+from latentguard.scan.judging import Judging
+from latentguard.scan.keep import check_keep
+from latentguard.scan.options import RunOptions
+from latentguard.scan.record import ScanRecord
+from latentguard.scan.schema import need_pyarrow
+from latentguard.scan.shard import Facts, Shard, plan, scan_shard, unreadable
+from latentguard.scan.store import Store, open_store
+from latentguard.scan.unit import ENTRIES, FOLDERS, Unit, entry_name
+
+RUN = "run.json"
+SCHEMA_VERSION = 1
+_ASKING = 16
+
+Told = Callable[[Sequence[ScanRecord]], None]
+"""Called with the records of each batch, for whoever counts or shows them."""
+
+
+def ignored(records: Sequence[ScanRecord]) -> None:
+    """Nobody wants to know."""
+
+
+@dataclass
+class Run:
+    """A run's folder, opened by one process.
+
+    place: the folder or the address. shards: all of them. done: by number, the entries that hold.
+    notes: sentences about what was found and mended.
+    """
+
+    place: str
+    store: Store
+    options: RunOptions
+    shards: list[Shard]
+    done: dict[int, Entry] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def pending(self, task: tuple[int, int] = (0, 1)) -> list[Shard]:
+        """The shards that are left, of those with number % task[1] == task[0]."""
+        mine, of = task
+        return [s for s in self.shards if s.number % of == mine and s.number not in self.done]
+
+    def scan(self, shard: Shard, judging: Judging, told: Told = ignored) -> Entry:
+        """Scan one shard in this process, and note that it is done."""
+        entry = scan_unit(self.store, shard, self.options, judging, told)
+        self.done[shard.number] = entry
+        return entry
+
+    @property
+    def errors(self) -> int:
+        """How many images or files could not be read or judged so far."""
+        return sum(entry.errors for entry in self.done.values())
+
+
+def scan_unit(
+    store: Store,
+    shard: Shard,
+    options: RunOptions,
+    judging: Judging,
+    told: Told = ignored,
+) -> Entry:
+    """Scan a shard into a run: everything of it, or nothing.
+
+    told: called with the records of each batch.
+    Raises OSError where there is no room for what is written, UsageError where the run's place
+    cannot be written.
+    """
+    facts = Facts()
+    unit = Unit(store, shard, options)
+    try:
+        for records in scan_shard(shard, options, judging, facts):
+            unit.add(records)
+            told(records)
+        return unit.commit(facts)
+    except LatentsError as error:
+        return fail_unit(store, shard, options, judging, str(error))
+    finally:
+        unit.abandon()
+
+
+def fail_unit(
+    store: Store, shard: Shard, options: RunOptions, judging: Judging, error: str
+) -> Entry:
+    """Write a shard into a run as one that cannot be read."""
+    unit = Unit(store, shard, options)
+    try:
+        unit.add(judging.judge(unreadable(shard, error)))
+        return unit.commit(Facts())
+    finally:
+        unit.abandon()
+
+
+# -- opening a run ---------------------------------------------------------------------------
+
+
+def open_run(
+    place: str,
+    options: RunOptions,
+    judges: Judges,
+    paths: Sequence[str | Path] = (),
+    passed: PassedOver | None = None,
+    *,
+    resume: bool = False,
+    task: tuple[int, int] = (0, 1),
+) -> Run:
+    """Begin a run, or go on with one.
+
+    Args:
+        paths: what to scan. Where a run goes on they may be left out, else they must hold the same
+            files as when it began.
+        passed: counts what folders hold that cannot be latents.
+        resume: whether the run may be there already.
+        task: (K, N): only the shards of this task are looked after, as others may be at theirs.
+
+    Raises:
+        UsageError: there is a run and `resume` is false; it was begun with another policy, model,
+            option or other files; there is nothing to scan.
+    """
+    if options.sink == "parquet":
+        need_pyarrow()
+    store = open_store(place)
+    said = store.read(RUN)
+    if said is not None and not resume:
+        raise UsageError(f"there is a run in {place}: go on with it (--resume), or name another")
+    passed = PassedOver() if passed is None else passed
+    planned = list(plan(paths, passed, options.reading.strict)) if paths else None
+    if said is None:
+        if not planned:
+            raise UsageError(f"there is no run in {place}, and no path to begin one with")
+        _check_apart(place, paths)
+        if options.keep is not None:
+            check_keep(planned)
+        said = _begin(store, options, judges, planned)
+    run = Run(place, store, options, _agreed(place, store, said, options, judges, planned))
+    _load(run, judges, task)
+    return run
+
+
+def _begin(store: Store, options: RunOptions, judges: Judges, shards: list[Shard]) -> bytes:
+    """Write what the run is, unless another process has just done so; what is there now."""
+    lines = "".join(
+        json.dumps({"number": s.number, "files": s.files, "error": s.error}) + "\n" for s in shards
+    ).encode("ascii")
+    digest = hashlib.sha256(lines).hexdigest()
+    store.write(_list_name(digest), lines)
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "latentguard": latentguard.__version__,
+        "options": options.identity(judges),
+        "shards": len(shards),
+        "shards_sha256": digest,
+    }
+    store.create(RUN, json.dumps(about, indent=1).encode("ascii") + b"\n")
+    said = store.read(RUN)
+    if said is None:
+        raise UsageError(f"{RUN} is gone as soon as it is written: the place is of no use")
+    return said
+
+
+def _list_name(digest: str) -> str:
+    return f"shards-{digest[:16]}.jsonl"
+
+
+def _agreed(
+    place: str,
+    store: Store,
+    said: bytes,
+    options: RunOptions,
+    judges: Judges,
+    planned: list[Shard] | None,
+) -> list[Shard]:
+    """The shards of a run that is what this process is asked for. Raises UsageError."""
+    try:
+        about = json.loads(said)
+        version, begun = about["schema_version"], about["options"]
+        digest = about["shards_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{place}: {RUN} is damaged ({error}): begin another run") from error
+    if version != SCHEMA_VERSION:
+        raise UsageError(f"{place}: is a run of another version of latentguard ({version})")
+    now = json.loads(json.dumps(options.identity(judges)))
+    for key in now:
+        if begun.get(key) != now[key]:
+            raise UsageError(
+                f"the run in {place} was begun with {key} {_brief(begun.get(key))}, and now it is "
+                f"{_brief(now[key])}: go on with what it was begun with, or begin another run"
+            )
+    lines = store.read(_list_name(digest))
+    if lines is None or hashlib.sha256(lines).hexdigest() != digest:
+        raise UsageError(f"{place}: {_list_name(digest)} is damaged or gone: begin another run")
+    shards = [
+        Shard(one["number"], tuple(one["files"]), one["error"])
+        for one in map(json.loads, lines.splitlines())
+    ]
+    if planned is not None:
+        _check_same_files(place, shards, planned)
+    return shards
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _check_same_files(place: str, shards: list[Shard], planned: list[Shard]) -> None:
+    begun = [name for shard in shards for name in shard.files]
+    now = [name for shard in planned for name in shard.files]
+    if begun == now:
+        return
+    for first, second, what in ((now, begun, "has not"), (begun, now, "has")):
+        other = [name for name in first if name not in set(second)] if first != second else []
+        if other:
+            raise UsageError(
+                f"the run in {place} {what} {shown(other[0])} and is of {len(begun):,} files, the "
+                f"paths given hold {len(now):,}: begin another run for what is new"
+            )
+    raise UsageError(f"the run in {place} has its files in another order: give the same paths")
+
+
+def _check_apart(place: str, paths: Sequence[str | Path]) -> None:
+    """Raises UsageError for a run in a folder that is scanned: it would be scanned itself."""
+    if is_address(place):
+        inside = [p for p in map(str, paths) if place.startswith(p.rstrip("/") + "/")]
+    else:
+        target = Path(place).resolve()
+        inside = [
+            str(p)
+            for p in paths
+            if not is_address(p) and Path(p).resolve() in (target, *target.parents)
+        ]
+    if inside:
+        raise UsageError(f"--run {place} lies in {inside[0]}, which is scanned: put it elsewhere")
+
+
+# -- what is done ----------------------------------------------------------------------------
+
+
+def _load(run: Run, judges: Judges, task: tuple[int, int]) -> None:
+    """Find what is done, check it, and remove what is left of what is not."""
+    there = {folder: run.store.sizes(folder) for folder in FOLDERS}
+    numbers = [n for n in map(_number, there[ENTRIES]) if n is not None]
+    with ThreadPoolExecutor(_ASKING) as pool:
+        found = zip(numbers, pool.map(lambda n: _entry(run, n), numbers), strict=True)
+        whole = {n: entry for n, entry in found if entry is not None and _is_whole(entry, there)}
+        mine = [n for n in whole if n % task[1] == task[0]]
+        reasons = list(pool.map(lambda n: _reason_to_redo(run.shards[n], whole[n]), mine))
+    redone = dict(zip(mine, reasons, strict=True))
+    damaged = sum(n % task[1] == task[0] and n not in whole for n in numbers)
+    for number, reason in redone.items():
+        if reason is not None:
+            del whole[number]
+            run.notes.append(
+                f"{shown(run.shards[number].files[0])}: {reason}, and is scanned again"
+            )
+    if damaged:
+        run.notes.append(f"{damaged:,} shards were not whole, and are scanned again")
+    _check_models(run, judges, whole.values())
+    run.done = whole
+    _tidy(run, there, task)
+
+
+def _number(name: str) -> int | None:
+    digits = name.partition(".")[0].partition("-")[0]
+    return int(digits) if digits.isascii() and digits.isdigit() else None
+
+
+def _entry(run: Run, number: int) -> Entry | None:
+    """What the manifest says of a shard; None for what is damaged, or of another shard."""
+    data = run.store.read(entry_name(number))
+    if data is None or number >= len(run.shards):
+        return None
+    try:
+        entry = Entry.from_json(data)
+    except ValueError:
+        return None
+    files = tuple(shown(name) for name in run.shards[number].files)
+    return entry if (entry.number, entry.files) == (number, files) else None
+
+
+def _is_whole(entry: Entry, there: dict[str, dict[str, int]]) -> bool:
+    """Whether all files of a shard that is done are there, of the right size."""
+
+    def stands(file: Written) -> bool:
+        folder, _, name = file.name.partition("/")
+        return there.get(folder, {}).get(name) == file.size
+
+    return all(stands(file) for file in (entry.part, entry.quarantine, entry.kept) if file)
+
+
+def _reason_to_redo(shard: Shard, entry: Entry) -> str | None:
+    """Why a shard that is done must be scanned again; None where what was read is still there."""
+    if shard.error is not None:
+        return None
+    for name in shard.files:
+        was = entry.states.get(shown(name))
+        if was is None:
+            return "could not be opened before"
+        now = _state(name)
+        if now is None:
+            return "can no longer be opened"
+        if now != was:
+            return f"changed since it was scanned ({was.size:,} bytes then, {now.size:,} now)"
+    return None
+
+
+def _state(name: str) -> FileState | None:
+    try:
+        return state_of_address(name) if is_address(name) else state_of_path(Path(name))
+    except (LatentsError, OSError):
+        return None
+
+
+def _check_models(run: Run, judges: Judges, entries: Iterable[Entry]) -> None:
+    """Raises UsageError where a space would now be judged by another model than before."""
+    known: dict[str, tuple[str, str]] = {}
+    for entry in entries:
+        for space, model in entry.models.items():
+            known.setdefault(space, model)
+    for space, model in known.items():
+        judge = judges.of(space)
+        if isinstance(judge, str) or tuple(judge.info.id) != tuple(model):
+            now = (
+                judge
+                if isinstance(judge, str)
+                else f"{judge.info.id.name} ({judge.info.id.sha256[:12]})"
+            )
+            raise UsageError(
+                f"the run in {run.place} had {space} latents judged by {model[0]} "
+                f"({model[1][:12]}), and now: {now}. Name that model, or begin another run"
+            )
+
+
+def _tidy(run: Run, there: dict[str, dict[str, int]], task: tuple[int, int]) -> None:
+    """Remove the files of shards that are not done, and what killed writers left."""
+    keep = {
+        file.name
+        for entry in run.done.values()
+        for file in (entry.part, entry.quarantine, entry.kept)
+        if file
+    } | {entry_name(number) for number in run.done}
+    left = 0
+    for folder in FOLDERS:
+        for name in there[folder]:
+            number = _number(name)
+            if (
+                number is not None
+                and number % task[1] == task[0]
+                and f"{folder}/{name}" not in keep
+            ):
+                run.store.remove(f"{folder}/{name}")
+                left += 1
+        if task[1] == 1:
+            left += run.store.clean(folder)
+    if left:
+        run.notes.append(f"removed {left:,} files that an interrupted process had left")

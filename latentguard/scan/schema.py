@@ -1,0 +1,157 @@
+"""A record in Arrow's terms, and back: JSON lines and Parquet say the same.
+
+Beside what `ScanRecord.to_dict` says, a row of a run has `__key__`, the key of the sample as
+WebDataset forms it (elsewhere the record's id), and `occurrence`, which numbers the records of one
+key within a shard from 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from latentguard.errors import MissingExtraError
+from latentguard.scan.record import ScanRecord
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# As webdataset.tariterators.base_plus_ext has it.
+_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_CONCEPT = (
+    "id",
+    "category",
+    "action",
+    "margin",
+    "probability",
+    "prompt",
+    "covered",
+    "judged",
+    "matched",
+)
+
+
+def need_pyarrow() -> None:
+    """Raises MissingExtraError where pyarrow is not installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "Parquet needs pyarrow, which is not installed: pip install 'latentguard[scale]', or "
+            "write JSON lines (--sink json)"
+        ) from error
+
+
+def sample_key(source: str, name: str | None) -> str | None:
+    """`__key__` of a record: WebDataset's key of the member it comes from, else its id."""
+    _, inside, member = source.partition("::")
+    if not inside:
+        return name
+    found = _KEY.fullmatch(member)
+    return found[1] if found else member
+
+
+class Numbering:
+    """Numbers the records of one key within a shard."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def row(self, record: ScanRecord) -> dict[str, Any]:
+        """A record as a row of a run: JSON-able, with `__key__` and `occurrence` first."""
+        key = sample_key(record.source, record.id)
+        occurrence = 0 if key is None else self._seen.get(key, 0)
+        if key is not None:
+            self._seen[key] = occurrence + 1
+        return {"__key__": key, "occurrence": occurrence, **record.to_dict()}
+
+
+def schema() -> pyarrow.Schema:
+    """The columns of a run's Parquet files."""
+    import pyarrow as pa
+
+    text = pa.string()
+    named = pa.struct([("name", text), ("sha256", text)])
+    return pa.schema(
+        [
+            ("__key__", text),
+            ("occurrence", pa.int32()),
+            ("source", text),
+            ("index", pa.int64()),
+            ("id", text),
+            ("space", text),
+            ("schema_version", pa.int32()),
+            ("decision", text),
+            ("reason", text),
+            ("error", text),
+            ("noise_level", pa.float64()),
+            ("concepts", pa.list_(_concept_type())),
+            ("model", named),
+            ("policy", pa.struct([("name", text), ("version", text), ("sha256", text)])),
+        ]
+    )
+
+
+def _concept_type() -> pyarrow.DataType:
+    import pyarrow as pa
+
+    text, number, flag = pa.string(), pa.float64(), pa.bool_()
+    types = (text, text, text, number, number, text, flag, flag, flag)
+    threshold = pa.struct([("kind", text), ("value", number), ("margin", number)])
+    return pa.struct(
+        [
+            *zip(_CONCEPT, types, strict=True),
+            ("threshold", threshold),
+            ("unseen", pa.list_(text)),
+        ]
+    )
+
+
+def to_batch(rows: Sequence[Mapping[str, Any]]) -> pyarrow.RecordBatch:
+    """Rows as a batch of `schema()`. Lone surrogates, which UTF-8 lacks, become escapes."""
+    import pyarrow as pa
+
+    columns = schema()
+    arrays = [
+        _concepts([row["concepts"] for row in rows])
+        if column.name == "concepts"
+        else pa.array([_sound(row[column.name]) for row in rows], column.type)
+        for column in columns
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=columns)
+
+
+def _concepts(lists: Sequence[Sequence[Mapping[str, Any]]]) -> pyarrow.Array:
+    """Column by column: several times as fast as row by row."""
+    import pyarrow as pa
+
+    kind = _concept_type()
+    flat = [concept for concepts in lists for concept in concepts]
+    offsets = [0]
+    for concepts in lists:
+        offsets.append(offsets[-1] + len(concepts))
+    arrays = [pa.array([concept.get(field.name) for concept in flat], field.type) for field in kind]
+    values = pa.StructArray.from_arrays(arrays, fields=list(kind))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+def from_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `ScanRecord.to_dict` gave, from a row of a run, of either sink."""
+    data = {name: row[name] for name in row if name not in ("__key__", "occurrence")}
+    data["concepts"] = [_concept(concept) for concept in row["concepts"]]
+    return data
+
+
+def _concept(concept: Mapping[str, Any]) -> dict[str, Any]:
+    threshold = dict(concept["threshold"])
+    if threshold.get("margin") is None:
+        threshold.pop("margin", None)
+    return {**concept, "threshold": threshold}
+
+
+def _sound(value: Any) -> Any:
+    if isinstance(value, str) and _SURROGATES.search(value):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value

@@ -1,0 +1,125 @@
+"""The unit of a run, and the function at its core: one shard to a stream of records.
+
+Everything else of a run is thin around `scan_shard`. Batches never span shards, so the records of a
+shard are the same whichever process scans it, and after whichever other one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from latentguard.files import ArrayRecord, PassedOver
+from latentguard.files.addresses import Remote, found, is_address
+from latentguard.files.paths import Unreadable
+from latentguard.files.reading import read_file
+from latentguard.files.remote import FileState
+from latentguard.scan.judging import Judging, batches
+from latentguard.scan.options import RunOptions
+from latentguard.scan.record import ScanRecord
+
+SMALL = 16 << 20
+"""Bytes below which a file of a few images shares a shard with its neighbors."""
+
+MAX_FILES = 1000
+"""Files that share a shard, at most."""
+
+MAX_BYTES = 256 << 20
+"""Bytes of the files that share a shard, at most."""
+
+_SHARDS = (".tar", ".parquet", ".mds")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is scanned as one, and whose records appear together or not at all.
+
+    number: its place in the run, from 0. files: paths and addresses; small files come together.
+    error: why there is nothing to read, where listing the paths said so.
+    """
+
+    number: int
+    files: tuple[str, ...]
+    error: str | None = None
+
+
+@dataclass
+class Facts:
+    """What is known of a shard once it has been read.
+
+    states: each file's, before it was read. passed: what could not be latents.
+    """
+
+    states: dict[str, FileState] = field(default_factory=dict)
+    passed: PassedOver = field(default_factory=PassedOver)
+
+
+def plan(
+    paths: Iterable[str | Path] | str | Path, passed: PassedOver, strict: bool = False
+) -> Iterator[Shard]:
+    """The shards of paths and addresses, in their order: large files one by one, small ones
+    together.
+
+    passed, strict: as in `files.addresses.found`.
+    """
+    number, group, size = 0, list[str](), 0
+    for file in found(paths, passed, strict):
+        if isinstance(file, Unreadable):
+            name, held = file.source, None
+        elif isinstance(file, Remote):
+            name, held = file.address, file.size
+        else:
+            name, held = str(file), _size(file)
+        small = held is not None and held < SMALL and not name.lower().endswith(_SHARDS)
+        if group and not (small and len(group) < MAX_FILES and size + (held or 0) <= MAX_BYTES):
+            yield Shard(number, tuple(group))
+            number, group, size = number + 1, [], 0
+        if small:
+            group.append(name)
+            size += held or 0
+            continue
+        error = file.error if isinstance(file, Unreadable) else None
+        yield Shard(number, (name,), error)
+        number += 1
+    if group:
+        yield Shard(number, tuple(group))
+
+
+def read_shard(shard: Shard, options: RunOptions, facts: Facts) -> Iterator[list[ArrayRecord]]:
+    """The images of a shard in batches, as they are judged; needs no model.
+
+    facts: told what the files were, and what was passed over.
+    Raises OSError where this machine has no room for the copy of a remote file.
+    """
+    return batches(_images(shard, options, facts), options.batch_size)
+
+
+def scan_shard(
+    shard: Shard, options: RunOptions, judging: Judging, facts: Facts | None = None
+) -> Iterator[list[ScanRecord]]:
+    """The records of a shard, batch by batch: read, then judged. As `read_shard`."""
+    for batch in read_shard(shard, options, Facts() if facts is None else facts):
+        yield judging.judge(batch)
+
+
+def unreadable(shard: Shard, error: str) -> list[ArrayRecord]:
+    """A shard that nobody could read, as one record."""
+    return [ArrayRecord(shard.files[0], 0, None, None, error)]
+
+
+def _images(shard: Shard, options: RunOptions, facts: Facts) -> Iterator[ArrayRecord]:
+    if shard.error is not None:
+        yield from unreadable(shard, shard.error)
+        return
+    for name in shard.files:
+        file = Remote(name) if is_address(name) else Path(name)
+        yield from read_file(file, options.reading, facts.passed, facts.states)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None

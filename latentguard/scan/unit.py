@@ -1,0 +1,149 @@
+"""The output of one shard while it is written. Until `commit`, nothing of it is in the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+
+import latentguard
+from latentguard.files.addresses import shown
+from latentguard.files.remote import local_file
+from latentguard.files.scratch import scratch_folder
+from latentguard.regular import open_regular, sha256_of
+from latentguard.scan.entry import Entry, Written
+from latentguard.scan.keep import Decisions, copy_kept
+from latentguard.scan.options import RunOptions
+from latentguard.scan.record import ScanRecord
+from latentguard.scan.schema import Numbering
+from latentguard.scan.shard import Facts, Shard
+from latentguard.scan.sinks import SUFFIXES, open_sink
+from latentguard.scan.store import Store
+
+PARTS, ENTRIES, QUARANTINE, KEPT = "parts", "manifest", "quarantine", "kept"
+"""Folders of a run."""
+FOLDERS = (ENTRIES, PARTS, QUARANTINE, KEPT)
+
+
+def stem(shard: Shard) -> str:
+    """What the files of a shard are called: its number, and a hint at its name."""
+    name = shown(shard.files[0]).rpartition("/")[2].partition(".")[0]
+    hint = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
+    return f"{shard.number:06d}-{hint}" if hint else f"{shard.number:06d}"
+
+
+def entry_name(number: int) -> str:
+    """The manifest's file of a shard."""
+    return f"{ENTRIES}/{number:06d}.json"
+
+
+class Unit:
+    """Takes the records of a shard in order, and commits them together.
+
+    Raises OSError where the disk is full, from any method.
+    """
+
+    def __init__(self, store: Store, shard: Shard, options: RunOptions) -> None:
+        self._store, self._shard, self._options = store, shard, options
+        self._stack = ExitStack()
+        self._begun = perf_counter()
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(dir=scratch_folder()))
+        self._part = Path(folder) / f"part{SUFFIXES[options.sink]}"
+        self._sink = open_sink(options.sink, self._part)
+        self._numbering = Numbering()
+        self._decisions = Decisions()
+        self._problems: list[str] = []
+        self._outcomes: Counter[str] = Counter()
+        self._verdicts: Counter[str] = Counter()
+        self._models: dict[str, tuple[str, str]] = {}
+
+    def add(self, records: Sequence[ScanRecord]) -> None:
+        """The next records of the shard."""
+        self._sink.add([self._numbering.row(record) for record in records])
+        for record in records:
+            self._outcomes[record.outcome] += 1
+            self._verdicts[record.verdict.decision] += 1
+            if record.model is not None and record.space is not None:
+                self._models[record.space] = (record.model.name, record.model.sha256)
+            if record.failed:
+                self._problems.append(_problem(record))
+            if self._options.keep is not None:
+                self._decisions.add(record)
+
+    def commit(self, facts: Facts) -> Entry:
+        """Put everything where it belongs, the manifest's entry last.
+
+        Raises LatentsError where the samples to keep can no longer be read from the shard.
+        """
+        kept = self._keep(facts)
+        self._sink.close()
+        name = f"{PARTS}/{stem(self._shard)}{SUFFIXES[self._options.sink]}"
+        part = self._put(name, self._part, self._outcomes.total())
+        quarantine = None
+        if self._problems:
+            lines = self._part.with_name("quarantine")
+            lines.write_text("".join(self._problems), encoding="ascii")
+            name = f"{QUARANTINE}/{stem(self._shard)}.jsonl"
+            quarantine = self._put(name, lines, len(self._problems))
+        entry = Entry(
+            number=self._shard.number,
+            files=tuple(shown(name) for name in self._shard.files),
+            states=facts.states,
+            part=part,
+            outcomes=self._outcomes,
+            decisions=self._verdicts,
+            models=self._models,
+            passed=facts.passed.files + facts.passed.members,
+            quarantine=quarantine,
+            kept=kept,
+            seconds=perf_counter() - self._begun,
+            version=latentguard.__version__,
+        )
+        self._store.write(entry_name(self._shard.number), entry.to_json())
+        self.abandon()
+        return entry
+
+    def abandon(self) -> None:
+        """Forget what was added."""
+        self._sink.abandon()
+        self._stack.close()
+
+    def _put(self, name: str, path: Path, rows: int) -> Written:
+        with open_regular(path) as source:
+            digest, size = sha256_of(source), os.fstat(source.fileno()).st_size
+            source.seek(0)
+            with self._store.writing(name) as target, target.open("wb") as out:
+                while block := source.read(1 << 20):
+                    out.write(block)
+        return Written(name, size, digest, rows)
+
+    def _keep(self, facts: Facts) -> Written | None:
+        """The copy of the samples of one decision; none where there are none."""
+        keep = self._options.keep
+        if keep is None or self._verdicts[keep] == 0:
+            return None
+        copy = self._part.with_name("kept.tar")
+        (name,) = self._shard.files
+        with local_file(name, facts.states.get(shown(name))) as shard, copy.open("xb") as out:
+            chosen = self._options.reading.member is not None
+            count = copy_kept(shard, self._decisions.members, keep, out, chosen)
+        if count == 0:
+            return None
+        return self._put(f"{KEPT}/{stem(self._shard)}.tar", copy, count)
+
+
+def _problem(record: ScanRecord) -> str:
+    """A line of a quarantine file."""
+    said = {
+        "source": record.source,
+        "index": record.index,
+        "id": record.id,
+        "error": record.verdict.error,
+    }
+    return json.dumps(said, ensure_ascii=True) + "\n"
