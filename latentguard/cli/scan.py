@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import typer
 
+from latentguard.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, FailOn, of_scan
+from latentguard.cli.scan_run import scan_run
 from latentguard.errors import UsageError
 
 if TYPE_CHECKING:
     from latentguard.scan import Report, Scan, Summary
     from latentguard.scan.lines import Sink
-
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
 
 
 Format = Literal["table", "json", "csv"]
@@ -36,8 +34,17 @@ Layout = Literal["spatial", "packed", "patches"]
 Dtype = Literal["bfloat16", "float16", "float32", "uint8", "int8"]
 """What numbers without a type are."""
 
-FailOn = Literal["block", "review", "never"]
-"""The mildest decision that makes the exit code 1."""
+
+SinkName = Literal["parquet", "json"]
+"""How a run's records are written."""
+
+Keep = Literal["allow", "review", "block"]
+"""Which samples a run copies."""
+
+Engine = Literal["local"]
+"""What scans a run."""
+
+_MANY = "Many shards: a run"
 
 
 def register(app: typer.Typer) -> None:
@@ -47,9 +54,10 @@ def register(app: typer.Typer) -> None:
 
 def scan(
     paths: list[str] = typer.Argument(
+        None,
         metavar="PATH",
         help="Latents: .pt, .pth, .safetensors, .latent, .npy, .npz, WebDataset .tar, folders, "
-        "globs.",
+        "globs, {000..099}, addresses (s3://...), @LIST, or - for a list on standard input.",
         show_default=False,
     ),
     policy: str | None = typer.Option(
@@ -149,6 +157,56 @@ def scan(
     fail_on: FailOn = typer.Option(
         "block", help="Exit with 1 when any decision is at or above this."
     ),
+    run_place: str | None = typer.Option(
+        None,
+        "--run",
+        metavar="DIR",
+        help="Scan shard by shard into a folder or address, each exactly once.",
+        rich_help_panel=_MANY,
+    ),
+    resume: bool = typer.Option(
+        False, "--resume", help="Go on with the run where it was left.", rich_help_panel=_MANY
+    ),
+    sink: SinkName | None = typer.Option(
+        None, help="How records are written.", show_default="parquet", rich_help_panel=_MANY
+    ),
+    keep: Keep | None = typer.Option(
+        None,
+        help="Copy the samples of this decision, with all members of each, to a shard beside.",
+        rich_help_panel=_MANY,
+    ),
+    engine: Engine | None = typer.Option(
+        None,
+        help="What scans: processes of this machine.",
+        show_default="local",
+        rich_help_panel=_MANY,
+    ),
+    workers: int | None = typer.Option(
+        None,
+        min=0,
+        help="Processes that read and decode; 0 reads in the one that scores.",
+        show_default="half of the cores, at most 4",
+        rich_help_panel=_MANY,
+    ),
+    max_memory: str | None = typer.Option(
+        None,
+        metavar="SIZE",
+        help="Decoded latents that may wait to be scored.",
+        show_default="256MiB",
+        rich_help_panel=_MANY,
+    ),
+    max_errors: int | None = typer.Option(
+        None,
+        min=0,
+        help="Stop once more images or files than this could not be read or judged.",
+        rich_help_panel=_MANY,
+    ),
+    task: str | None = typer.Option(
+        None,
+        metavar="K/N",
+        help="Scan every N-th shard, from the K-th (from 0); others scan theirs into the same run.",
+        rich_help_panel=_MANY,
+    ),
     quiet: bool = typer.Option(
         False, "--quiet", "-q", help="No progress bar, notes or summary; errors still show."
     ),
@@ -158,7 +216,59 @@ def scan(
     Exit codes: 0 nothing at or above --fail-on; 1 something is; 2 wrong usage, policy or model;
     3 some input could not be read or judged (its record says why). 3 wins over 1.
     """
-    _check_targets(paths, output, report, heatmap)
+    reading: dict[str, Any] = {
+        "space": space,
+        "scaled": scaled,
+        "layout": layout,
+        "height": height,
+        "width": width,
+        "pixels": pixels,
+        "key": key,
+        "member": member,
+        "moments": moments,
+        "dequantize": dequantize,
+        "dtype": dtype,
+        "strict": strict,
+    }
+    run_options = {
+        "resume": resume or None,
+        "sink": sink,
+        "keep": keep,
+        "engine": engine,
+        "workers": workers,
+        "max_memory": max_memory,
+        "max_errors": max_errors,
+        "task": task,
+    }
+    if run_place is not None:
+        if report or output or heatmap or output_format != "table":
+            raise UsageError(
+                "a run writes its records into its folder: leave out --report, --output, --heatmap "
+                "and --format, and see --sink and `latentguard scan report`"
+            )
+        scan_run(
+            run_place,
+            paths or [],
+            reading,
+            {
+                "policy": policy,
+                "model": model,
+                "runtime": runtime,
+                "sha256": sha256,
+                "views": views,
+                "device": device,
+                "batch_size": batch_size,
+            },
+            run_options,
+            fail_on,
+            quiet,
+        )
+    said = [name for name, value in run_options.items() if value is not None]
+    if said:
+        raise UsageError(f"--{said[0].replace('_', '-')} is of a run: give --run DIR, too")
+    from latentguard.files.lists import listed
+
+    paths = list(listed(paths or [], sys.stdin))
     if report_limit is not None:
         typer.echo("latentguard: --report-limit is called --max-cards now", err=True)
         max_cards = report_limit
@@ -169,19 +279,8 @@ def scan(
         paths,
         policy,
         model,
-        space=space,
         device=device,
-        scaled=scaled,
-        layout=layout,
-        height=height,
-        width=width,
-        pixels=pixels,
-        key=key,
-        member=member,
-        moments=moments,
-        dequantize=dequantize,
-        dtype=dtype,
-        strict=strict,
+        **reading,
         batch_size=batch_size,
         previews=report is not None,
         heatmaps=heatmap,
@@ -210,7 +309,7 @@ def scan(
         ) from error
     if not summary.images:
         raise UsageError("nothing was scanned: the paths hold no images")
-    raise typer.Exit(_exit_code(summary, fail_on))
+    raise typer.Exit(of_scan(summary, fail_on))
 
 
 def _run(
@@ -222,6 +321,8 @@ def _run(
     quiet: bool,
 ) -> None:
     """Every record to the sinks, with a progress bar where it disturbs nothing."""
+    from latentguard.cli.scan_progress import progress
+
     with ExitStack() as stack:
         file: TextIO = sys.stdout
         if output is not None:
@@ -229,7 +330,7 @@ def _run(
         sink = _sink(output_format, file, run)
         rows_on_screen = output_format != "table" and file.isatty()
         visible = sys.stderr.isatty() and not rows_on_screen and not quiet
-        with _progress(visible) as step:
+        with progress(visible) as step:
             told = 0
             for record in run:
                 sink.add(record)
@@ -254,61 +355,6 @@ def _sink(output_format: Format, file: TextIO, run: Scan) -> Sink:
     return Table(file)
 
 
-class _Step:
-    """Called once per image with the counts and the notes that are new."""
-
-    def __call__(self, summary: Summary, notes: list[str] | tuple[str, ...]) -> None:
-        for note in notes:
-            self.say(note)
-
-    def say(self, note: str) -> None:
-        from latentguard.scan.text import visible
-
-        typer.echo(f"latentguard: {visible(note, 1000)}", err=True)
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[_Step]:
-    """A bar on standard error; how many images there are is known at the end only."""
-    if not shown:
-        yield _Step()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.text import Text
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.completed:,} images"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[rate]:.1f}/s"),
-        TextColumn("[red]{task.fields[blocked]:,} blocked[/red]"),
-        TextColumn("[yellow]{task.fields[review]:,} review[/yellow]"),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True, highlight=False)
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("scan", total=None, rate=0.0, blocked=0, review=0)
-
-        class OnBar(_Step):
-            def __call__(self, summary: Summary, notes: list[str] | tuple[str, ...]) -> None:
-                super().__call__(summary, notes)
-                bar.update(
-                    task,
-                    completed=summary.images,
-                    rate=summary.images / max(summary.seconds, 1e-9),
-                    blocked=summary.decisions["block"],
-                    review=summary.decisions["review"],
-                )
-
-            def say(self, note: str) -> None:
-                from latentguard.scan.text import visible
-
-                bar.console.print(Text(f"latentguard: {visible(note, 1000)}"))
-
-        yield OnBar()
-
-
 def _conclude(summary: Summary, report: Path | None, to_stdout: bool) -> None:
     from latentguard.scan.text import visible
 
@@ -316,18 +362,6 @@ def _conclude(summary: Summary, report: Path | None, to_stdout: bool) -> None:
         typer.echo(visible(line, 2000), err=not to_stdout)
     if report is not None:
         typer.echo(f"report: {visible(report.resolve(), 2000)}", err=not to_stdout)
-
-
-def _exit_code(summary: Summary, fail_on: FailOn) -> int:
-    from latentguard.cli.exit_codes import EXIT_MATCH, EXIT_UNREADABLE
-    from latentguard.judge import DECISIONS
-
-    if summary.outcomes["error"]:
-        return EXIT_UNREADABLE
-    if fail_on == "never":
-        return 0
-    level = DECISIONS.index(fail_on)
-    return EXIT_MATCH if any(summary.decisions[d] for d in DECISIONS[level:]) else 0
 
 
 def _check_targets(

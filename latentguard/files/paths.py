@@ -29,6 +29,8 @@ from latentguard.files.passed_over import (
 from latentguard.files.streams import open_regular
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".latent", ".npy", ".npz", ".tar")
+MISSING = "does not exist"
+"""The error of a path that leads nowhere."""
 COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -61,7 +63,7 @@ def expand(
             nothing = "matches no file"
         else:
             found = iter([Path(text)] if os.path.lexists(text) else [])
-            nothing = "does not exist"
+            nothing = MISSING
     except (OSError, ValueError) as error:  # a NUL byte in the path is a ValueError
         yield Unreadable(text, f"cannot be opened: {error}")
         return

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import BinaryIO, Unpack
 
 import numpy as np
@@ -20,7 +21,7 @@ from latentguard.files.numpy_files import open_npy, open_npz
 from latentguard.files.options import Options, Reading
 from latentguard.files.passed_over import PassedOver
 from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable
-from latentguard.files.remote import FileState, copied, state_of_path
+from latentguard.files.remote import Noted, copied, state_of_path
 from latentguard.files.safetensors_files import open_safetensors
 from latentguard.files.shards import Sample, member_window, read_samples, sample_claims
 from latentguard.files.streams import open_regular, size_of, state_of, unchanged
@@ -164,26 +165,28 @@ def read_file(
     file: Path | Remote | Unreadable,
     reading: Reading,
     passed: PassedOver,
-    states: dict[str, FileState] | None = None,
+    noted: Noted | None = None,
 ) -> Iterator[ArrayRecord]:
     """The records of one file; one that cannot be read is one with an error.
 
-    states: told what the file was before it was read, under its name in the records.
+    noted: told what the file was before it was read.
     Raises OSError where this machine has no room for the copy of a remote file.
     """
     if isinstance(file, Unreadable):
         yield ArrayRecord(file.source, 0, None, None, file.error)
         return
-    states = {} if states is None else states
+    noted = Noted() if noted is None else noted
     if isinstance(file, Path):
         with suppress(OSError):
-            states[str(file)] = state_of_path(file)
+            noted.states[str(file)] = state_of_path(file)
         yield from _guarded(str(file), 0, _file(file, reading, passed))
         return
     name = shown(file.address)
+    begun = perf_counter()
     try:
         with copied(file.address) as (path, state):
-            states[name] = state
+            noted.states[name] = state
+            noted.copying += perf_counter() - begun
             for record in _guarded(str(path), 0, _file(path, reading, passed)):
                 yield replace(record, source=name + record.source[len(str(path)) :])
     except LatentsError as error:

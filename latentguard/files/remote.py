@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -60,6 +60,18 @@ class FileState:
 
     size: int
     version: str
+
+
+@dataclass
+class Noted:
+    """What reading files tells besides their records.
+
+    states: of each file, before it was read, under its name in records. copying: seconds that
+    copies of remote files took.
+    """
+
+    states: dict[str, FileState] = field(default_factory=dict)
+    copying: float = 0.0
 
 
 def state_of_path(path: Path) -> FileState:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from latentguard.files import PassedOver
 from latentguard.files.remote import FileState
 
 SCHEMA_VERSION = 1
@@ -30,7 +31,7 @@ class Entry:
     number, files: of the shard. states: what its files were when they were read; one that could
     not be opened has none.
     outcomes, decisions: counts, as in `Summary`. models: the name and SHA-256 of what judged, by
-    latent space. passed: members and files that cannot be latents, by suffix.
+    latent space. passed: what its files held that cannot be latents. tally: see `tally.Tally`.
     part: its records. quarantine, kept: what could not be read or judged, and the copy of samples,
     where there are any.
     seconds: reading and judging. version: of latentguard.
@@ -43,9 +44,10 @@ class Entry:
     outcomes: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     models: dict[str, tuple[str, str]] = field(default_factory=dict)
-    passed: Counter[str] = field(default_factory=Counter)
+    passed: PassedOver = field(default_factory=PassedOver)
     quarantine: Written | None = None
     kept: Written | None = None
+    tally: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     version: str = ""
 
@@ -67,13 +69,14 @@ class Entry:
                 space: {"name": name, "sha256": sha256}
                 for space, (name, sha256) in self.models.items()
             },
-            "passed": dict(self.passed),
+            "passed": vars(self.passed),
             "part": vars(self.part),
             "quarantine": self.quarantine and vars(self.quarantine),
             "kept": self.kept and vars(self.kept),
             "seconds": round(self.seconds, 6),
+            "tally": self.tally,
         }
-        return json.dumps(data, indent=1).encode("ascii") + b"\n"
+        return json.dumps(data).encode("ascii") + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
@@ -97,9 +100,10 @@ class Entry:
                     space: (model["name"], model["sha256"])
                     for space, model in values["models"].items()
                 },
-                passed=Counter(values["passed"]),
+                passed=_passed(values["passed"]),
                 quarantine=_written(values["quarantine"]),
                 kept=_written(values["kept"]),
+                tally=values["tally"],
                 seconds=values["seconds"],
                 version=values["latentguard"],
             )
@@ -115,3 +119,8 @@ def _state(state: FileState | None) -> dict[str, Any]:
 
 def _written(values: Mapping[str, Any] | None) -> Written | None:
     return None if values is None else Written(**values)
+
+
+def _passed(values: Mapping[str, Any]) -> PassedOver:
+    counts = {name: Counter(values[name]) for name in ("files", "members")}
+    return PassedOver(**{**values, **counts})

@@ -7,6 +7,7 @@ gets the same records, to the bit, in whichever process.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentGuardError, LatentsError
@@ -28,12 +29,15 @@ MAX_CELLS = 1 << 26
 class Judging:
     """Judges batches of images. Whatever cannot be read or judged is a record with an error.
 
+    seconds: what judging took so far, without loading models.
+
     previews, heatmaps: whether records carry an RGB view and heat maps of margins.
     """
 
     def __init__(self, judges: Judges, previews: bool = False, heatmaps: bool = False) -> None:
         self.judges = judges
         self._previewed, self._heated = previews, heatmaps
+        self.seconds = 0.0
 
     @property
     def rules(self) -> Rules:
@@ -42,6 +46,12 @@ class Judging:
 
     def judge(self, batch: Sequence[ArrayRecord]) -> list[ScanRecord]:
         """The records of a batch in its order; images of one shape are scored together."""
+        begun, loading = perf_counter(), self.judges.loading
+        records = self._judged(batch)
+        self.seconds += perf_counter() - begun - (self.judges.loading - loading)
+        return records
+
+    def _judged(self, batch: Sequence[ArrayRecord]) -> list[ScanRecord]:
         done: dict[int, ScanRecord] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         judges: dict[tuple[Any, ...], SpaceJudge] = {}

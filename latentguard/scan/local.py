@@ -189,13 +189,16 @@ class _Driver:
                 thread.join(timeout=10)
 
     def _judge(self, batch: _Batch) -> None:
+        before = self._judging.seconds
         records = self._judging.judge(batch.records)
-        self._unit(batch.shard).add(records)
+        self._unit(batch.shard).add(records, self._judging.seconds - before)
         self._told(records)
 
     def _unit(self, shard: Shard) -> Unit:
         if shard.number not in self._units:
-            self._units[shard.number] = Unit(self._run.store, shard, self._run.options)
+            self._units[shard.number] = Unit(
+                self._run.store, shard, self._run.options, self._judging.judges
+            )
         return self._units[shard.number]
 
     def _finish(self, event: _Read | _Lost | _Failed) -> None:
@@ -333,11 +336,10 @@ class _Supervisor:
         if self._pipe is not None:
             return self._pipe
         for _ in range(ATTEMPTS):
-            self._start()
+            pipe = self._start()
             with suppress(EOFError, ConnectionError):
-                assert self._pipe is not None
-                if receive(self._pipe) == READY:
-                    return self._pipe
+                if receive(pipe) == READY:
+                    return pipe
             how = self._end()
             if self._stopped:
                 raise EOFError
@@ -346,10 +348,11 @@ class _Supervisor:
             "`if __name__ == '__main__':`, or read in this process (--workers 0)"
         )
 
-    def _start(self) -> None:
+    def _start(self) -> Connection:
         # Not a fork: locks of threads, and CUDA, do not survive one.
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        ours, theirs = context.Pipe()
+        self._pipe = ours
         process = context.Process(target=serve, args=(theirs, self._options), daemon=True)
         with self._lock:
             if self._stopped:
@@ -357,6 +360,7 @@ class _Supervisor:
             process.start()
             self._process = process
         theirs.close()
+        return ours
 
     def _end(self) -> str:
         """End the reader if there is one; how it ended."""

@@ -26,6 +26,7 @@ from latentguard.errors import LatentsError, UsageError
 from latentguard.files import PassedOver
 from latentguard.files.addresses import is_address, shown
 from latentguard.files.remote import FileState, state_of_address, state_of_path
+from latentguard.judge import PolicyId
 from latentguard.scan.entry import Entry, Written
 from latentguard.scan.judges import Judges
 from latentguard.scan.judging import Judging
@@ -58,6 +59,7 @@ class Run:
     """
 
     place: str
+    policy: PolicyId
     store: Store
     options: RunOptions
     shards: list[Shard]
@@ -95,10 +97,12 @@ def scan_unit(
     cannot be written.
     """
     facts = Facts()
-    unit = Unit(store, shard, options)
+    unit = Unit(store, shard, options, judging.judges)
     try:
+        before = judging.seconds
         for records in scan_shard(shard, options, judging, facts):
-            unit.add(records)
+            unit.add(records, judging.seconds - before)
+            before = judging.seconds
             told(records)
         return unit.commit(facts)
     except LatentsError as error:
@@ -111,7 +115,7 @@ def fail_unit(
     store: Store, shard: Shard, options: RunOptions, judging: Judging, error: str
 ) -> Entry:
     """Write a shard into a run as one that cannot be read."""
-    unit = Unit(store, shard, options)
+    unit = Unit(store, shard, options, judging.judges)
     try:
         unit.add(judging.judge(unreadable(shard, error)))
         return unit.commit(Facts())
@@ -160,7 +164,13 @@ def open_run(
         if options.keep is not None:
             check_keep(planned)
         said = _begin(store, options, judges, planned)
-    run = Run(place, store, options, _agreed(place, store, said, options, judges, planned))
+    run = Run(
+        place,
+        judges.rules.policy,
+        store,
+        options,
+        _agreed(place, store, said, options, judges, planned),
+    )
     _load(run, judges, task)
     return run
 

@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 
 from latentguard.files import ArrayRecord, PassedOver
 from latentguard.files.addresses import Remote, found, is_address
-from latentguard.files.paths import Unreadable
+from latentguard.files.paths import MISSING, Unreadable
 from latentguard.files.reading import read_file
-from latentguard.files.remote import FileState
+from latentguard.files.remote import Noted
 from latentguard.scan.judging import Judging, batches
 from latentguard.scan.options import RunOptions
 from latentguard.scan.record import ScanRecord
@@ -49,11 +50,13 @@ class Shard:
 class Facts:
     """What is known of a shard once it has been read.
 
-    states: each file's, before it was read. passed: what could not be latents.
+    noted: what its files were before they were read. passed: what could not be latents.
+    reading: seconds that reading took, copies of remote files included.
     """
 
-    states: dict[str, FileState] = field(default_factory=dict)
+    noted: Noted = field(default_factory=Noted)
     passed: PassedOver = field(default_factory=PassedOver)
+    reading: float = 0.0
 
 
 def plan(
@@ -80,7 +83,9 @@ def plan(
             group.append(name)
             size += held or 0
             continue
-        error = file.error if isinstance(file, Unreadable) else None
+        # What is missing now may be there when its turn comes, or when the run goes on.
+        missing = isinstance(file, Unreadable) and file.error == MISSING
+        error = file.error if isinstance(file, Unreadable) and not missing else None
         yield Shard(number, (name,), error)
         number += 1
     if group:
@@ -93,7 +98,14 @@ def read_shard(shard: Shard, options: RunOptions, facts: Facts) -> Iterator[list
     facts: told what the files were, and what was passed over.
     Raises OSError where this machine has no room for the copy of a remote file.
     """
-    return batches(_images(shard, options, facts), options.batch_size)
+    found = batches(_images(shard, options, facts), options.batch_size)
+    while True:
+        begun = perf_counter()
+        batch = next(found, None)
+        facts.reading += perf_counter() - begun
+        if batch is None:
+            return
+        yield batch
 
 
 def scan_shard(
@@ -114,8 +126,10 @@ def _images(shard: Shard, options: RunOptions, facts: Facts) -> Iterator[ArrayRe
         yield from unreadable(shard, shard.error)
         return
     for name in shard.files:
-        file = Remote(name) if is_address(name) else Path(name)
-        yield from read_file(file, options.reading, facts.passed, facts.states)
+        file: Remote | Path | Unreadable = Remote(name) if is_address(name) else Path(name)
+        if isinstance(file, Path) and not os.path.lexists(file):
+            file = Unreadable(name, MISSING)
+        yield from read_file(file, options.reading, facts.passed, facts.noted)
 
 
 def _size(path: Path) -> int | None:

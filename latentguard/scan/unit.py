@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from time import perf_counter
+from time import time
 
 import latentguard
 from latentguard.files.addresses import shown
@@ -18,6 +18,7 @@ from latentguard.files.remote import local_file
 from latentguard.files.scratch import scratch_folder
 from latentguard.regular import open_regular, sha256_of
 from latentguard.scan.entry import Entry, Written
+from latentguard.scan.judges import Judges
 from latentguard.scan.keep import Decisions, copy_kept
 from latentguard.scan.options import RunOptions
 from latentguard.scan.record import ScanRecord
@@ -25,6 +26,7 @@ from latentguard.scan.schema import Numbering
 from latentguard.scan.shard import Facts, Shard
 from latentguard.scan.sinks import SUFFIXES, open_sink
 from latentguard.scan.store import Store
+from latentguard.scan.tally import Tally
 
 PARTS, ENTRIES, QUARANTINE, KEPT = "parts", "manifest", "quarantine", "kept"
 """Folders of a run."""
@@ -49,10 +51,12 @@ class Unit:
     Raises OSError where the disk is full, from any method.
     """
 
-    def __init__(self, store: Store, shard: Shard, options: RunOptions) -> None:
+    def __init__(self, store: Store, shard: Shard, options: RunOptions, judges: Judges) -> None:
         self._store, self._shard, self._options = store, shard, options
+        self._judges = judges
+        self._tally = Tally()
         self._stack = ExitStack()
-        self._begun = perf_counter()
+        self._began = time()
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(dir=scratch_folder()))
         self._part = Path(folder) / f"part{SUFFIXES[options.sink]}"
         self._sink = open_sink(options.sink, self._part)
@@ -62,11 +66,14 @@ class Unit:
         self._outcomes: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
         self._models: dict[str, tuple[str, str]] = {}
+        self._scoring = 0.0
 
-    def add(self, records: Sequence[ScanRecord]) -> None:
-        """The next records of the shard."""
+    def add(self, records: Sequence[ScanRecord], seconds: float = 0.0) -> None:
+        """The next records of the shard. seconds: what judging them took."""
+        self._scoring += seconds
         self._sink.add([self._numbering.row(record) for record in records])
         for record in records:
+            self._tally.add(record)
             self._outcomes[record.outcome] += 1
             self._verdicts[record.verdict.decision] += 1
             if record.model is not None and record.space is not None:
@@ -91,23 +98,34 @@ class Unit:
             lines.write_text("".join(self._problems), encoding="ascii")
             name = f"{QUARANTINE}/{stem(self._shard)}.jsonl"
             quarantine = self._put(name, lines, len(self._problems))
+        self._finish_tally(facts)
         entry = Entry(
             number=self._shard.number,
             files=tuple(shown(name) for name in self._shard.files),
-            states=facts.states,
+            states=facts.noted.states,
             part=part,
             outcomes=self._outcomes,
             decisions=self._verdicts,
             models=self._models,
-            passed=facts.passed.files + facts.passed.members,
+            passed=facts.passed,
             quarantine=quarantine,
             kept=kept,
-            seconds=perf_counter() - self._begun,
+            tally=self._tally.to_dict(),
+            seconds=facts.reading + self._scoring,
             version=latentguard.__version__,
         )
         self._store.write(entry_name(self._shard.number), entry.to_json())
         self.abandon()
         return entry
+
+    def _finish_tally(self, facts: Facts) -> None:
+        tally, copying = self._tally, facts.noted.copying
+        for info in self._judges.models:
+            if self._models.get(info.space) == tuple(info.id):
+                tally.note_model(info)
+        tally.add_seconds(copying, max(0.0, facts.reading - copying), self._scoring)
+        tally.bytes_read = sum(state.size for state in facts.noted.states.values())
+        tally.add_span(self._began, time())
 
     def abandon(self) -> None:
         """Forget what was added."""
@@ -130,7 +148,7 @@ class Unit:
             return None
         copy = self._part.with_name("kept.tar")
         (name,) = self._shard.files
-        with local_file(name, facts.states.get(shown(name))) as shard, copy.open("xb") as out:
+        with local_file(name, facts.noted.states.get(shown(name))) as shard, copy.open("xb") as out:
             chosen = self._options.reading.member is not None
             count = copy_kept(shard, self._decisions.members, keep, out, chosen)
         if count == 0:

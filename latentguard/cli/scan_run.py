@@ -1,0 +1,188 @@
+"""`latentguard scan --run DIR`: many shards into a folder, each exactly once."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from latentguard.cli.exit_codes import EXIT_INTERRUPTED, EXIT_UNREADABLE, FailOn, of_scan
+from latentguard.errors import TooManyErrorsError, UsageError
+
+if TYPE_CHECKING:
+    from latentguard.cli.scan_progress import Step
+    from latentguard.files import PassedOver
+    from latentguard.scan import ScanRecord, Summary
+    from latentguard.scan.judging import Judging
+    from latentguard.scan.run import Run
+
+_SIZE = re.compile(r"(\d{1,12})\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+_TASK = re.compile(r"(\d{1,9})/(\d{1,9})")
+
+
+def scan_run(
+    place: str,
+    paths: Sequence[str],
+    reading: Mapping[str, Any],
+    judging: Mapping[str, Any],
+    options: Mapping[str, Any],
+    fail_on: FailOn,
+    quiet: bool,
+) -> NoReturn:
+    """Begin a run or go on with it, and exit as `latentguard scan` does.
+
+    reading: of `Reading.of`. judging: of `RunOptions`, with the policy's name. options: those of
+    a run, None where they were not given.
+    """
+    from latentguard.files import PassedOver, Reading
+    from latentguard.files.lists import listed
+    from latentguard.policy import load_policy
+    from latentguard.scan.judging import Judging
+    from latentguard.scan.options import RunOptions
+    from latentguard.scan.run import open_run
+
+    task = _task(options["task"])
+    max_memory = _bytes(options["max_memory"])
+    name, by_file = judging["policy"], judging["runtime"] == "onnx"
+    run_options = RunOptions(
+        **{
+            **judging,
+            "policy": None if by_file and name is None else load_policy(name or "default"),
+            "reading": Reading.of(**reading),
+            "sink": options["sink"] or "parquet",
+            "keep": options["keep"],
+        }
+    )
+    judges = run_options.judges()
+    passed = PassedOver()
+    run = open_run(
+        place,
+        run_options,
+        judges,
+        list(listed(paths, sys.stdin)),
+        passed,
+        resume=bool(options["resume"]),
+        task=task,
+    )
+    stopped: TooManyErrorsError | None = None
+    try:
+        _work(
+            run, Judging(judges), options["workers"], max_memory, options["max_errors"], task, quiet
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"latentguard: interrupted; {_progress(run)}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except TooManyErrorsError as error:
+        stopped = error
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {error.filename or place}: {error.strerror or error}; {_progress(run)}"
+        ) from error
+    summary = _summary(run, passed)
+    if not quiet:
+        _conclude(run, summary)
+    if stopped is not None:
+        typer.echo(f"latentguard: {stopped}", err=True)
+        raise typer.Exit(EXIT_UNREADABLE)
+    raise typer.Exit(of_scan(summary, fail_on))
+
+
+def _work(
+    run: Run,
+    judging: Judging,
+    workers: int | None,
+    max_memory: int | None,
+    max_errors: int | None,
+    task: tuple[int, int],
+    quiet: bool,
+) -> None:
+    from latentguard.cli.scan_progress import progress
+    from latentguard.scan.local import MAX_MEMORY, run_local
+    from latentguard.scan.reader import default_workers
+
+    with progress(sys.stderr.isatty() and not quiet) as step:
+        run_local(
+            run,
+            judging,
+            workers=default_workers() if workers is None else workers,
+            max_memory=MAX_MEMORY if max_memory is None else max_memory,
+            max_errors=max_errors,
+            task=task,
+            told=_Shown(run, judging, step, quiet),
+        )
+
+
+class _Shown:
+    """Shows what is judged, as it comes."""
+
+    def __init__(self, run: Run, judging: Judging, step: Step, quiet: bool) -> None:
+        from latentguard.scan import Summary
+
+        self._summary = Summary(judging.rules.policy)
+        self._notes = judging.judges.notes
+        self._step, self._quiet = step, quiet
+        self._told = 0
+        for note in () if quiet else run.notes:
+            step.say(note)
+
+    def __call__(self, records: Sequence[ScanRecord]) -> None:
+        for record in records:
+            self._summary.add(record)
+        self._step(self._summary, [] if self._quiet else self._notes[self._told :])
+        self._told = len(self._notes)
+
+
+def _summary(run: Run, passed: PassedOver) -> Summary:
+    """Of all shards of the run that are done, by whomever."""
+    from latentguard.files import PassedOver
+    from latentguard.judge import ModelId
+    from latentguard.scan import Summary
+
+    entries = run.done.values()
+    total = Summary(run.policy, passed=PassedOver())
+    total.passed.add(passed)
+    models: Counter[ModelId] = Counter()
+    for entry in entries:
+        total.outcomes += entry.outcomes
+        total.decisions += entry.decisions
+        total.passed.add(entry.passed)
+        models.update(ModelId(*model) for model in entry.models.values())
+    total.models = models
+    return total
+
+
+def _conclude(run: Run, summary: Summary) -> None:
+    from latentguard.scan.text import visible
+
+    for line in filter(None, (summary.passed.line(), summary.line(), _progress(run))):
+        typer.echo(visible(line, 2000))
+
+
+def _progress(run: Run) -> str:
+    """How far a run is."""
+    done, of = len(run.done), len(run.shards)
+    rest = "" if done == of else "; --resume goes on"
+    return f"run {run.place}: {done:,} of {of:,} shards are done{rest}"
+
+
+def _bytes(text: str | None) -> int | None:
+    """`512MiB`, `2G`, `1000000`: powers of 1,024."""
+    if text is None:
+        return None
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or int(found[1]) == 0:
+        raise UsageError(f"--max-memory must be a size such as 512MiB, got {text!r:.60}")
+    return int(found[1]) << (10 * " kmgt".index(found[2].lower() or " "))
+
+
+def _task(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    found = _TASK.fullmatch(text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UsageError(f"--task must be K/N with K from 0 to N - 1, got {text!r:.60}")
+    return int(found[1]), int(found[2])
