@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from latentguard.cli.scan_progress import Step
     from latentguard.files import PassedOver
     from latentguard.scan import ScanRecord, Summary
+    from latentguard.scan.entry import Entry
     from latentguard.scan.judging import Judging
     from latentguard.scan.run import Run
 
 _SIZE = re.compile(r"(\d{1,12})\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+_ACTORS = re.compile(r"(\d{1,6})(?::(\d{1,6}))?")
 _TASK = re.compile(r"(\d{1,9})/(\d{1,9})")
 
 
@@ -46,7 +49,7 @@ def scan_run(
     from latentguard.scan.run import open_run
 
     task = _task(options["task"])
-    max_memory = _bytes(options["max_memory"])
+    engine = _engine(options)
     name, by_file = judging["policy"], judging["runtime"] == "onnx"
     run_options = RunOptions(
         **{
@@ -70,9 +73,7 @@ def scan_run(
     )
     stopped: TooManyErrorsError | None = None
     try:
-        _work(
-            run, Judging(judges), options["workers"], max_memory, options["max_errors"], task, quiet
-        )
+        _work(run, Judging(judges), engine, options["max_errors"], task, quiet)
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted; {_progress(run)}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -91,29 +92,70 @@ def scan_run(
     raise typer.Exit(of_scan(summary, fail_on))
 
 
+_Engine = Callable[..., None]
+"""Scans what is left: (run, judging, shown, max_errors=, task=)."""
+
+
 def _work(
     run: Run,
     judging: Judging,
-    workers: int | None,
-    max_memory: int | None,
+    engine: _Engine,
     max_errors: int | None,
     task: tuple[int, int],
     quiet: bool,
 ) -> None:
     from latentguard.cli.scan_progress import progress
+
+    with progress(sys.stderr.isatty() and not quiet) as step:
+        shown = _Shown(run, judging, step, quiet)
+        engine(run, judging, shown, max_errors=max_errors, task=task)
+
+
+_LOCAL = ("workers", "max_memory")
+_RAY = ("actors", "cpus_per_actor", "gpus_per_actor")
+
+
+def _engine(options: Mapping[str, Any]) -> _Engine:
+    """The engine that was asked for. Raises UsageError for options of the other one."""
+    name = options["engine"] or "local"
+    for other in _RAY if name == "local" else _LOCAL:
+        if options[other] is not None:
+            raise UsageError(f"--{other.replace('_', '-')} is not of the {name} engine")
+    return _ray(options) if name == "ray" else _local(options)
+
+
+def _local(options: Mapping[str, Any]) -> _Engine:
     from latentguard.scan.local import MAX_MEMORY, run_local
     from latentguard.scan.reader import default_workers
 
-    with progress(sys.stderr.isatty() and not quiet) as step:
+    workers, max_memory = options["workers"], _bytes(options["max_memory"])
+
+    def work(run: Run, judging: Judging, shown: _Shown, **how: Any) -> None:
         run_local(
             run,
             judging,
             workers=default_workers() if workers is None else workers,
             max_memory=MAX_MEMORY if max_memory is None else max_memory,
-            max_errors=max_errors,
-            task=task,
-            told=_Shown(run, judging, step, quiet),
+            told=shown,
+            **how,
         )
+
+    return work
+
+
+def _ray(options: Mapping[str, Any]) -> _Engine:
+    from latentguard.scan.ray_engine import Pool, need_ray, run_ray
+
+    need_ray()
+    cpus = options["cpus_per_actor"]
+    pool = Pool(
+        _actors(options["actors"]), 1.0 if cpus is None else cpus, options["gpus_per_actor"]
+    )
+
+    def work(run: Run, judging: Judging, shown: _Shown, **how: Any) -> None:
+        run_ray(run, judging, pool, noted=shown.note, **how)
+
+    return work
 
 
 class _Shown:
@@ -126,12 +168,23 @@ class _Shown:
         self._notes = judging.judges.notes
         self._step, self._quiet = step, quiet
         self._told = 0
+        self._begun = perf_counter()
         for note in () if quiet else run.notes:
             step.say(note)
 
     def __call__(self, records: Sequence[ScanRecord]) -> None:
         for record in records:
             self._summary.add(record)
+        self._show()
+
+    def note(self, entry: Entry) -> None:
+        """A whole shard, where records do not come here."""
+        self._summary.outcomes += entry.outcomes
+        self._summary.decisions += entry.decisions
+        self._summary.seconds = perf_counter() - self._begun
+        self._show()
+
+    def _show(self) -> None:
         self._step(self._summary, [] if self._quiet else self._notes[self._told :])
         self._told = len(self._notes)
 
@@ -177,6 +230,15 @@ def _bytes(text: str | None) -> int | None:
     if found is None or int(found[1]) == 0:
         raise UsageError(f"--max-memory must be a size such as 512MiB, got {text!r:.60}")
     return int(found[1]) << (10 * " kmgt".index(found[2].lower() or " "))
+
+
+def _actors(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = _ACTORS.fullmatch(text)
+    if found is None:
+        raise UsageError(f"--actors must be a number or MIN:MAX, got {text!r:.60}")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def _task(text: str | None) -> tuple[int, int]:
