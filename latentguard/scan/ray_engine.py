@@ -15,6 +15,9 @@ import logging
 import math
 import os
 import pickle
+import re
+import socket
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -47,6 +50,8 @@ AT_ONCE = 2
 
 MAX_BLOCKS = 10_000
 """Tasks of a run; beyond that, each has several shards."""
+
+_PATIENCE = 20.0
 
 Noted = Callable[[Entry], None]
 """Called with the entry of each shard that is done."""
@@ -154,6 +159,7 @@ def _cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     said = os.environ.get("RAY_ADDRESS")
+    _check_address(said or "")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
@@ -162,7 +168,7 @@ def _cluster() -> Iterator[None]:
         ray.init(address=said or "auto", **quiet)
     except ConnectionError as error:
         if said not in (None, "", "local"):
-            raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={said}") from error
+            raise _no_cluster(said) from error
         # Rows are all that its object store holds.
         ray.init(
             address="local",
@@ -175,6 +181,21 @@ def _cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(said: str) -> None:
+    """Raises UsageError for a port where nobody listens, for which Ray itself would wait for ever."""
+    found = re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", said)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(said) from error
+
+
+def _no_cluster(said: str) -> UsageError:
+    return UsageError(f"no Ray cluster answers at RAY_ADDRESS={said}")
 
 
 @dataclass(frozen=True)
@@ -278,7 +299,9 @@ class _Driver:
         context.target_max_block_size = 1 << 20
         # An actor with all that it may have in hand is busy: time for another one.
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
-        with DataContext.current(context):
+        with DataContext.current(context), warnings.catch_warnings():
+            # ray_remote_args_fn goes in Ray 2.64, and until then nothing else bounds retries.
+            warnings.simplefilter("ignore")
             rows = [{"shard": pickle.dumps(shard)} for shard in shards]
             return from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
                 _Scanner,

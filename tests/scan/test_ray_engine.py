@@ -100,6 +100,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    small = {"object_store_memory": 100 << 20}
     made = Cluster(
         initialize_head=True,
         head_node_args={
@@ -109,7 +110,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         },
     )
     for _ in range(2):
-        made.add_node(num_cpus=1, object_store_memory=100 << 20)
+        made.add_node(num_cpus=1, **small)
     ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
     try:
         yield made
@@ -255,8 +256,7 @@ def test_no_cluster_at_an_address(
 ) -> None:
     shards = write_shards(tmp_path / "shards", 1, 1)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1")
-    with pytest.raises(UsageError, match="no Ray cluster answers at RAY_ADDRESS=127.0.0.1:9"):
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:9"):
         ray_run(tmp_path / "run", options_of(calm), shards)
 
 
