@@ -45,7 +45,7 @@ SinkName = Literal["parquet", "json"]
 Keep = Literal["allow", "review", "block"]
 """Which samples a run copies."""
 
-Engine = Literal["local"]
+Engine = Literal["local", "ray"]
 """What scans a run."""
 
 _MANY = "Many shards: a run"
@@ -183,8 +183,24 @@ def scan(
     ),
     engine: Engine | None = typer.Option(
         None,
-        help="What scans: processes of this machine.",
+        help="What scans: processes of this machine, or a Ray cluster (RAY_ADDRESS, or here).",
         show_default="local",
+        rich_help_panel=_MANY,
+    ),
+    actors: str | None = typer.Option(
+        None,
+        metavar="MIN:MAX",
+        help="With ray: processes that scan, each with its own model.",
+        show_default="what the cluster has room for",
+        rich_help_panel=_MANY,
+    ),
+    cpus_per_actor: float | None = typer.Option(
+        None, help="With ray: CPUs of each.", show_default="1", rich_help_panel=_MANY
+    ),
+    gpus_per_actor: float | None = typer.Option(
+        None,
+        help="With ray: GPUs of each, such as 0.25.",
+        show_default="1 where there are any",
         rich_help_panel=_MANY,
     ),
     workers: int | None = typer.Option(
@@ -286,6 +302,9 @@ def scan(
         "sink": sink,
         "keep": keep,
         "engine": engine,
+        "actors": actors,
+        "cpus_per_actor": cpus_per_actor,
+        "gpus_per_actor": gpus_per_actor,
         "workers": workers,
         "max_memory": max_memory,
         "max_errors": max_errors,

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from latentguard.scan import ScanRecord
-    from latentguard.scan.progress import Progress, View
+    from latentguard.scan.progress import Counted, Progress, View
 
 ProgressKind = Literal["auto", "bar", "json", "none"]
 """How progress shows: `auto` is a bar where it disturbs nothing."""
@@ -71,6 +71,10 @@ class Told:
         for record in records:
             counts.outcomes[record.outcome] += 1
             counts.decisions[record.verdict.decision] += 1
+        self.add(counts, seconds, shards)
+
+    def add(self, counts: Counted, seconds: Mapping[str, float], shards: int = 0) -> None:
+        """As a call, where the records are elsewhere."""
         new = {phase: value - self._seconds.get(phase, 0.0) for phase, value in seconds.items()}
         self._seconds = dict(seconds)
         self._progress.update(counts, new, shards=shards)

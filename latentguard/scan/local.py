@@ -64,18 +64,18 @@ def run_local(
         OSError: there is no room for what is written or copied.
         UsageError: readers cannot be started, or the run's place cannot be written.
     """
-    _check_errors(run, max_errors)
+    check_errors(run, max_errors)
     pending = run.pending(task)
     if workers == 0:
         for shard in pending:
             run.scan(shard, judging, told)
-            _check_errors(run, max_errors)
+            check_errors(run, max_errors)
         return
     driver = _Driver(run, judging, told, max_errors)
     driver.work(pending, workers, max_memory)
 
 
-def _check_errors(run: Run, max_errors: int | None) -> None:
+def check_errors(run: Run, max_errors: int | None) -> None:
     if max_errors is not None and run.errors > max_errors:
         raise TooManyErrorsError(
             f"stopped: {run.errors:,} images or files could not be read or judged, over "
@@ -228,7 +228,7 @@ class _Driver:
 
     def _note(self, entry: Entry) -> None:
         self._run.note(entry)
-        _check_errors(self._run, self._max_errors)
+        check_errors(self._run, self._max_errors)
 
 
 # -- readers ---------------------------------------------------------------------------------
