@@ -94,10 +94,6 @@ def scan_run(
     raise typer.Exit(of_scan(summary, fail_on))
 
 
-_Engine = Callable[..., None]
-"""Scans what is left: (run, judging, shown, max_errors=, task=)."""
-
-
 def _work(
     run: Run,
     judging: Judging,

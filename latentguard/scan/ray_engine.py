@@ -160,7 +160,7 @@ def _cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     said = os.environ.get("RAY_ADDRESS")
     _check_address(said or "")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         if said == "local":
@@ -184,7 +184,7 @@ def _cluster() -> Iterator[None]:
 
 
 def _check_address(said: str) -> None:
-    """Raises UsageError for a port where nobody listens, for which Ray itself would wait for ever."""
+    """Raises UsageError for a port where nobody listens: Ray itself would wait for ever."""
     found = re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", said)
     if found is None:
         return
@@ -212,7 +212,7 @@ def _sizes(pool: Pool, device: str | None, shards: int) -> _Sizes:
     """Raises UsageError where there is no room for an actor, and nobody said that there will be."""
     import ray
 
-    has = ray.cluster_resources()
+    has = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = pool.gpus
     if gpus is None:
         gpus = 1.0 if has.get("GPU", 0) >= 1 and device != "cpu" else 0.0
