@@ -337,6 +337,7 @@ def scan(
         max_cards = report_limit
     from latentguard.cli.console import abandon
     from latentguard.scan import Report, Scan, Summary
+    from latentguard.scan.concept_tally import MAX_EXAMPLES
     from latentguard.scan.sampling import SPREAD
     from latentguard.scan.tally import Tally
 
@@ -358,7 +359,7 @@ def scan(
     )
     summary = Summary(run.policy_id, passed=run.passed)
     page = Report(run.rules, max_cards) if report else None
-    tally = Tally(run.policy_id) if summary_file else None
+    tally = Tally(run.policy_id, MAX_EXAMPLES) if summary_file else None
     try:
         _run(run, summary, page, tally, output_format, output, quiet, showing)
         if page is not None and report is not None and summary.images:
