@@ -5,10 +5,10 @@ exported file) -> engine.py (paths to records) -> summary.py -> the sinks: lines
 CSV), table.py and report.py. The report collects report_data.py; page.py, with scales.py and
 card.py, hands it to the templates. text.py keeps untrusted text harmless in all of them.
 
-What adds up: tally.py (with bins.py, error_kinds.py, concept_tally.py, tally_json.py) -> parts.py (what
-runs left, as one tally) -> run_report.py, which run_view.py, axis.py and alternatives.py lay out.
-A sample: sampling.py (what is drawn) -> sampled.py (while it is scanned) -> estimates.py (what it says).
-progress.py and progress_views.py tell how far a scan is.
+What adds up: bins.py, error_kinds.py and concept_tally.py -> tally.py (with tally_json.py) ->
+parts.py (what runs left, as one tally) -> run_report.py, which run_view.py lays out with axis.py
+and alternatives.py. A sample: sampling.py (what is drawn) -> sampled.py (while it is scanned) ->
+estimates.py (what it says). progress.py and progress_views.py tell how far a scan is.
 """
 
 from latentguard.judge import ModelId, PolicyId
