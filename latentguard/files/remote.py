@@ -8,8 +8,10 @@ server's 500, a connection that ends) is tried again, later and later.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from latentguard.errors import LatentsError
 from latentguard.files.addresses import filesystem, is_address, said_of
+from latentguard.files.mds import INDEX, SHARDS
 from latentguard.files.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -41,12 +44,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _BLOCK = 8 << 20
 _SPARE = 64 << 20
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,150}")
+# Copies of index.json in this process, and what they are copies of.
+_INDEXES: dict[Path, FileState] = {}
 # What does not get better by waiting.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING_STATUS = range(400, 500)
 _WORTH_A_TRY = (408, 425, 429)
 _VERSIONS = ("etag", "ETag", "generation", "version_id", "sha256", "md5", "content_md5")
 _TIMES = ("last_modified", "LastModified", "mtime", "created")
+
+
+class _MissingError(LatentsError):
+    """There is no such file."""
 
 
 @dataclass(frozen=True)
@@ -114,30 +124,62 @@ def copied(address: str) -> Iterator[tuple[Path, FileState]]:
     """
     fs, path = filesystem(address)
     state = _state(fs, path)
-    folder = scratch_folder()
+    with _place(fs, path) as place:
+        copy = place / _name(path)
+        try:
+            _copy(fs, path, state, copy)
+            yield copy, state
+        finally:
+            copy.unlink(missing_ok=True)
+
+
+def _copy(fs: AbstractFileSystem, path: str, state: FileState, copy: Path) -> None:
+    """Copy a file that must have this state, before and after."""
     if state.size > MAX_COPY:
         raise LatentsError(f"has {state.size:,} bytes, over the limit of {MAX_COPY:,}")
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(copy.parent).free
     if state.size + _SPARE > free:
-        raise OSError(
-            errno.ENOSPC, f"no room for a copy of {state.size:,} bytes ({free:,} are free)", folder
-        )
-    place = folder / f"{random.getrandbits(64):016x}"
-    place.mkdir()
+        why = f"no room for a copy of {state.size:,} bytes ({free:,} are free)"
+        raise OSError(errno.ENOSPC, why, copy.parent)
+    with copy.open("wb") as out:
+        _fill(fs, path, state.size, out)
+    if _state(fs, path) != state:
+        raise LatentsError("changed while it was read: scan it again when nothing writes to it")
+
+
+@contextmanager
+def _place(fs: AbstractFileSystem, path: str) -> Iterator[Path]:
+    """A folder for one copy. Shards of MosaicML share one, with the index.json beside them, which
+    they have to agree with: it is copied and parsed once."""
+    if not path.lower().endswith(SHARDS):
+        place = scratch_folder() / f"{random.getrandbits(64):016x}"
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        return
+    folder = path.rpartition("/")[0]
+    which = f"{fs.protocol} {folder}"
+    place = scratch_folder() / hashlib.sha256(which.encode("utf-8", "replace")).hexdigest()[:16]
+    place.mkdir(exist_ok=True)
+    index = place / INDEX
     try:
-        copy = place / _name(path)
-        with copy.open("xb") as out:
-            _fill(fs, path, state.size, out)
-        if _state(fs, path) != state:
-            raise LatentsError("changed while it was read: scan it again when nothing writes to it")
-        yield copy, state
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+        state = _state(fs, f"{folder}/{INDEX}")
+    except _MissingError:
+        index.unlink(missing_ok=True)
+    else:
+        if _INDEXES.get(index) != state or not index.exists():
+            _copy(fs, f"{folder}/{INDEX}", state, index)
+            _INDEXES[index] = state
+    yield place
 
 
 def _name(path: str) -> str:
-    """A plain name with the suffixes of the file, by which readers go."""
+    """A plain name with the suffixes of the file, by which readers go; its own if that is plain."""
     name = path.partition("?")[0].rpartition("/")[2]
+    if _PLAIN.fullmatch(name) and name != INDEX:
+        return name
     _, dot, suffixes = name.partition(".")
     plain = "".join(c if c.isalnum() or c == "." else "_" for c in suffixes[-100:])
     return f"file{dot}{plain}"
@@ -265,7 +307,7 @@ def _lasting(error: Exception) -> LatentsError:
     if isinstance(error, LatentsError):
         return error
     if isinstance(error, FileNotFoundError) or _status(_root(error)) in (404, 410):
-        return LatentsError("does not exist")
+        return _MissingError("does not exist")
     if isinstance(error, PermissionError) or _status(_root(error)) in (401, 403):
         return LatentsError("cannot be opened: permission denied")
     return LatentsError(f"cannot be opened: {said_of(error)}")

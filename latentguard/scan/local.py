@@ -227,7 +227,7 @@ class _Driver:
         self._note(fail_unit(run.store, shard, run.options, self._judging, reason))
 
     def _note(self, entry: Entry) -> None:
-        self._run.done[entry.number] = entry
+        self._run.note(entry)
         _check_errors(self._run, self._max_errors)
 
 

@@ -55,6 +55,7 @@ class Run:
     """A run's folder, opened by one process.
 
     place: the folder or the address. shards: all of them. done: by number, the entries that hold.
+    errors: how many images or files could not be read or judged so far.
     notes: sentences about what was found and mended.
     """
 
@@ -65,6 +66,7 @@ class Run:
     shards: list[Shard]
     done: dict[int, Entry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    errors: int = 0
 
     def pending(self, task: tuple[int, int] = (0, 1)) -> list[Shard]:
         """The shards that are left, of those with number % task[1] == task[0]."""
@@ -74,13 +76,13 @@ class Run:
     def scan(self, shard: Shard, judging: Judging, told: Told = ignored) -> Entry:
         """Scan one shard in this process, and note that it is done."""
         entry = scan_unit(self.store, shard, self.options, judging, told)
-        self.done[shard.number] = entry
+        self.note(entry)
         return entry
 
-    @property
-    def errors(self) -> int:
-        """How many images or files could not be read or judged so far."""
-        return sum(entry.errors for entry in self.done.values())
+    def note(self, entry: Entry) -> None:
+        """Remember that a shard is done; of its tally, which is large, the times alone."""
+        self.errors += entry.errors
+        self.done[entry.number] = _lean(entry)
 
 
 def scan_unit(
@@ -300,7 +302,8 @@ def _load(run: Run, judges: Judges, task: tuple[int, int]) -> None:
     if damaged:
         run.notes.append(f"{damaged:,} shards were not whole, and are scanned again")
     _check_models(run, judges, whole.values())
-    run.done = whole
+    for entry in whole.values():
+        run.note(entry)
     _tidy(run, there, task)
 
 
@@ -319,7 +322,13 @@ def _entry(run: Run, number: int) -> Entry | None:
     except ValueError:
         return None
     files = tuple(shown(name) for name in run.shards[number].files)
-    return entry if (entry.number, entry.files) == (number, files) else None
+    return _lean(entry) if (entry.number, entry.files) == (number, files) else None
+
+
+def _lean(entry: Entry) -> Entry:
+    """Without the tally, but for its times: a hundred thousand of them fill the memory."""
+    times = {name: entry.tally[name] for name in ("microseconds",) if name in entry.tally}
+    return replace(entry, tally=times)
 
 
 def _is_whole(entry: Entry, there: dict[str, dict[str, int]]) -> bool:

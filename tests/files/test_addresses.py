@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import subprocess
@@ -237,6 +238,24 @@ def test_a_file_that_changes_while_it_is_copied_is_an_error(
     monkeypatch.setattr(remote_module, "_fill", filled)
     (record,) = read_arrays(f"{memory}/a/0.npy", "flux2", True)
     assert record.error == "changed while it was read: scan it again when nothing writes to it"
+
+
+def test_an_index_elsewhere_has_to_agree_with_its_shards(memory: str) -> None:
+    fs = fsspec.filesystem("memory")
+    made = Path(__file__).parent / "mds" / "plain"
+    for path in made.iterdir():
+        fs.pipe_file(f"/set/mds/{path.name}", path.read_bytes())
+    here = [(r.index, r.error) for r in read_arrays(made, "sdxl", True)]
+    address = f"{memory}/mds"
+    assert [(r.index, r.error) for r in read_arrays(address, "sdxl", True)] == here
+    index = json.loads((made / "index.json").read_text())
+    index["shards"][0]["column_encodings"] = index["shards"][0]["column_encodings"][::-1]
+    fs.pipe_file("/set/mds/index.json", json.dumps(index).encode())
+    (first, *_) = [r for r in read_arrays(address, "sdxl", True) if r.error]
+    assert first.error is not None
+    assert "is described otherwise by its index.json" in first.error
+    fs.rm_file("/set/mds/index.json")
+    assert [(r.index, r.error) for r in read_arrays(address, "sdxl", True)] == here
 
 
 def test_a_state_tells_contents_apart(tmp_path: Path) -> None:
