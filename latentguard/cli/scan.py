@@ -181,6 +181,12 @@ def scan(
         help="Copy the samples of this decision, with all members of each, to a shard beside.",
         rich_help_panel=_MANY,
     ),
+    previews: bool = typer.Option(
+        False,
+        "--previews",
+        help="Keep small pictures of what scored highest, for `latentguard scan report`.",
+        rich_help_panel=_MANY,
+    ),
     engine: Engine | None = typer.Option(
         None,
         help="What scans: processes of this machine.",
@@ -285,6 +291,7 @@ def scan(
         "resume": resume or None,
         "sink": sink,
         "keep": keep,
+        "previews": previews or None,
         "engine": engine,
         "workers": workers,
         "max_memory": max_memory,

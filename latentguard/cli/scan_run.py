@@ -73,7 +73,7 @@ def scan_run(
     try:
         _work(
             run,
-            Judging(judges),
+            Judging(judges, "late" if options["previews"] else False),
             options["workers"],
             max_memory,
             options["max_errors"],

@@ -420,12 +420,14 @@ def test_a_run_is_reported(scanned: tuple[Path, Path], tmp_path: Path, command: 
     file, rules = scanned
     run = tmp_path / "run"
     arguments = (file, tmp_path / "missing.pt", "--policy", rules, "--run", run, "--workers", 0)
-    ran = command("scan", *arguments, "--sink", "json", "--progress", "json")
+    ran = command("scan", *arguments, "--sink", "json", "--progress", "json", "--previews")
     assert ran.code == 3
     lines = [json.loads(line) for line in ran.err.splitlines() if line.startswith("{")]
     assert (lines[-1]["images"], lines[-1]["shards_done"], lines[-1]["shards"]) == (4, 2, 2)
     assert command("scan", "report", run, "-o", tmp_path / "run.html").code == 0
-    text = " ".join(Page((tmp_path / "run.html").read_text("utf-8")).text)
+    page = (tmp_path / "run.html").read_text("utf-8")
+    assert page.count("data:image/png") == 3
+    text = " ".join(Page(page).text)
     assert "4 of 4 images not allowed" in text
     assert "1 image could not be read or judged" in text
     assert "does not exist" in text
