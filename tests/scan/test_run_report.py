@@ -108,7 +108,7 @@ def test_all_kinds_of_parts_go_together(tmp_path: Path, command: Any) -> None:
     merged = tmp_path / "all.json"
     ran = command("scan", "report", run, part, tmp_path / "third.json", "-o", merged)
     assert (ran.code, ran.err) == (0, "")
-    assert "5 images in 2 shards: 1 allowed, 0 review, 3 blocked, 1 errors" in ran.out
+    assert "5 images in 2 shards: 1 allowed, 0 review, 3 blocked, 1 error ·" in ran.out
     page = tmp_path / "all.html"
     assert command("scan", "report", merged, "-o", page, "-q").out == ""
     assert "4 of 5 images not allowed" in page.read_text(encoding="utf-8")
@@ -433,3 +433,20 @@ def test_a_run_is_reported(scanned: tuple[Path, Path], tmp_path: Path, command: 
     assert "does not exist" in text
     parts = sorted((run / "parts").glob("*.jsonl"))
     assert collect(parts).tally.outcomes == collect([run]).tally.outcomes
+
+
+def test_a_run_on_another_file_system_is_reported(
+    scanned: tuple[Path, Path], tmp_path: Path, command: Any
+) -> None:
+    pytest.importorskip("fsspec", reason="addresses need fsspec")
+    file, rules = scanned
+    place = "memory://a-run-that-is-reported"
+    arguments = (file, "--policy", rules, "--run", place, "--workers", 0, "--sink", "json", "-q")
+    assert command("scan", *arguments).code == 1
+    ran = command("scan", "report", place, "-o", tmp_path / "run.json")
+    assert (ran.code, ran.err) == (0, "")
+    assert "3 images in 1 shard: 0 allowed, 0 review, 3 blocked" in ran.out
+    ran = command("scan", "report", place, place, "-o", tmp_path / "run.json")
+    assert (ran.code, "is given twice" in ran.err) == (2, True)
+    ran = command("scan", "report", "memory://nothing", "-o", tmp_path / "run.json")
+    assert (ran.code, "no run with shards that are done" in ran.err) == (2, True)
