@@ -181,6 +181,12 @@ def scan(
         help="Copy the samples of this decision, with all members of each, to a shard beside.",
         rich_help_panel=_MANY,
     ),
+    previews: bool = typer.Option(
+        False,
+        "--previews",
+        help="Keep small pictures of what scored highest, for `latentguard scan report`.",
+        rich_help_panel=_MANY,
+    ),
     engine: Engine | None = typer.Option(
         None,
         help="What scans: processes of this machine, or a Ray cluster (RAY_ADDRESS, or here).",
@@ -301,6 +307,7 @@ def scan(
         "resume": resume or None,
         "sink": sink,
         "keep": keep,
+        "previews": previews or None,
         "engine": engine,
         "actors": actors,
         "cpus_per_actor": cpus_per_actor,
@@ -356,6 +363,7 @@ def scan(
         max_cards = report_limit
     from latentguard.cli.console import abandon
     from latentguard.scan import Report, Scan, Summary
+    from latentguard.scan.concept_tally import MAX_EXAMPLES
     from latentguard.scan.sampling import SPREAD
     from latentguard.scan.tally import Tally
 
@@ -377,7 +385,7 @@ def scan(
     )
     summary = Summary(run.policy_id, passed=run.passed)
     page = Report(run.rules, max_cards) if report else None
-    tally = Tally(run.policy_id) if summary_file else None
+    tally = Tally(run.policy_id, MAX_EXAMPLES) if summary_file else None
     try:
         _run(run, summary, page, tally, output_format, output, quiet, showing)
         if page is not None and report is not None and summary.images:

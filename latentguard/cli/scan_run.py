@@ -75,7 +75,8 @@ def scan_run(
     )
     stopped: TooManyErrorsError | None = None
     try:
-        _work(run, Judging(judges), engine, options["max_errors"], task, quiet, showing)
+        scoring = Judging(judges, "late" if options["previews"] else False)
+        _work(run, scoring, engine, options["max_errors"], task, quiet, showing)
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted; {_progress(run)}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -8,8 +8,12 @@ untrusted text harmless in all of them.
 
 Runs of many shards: options.py -> shard.py (`scan_shard`, the core) -> schema.py, sinks.py and
 keep.py (what is written) -> store.py (where it lies, whole or not at all) -> entry.py and unit.py
-(one shard's output) -> run.py (the folder) -> reader.py and local.py (the local engine). tally.py
-counts what can be added, parts.py and run_report.py put it together, progress.py shows it.
+(one shard's output) -> run.py (the folder) -> reader.py and local.py (the local engine).
+
+What adds up: bins.py, error_kinds.py and concept_tally.py -> tally.py (with tally_json.py) ->
+parts.py (what runs left, as one tally) -> run_report.py, which run_view.py lays out with axis.py
+and alternatives.py. A sample: sampling.py (what is drawn) -> sampled.py (while it is scanned) ->
+estimates.py (what it says). progress.py and progress_views.py tell how far a scan is.
 """
 
 from latentguard.judge import ModelId, PolicyId

@@ -104,6 +104,7 @@ class JudgeView:
 class Phase:
     """What one phase took, over all processes. part: of all phases, in percent."""
 
+    key: str
     name: str
     seconds: float
     part: float
@@ -156,12 +157,14 @@ def phases(tally: Tally) -> list[Phase]:
         return []
     return [
         Phase(
+            phase,
             _GERUNDS[phase],
             tally.seconds(phase),
             100 * tally.seconds(phase) / total,
             f"{1000 * tally.seconds(phase) / max(tally.images, 1):.3g} ms",
         )
         for phase in PHASES
+        if tally.microseconds[phase]
     ]
 
 
@@ -187,7 +190,8 @@ def percent(part: int, whole: int) -> str:
 
 def score(value: float) -> str:
     """A probability or margin; those near 1 and 0 keep the digits that tell them apart."""
-    text = f"{value:.3f}" if 0.0005 <= abs(value) < 0.9995 or value in (0, 1) else f"{value:.6g}"
+    plain = 0.0005 <= abs(value) < 0.9995 or value in (-1, 0, 1) or abs(value) > 1
+    text = f"{value:.3f}" if plain else f"{value:.5f}"
     return text.replace("-", "−")
 
 
@@ -219,28 +223,26 @@ def _concept_view(name: str, concept: ConceptTally, axis: Axis, unfolded: bool) 
     return ConceptView(
         name,
         concept,
-        _bars(concept, axis, mark),
+        _bars(concept, axis, mark, depth),
         _path(concept, axis, depth),
         mark,
         axis.ticks(),
-        [Tick(100 * n / depth, percentage(10.0**-n)) for n in _levels(depth)],
+        [Tick(100 * n / depth, f"{10.0 ** (2 - n):g} %") for n in _levels(depth)],
         [_row(concept, row) for row in alternatives(concept)],
         [_gravest(concept, example) for example in concept.gravest],
         unfolded,
     )
 
 
-def _bars(concept: ConceptTally, axis: Axis, mark: float | None) -> list[Bar]:
-    """By the logarithm of counts, so that a single image of a billion stays visible."""
-    counts = axis.bars(concept)
-    tallest = math.log1p(int(counts.max()))
+def _bars(concept: ConceptTally, axis: Axis, mark: float | None, depth: int) -> list[Bar]:
+    """By the logarithm of their share, as the curve: a single image of a billion stays visible."""
     return [
         Bar(
             4 * x + 0.5,
-            max(HEIGHT * math.log1p(count) / tallest, 3.0),
+            max(HEIGHT * (1 + math.log10(count / concept.judged) / depth), 3.0),
             mark is not None and 100 * (x + 0.5) / BARS >= mark,
         )
-        for x, count in enumerate(counts.tolist())
+        for x, count in enumerate(axis.bars(concept).tolist())
         if count
     ]
 
@@ -273,7 +275,7 @@ def _row(concept: ConceptTally, row: Alternative) -> Row:
         score(row.threshold),
         low if low == high else f"{low.removesuffix(' %')}–{high}",
         images,
-        "" if row.in_force else f"{sign}{abs(round(change)):,}",
+        "in force" if row.in_force else f"{sign}{abs(round(change)):,}",
         row.in_force,
     )
 
