@@ -245,13 +245,14 @@ def _column(name: str, encoding: str, size: int | None) -> Column:
 
 def _fixed(config: str) -> tuple[str | None, tuple[int, ...] | None]:
     """Type and shape of an array that a column's encoding fixes."""
-    dtype, _, sizes = config.partition(":")
-    if not sizes:
-        return dtype or None, None
+    if not config:
+        return None, None
+    dtype, colon, sizes = config.partition(":")
     parts = sizes.split(",")
-    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 2**31 for part in parts):
+    good = all(part.isascii() and part.isdigit() and 0 < int(part) < 2**31 for part in parts)
+    if dtype not in _TYPES.values() or (colon and not good):
         raise LatentsError(f"is a damaged MDS shard: the encoding ndarray:{config[:60]!r}")
-    return dtype or None, tuple(int(part) for part in parts)
+    return dtype, tuple(int(part) for part in parts) if colon else None
 
 
 def _row(
