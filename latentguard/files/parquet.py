@@ -13,6 +13,7 @@ from latentguard.files.bounds import (
     MAX_INFLATED,
     MAX_PARQUET_FOOTER,
     MAX_RATIO,
+    MIB,
     MIN_INFLATED,
 )
 from latentguard.files.claims import Claims, Payload, image_id
@@ -48,6 +49,7 @@ def read_parquet(
         file = pq.ParquetFile(
             Window(stream, 0, size),
             pre_buffer=False,
+            buffer_size=MIB,  # else a row group's column is read as a whole
             thrift_string_size_limit=MAX_PARQUET_FOOTER,
             thrift_container_size_limit=MAX_PARQUET_FOOTER,
         )

@@ -188,7 +188,14 @@ def test_a_parquet_file_that_grows_out_of_little(
     assert "write smaller row groups" in only_error(path, **SD)
 
 
-def test_rows_are_read_row_group_by_row_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [1, 1000])
+def test_rows_are_read_some_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    """Row group by row group, and pages of it."""
+    monkeypatch.setattr(parquet, "MIB", 10_000)
+    monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 100_000)
+
     class Counting(io.BytesIO):
         taken = 0
 
@@ -205,7 +212,10 @@ def test_rows_are_read_row_group_by_row_group(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     noise = np.random.default_rng(0).standard_normal((30, 4, 64, 64)).astype(np.float32)
     table = pa.table({"latents": [npy_bytes(one) for one in noise]})
-    pq.write_table(table, path, row_group_size=1, compression="none", use_dictionary=False)
+    pq.write_table(
+        table, path, row_group_size=group, compression="none", use_dictionary=False,
+        data_page_size=100_000,
+    )  # fmt: skip
     data = path.read_bytes()
     from latentguard.files.options import Reading
 
