@@ -214,7 +214,7 @@ def test_rows_are_read_some_at_a_time(
     table = pa.table({"latents": [npy_bytes(one) for one in noise]})
     pq.write_table(
         table, path, row_group_size=group, compression="none", use_dictionary=False,
-        data_page_size=100_000,
+        data_page_size=100_000, write_batch_size=1,
     )  # fmt: skip
     data = path.read_bytes()
     from latentguard.files.options import Reading
