@@ -58,8 +58,8 @@ def scan(
         None,
         metavar="PATH",
         help="Latents: .pt, .pth, .safetensors, .latent, .npy, .npz, WebDataset .tar, .parquet, "
-        "MosaicML .mds, folders, globs, {000..099}, addresses (s3://...), @LIST, or - for a list on "
-        "standard input.",
+        "MosaicML .mds, folders, globs, {000..099}, addresses (s3://...), @LIST, or - for a list "
+        "on standard input.",
         show_default=False,
     ),
     policy: str | None = typer.Option(
