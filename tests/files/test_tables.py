@@ -368,6 +368,17 @@ def test_pickles_of_mds_are_not_read(tmp_path: Path) -> None:
     good(path, **SD, key="latents")
 
 
+def test_latents_in_a_column_of_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "a.mds"
+    sample = {"key": b"a", "latents": encoded(SINGLE[0]), "jpg": b"\xff\xd8\xff"}
+    columns = {**COLUMNS, "jpg": ("bytes", None)}
+    path.write_bytes(mds_bytes(columns, [sample, {**sample, "jpg": npy_bytes(SINGLE[1])}, sample]))
+    errors = [record.error for record in read_all(path, **SD)]
+    assert [error is None for error in errors] == [True, False, True]
+    assert "sample 1: holds what could be latents in the column 'jpg'" in (errors[1] or "")
+    assert len(good(path, **SD, key="latents")) == 3
+
+
 ENCODINGS = st.sampled_from(
     ["ndarray", "ndarray:float32", "ndarray:float32:4,4,4", "bytes", "float32", "str", "pkl", "x"]
 )
