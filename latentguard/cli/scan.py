@@ -291,6 +291,7 @@ def scan(
     from latentguard.files.lists import listed
 
     paths = list(listed(paths or [], sys.stdin))
+    _check_targets(paths, output, report, heatmap)
     if report_limit is not None:
         typer.echo("latentguard: --report-limit is called --max-cards now", err=True)
         max_cards = report_limit
