@@ -51,6 +51,7 @@ Engine = Literal["local", "ray"]
 _MANY = "Many shards: a run"
 _SAMPLE = "A random sample"
 _PROGRESS = "Progress"
+_SAID = "What files do not say of themselves"
 
 
 def register(app: typer.Typer) -> None:
@@ -62,8 +63,9 @@ def scan(
     paths: list[str] = typer.Argument(
         None,
         metavar="PATH",
-        help="Latents: .pt, .pth, .safetensors, .latent, .npy, .npz, WebDataset .tar, folders, "
-        "globs, {000..099}, addresses (s3://...), @LIST, or - for a list on standard input.",
+        help="Latents: .pt, .pth, .safetensors, .latent, .npy, .npz, WebDataset .tar, .parquet, "
+        "MosaicML .mds, folders, globs, {000..099}, addresses (s3://...), @LIST, or - for a list "
+        "on standard input.",
         show_default=False,
     ),
     policy: str | None = typer.Option(
@@ -80,6 +82,7 @@ def scan(
         None,
         help="Latent space of files that do not say: a name of `latentguard spaces list`, or a "
         "file of your own (.yaml, .json).",
+        rich_help_panel=_SAID,
     ),
     device: str | None = typer.Option(
         None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
@@ -90,52 +93,66 @@ def scan(
     ),
     sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
     layout: Layout | None = typer.Option(
-        None, help="Layout of files that do not say, where their shape leaves it open."
+        None,
+        help="Layout of files that do not say, where their shape leaves it open.",
+        rich_help_panel=_SAID,
     ),
     height: int | None = typer.Option(
-        None, min=1, help="Height in latent cells of packed latents that do not say."
+        None,
+        min=1,
+        help="Height in latent cells of packed latents that do not say.",
+        rich_help_panel=_SAID,
     ),
-    width: int | None = typer.Option(None, min=1, help="Width of the same."),
+    width: int | None = typer.Option(None, min=1, help="Width of the same.", rich_help_panel=_SAID),
     pixels: bool = typer.Option(
         False,
         "--pixels",
         help="--height, --width and what files say of them are pixels, not latent cells.",
+        rich_help_panel=_SAID,
     ),
     key: str | None = typer.Option(
         None,
         metavar="NAME",
         help="The array that holds the latents: a key of a dict (a/b for b in a), .npz or "
         ".safetensors. Other arrays are then left aside and counted.",
+        rich_help_panel=_SAID,
     ),
     member: str | None = typer.Option(
         None,
         metavar="ENDING",
         help="What follows the key in the names of a shard's members that hold latents, as "
         "latents.npy or npy; by default latent.pt and the like. Others are left aside and counted.",
+        rich_help_panel=_SAID,
     ),
     moments: bool = typer.Option(
         False,
         "--moments",
         help="Arrays hold means and deviations, twice the channels; the means are judged.",
+        rich_help_panel=_SAID,
     ),
     dequantize: str | None = typer.Option(
         None,
         metavar="SCALE,ZERO",
         help="Whole numbers become (number - ZERO) * SCALE; imagenet.int8 is a name for its own.",
+        rich_help_panel=_SAID,
     ),
     dtype: Dtype | None = typer.Option(
-        None, help="Type of numbers that carry none, such as bfloat16 of numpy.save."
+        None,
+        help="Type of numbers that carry none, such as bfloat16 of numpy.save.",
+        rich_help_panel=_SAID,
     ),
     strict: bool = typer.Option(
         False,
         "--strict",
         help="What is passed over, as no latents, is an error: captions, pictures, notes.",
+        rich_help_panel=_SAID,
     ),
     scaled: bool | None = typer.Option(
         None,
         "--scaled/--unscaled",
         help="Scaling of files that do not say: as the model denoises, or as the VAE encodes.",
         show_default=False,
+        rich_help_panel=_SAID,
     ),
     views: Views | None = typer.Option(
         None,
@@ -282,6 +299,11 @@ def scan(
     ),
 ) -> None:
     """Moderate latents files against a policy; nothing is decoded.
+
+    What trainers and curators write is read by its names. An error says which option answers what
+    a file leaves open: `--space sdxl --unscaled` for a cache of a trainer, `--member npy` for the
+    KEY.npy of img2dataset, `--key NAME` for one of several arrays, `--layout packed --pixels
+    --height 1024 --width 1024` for the tokens of a pipeline.
 
     `latentguard scan report PART... -o FILE.html` puts runs and summaries together: throughput,
     decisions, and what other thresholds would do. To scan a path called `report`, write `./report`.

@@ -22,7 +22,7 @@ from latentguard.files.bounds import MAX_AXES, MAX_MDS_INDEX, MAX_METADATA
 from latentguard.files.claims import Claims, Payload, image_id
 from latentguard.files.compressed import unpacked, unpacked_zstd
 from latentguard.files.options import Reading
-from latentguard.files.passed_over import PassedOver
+from latentguard.files.passed_over import HEAD, PassedOver, begins_as_numbers
 from latentguard.files.streams import open_regular, read_exactly, size_of
 from latentguard.files.tables import Column, Row, Table, choose_columns
 from latentguard.files.values import STORED, array_payload, bytes_payload, shaped
@@ -86,6 +86,11 @@ def read_mds(
     _check_index(shard, path)
     columns = [_column(*one) for one in zip(shard.names, shard.encodings, shard.sizes, strict=True)]
     table = choose_columns(columns, reading, passed)
+    aside: list[str] = []
+    if reading.key is None:
+        known = (table.latents, *table.unread)
+        pairs = zip(shard.names, shard.encodings, strict=True)
+        aside = [name for name, kind in pairs if kind == "bytes" and name not in known]
     at = shard.start
     for number in range(shard.samples):
         stream.seek(4 + 4 * number)
@@ -93,7 +98,7 @@ def read_mds(
         if begin != at or not begin <= end <= size:
             raise LatentsError(f"is a damaged MDS shard: sample {number} is not where it should be")
         at = end
-        yield _row(shard, table, number, begin, end, reading)
+        yield _row(shard, table, aside, number, begin, end, reading)
     if at != size:
         raise LatentsError("is a damaged MDS shard: something is behind its last sample")
     table.check()
@@ -245,21 +250,30 @@ def _column(name: str, encoding: str, size: int | None) -> Column:
 
 def _fixed(config: str) -> tuple[str | None, tuple[int, ...] | None]:
     """Type and shape of an array that a column's encoding fixes."""
-    dtype, _, sizes = config.partition(":")
-    if not sizes:
-        return dtype or None, None
+    if not config:
+        return None, None
+    dtype, colon, sizes = config.partition(":")
     parts = sizes.split(",")
-    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 2**31 for part in parts):
+    good = all(part.isascii() and part.isdigit() and 0 < int(part) < 2**31 for part in parts)
+    if dtype not in _TYPES.values() or (colon and not good):
         raise LatentsError(f"is a damaged MDS shard: the encoding ndarray:{config[:60]!r}")
-    return dtype or None, tuple(int(part) for part in parts)
+    return dtype, tuple(int(part) for part in parts) if colon else None
 
 
 def _row(
-    shard: _Shard, table: Table, number: int, begin: int, end: int, reading: Reading
+    shard: _Shard,
+    table: Table,
+    aside: list[str],
+    number: int,
+    begin: int,
+    end: int,
+    reading: Reading,
 ) -> Row | LatentsError:
+    """A sample. aside: columns of bytes that are not read, as of pictures."""
     place = f"sample {number}"
     try:
         places = _places(shard, begin, end)
+        _check_heads(shard, places, aside)
         said = {
             name: value
             for name in table.claims
@@ -293,6 +307,18 @@ def _places(shard: _Shard, begin: int, end: int) -> dict[str, tuple[int, int]]:
     if at != end:
         raise LatentsError("is damaged: its values do not fit")
     return places
+
+
+def _check_heads(shard: _Shard, places: dict[str, tuple[int, int]], aside: list[str]) -> None:
+    """LatentsError where what is not read begins as tensors do."""
+    for name in aside:
+        at, count = places[name]
+        shard.stream.seek(at)
+        if begins_as_numbers(read_exactly(shard.stream, min(HEAD, count))):
+            raise LatentsError(
+                f"holds what could be latents in the column {name[:60]!r}, which is not read: name "
+                "the one that counts (--key)"
+            )
 
 
 def _plain(shard: _Shard, name: str, at: int, count: int) -> Any:

@@ -13,6 +13,7 @@ from latentguard.files.bounds import (
     MAX_INFLATED,
     MAX_PARQUET_FOOTER,
     MAX_RATIO,
+    MIB,
     MIN_INFLATED,
 )
 from latentguard.files.claims import Claims, Payload, image_id
@@ -31,12 +32,18 @@ _MAX_ROWS = 256
 _SHAPES = ("shape", "latents_shape", "latent_shape")
 # img2dataset's tables say the size of pictures.
 _IMG2DATASET = {"original_height", "original_width"}
+# What it writes of each picture, beside the shard that holds them.
+_LISTING = {"url", "key", "status", "error_message"}
 
 
 def read_parquet(
-    stream: BinaryIO, size: int, reading: Reading, passed: PassedOver
+    stream: BinaryIO, size: int, reading: Reading, passed: PassedOver, name: str = ""
 ) -> Iterator[Row | LatentsError]:
     """The rows of a Parquet file of `size` bytes, in order.
+
+    Args:
+        passed: counts columns that are left aside; and the file, under its `name`, where it is the
+            list of pictures that img2dataset writes beside a shard.
 
     Raises:
         LatentsError: no Parquet file, one over the limits, no pyarrow, or a table of which it is
@@ -48,6 +55,7 @@ def read_parquet(
         file = pq.ParquetFile(
             Window(stream, 0, size),
             pre_buffer=False,
+            buffer_size=MIB,  # else a row group's column is read as a whole
             thrift_string_size_limit=MAX_PARQUET_FOOTER,
             thrift_container_size_limit=MAX_PARQUET_FOOTER,
         )
@@ -57,7 +65,13 @@ def read_parquet(
         raise _damaged(error) from error
     if len(set(schema.names)) != len(schema.names):
         raise LatentsError("is a table with two columns of one name, of which readers take either")
-    table = choose_columns((_column(pa, field) for field in schema), reading, passed)
+    columns = [_column(pa, field) for field in schema]
+    if set(schema.names) >= _LISTING and not any(c.readable or c.opaque for c in columns):
+        if reading.strict:
+            raise LatentsError("is a list of pictures, and --strict lets nothing be passed over")
+        passed.add_file(name)
+        return
+    table = choose_columns(columns, reading, passed)
     whole = _of_schema(schema, reading)
     left = MIN_INFLATED + MAX_RATIO * size
     shape = next((s for s in (f"{table.latents}_shape", *_SHAPES) if s in schema.names), None)

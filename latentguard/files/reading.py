@@ -150,6 +150,8 @@ def load_latents(
             where = record.source if record.index == 0 else f"{record.source}, image {record.index}"
             raise LatentsError(f"{where}: {record.error}")
         batches.append(record.latents)
+    if not batches:
+        raise LatentsError(f"{path}: holds no latents")
     sizes = {(latents.height, latents.width) for latents in batches}
     if len(sizes) > 1:
         shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
@@ -227,7 +229,7 @@ def _file(path: Path, reading: Reading, passed: PassedOver) -> Iterator[ArrayRec
         if name.endswith(".tar"):
             records = _shard(path, stream, size, reading, passed)
         elif name.endswith(".parquet"):
-            rows = read_parquet(stream, size, reading, passed)
+            rows = read_parquet(stream, size, reading, passed, path.name)
             records = _rows(rows, str(path), reading, passed)
         elif name.endswith(SHARDS):
             rows = read_mds(stream, size, path, reading, passed)
@@ -283,7 +285,7 @@ def _rows(
     rows: Iterator[Row | LatentsError], path: str, reading: Reading, passed: PassedOver
 ) -> Iterator[ArrayRecord]:
     """The records of a table's rows; whatever ends the table comes as the last one."""
-    index = 0
+    index, before = 0, passed.files.total()
     for row in rows:
         if isinstance(row, LatentsError):
             yield ArrayRecord(path, index, None, None, str(row))
@@ -293,7 +295,7 @@ def _rows(
         for record in _guarded(source, index, _cell(row, source, index, reading, passed)):
             index = record.index + 1
             yield record
-    if index == 0:
+    if index == 0 and passed.files.total() == before:
         raise LatentsError("holds no row")
 
 

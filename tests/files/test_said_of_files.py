@@ -16,8 +16,15 @@ from files_helpers import flux2_batch, npy_bytes, only_error, read_all, torch_by
 from safetensors.torch import save_file
 
 from latentguard.errors import LatentsError
-from latentguard.files import PassedOver, Reading, load_latents, read_arrays, read_records
-from latentguard.spaces import LatentSpace
+from latentguard.files import (
+    PassedOver,
+    Reading,
+    load_latents,
+    read_arrays,
+    read_records,
+    save_latents,
+)
+from latentguard.spaces import Latents, LatentSpace
 
 SAYS: dict[str, Any] = {"space": "flux2", "scaled": True}
 IMAGE = flux2_batch(1)
@@ -188,6 +195,17 @@ def test_a_size_in_cells_and_one_in_pixels(tmp_path: Path) -> None:
     assert [r.error for r in read_all(path, **said)] == [None]
     assert [r.error for r in read_all(path, **said, height=8, width=8)] == [None]
     assert "64 pixels are not 4 latent cells" in only_error(path, **said, height=4, width=16)
+
+
+def test_a_file_that_says_its_layout_speaks_of_cells(tmp_path: Path) -> None:
+    save_latents(tmp_path / "a.pt", Latents(IMAGE, "flux2", True).to_packed())
+    said = {"layout": "packed", "pixels": True}
+    assert [r.error for r in read_all(tmp_path / "a.pt", **said, height=64, width=64)] == [None]
+    error = only_error(tmp_path / "a.pt", **said, height=128, width=64)
+    assert "128 pixels are not 8 latent cells" in error
+    torch.save({"latents": IMAGE, "height": 64, "width": 64}, tmp_path / "b.pt")
+    error = only_error(tmp_path / "b.pt", **SAYS, height=128, width=64, pixels=True)
+    assert error == "the file says pixel height 64, what is said beside it says 128"
 
 
 # -- strictness ------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from files_helpers import mds_bytes, npy_bytes, only_error, read_all, torch_bytes
+from files_helpers import mds_bytes, npy_bytes, only_error, read_all, torch_bytes, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentguard.files import PassedOver, Record, parquet, read_arrays
+from latentguard.errors import LatentsError
+from latentguard.files import PassedOver, Record, load_latents, parquet, read_arrays
 from latentguard.files.parquet import read_parquet
 
 pa = pytest.importorskip("pyarrow", reason="needs the scale extra")
@@ -188,7 +189,14 @@ def test_a_parquet_file_that_grows_out_of_little(
     assert "write smaller row groups" in only_error(path, **SD)
 
 
-def test_rows_are_read_row_group_by_row_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [1, 1000])
+def test_rows_are_read_some_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    """Row group by row group, and pages of it."""
+    monkeypatch.setattr(parquet, "MIB", 10_000)
+    monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 100_000)
+
     class Counting(io.BytesIO):
         taken = 0
 
@@ -205,7 +213,10 @@ def test_rows_are_read_row_group_by_row_group(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     noise = np.random.default_rng(0).standard_normal((30, 4, 64, 64)).astype(np.float32)
     table = pa.table({"latents": [npy_bytes(one) for one in noise]})
-    pq.write_table(table, path, row_group_size=1, compression="none", use_dictionary=False)
+    pq.write_table(
+        table, path, row_group_size=group, compression="none", use_dictionary=False,
+        data_page_size=100_000, write_batch_size=1,
+    )  # fmt: skip
     data = path.read_bytes()
     from latentguard.files.options import Reading
 
@@ -228,6 +239,28 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path) -> None:
     assert ran.stdout.splitlines() == [sentence, sentence]
 
 
+def test_the_list_of_pictures_of_img2dataset(tmp_path: Path) -> None:
+    """It writes 00000.parquet beside 00000.tar: text and numbers about each picture."""
+    columns: dict[str, Any] = {
+        "url": ["https://example.com/a.jpg"], "caption": ["a cat"], "key": ["000"],
+        "status": ["success"], "error_message": pa.nulls(1, pa.string()), "width": [64],
+        "height": [48], "original_width": [640], "original_height": [480],
+    }  # fmt: skip
+    path = write(tmp_path / "00000.parquet", columns)
+    write_tar(tmp_path / "00000.tar", {"000.npy": npy_bytes(SINGLE[0])})
+    passed = PassedOver()
+    (record,) = read_arrays(tmp_path, **SD, passed=passed, member="npy")
+    assert record.error is None
+    assert passed.names == ["00000.parquet"]
+    assert "is a list of pictures, and --strict" in only_error(path, **SD, strict=True)
+    with pytest.raises(LatentsError, match="holds no latents"):
+        load_latents(path)
+    write(path, {**columns, "latents": [npy_bytes(SINGLE[0])]})
+    assert len(good(path, **SD)) == 1
+    write(path, {name: columns[name] for name in ("caption", "width")})
+    assert "needs one column of latents" in only_error(path, **SD)
+
+
 # -- MDS -------------------------------------------------------------------------------------
 
 
@@ -248,6 +281,23 @@ def test_bare_numbers_of_mds() -> None:
     assert "one column of latents" in only_error(MDS / "zstd", **SD)
     records = good(MDS / "int8", **SD, height=4, width=4, dequantize="imagenet.int8")
     np.testing.assert_allclose(numbers(records), SINGLE, atol=12.01 / 255)
+
+
+def test_damaged_zstd(tmp_path: Path) -> None:
+    path = tmp_path / "a.mds.zstd"
+    columns = {"latents": ("ndarray", None)}
+    data = mds_bytes(columns, [{"latents": encoded(one)} for one in SINGLE])
+    whole = bytes(pa.compress(data, "zstd", asbytes=True))
+    path.write_bytes(whole)
+    assert len(good(path, **SD)) == 8
+    for damaged, message in (
+        (whole + b"more", "is a truncated or damaged zstd file"),
+        (whole[:-5], "is a truncated or damaged zstd file"),
+        (whole + whole, "something is behind its last sample"),
+        (data, "is a truncated or damaged zstd file"),
+    ):
+        path.write_bytes(damaged)
+        assert message in (read_all(path, **SD)[-1].error or "")
 
 
 def test_nothing_of_an_mds_folder_is_passed_over() -> None:
@@ -356,6 +406,17 @@ def test_pickles_of_mds_are_not_read(tmp_path: Path) -> None:
     assert first.error is None
     assert "(more)" in (second.error or "")
     good(path, **SD, key="latents")
+
+
+def test_latents_in_a_column_of_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "a.mds"
+    sample = {"key": b"a", "latents": encoded(SINGLE[0]), "jpg": b"\xff\xd8\xff"}
+    columns = {**COLUMNS, "jpg": ("bytes", None)}
+    path.write_bytes(mds_bytes(columns, [sample, {**sample, "jpg": npy_bytes(SINGLE[1])}, sample]))
+    errors = [record.error for record in read_all(path, **SD)]
+    assert [error is None for error in errors] == [True, False, True]
+    assert "sample 1: holds what could be latents in the column 'jpg'" in (errors[1] or "")
+    assert len(good(path, **SD, key="latents")) == 3
 
 
 ENCODINGS = st.sampled_from(

@@ -98,8 +98,11 @@ def _sample(data: bytes, names: list[str], encodings: list[str], fixed: list[Any
         values[name] = encoding, data[at : at + int(size)]
         at += int(size)
     encoding, value = values["latents"]
-    _, _, config = encoding.partition(":")
-    dtype, _, shape = config.partition(":")
+    kind, _, config = encoding.partition(":")
+    dtype, colon, shape = config.partition(":")
+    assert kind == "ndarray"
+    assert dtype in TYPES.values() or not config
+    assert shape or not colon
     at = 0
     if not dtype:
         dtype, at = TYPES[value[0]], 1
