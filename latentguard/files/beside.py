@@ -98,10 +98,9 @@ def _is_moments(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _is_text(name: str, shape: tuple[int, ...]) -> bool:
-    name = name.lower()
-    return (
-        len(shape) <= 3
-        and shape[-1] >= _TEXT_WIDTH
-        and "latent" not in name
-        and any(part in name for part in _TEXT_PARTS)
-    )
+    return len(shape) <= 3 and shape[-1] >= _TEXT_WIDTH and is_text_name(name.lower())
+
+
+def is_text_name(name: str) -> bool:
+    """Whether a name in small letters is one of text embeddings."""
+    return "latent" not in name and any(part in name for part in _TEXT_PARTS)

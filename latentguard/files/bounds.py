@@ -39,7 +39,8 @@ MAX_REPEATS = 16
 MIN_READING = 64 * MIB
 # What reading a tensor counts for besides its numbers.
 TENSOR_COST = 1024
-# An image whose numbers lie scattered, or images that interleave, are read at once up to this.
+# An image whose numbers lie scattered, or images that interleave (also those of an array in
+# Fortran order), are read at once up to this.
 MAX_GATHERED = 256 * MIB
 # An image's name; longer ones would swamp every report.
 MAX_ID = 1024
@@ -48,3 +49,9 @@ MAX_ID = 1024
 MAX_SHARD_GAPS = 256 * MIB
 # Latents of one key of a shard, which are kept until the key's KEY.json has been met.
 MAX_SHARD_SAMPLE = 4096
+# The footer of a Parquet file: some 100,000 row groups. It is read as a whole.
+MAX_PARQUET_FOOTER = 16 * MIB
+# Rows of a table that are read together, in bytes.
+MAX_BATCH_BYTES = 16 * MIB
+# The index.json of an MDS folder: some 100,000 shards. It is read as a whole.
+MAX_MDS_INDEX = 64 * MIB

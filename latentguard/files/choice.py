@@ -61,7 +61,7 @@ def choose(
         if reading.key in arrays:
             moments = reading.moments or is_moments(reading.key)
             return Choice((reading.key,), moments, said=True)
-        raise no_latents(names, (), f"{reading.key[:60]!r}, as --key says")
+        raise no_latents(names, (), f"{reading.key[:60]!r}, as --key says", said=True)
     for family in (_LATENTS, _MOMENTS):
         found = tuple(name for name in arrays if family.fullmatch(name))
         if found:

@@ -61,7 +61,8 @@ class Claims:
 
         Args:
             text: whether every value is a string.
-            pixels: whether height and width are of pixels.
+            pixels: whether height and width are of pixels, where no layout is said. What says it
+                speaks of latents, in their cells.
 
         Raises:
             LatentsError: a known key with a value that is not what it must be.
@@ -70,7 +71,7 @@ class Claims:
         if text:
             found = {key: _from_text(key, value) for key, value in found.items()}
         parsed = {key: _PARSERS[key](key, value) for key, value in found.items()}
-        if pixels:
+        if pixels and "layout" not in parsed:
             parsed = {f"pixel_{k}" if k in ("height", "width") else k: v for k, v in parsed.items()}
         return cls(**parsed)
 
@@ -99,8 +100,9 @@ class Claims:
         for one in fields(self):
             here, there = getattr(self, one.name), getattr(other, one.name)
             if here is not None and there is not None and here != there:
+                name = one.name.replace("_", " ")  # pixel height
                 raise LatentsError(
-                    f"{mine} says {one.name} {_shown(here)}, {theirs} says {_shown(there)}"
+                    f"{mine} says {name} {_shown(here)}, {theirs} says {_shown(there)}"
                 )
             known[one.name] = there if here is None else here
         return Claims(**known)
@@ -161,8 +163,13 @@ class Payload:
     parts: tuple[tuple[str, int], ...] = ()
 
     def names(self, key: str | None = None) -> Iterator[str | None]:
-        """One name an image, without end: as the file gives them, or else the `key` of a sample."""
+        """One name an image, without end: as the file gives them, or else the `key` of a sample.
+
+        Raises LatentsError for a name over the limit.
+        """
         ids = self.claims.ids
+        for part, _ in self.parts:
+            image_id(part)  # a key of a file is as long as its author likes
         if not self.parts:
             yield from itertools.repeat(key) if ids is None else ids
         whole = ids is not None and all(count == len(ids) for _, count in self.parts)

@@ -1,4 +1,4 @@
-"""gzip-compressed files: unpacked to a temporary file, as much as a bound allows."""
+"""Compressed files: unpacked to a temporary file, as much as a bound allows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import IO, BinaryIO, cast
 
 from latentguard.errors import LatentsError
 from latentguard.files.bounds import MAX_INFLATED, MAX_RATIO, MAX_SPOOLED, MIN_INFLATED
-from latentguard.files.streams import size_of
+from latentguard.files.streams import Window, size_of
 
 _CHUNK = 64 * 1024
 _MAGIC = b"\x1f\x8b"
@@ -32,9 +32,8 @@ def unpacked(stream: BinaryIO, size: int) -> tuple[BinaryIO, int]:
         LatentsError: it holds more than the bounds allow, is damaged or truncated, or has anything
             behind its first part, which readers differ on.
     """
-    limit = min(MAX_INFLATED, MIN_INFLATED + MAX_RATIO * size)
     inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
-    target = tempfile.SpooledTemporaryFile(max_size=MAX_SPOOLED)  # noqa: SIM115
+    target, limit = _target(size)
     stream.seek(0)
     total = 0
     while not inflate.eof:
@@ -46,12 +45,49 @@ def unpacked(stream: BinaryIO, size: int) -> tuple[BinaryIO, int]:
         except zlib.error as error:
             raise LatentsError(f"is a damaged gzip file ({error})") from error
         total += len(data)
-        if total > limit:
-            raise LatentsError(
-                f"unpacks to more than {limit} bytes, the limit for a gzip file of {size}"
-            )
+        _check(total, limit, size)
         target.write(data)
     if inflate.unused_data or stream.read(1):
         raise LatentsError("is a damaged gzip file: something is behind its end")
-    found = cast(BinaryIO, cast(IO[bytes], target))
-    return found, size_of(found)
+    return target, size_of(target)
+
+
+def unpacked_zstd(stream: BinaryIO, size: int) -> tuple[BinaryIO, int]:
+    """As `unpacked`, of a Zstandard file. Needs pyarrow, and says so in a LatentsError."""
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise LatentsError(
+            "needs pyarrow, which is not installed: pip install 'latentguard[scale]'"
+        ) from error
+    target, limit = _target(size)
+    stream.seek(0)
+    total = 0
+    try:
+        # Closing it must not close the file, which is checked for changes afterward.
+        packed = pa.PythonFile(Window(stream, 0, size), mode="r")
+        with pa.CompressedInputStream(packed, "zstd") as inflated:
+            while data := inflated.read(_CHUNK):
+                total += len(data)
+                _check(total, limit, size)
+                target.write(data)
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # of this machine's disk, not of the file
+        reason = str(error).split("\n", 1)[0][:100]
+        raise LatentsError(f"is a truncated or damaged zstd file ({reason})") from error
+    return target, size_of(target)
+
+
+def _target(size: int) -> tuple[BinaryIO, int]:
+    """Where a file of `size` bytes is unpacked to, and how large that may become."""
+    target = tempfile.SpooledTemporaryFile(max_size=MAX_SPOOLED)  # noqa: SIM115
+    limit = min(MAX_INFLATED, MIN_INFLATED + MAX_RATIO * size)
+    return cast(BinaryIO, cast(IO[bytes], target)), limit
+
+
+def _check(total: int, limit: int, size: int) -> None:
+    if total > limit:
+        raise LatentsError(
+            f"unpacks to more than {limit} bytes, the limit for a compressed file of {size}"
+        )

@@ -10,19 +10,23 @@ from latentguard.files.beside import TEXT
 _SHOWN = 8
 
 
-def no_latents(names: Iterable[str], arrays: Iterable[str], needs: str) -> LatentsError:
+def no_latents(
+    names: Iterable[str], arrays: Iterable[str], needs: str, said: bool = False
+) -> LatentsError:
     """The error of a file without latents.
 
     Args:
         names: every key that it has, in order.
         arrays: those of them that hold numbers and could be latents.
         needs: what it should have, as in "the key latents".
+        said: whether the operator has said so, and no advice is needed.
     """
     names, arrays = list(names), list(arrays)
     shown = ", ".join(name[:30] for name in names[:_SHOWN]) or "nothing"
     if len(names) > _SHOWN:
         shown += f" and {len(names) - _SHOWN} more"
-    return LatentsError(f"needs {needs}, it holds {shown}{_advice(names, arrays)}")
+    advice = "" if said else _advice(names, arrays)
+    return LatentsError(f"needs {needs}, it holds {shown}{advice}")
 
 
 def _advice(names: list[str], arrays: list[str]) -> str:

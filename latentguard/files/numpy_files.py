@@ -16,6 +16,7 @@ from latentguard.files.beside import Beside
 from latentguard.files.bounds import (
     MAX_AXES,
     MAX_BESIDE,
+    MAX_GATHERED,
     MAX_INFLATED,
     MAX_METADATA,
     MAX_NPY_HEADER,
@@ -97,22 +98,37 @@ def open_npz(
 
 
 class _Header:
-    """The checked header of a .npy stream; `start` is where the numbers begin."""
+    """The checked header of a .npy stream; `start` is where the numbers begin.
 
-    __slots__ = ("dtype", "numbers", "shape", "start")
+    fortran: whether the first axis is the fastest, as of a tensor that was transposed.
+    """
+
+    __slots__ = ("dtype", "fortran", "numbers", "shape", "start")
 
     def __init__(
-        self, dtype: np.dtype[Any], shape: tuple[int, ...], start: int, numbers: Numbers
+        self,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        start: int,
+        numbers: Numbers,
+        fortran: bool,
     ) -> None:
         self.dtype, self.shape, self.start, self.numbers = dtype, shape, start, numbers
+        self.fortran = fortran
 
 
 def _header(stream: BinaryIO, size: int, reading: Reading) -> _Header:
     """Read and check the header; the stream is at its start, and `size` bytes long."""
-    dtype, shape, start = _any_header(stream)
+    dtype, shape, start, fortran = _parsed(stream)
     numbers = numbers_of(dtype, reading, _EXPECTED)
     _check_size(dtype, shape, size - start)
-    return _Header(dtype, shape, start, numbers)
+    fortran = fortran and len(shape) > 1
+    if fortran and size - start > MAX_GATHERED:
+        raise LatentsError(
+            f"is in Fortran order, of which all {size - start} bytes have to be read at once, over "
+            f"the limit of {MAX_GATHERED}: save np.ascontiguousarray(latents)"
+        )
+    return _Header(dtype, shape, start, numbers, fortran)
 
 
 def _any_header(stream: BinaryIO) -> tuple[np.dtype[Any], tuple[int, ...], int]:
@@ -170,6 +186,12 @@ def _check_size(dtype: np.dtype[Any], shape: tuple[int, ...], held: int) -> None
 def _images(stream: BinaryIO, header: _Header, layout: Plan) -> Iterator[Image | LatentsError]:
     """Every image of an array whose numbers begin where the stream stands."""
     bytes_each = math.prod(layout.stored) * header.dtype.itemsize
+    if header.fortran:
+        data = read_exactly(stream, bytes_each * layout.count)
+        array = np.frombuffer(data, header.numbers.stored).reshape(header.shape, order="F")
+        for image in array.reshape(layout.count, *layout.stored):
+            yield header.numbers.latents(image[: layout.shape[0]])
+        return
     for index in range(layout.count):
         if stream.seekable():
             # Others may have moved the stream between two images.

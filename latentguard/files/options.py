@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -45,7 +45,8 @@ class Reading:
             space is a name, a file of one's own, or a LatentSpace (which it becomes).
         layout, height, width: the same, for arrays whose shape leaves it open; packed tokens need
             height and width, in latent cells.
-        pixels: height and width are in pixels, those that files say of themselves, too.
+        pixels: height and width are in pixels, those that files say of themselves, too, where
+            they do not say their layout.
         key: the array that holds the latents: a key of a dict, an .npz, a .safetensors or a column
             of a table; `a/b` or `a.b` for the key b of what is under a. Other arrays are then
             counted and not an error.
@@ -109,8 +110,8 @@ class Reading:
 
     def said(self) -> Claims:
         """What is said of every file, but its space and scaling. Raises LatentsError."""
-        values = {"layout": self.layout, "height": self.height, "width": self.width}
-        return Claims.parse(values, pixels=self.pixels)
+        size = Claims.parse({"height": self.height, "width": self.width}, pixels=self.pixels)
+        return replace(size, layout=Claims.parse({"layout": self.layout}).layout)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -91,6 +91,11 @@ def could_hold_latents(name: str, head: Callable[[], bytes]) -> bool:
     return suffix in _HOLDERS or _begins_as(_MAGIC, head())
 
 
+def begins_as_numbers(head: bytes) -> bool:
+    """Whether some bytes begin as tensors, arrays or pickles do."""
+    return _begins_as(_NUMBERS, head)
+
+
 def is_apple_double(name: str, head: Callable[[], bytes]) -> bool:
     """Whether a file is what macOS writes beside another (`._NAME`): attributes, no content."""
     if not name.rpartition("/")[2].startswith("._"):

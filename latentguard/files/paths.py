@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 
 from latentguard.errors import LatentsError
+from latentguard.files.mds import INDEX, SHARDS, missing_shards
 from latentguard.files.passed_over import (
     HEAD,
     PassedOver,
@@ -28,7 +29,9 @@ from latentguard.files.passed_over import (
 )
 from latentguard.files.streams import open_regular
 
-SUFFIXES = (".pt", ".pth", ".safetensors", ".latent", ".npy", ".npz", ".tar")
+SUFFIXES = (
+    ".pt", ".pth", ".safetensors", ".latent", ".npy", ".npz", ".tar", ".parquet", *SHARDS,
+)  # fmt: skip
 MISSING = "does not exist"
 """The error of a path that leads nowhere."""
 COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -55,7 +58,7 @@ def expand(
     found: Iterator[Path | Unreadable]
     try:
         if os.path.isdir(text):
-            folders = _Folders(passed, strict)
+            folders = _Folders(passed, strict, text)
             found = chain(folders.files(text), folders.linked_files())
             nothing = f"is a folder without latents files ({', '.join(SUFFIXES)})"
         elif glob.has_magic(text) and not os.path.lexists(text):
@@ -91,8 +94,9 @@ class _Folder:
 class _Folders:
     """Walks folders and what is below them, each once however many links lead there."""
 
-    def __init__(self, passed: PassedOver, strict: bool = False) -> None:
+    def __init__(self, passed: PassedOver, strict: bool = False, root: str = "") -> None:
         self._passed, self._strict = passed, strict
+        self._root = os.path.join(root, "") if root else ""
         self._seen: set[str] = set()
         self._links: deque[str] = deque()
 
@@ -102,8 +106,9 @@ class _Folders:
         Folders behind links come with `linked_files`, so that what is there without them keeps the
         name that it has without them.
         """
-        for _, listed in self.below(folder):
+        for path_of, listed in self.below(folder):
             yield from listed.broken
+            yield from _missing(path_of, listed)
             for path in listed.files:
                 found = self._judged(path)
                 if found is not None:
@@ -168,10 +173,26 @@ class _Folders:
         return self._pass(path, name)
 
     def _pass(self, path: str, name: str) -> Unreadable | None:
-        self._passed.add_file(name, path)
+        self._passed.add_file(name, path.removeprefix(self._root))
         if not self._strict:
             return None
         return Unreadable(path, "is no latents file, and --strict lets nothing be passed over")
+
+
+def _missing(folder: str, listed: _Folder) -> Iterator[Unreadable]:
+    """Shards that an index of MDS names, and that are not there. The index itself is read."""
+    index = os.path.join(folder, INDEX)
+    if index not in listed.files:
+        return
+    try:
+        names = missing_shards(folder)
+    except (OSError, LatentsError) as error:
+        yield Unreadable(index, _reason(error))
+        return
+    if names is not None:
+        listed.files.remove(index)
+        for name in names:
+            yield Unreadable(os.path.join(folder, name), "is named by index.json and is not there")
 
 
 def _listed(folder: str) -> _Folder:

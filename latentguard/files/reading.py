@@ -17,14 +17,17 @@ import numpy as np
 from latentguard.errors import LatentsError
 from latentguard.files.addresses import Remote, found, shown
 from latentguard.files.claims import Claims, Image, Payload, if_moments
+from latentguard.files.mds import SHARDS, read_mds
 from latentguard.files.numpy_files import open_npy, open_npz
 from latentguard.files.options import Options, Reading
+from latentguard.files.parquet import read_parquet
 from latentguard.files.passed_over import PassedOver
 from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable
 from latentguard.files.remote import Noted, copied, state_of_path
 from latentguard.files.safetensors_files import open_safetensors
 from latentguard.files.shards import Sample, member_window, read_samples, sample_claims
 from latentguard.files.streams import open_regular, size_of, state_of, unchanged
+from latentguard.files.tables import Row
 from latentguard.files.tar import Member, printable
 from latentguard.files.torch_files import open_torch
 from latentguard.spaces import SPACES, Latents, LatentSpace, recognize
@@ -147,6 +150,8 @@ def load_latents(
             where = record.source if record.index == 0 else f"{record.source}, image {record.index}"
             raise LatentsError(f"{where}: {record.error}")
         batches.append(record.latents)
+    if not batches:
+        raise LatentsError(f"{path}: holds no latents")
     sizes = {(latents.height, latents.width) for latents in batches}
     if len(sizes) > 1:
         shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
@@ -223,6 +228,12 @@ def _file(path: Path, reading: Reading, passed: PassedOver) -> Iterator[ArrayRec
             raise LatentsError("is an empty file")
         if name.endswith(".tar"):
             records = _shard(path, stream, size, reading, passed)
+        elif name.endswith(".parquet"):
+            rows = read_parquet(stream, size, reading, passed, path.name)
+            records = _rows(rows, str(path), reading, passed)
+        elif name.endswith(SHARDS):
+            rows = read_mds(stream, size, path, reading, passed)
+            records = _rows(rows, str(path), reading, passed)
         else:
             payload = _OPENERS[path.suffix.lower()](stream, size, reading.said(), reading)
             records = _images(payload, str(path), 0, None, reading, passed)
@@ -268,6 +279,32 @@ def _member(
         raise LatentsError(f"is of an unknown type: known are {', '.join(_OPENERS)}")
     payload = _OPENERS[suffix](member_window(stream, member), member.size, claims, reading)
     yield from _images(payload, source, index, printable(sample.key), reading, passed)
+
+
+def _rows(
+    rows: Iterator[Row | LatentsError], path: str, reading: Reading, passed: PassedOver
+) -> Iterator[ArrayRecord]:
+    """The records of a table's rows; whatever ends the table comes as the last one."""
+    index, before = 0, passed.files.total()
+    for row in rows:
+        if isinstance(row, LatentsError):
+            yield ArrayRecord(path, index, None, None, str(row))
+            index += 1
+            continue
+        source = f"{path}::{row.place}"
+        for record in _guarded(source, index, _cell(row, source, index, reading, passed)):
+            index = record.index + 1
+            yield record
+    if index == 0 and passed.files.total() == before:
+        raise LatentsError("holds no row")
+
+
+def _cell(
+    row: Row, source: str, index: int, reading: Reading, passed: PassedOver
+) -> Iterator[ArrayRecord]:
+    claims = row.claims.merged(reading.said(), "the row", "the option given")
+    key = None if row.key is None else printable(row.key)
+    yield from _images(row.open(claims), source, index, key, reading, passed)
 
 
 # -- images ----------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class _Found:
         if reading.key is not None:
             found = _under(value, reading.key)
             if found is None:
-                raise no_latents(names, (), f"{reading.key[:60]!r}, as --key says")
+                raise no_latents(names, (), f"{reading.key[:60]!r}, as --key says", said=True)
             moments = reading.moments or is_moments(re.split(r"[./]", reading.key)[-1])
             inner = cls.of(found, replace(reading, key=None)) if _is_dicts(found) else None
             tensors = _flat("", found) if inner is None else inner.tensors

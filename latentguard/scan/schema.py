@@ -45,10 +45,15 @@ def need_pyarrow() -> None:
 
 
 def sample_key(source: str, name: str | None) -> str | None:
-    """`__key__` of a record: WebDataset's key of the member it comes from, else its id."""
-    _, inside, member = source.partition("::")
+    """`__key__` of a record: WebDataset's key of the member it comes from, else its id.
+
+    A row of a table has its id, or its place.
+    """
+    shard, inside, member = source.partition("::")
     if not inside:
         return name
+    if shard and not shard.lower().endswith(".tar"):
+        return member if name is None else name
     found = _KEY.fullmatch(member)
     return found[1] if found else member
 

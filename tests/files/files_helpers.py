@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -60,3 +61,25 @@ def write_tar(path: Path, members: dict[str, bytes], **options: Any) -> Path:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def mds_bytes(columns: dict[str, tuple[str, int | None]], samples: list[dict[str, bytes]]) -> bytes:
+    """A shard as MDSWriter writes it: columns with their encoding and size, encoded values."""
+    names = sorted(columns)
+    config = json.dumps(
+        {
+            "column_encodings": [columns[name][0] for name in names],
+            "column_names": names,
+            "column_sizes": [columns[name][1] for name in names],
+            "compression": None, "format": "mds", "hashes": [], "size_limit": 1 << 26, "version": 2,
+        },
+        sort_keys=True,
+    ).encode()  # fmt: skip
+    encoded = []
+    for sample in samples:
+        varying = [len(sample[name]) for name in names if columns[name][1] is None]
+        head = np.array(varying, np.uint32).tobytes()
+        encoded.append(head + b"".join(sample[name] for name in names))
+    offsets = np.array([0, *map(len, encoded)]).cumsum().astype(np.uint32)
+    offsets += np.uint32(4 + offsets.nbytes + len(config))
+    return np.uint32(len(encoded)).tobytes() + offsets.tobytes() + config + b"".join(encoded)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from files_helpers import flux2_batch, npy_bytes, read_all, torch_bytes, write_tar
+from files_helpers import flux2_batch, mds_bytes, npy_bytes, read_all, torch_bytes, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -46,6 +47,21 @@ def good_file(suffix: str, folder: Path) -> bytes:
     elif suffix == ".tar":
         member = torch_bytes({"latents": batch[:1], "space": "flux2", "scaled": True})
         write_tar(path, {"a.latent.pt": member, "b.json": b"{}", "b.latent.pt": member})
+    elif suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow", reason="needs the scale extra")
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"key": ["a", "b"], "latents": batch.numpy().tolist()}), path)
+    elif ".mds" in suffix:
+        columns = {"key": ("str", None), "latents": ("bytes", None)}
+        sample = {"key": b"a", "latents": npy_bytes(batch[0].numpy())}
+        data = mds_bytes(columns, [sample, sample])
+        if suffix == ".mds":
+            return data
+        if suffix == ".mds.gz":
+            return gzip.compress(data, mtime=0)
+        pa = pytest.importorskip("pyarrow", reason="needs the scale extra")
+        return bytes(pa.compress(data, "zstd", asbytes=True))
     elif suffix == ".latent":
         tensors = {"latent_tensor": batch, "latent_format_version_0": torch.tensor([])}
         save_file(tensors, path, metadata={"prompt": "{}"})

@@ -15,7 +15,7 @@ import torch
 from files_helpers import npy_bytes, only_error, read_all, torch_bytes, write_tar
 from safetensors.torch import load_file, save_file
 
-from latentguard.files import PassedOver, Record, load_latents, read_arrays
+from latentguard.files import PassedOver, Record, load_latents, numpy_files, read_arrays
 
 SD: dict[str, Any] = {"space": "sdxl", "scaled": False}
 FLUX: dict[str, Any] = {"space": "flux1", "scaled": True}
@@ -379,14 +379,37 @@ def test_bfloat16_of_numpy(tmp_path: Path) -> None:
 def test_tokens_of_the_readme(tmp_path: Path) -> None:
     photos = load_latents(Path(__file__).parents[1] / "spaces" / "taef2_photos.safetensors")
     tokens = photos.to_packed().tensor
+    one = photos[:1].to_packed().tensor.float().cpu().numpy()
+    assert one.flags.f_contiguous  # [1, N, C] of a tensor whose cells were moved to the end
+    np.save(tmp_path / "one.npy", one)
     np.save(tmp_path / "latents.npy", tokens.float().cpu().numpy())
     said = {"space": "flux2", "scaled": True, "layout": "packed"}
     same(good(tmp_path / "latents.npy", **said, height=32, width=32), *photos.tensor.float())
+    same(good(tmp_path / "one.npy", **said, height=32, width=32), photos.tensor[0].float())
     pixels = good(tmp_path / "latents.npy", **said, height=256, width=256, pixels=True)
     same(pixels, *photos.tensor.float())
     torch.save({"latents": tokens, "height": 256, "width": 256}, tmp_path / "a.pt")
     assert "--pixels" in only_error(tmp_path / "a.pt", space="flux2", scaled=True)
     same(good(tmp_path / "a.pt", space="flux2", scaled=True, pixels=True), *photos.tensor)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_views_in_fortran_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """What np.save makes of a tensor that was permuted, as a pipeline's tokens are."""
+    latents = torch.stack([image(seed=1), image(seed=2), image(seed=3)])
+    fortran = np.asfortranarray(latents.numpy())
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".npy":
+        np.save(path, fortran)
+    else:
+        np.savez_compressed(path, latents=fortran)
+    same(good(path, **SD), *latents)
+    monkeypatch.setattr(numpy_files, "MAX_GATHERED", 1000)
+    assert "is in Fortran order, of which all 3072 bytes have to be read at once" in only_error(
+        path, **SD
+    )
 
 
 def test_a_single_latent(tmp_path: Path) -> None:
@@ -405,3 +428,8 @@ def test_what_is_left_aside_is_counted(tmp_path: Path) -> None:
     assert passed.line() == (
         "left aside, as said: 1 other array (--key), 1 other shard member (--member)"
     )
+
+
+def test_a_name_over_the_limit(tmp_path: Path) -> None:
+    torch.save({"a" * 2000: image(), "b": image()}, tmp_path / "a.pt")
+    assert "an id has 2000 characters" in only_error(tmp_path / "a.pt", **SD)

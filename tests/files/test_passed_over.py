@@ -113,7 +113,7 @@ def test_numbers_behind_the_name_of_a_mac_file_are_read(tmp_path: Path) -> None:
         ("a.bin", b"x"),
         ("a.pkl", b"x"),
         ("a.h5", b"x"),
-        ("a.parquet", b"x"),
+        ("a.arrow", b"x"),
         ("a.pt.gz", b"x"),
         ("a.zip", b"x"),
         ("a.pt.", b"x"),

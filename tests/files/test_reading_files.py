@@ -271,7 +271,8 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     assert "cannot be opened" in only_error(tmp_path / "dangling.pt")
     assert only_error("a\0b.pt") == "does not exist"
     assert only_error("/dev/null") == "is of an unknown type: known are " + (
-        ".pt, .pth, .safetensors, .latent, .npy, .npz, .tar"
+        ".pt, .pth, .safetensors, .latent, .npy, .npz, .tar, .parquet, .mds, .mds.zstd, .mds.zst, "
+        ".mds.gz"
     )
 
 

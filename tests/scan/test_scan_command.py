@@ -10,10 +10,12 @@ import pty
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scan_helpers import ALWAYS, NEVER, latents_of, write_latents
@@ -21,6 +23,7 @@ from scan_helpers import ALWAYS, NEVER, latents_of, write_latents
 from latentguard.judge import Verdict
 from latentguard.policy import load_policy
 from latentguard.scan import Scan
+from latentguard.spaces import Latents
 
 KEYS = {
     "source",
@@ -261,7 +264,10 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_what_is_passed_over_is_counted_and_named(mixed: Path, calm: Path, command: Any) -> None:
-    said = "passed over, as no latents: 3 files (.json 2, .md 1)"
+    said = (
+        "passed over, as no latents: 3 files (.json 2, .md 1); the first files: a.json, b.json, "
+        "readme.md"
+    )
     table = command("scan", mixed, "--policy", calm)
     assert (table.code, table.out.splitlines()[-2]) == (0, said)
     report = mixed.parent / "report.html"
@@ -278,14 +284,46 @@ def test_what_is_passed_over_is_counted_and_named(mixed: Path, calm: Path, comma
 def test_a_file_that_could_hold_latents_is_not_passed_over(
     mixed: Path, calm: Path, command: Any
 ) -> None:
-    (mixed / "ComfyUI_00001_.latent").write_bytes(b"x")
+    (mixed / "latents.ckpt").write_bytes(b"x")
     ran = command("scan", mixed, "--policy", calm, "--format", "json")
     assert ran.code == 3
-    failed, good = (json.loads(line) for line in ran.out.splitlines())
-    assert failed["source"] == str(mixed / "ComfyUI_00001_.latent")
+    good, failed = (json.loads(line) for line in ran.out.splitlines())
+    assert failed["source"] == str(mixed / "latents.ckpt")
     assert failed["decision"] == "block"
     assert "could hold latents, but is of a type that is not read" in failed["error"]
     assert good["error"] is None
+
+
+def test_options_that_say_what_files_do_not(tmp_path: Path, calm: Path, command: Any) -> None:
+    """README's recipe, a shard of other names, and what --strict makes of a caption."""
+    said = ("--space", "flux2", "--scaled", "--policy", calm, "--format", "json")
+    latents = Latents(latents_of(1), "flux2", True)
+    np.save(tmp_path / "latents.npy", latents.to_packed().tensor.float().cpu().numpy())
+    size = ("--layout", "packed", "--pixels", "--height", "128", "--width", "128")
+    ran = command("scan", tmp_path / "latents.npy", *said, *size)
+    assert (ran.code, json.loads(ran.out)["error"]) == (0, None)
+    buffer = io.BytesIO()
+    np.savez(buffer, x=latents.tensor.numpy(), y=latents.tensor.numpy())
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name in ("0.clean.npz", "0.noisy.npz"):
+            member = tarfile.TarInfo(name)
+            member.size = len(buffer.getvalue())
+            shard.addfile(member, io.BytesIO(buffer.getvalue()))
+    options = ("--member", "clean.npz", "--key", "x")
+    ran = command("scan", tmp_path / "a.tar", *said, *options)
+    assert (ran.code, json.loads(ran.out)["id"]) == (0, "0")
+    assert "1 other array (--key), 1 other shard member (--member)" in ran.err
+    assert command("scan", tmp_path / "a.tar", *said).code == 3
+    (tmp_path / "a.tar").unlink()
+    np.savez(tmp_path / "a.npz", x=latents.tensor.numpy(), y=latents.tensor.numpy())
+    (tmp_path / "a.txt").write_text("a cat")
+    ran = command("scan", tmp_path / "a.npz", *said, *options)
+    assert ran.code == 0
+    assert "left aside, as said: 1 other array (--key)" in ran.err
+    (tmp_path / "latents.npy").unlink()
+    assert command("scan", tmp_path, *said, *options).code == 0
+    assert command("scan", tmp_path, *said, *options, "--strict").code == 3
+    assert command("scan", tmp_path, *said, "--dequantize", "1").code == 2
 
 
 def test_output_and_report_go_to_files(tmp_path: Path, calm: Path, command: Any) -> None:
