@@ -174,3 +174,27 @@ def test_the_command_imports_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_show_tells_the_categories_of_a_taxonomy() -> None:
+    shown = runner.invoke(app, ["policy", "show", "i2p", "--taxonomy", "mlcommons"])
+    assert shown.exit_code == 0
+    assert "mapped to the taxonomies azure 2024-09-01, mlcommons 1.0" in shown.output
+    assert "Violent Crimes" in shown.output
+    assert "in no category of mlcommons: harassment, shocking" in shown.output
+
+
+def test_check_names_what_a_taxonomy_leaves_out(tmp_path: Path) -> None:
+    command = ["policy", "check", "family", "--taxonomy", "openai", "--model", "nano-flux2"]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0
+    assert "family: note: in no category of openai: beer, wine, spirits" in result.stderr
+    assert (
+        "family: note: nano-flux2 sees nothing of openai 'sexual', whose score is null (nudity)"
+    ) in result.stderr
+    refused = runner.invoke(app, ["policy", "check", "default", "--taxonomy", "openai"])
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines() == [
+        "default: policy 'default' maps no concept to the taxonomy 'openai'; those that it maps "
+        "to: azure, rekognition"
+    ]

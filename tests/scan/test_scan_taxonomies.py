@@ -1,0 +1,125 @@
+"""`latentguard scan --taxonomy`: the same in JSON, CSV, the table and the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scan_helpers import ALWAYS, NEVER, write_latents
+
+from latentguard.errors import PolicyError
+from latentguard.judge import Rules, Verdict, categorize
+from latentguard.policy import load_policy
+from latentguard.scan import Report, Scan, Summary
+
+TEXT = f"""\
+schema_version: 1
+name: words
+version: "1"
+uncovered: warn
+concepts:
+  - id: revolver
+    category: weapons
+    prompts: [revolver]
+    threshold: {{margin: {ALWAYS}}}
+    action: observe
+    severity: high
+    taxonomy: {{azure: [Violence], rekognition: [Weapons]}}
+  - id: swastika
+    category: hate
+    prompts: [a swastika]
+    threshold: {{margin: {NEVER}}}
+    action: block
+    taxonomy: {{azure: [Hate], rekognition: [Nazi Party]}}
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    path = tmp_path / "words.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> Path:
+    return write_latents(tmp_path / "latents.safetensors", 2)
+
+
+def scan(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "latentguard", "scan", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_json_csv_and_the_table(words: Path, latents: Path, tmp_path: Path) -> None:
+    said = (latents, "--policy", words, "--model", "nano-flux2", "-q")
+    azure = ("--taxonomy", "azure")
+    told = scan(*said, *azure, "--taxonomy", "rekognition", "--format", "json")
+    assert told.returncode == 0, told.stderr
+    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    assert [list(line["taxonomies"]) for line in lines] == [["azure", "rekognition"]] * 2
+    found = lines[0]["taxonomies"]["azure"]
+    assert found["flagged"] == ["Violence"]
+    assert found["scores"]["Hate"] is None
+    assert found["severities"] == {"Hate": None, "Violence": 6}
+    assert found["unchecked"] == {"Hate": "nano-flux2 cannot see 'swastika'"}
+    assert lines[0]["taxonomies"]["rekognition"]["flagged"] == ["Violence", "Weapons"]
+    verdict = Verdict.from_dict(lines[0])
+    rules = Rules.of(load_policy(words).to_dict())
+    assert verdict.taxonomies[0] == categorize(verdict, rules, "azure")
+
+    rows = list(csv.DictReader(io.StringIO(scan(*said, *azure, "--format", "csv").stdout)))
+    assert rows[0]["azure"] == "Violence"
+    assert rows[0]["azure:Violence"] == f"{found['scores']['Violence']:.6f}"
+    assert (rows[0]["azure:Hate"], rows[0]["azure:Hate:severity"]) == ("", "")
+    assert rows[0]["azure:Violence:severity"] == "6"
+    assert rows[0]["azure:not_checked"] == "Hate: nano-flux2 cannot see 'swastika'"
+
+    page = tmp_path / "report.html"
+    table = scan(*said, *azure, *azure, "--report", page).stdout
+    assert table.count("azure 2024-09-01, flagged images: Violence 2") == 1
+    assert "azure: not checked in 2, as nano-flux2 cannot see 'swastika': Hate" in table
+    score = f"{found['scores']['Violence']:.3f}"
+    assert f"azure 2024-09-01: Violence {score}, severity 6 · not checked: Hate" in page.read_text()
+
+
+def test_without_it_records_are_as_ever(words: Path, latents: Path) -> None:
+    (record, _) = Scan(latents, words, "nano-flux2")
+    assert "taxonomies" not in record.to_dict()
+
+
+def test_what_cannot_be_read_has_null_scores(words: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.npy"
+    broken.write_bytes(b"\x93NUMPY")
+    run = Scan(broken, words, "nano-flux2", taxonomies=["azure"])
+    (record,) = run
+    (found,) = record.verdict.taxonomies
+    assert record.verdict.decision == "block"
+    assert set(found.scores.values()) == {None}
+    page = Report(run.rules)
+    page.add(record)
+    summary = Summary(run.policy_id)
+    summary.add(record)
+    assert "nothing flagged · not checked: Hate, Violence" in page.render(run.models, summary)
+
+
+def test_a_scheme_that_the_policy_is_not_mapped_to(words: Path, latents: Path) -> None:
+    with pytest.raises(PolicyError, match="maps no concept to the taxonomy 'openia'"):
+        Scan(latents, words, "nano-flux2", taxonomies=["openia"])
+    refused = scan(latents, "--policy", words, "--model", "nano-flux2", "--taxonomy", "openai")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "latentguard: policy 'words' maps no concept to the taxonomy 'openai'; those that it maps "
+        "to: azure, rekognition\n"
+    )
+
+
+def test_runs_are_told_how(latents: Path, tmp_path: Path) -> None:
+    refused = scan(latents, "--run", tmp_path / "run", "--taxonomy", "azure")
+    assert refused.returncode == 2
+    assert "--taxonomy is not for runs" in refused.stderr
