@@ -243,14 +243,14 @@ class Rules:
 
         A category's concepts are also those of the categories that it holds.
         """
-        return {
-            name: {
-                category: rules
-                for category in scheme.categories
-                if (rules := tuple(r for r in self.concepts if _falls(r, scheme, category)))
-            }
-            for name, scheme in self.schemes.items()
-        }
+        found: dict[str, dict[str, tuple[Rule, ...]]] = {}
+        for name, scheme in self.schemes.items():
+            falls = [
+                (rule, scheme.all_above(rule.taxonomy.get(name, ()))) for rule in self.concepts
+            ]
+            under = {c: tuple(r for r, above in falls if c in above) for c in scheme.categories}
+            found[name] = {category: rules for category, rules in under.items() if rules}
+        return found
 
     def scheme(self, name: str) -> Scheme:
         """A hazard scheme that a concept is mapped to. Raises ValueError for any other."""
@@ -393,11 +393,6 @@ class BoundRules:
         return math.log(p / (1 - p)) / scale
 
     limit = Former("threshold")
-
-
-def _falls(rule: Rule, scheme: Scheme, category: str) -> bool:
-    """Whether a concept falls under a category, or under one that it holds."""
-    return any(category in scheme.above(own) for own in rule.taxonomy.get(scheme.name, ()))
 
 
 def on_error_of(plain: Any) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from latentguard.judge.verdict import SEVERITIES
+
+MAX_CATEGORIES = 1000
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Scheme:
             raise ValueError(f"taxonomy '{name}' has no level for each severity")
         categories: dict[str, str] = {}
         parents: dict[str, str] = {}
+        if len(plain["categories"]) > MAX_CATEGORIES:
+            raise ValueError(f"taxonomy '{name}' has more than {MAX_CATEGORIES:,} categories")
         for item in plain["categories"]:
             category, parent = str(item["id"]), item.get("parent")
             if category in categories:
@@ -57,9 +61,12 @@ class Scheme:
             parents=parents,
         )
 
-    def above(self, category: str) -> tuple[str, ...]:
-        """A category and those that hold it."""
-        found = [category]
-        while found[-1] in self.parents:
-            found.append(self.parents[found[-1]])
-        return tuple(found)
+    def all_above(self, categories: Iterable[str]) -> frozenset[str]:
+        """Categories, and all that hold them."""
+        found: set[str] = set()
+        for category in categories:
+            above: str | None = category
+            while above is not None and above not in found:
+                found.add(above)
+                above = self.parents.get(above)
+        return frozenset(found)

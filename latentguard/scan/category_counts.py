@@ -35,7 +35,7 @@ class CategoryCounts:
         for scheme, first in self._schemes.items():
             counts = {c: self._flagged[scheme, c] for c in first.names}
             parts = [f"{_called(first, c)} {n:,}" for c, n in counts.items() if n]
-            yield f"{scheme} {visible(first.version)}, flagged images: {', '.join(parts) or 'none'}"
+            yield f"{visible(scheme)} {visible(first.version)}, flagged images: {', '.join(parts) or 'none'}"
             alike: dict[tuple[str, str], list[str]] = {}
             for category in first.names:
                 clause = self._clauses.get((scheme, category))
@@ -44,7 +44,7 @@ class CategoryCounts:
                     extent = f"not checked in {unscored:,}" if unscored else "not wholly checked"
                     alike.setdefault((extent, clause), []).append(_called(first, category))
             for (extent, clause), called in alike.items():
-                yield f"{scheme}: {extent}, as {visible(clause, 300)}: {', '.join(called)}"
+                yield f"{visible(scheme)}: {extent}, as {visible(clause, 300)}: {', '.join(called)}"
 
 
 def _called(found: Categories, category: str) -> str:

@@ -192,6 +192,7 @@ def test_rules_of_an_untrusted_file_are_checked() -> None:
     for change, says in (
         ({"categories": twice}, "has the category 'a' twice"),
         ({"categories": [{"id": "a", "name": "a", "parent": "a"}]}, "has no 'a' before 'a'"),
+        ({"categories": [{}] * 1001}, "more than 1,000 categories"),
         ({"categories": []}, "is mapped to 'Violence' of taxonomy 'azure', which is not there"),
         ({"severities": {"low": 1}}, "no level for each severity"),
         ({"severities": {**azure["severities"], "low": "x"}}, "no level for each severity"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scan_helpers import ALWAYS, NEVER, write_latents
@@ -51,17 +50,12 @@ def latents(tmp_path: Path) -> Path:
     return write_latents(tmp_path / "latents.safetensors", 2)
 
 
-def scan(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "latentguard", "scan", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_json_csv_and_the_table(words: Path, latents: Path, tmp_path: Path) -> None:
-    said = (latents, "--policy", words, "--model", "nano-flux2", "-q")
+def test_json_csv_and_the_table(words: Path, latents: Path, tmp_path: Path, command: Any) -> None:
+    said = ("scan", latents, "--policy", words, "--model", "nano-flux2", "-q")
     azure = ("--taxonomy", "azure")
-    told = scan(*said, *azure, "--taxonomy", "rekognition", "--format", "json")
-    assert told.returncode == 0, told.stderr
-    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    told = command(*said, *azure, "--taxonomy", "rekognition", "--format", "json")
+    assert told.code == 0, told.err
+    lines = [json.loads(line) for line in told.out.splitlines()]
     assert [list(line["taxonomies"]) for line in lines] == [["azure", "rekognition"]] * 2
     found = lines[0]["taxonomies"]["azure"]
     assert found["flagged"] == ["Violence"]
@@ -73,7 +67,7 @@ def test_json_csv_and_the_table(words: Path, latents: Path, tmp_path: Path) -> N
     rules = Rules.of(load_policy(words).to_dict())
     assert verdict.taxonomies[0] == categorize(verdict, rules, "azure")
 
-    rows = list(csv.DictReader(io.StringIO(scan(*said, *azure, "--format", "csv").stdout)))
+    rows = list(csv.DictReader(io.StringIO(command(*said, *azure, "--format", "csv").out)))
     assert rows[0]["azure"] == "Violence"
     assert rows[0]["azure:Violence"] == f"{found['scores']['Violence']:.6f}"
     assert (rows[0]["azure:Hate"], rows[0]["azure:Hate:severity"]) == ("", "")
@@ -81,7 +75,7 @@ def test_json_csv_and_the_table(words: Path, latents: Path, tmp_path: Path) -> N
     assert rows[0]["azure:not_checked"] == "Hate: nano-flux2 cannot see 'swastika'"
 
     page = tmp_path / "report.html"
-    table = scan(*said, *azure, *azure, "--report", page).stdout
+    table = command(*said, *azure, *azure, "--report", page).out
     assert table.count("azure 2024-09-01, flagged images: Violence 2") == 1
     assert "azure: not checked in 2, as nano-flux2 cannot see 'swastika': Hate" in table
     score = f"{found['scores']['Violence']:.3f}"
@@ -108,18 +102,22 @@ def test_what_cannot_be_read_has_null_scores(words: Path, tmp_path: Path) -> Non
     assert "nothing flagged · not checked: Hate, Violence" in page.render(run.models, summary)
 
 
-def test_a_scheme_that_the_policy_is_not_mapped_to(words: Path, latents: Path) -> None:
+def test_a_scheme_that_the_policy_is_not_mapped_to(
+    words: Path, latents: Path, command: Any
+) -> None:
     with pytest.raises(PolicyError, match="maps no concept to the taxonomy 'openia'"):
         Scan(latents, words, "nano-flux2", taxonomies=["openia"])
-    refused = scan(latents, "--policy", words, "--model", "nano-flux2", "--taxonomy", "openai")
-    assert refused.returncode == 2
-    assert refused.stderr == (
+    refused = command(
+        "scan", latents, "--policy", words, "--model", "nano-flux2", "--taxonomy", "openai"
+    )
+    assert refused.code == 2
+    assert refused.err == (
         "latentguard: policy 'words' maps no concept to the taxonomy 'openai'; those that it maps "
         "to: azure, rekognition\n"
     )
 
 
-def test_runs_are_told_how(latents: Path, tmp_path: Path) -> None:
-    refused = scan(latents, "--run", tmp_path / "run", "--taxonomy", "azure")
-    assert refused.returncode == 2
-    assert "--taxonomy is not for runs" in refused.stderr
+def test_runs_are_told_how(latents: Path, tmp_path: Path, command: Any) -> None:
+    refused = command("scan", latents, "--run", tmp_path / "run", "--taxonomy", "azure")
+    assert refused.code == 2
+    assert "--taxonomy is not for runs" in refused.err
