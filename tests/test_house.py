@@ -108,6 +108,7 @@ OWNERS = {
     "onnx": {"export", "ops"},
     "onnxruntime": {"runtime", "export"},
     "ray": {"scan"},
+    "fsspec": {"files", "scan"},
     "pyarrow": {"files", "scan"},
     "pydantic": {"policy"},
     "jinja2": {"scan"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -11,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 import typer
 
 from latentguard.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, FailOn, of_scan
+from latentguard.cli.scan_progress import ProgressKind
 from latentguard.cli.scan_run import scan_run
 from latentguard.errors import UsageError
 
 if TYPE_CHECKING:
     from latentguard.scan import Report, Scan, Summary
     from latentguard.scan.lines import Sink
+    from latentguard.scan.tally import Tally
 
 
 Format = Literal["table", "json", "csv"]
@@ -41,10 +45,12 @@ SinkName = Literal["parquet", "json"]
 Keep = Literal["allow", "review", "block"]
 """Which samples a run copies."""
 
-Engine = Literal["local"]
+Engine = Literal["local", "ray"]
 """What scans a run."""
 
 _MANY = "Many shards: a run"
+_SAMPLE = "A random sample"
+_PROGRESS = "Progress"
 _SAID = "What files do not say of themselves"
 
 
@@ -192,10 +198,32 @@ def scan(
         help="Copy the samples of this decision, with all members of each, to a shard beside.",
         rich_help_panel=_MANY,
     ),
+    previews: bool = typer.Option(
+        False,
+        "--previews",
+        help="Keep small pictures of what scored highest, for `latentguard scan report`.",
+        rich_help_panel=_MANY,
+    ),
     engine: Engine | None = typer.Option(
         None,
-        help="What scans: processes of this machine.",
+        help="What scans: processes of this machine, or a Ray cluster (RAY_ADDRESS, or here).",
         show_default="local",
+        rich_help_panel=_MANY,
+    ),
+    actors: str | None = typer.Option(
+        None,
+        metavar="MIN:MAX",
+        help="With ray: processes that scan, each with its own model.",
+        show_default="what the cluster has room for",
+        rich_help_panel=_MANY,
+    ),
+    cpus_per_actor: float | None = typer.Option(
+        None, help="With ray: CPUs of each.", show_default="1", rich_help_panel=_MANY
+    ),
+    gpus_per_actor: float | None = typer.Option(
+        None,
+        help="With ray: GPUs of each, such as 0.25.",
+        show_default="1 where there are any",
         rich_help_panel=_MANY,
     ),
     workers: int | None = typer.Option(
@@ -224,6 +252,48 @@ def scan(
         help="Scan every N-th shard, from the K-th (from 0); others scan theirs into the same run.",
         rich_help_panel=_MANY,
     ),
+    summary_file: Path | None = typer.Option(
+        None,
+        "--summary",
+        metavar="FILE.json",
+        help="Write the counts as a tally, for `latentguard scan report`.",
+    ),
+    sample: int | None = typer.Option(
+        None,
+        min=1,
+        metavar="IMAGES",
+        help="Look at about so many images, drawn at random, and estimate the share of each "
+        "decision, with 95 % intervals.",
+        rich_help_panel=_SAMPLE,
+    ),
+    sample_shards: int | None = typer.Option(
+        None,
+        min=1,
+        help="Files they are drawn from, at least; each is read whole.",
+        show_default="200",
+        rich_help_panel=_SAMPLE,
+    ),
+    seed: int | None = typer.Option(
+        None, help="Of the draw.", show_default="0", rich_help_panel=_SAMPLE
+    ),
+    progress: ProgressKind = typer.Option(
+        "auto",
+        help="On standard error: a bar, or JSON lines for logs; auto is a bar on a terminal.",
+        rich_help_panel=_PROGRESS,
+    ),
+    progress_every: float = typer.Option(
+        10.0, min=0.1, help="Seconds between JSON lines.", rich_help_panel=_PROGRESS
+    ),
+    metrics_port: int | None = typer.Option(
+        None,
+        min=0,
+        max=65535,
+        help="Serve metrics for Prometheus there while the scan runs.",
+        rich_help_panel=_PROGRESS,
+    ),
+    metrics_host: str = typer.Option(
+        "127.0.0.1", help="Where they are served.", rich_help_panel=_PROGRESS
+    ),
     quiet: bool = typer.Option(
         False, "--quiet", "-q", help="No progress bar, notes or summary; errors still show."
     ),
@@ -234,6 +304,9 @@ def scan(
     a file leaves open: `--space sdxl --unscaled` for a cache of a trainer, `--member npy` for the
     KEY.npy of img2dataset, `--key NAME` for one of several arrays, `--layout packed --pixels
     --height 1024 --width 1024` for the tokens of a pipeline.
+
+    `latentguard scan report PART... -o FILE.html` puts runs and summaries together: throughput,
+    decisions, and what other thresholds would do. To scan a path called `report`, write `./report`.
 
     Exit codes: 0 nothing at or above --fail-on; 1 something is; 2 wrong usage, policy or model;
     3 some input could not be read or judged (its record says why). 3 wins over 1.
@@ -256,18 +329,32 @@ def scan(
         "resume": resume or None,
         "sink": sink,
         "keep": keep,
+        "previews": previews or None,
         "engine": engine,
+        "actors": actors,
+        "cpus_per_actor": cpus_per_actor,
+        "gpus_per_actor": gpus_per_actor,
         "workers": workers,
         "max_memory": max_memory,
         "max_errors": max_errors,
         "task": task,
     }
+    if sample is None and (sample_shards is not None or seed is not None):
+        raise UsageError("--sample-shards and --seed are of a sample: give --sample IMAGES, too")
+    showing = {
+        "kind": "none" if quiet and progress == "auto" else progress,
+        "every": progress_every,
+        "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+    }
     if run_place is not None:
-        if report or output or heatmap or output_format != "table":
+        if report or output or heatmap or summary_file or output_format != "table":
             raise UsageError(
-                "a run writes its records into its folder: leave out --report, --output, --heatmap "
-                "and --format, and see --sink and `latentguard scan report`"
+                "a run writes its records into its folder: leave out --report, --output, "
+                "--heatmap, --summary and --format, and see --sink and `latentguard scan report`"
             )
+        if sample is not None:
+            raise UsageError("a run scans all images: leave out --run, or --sample")
         scan_run(
             run_place,
             paths or [],
@@ -284,6 +371,7 @@ def scan(
             run_options,
             fail_on,
             quiet,
+            showing,
         )
     said = [name for name, value in run_options.items() if value is not None]
     if said:
@@ -291,12 +379,15 @@ def scan(
     from latentguard.files.lists import listed
 
     paths = list(listed(paths or [], sys.stdin))
-    _check_targets(paths, output, report, heatmap)
+    _check_targets(paths, output, report, summary_file, heatmap)
     if report_limit is not None:
         typer.echo("latentguard: --report-limit is called --max-cards now", err=True)
         max_cards = report_limit
     from latentguard.cli.console import abandon
     from latentguard.scan import Report, Scan, Summary
+    from latentguard.scan.concept_tally import MAX_EXAMPLES
+    from latentguard.scan.sampling import SPREAD
+    from latentguard.scan.tally import Tally
 
     run = Scan(
         paths,
@@ -305,20 +396,27 @@ def scan(
         device=device,
         **reading,
         batch_size=batch_size,
-        previews=report is not None,
+        previews=report is not None or summary_file is not None,
         heatmaps=heatmap,
         runtime=runtime,
         sha256=sha256,
         views=views,
+        sample=sample,
+        sample_shards=SPREAD if sample_shards is None else sample_shards,
+        seed=seed or 0,
     )
     summary = Summary(run.policy_id, passed=run.passed)
     page = Report(run.rules, max_cards) if report else None
+    tally = Tally(run.policy_id, MAX_EXAMPLES) if summary_file else None
     try:
-        _run(run, summary, page, output_format, output, quiet)
+        _run(run, summary, page, tally, output_format, output, quiet, showing)
         if page is not None and report is not None and summary.images:
             page.write(report, run.models, summary)
+        if tally is not None and summary_file is not None:
+            _write_tally(summary_file, tally, run)
         if summary.images and not quiet:
-            _conclude(summary, report, to_stdout=output_format == "table" and output is None)
+            to_stdout = output_format == "table" and output is None
+            _conclude(run, summary, report, summary_file, to_stdout)
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted after {summary.images} images", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -339,12 +437,14 @@ def _run(
     run: Scan,
     summary: Summary,
     page: Report | None,
+    tally: Tally | None,
     output_format: Format,
     output: Path | None,
     quiet: bool,
+    showing: Mapping[str, Any],
 ) -> None:
     """Every record to the sinks, with a progress bar where it disturbs nothing."""
-    from latentguard.cli.scan_progress import progress
+    from latentguard.cli.scan_progress import Told, shown
 
     with ExitStack() as stack:
         file: TextIO = sys.stdout
@@ -352,17 +452,19 @@ def _run(
             file = stack.enter_context(output.open("w", encoding="utf-8", newline=""))
         sink = _sink(output_format, file, run)
         rows_on_screen = output_format != "table" and file.isatty()
-        visible = sys.stderr.isatty() and not rows_on_screen and not quiet
-        with progress(visible) as step:
-            told = 0
+        began = time.time()
+        with shown(disturbs=rows_on_screen, **showing) as progress:
+            told = Told(progress, run.notes, quiet)
             for record in run:
                 sink.add(record)
                 summary.add(record)
                 summary.seconds = run.seconds
-                if page is not None:
-                    page.add(record)
-                step(summary, () if quiet else run.notes[told:])
-                told = len(run.notes)
+                for also in (page, tally):
+                    if also is not None:
+                        also.add(record)
+                told([record], run.phases)
+        if tally is not None:
+            tally.add_span(began, time.time())
         sink.close()
 
 
@@ -378,17 +480,36 @@ def _sink(output_format: Format, file: TextIO, run: Scan) -> Sink:
     return Table(file)
 
 
-def _conclude(summary: Summary, report: Path | None, to_stdout: bool) -> None:
+def _write_tally(path: Path, tally: Tally, run: Scan) -> None:
+    from latentguard.scan.tally_file import write_tally
+
+    for info in run.models:
+        tally.note_model(info)
+    tally.add_seconds(**run.phases)
+    tally.sample = run.drawn
+    write_tally(path, tally)
+
+
+def _conclude(
+    run: Scan, summary: Summary, report: Path | None, summary_file: Path | None, to_stdout: bool
+) -> None:
+    from latentguard.scan.estimates import sentences
     from latentguard.scan.text import visible
 
-    for line in filter(None, (summary.passed.line(), summary.line())):
+    drawn = sentences(run.drawn) if run.drawn is not None else []
+    for line in filter(None, (summary.passed.line(), summary.line(), *drawn)):
         typer.echo(visible(line, 2000), err=not to_stdout)
-    if report is not None:
-        typer.echo(f"report: {visible(report.resolve(), 2000)}", err=not to_stdout)
+    for name, path in (("report", report), ("summary", summary_file)):
+        if path is not None:
+            typer.echo(f"{name}: {visible(path.resolve(), 2000)}", err=not to_stdout)
 
 
 def _check_targets(
-    paths: list[str], output: Path | None, report: Path | None, heatmap: bool
+    paths: list[str],
+    output: Path | None,
+    report: Path | None,
+    summary: Path | None,
+    heatmap: bool,
 ) -> None:
     """Find what cannot be written before an hour of scanning, and never write over latents."""
     from latentguard.files import SUFFIXES
@@ -397,7 +518,9 @@ def _check_targets(
         raise UsageError("heat maps are shown in the report: give --report FILE.html too")
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--report must be a file that ends in .html, got {report}")
-    for option, target in (("--report", report), ("--output", output)):
+    if summary is not None and summary.suffix.lower() != ".json":
+        raise UsageError(f"--summary must be a file that ends in .json, got {summary}")
+    for option, target in (("--report", report), ("--output", output), ("--summary", summary)):
         if target is None:
             continue
         if (

@@ -1,67 +1,90 @@
-"""The progress bar of a scan, and notes that do not tear it."""
+"""Which views of progress a scan has, by its options, and notes that do not tear a bar."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from latentguard.scan import Summary
+    from latentguard.scan import ScanRecord
+    from latentguard.scan.progress import Counted, Progress, View
 
-
-class Step:
-    """Called once per image with the counts and the notes that are new."""
-
-    def __call__(self, summary: Summary, notes: list[str] | tuple[str, ...]) -> None:
-        for note in notes:
-            self.say(note)
-
-    def say(self, note: str) -> None:
-        from latentguard.scan.text import visible
-
-        typer.echo(f"latentguard: {visible(note, 1000)}", err=True)
+ProgressKind = Literal["auto", "bar", "json", "none"]
+"""How progress shows: `auto` is a bar where it disturbs nothing."""
 
 
 @contextmanager
-def progress(shown: bool) -> Iterator[Step]:
-    """A bar on standard error; how many images there are is known at the end only."""
-    if not shown:
-        yield Step()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.text import Text
+def shown(
+    kind: ProgressKind,
+    *,
+    disturbs: bool = False,
+    every: float = 10.0,
+    metrics_port: int | None = None,
+    metrics_host: str = "127.0.0.1",
+    shards: int | None = None,
+    done: int = 0,
+    workers: Mapping[str, int] | None = None,
+) -> Iterator[Progress]:
+    """Progress on standard error, and as metrics; the views close when the block ends.
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.completed:,} images"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[rate]:.1f}/s"),
-        TextColumn("[red]{task.fields[blocked]:,} blocked[/red]"),
-        TextColumn("[yellow]{task.fields[review]:,} review[/yellow]"),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True, highlight=False)
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("scan", total=None, rate=0.0, blocked=0, review=0)
+    disturbs: whether a bar would stand among rows of output. The rest is of `Progress`,
+    `JsonProgress` and `Metrics`.
+    """
+    from latentguard.scan.progress import Progress
+    from latentguard.scan.progress_views import Bar, JsonProgress, Metrics
 
-        class OnBar(Step):
-            def __call__(self, summary: Summary, notes: list[str] | tuple[str, ...]) -> None:
-                super().__call__(summary, notes)
-                bar.update(
-                    task,
-                    completed=summary.images,
-                    rate=summary.images / max(summary.seconds, 1e-9),
-                    blocked=summary.decisions["block"],
-                    review=summary.decisions["review"],
-                )
+    views: list[View] = []
+    if metrics_port is not None:
+        views.append(Metrics(metrics_port, metrics_host))
+    if kind == "json":
+        views.append(JsonProgress(sys.stderr, every))
+    if kind == "bar" or (kind == "auto" and sys.stderr.isatty() and not disturbs):
+        views.append(Bar(sys.stderr))
+    progress = Progress(views, shards=shards, done=done, workers=workers)
+    finished = False
+    try:
+        yield progress
+        finished = True
+    finally:
+        progress.close(finished)
 
-            def say(self, note: str) -> None:
-                from latentguard.scan.text import visible
 
-                bar.console.print(Text(f"latentguard: {visible(note, 1000)}"))
+class Told:
+    """Called with the records that are new, and told what is new of the notes."""
 
-        yield OnBar()
+    def __init__(self, progress: Progress, notes: Sequence[str], quiet: bool) -> None:
+        self._progress, self._notes, self._quiet = progress, notes, quiet
+        self._told = 0
+        self._seconds: dict[str, float] = {}
+
+    def __call__(
+        self, records: Sequence[ScanRecord], seconds: Mapping[str, float], shards: int = 0
+    ) -> None:
+        """seconds: by phase, all so far. shards: how many more are done."""
+        from latentguard.scan.progress import Counts
+
+        counts = Counts()
+        for record in records:
+            counts.outcomes[record.outcome] += 1
+            counts.decisions[record.verdict.decision] += 1
+        self.add(counts, seconds, shards)
+
+    def add(self, counts: Counted, seconds: Mapping[str, float], shards: int = 0) -> None:
+        """As a call, where the records are elsewhere."""
+        new = {phase: value - self._seconds.get(phase, 0.0) for phase, value in seconds.items()}
+        self._seconds = dict(seconds)
+        self._progress.update(counts, new, shards=shards)
+        for note in self._notes[self._told :]:
+            self.say(note)
+        self._told = len(self._notes)
+
+    def say(self, note: str) -> None:
+        """A sentence, unless there shall be none."""
+        from latentguard.text import visible
+
+        if not self._quiet and not self._progress.say(note):
+            typer.echo(f"latentguard: {visible(note, 1000)}", err=True)

@@ -18,10 +18,10 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    parts: list[Path] = typer.Argument(
+    parts: list[str] = typer.Argument(
         metavar="PART",
-        help="Run folders, files of records (.jsonl, .parquet), and tallies (.json), of any "
-        "number of shards and runs by one policy.",
+        help="Folders and addresses of runs, files of records (.jsonl, .parquet), and tallies "
+        "(.json), of any number of shards and runs by one policy.",
         show_default=False,
     ),
     output: Path = typer.Option(
@@ -55,7 +55,7 @@ def report(
         typer.echo(run_report.summary(collected))
 
 
-def _check_target(output: Path, parts: list[Path]) -> None:
+def _check_target(output: Path, parts: list[str]) -> None:
     """Never write over a part, nor find after an hour that nothing can be written."""
     if output.suffix.lower() not in _PAGES + _TALLIES:
         raise UsageError(f"--output must end in .html or .json, got {output}")
@@ -63,5 +63,7 @@ def _check_target(output: Path, parts: list[Path]) -> None:
         raise UsageError(f"--output must be a file, {output} is a folder")
     if not output.parent.is_dir():
         raise UsageError(f"--output: there is no folder {output.parent}")
-    if any(part.exists() and output.exists() and os.path.samefile(part, output) for part in parts):
+    if output.exists() and any(
+        os.path.exists(part) and os.path.samefile(part, output) for part in parts
+    ):
         raise UsageError(f"--output would write over a part: {output}")

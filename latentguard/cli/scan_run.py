@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -14,13 +16,15 @@ from latentguard.cli.exit_codes import EXIT_INTERRUPTED, EXIT_UNREADABLE, FailOn
 from latentguard.errors import TooManyErrorsError, UsageError
 
 if TYPE_CHECKING:
-    from latentguard.cli.scan_progress import Step
+    from latentguard.cli.scan_progress import Told
     from latentguard.files import PassedOver
     from latentguard.scan import ScanRecord, Summary
+    from latentguard.scan.entry import Entry
     from latentguard.scan.judging import Judging
     from latentguard.scan.run import Run
 
 _SIZE = re.compile(r"(\d{1,12})\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+_ACTORS = re.compile(r"(\d{1,6})(?::(\d{1,6}))?")
 _TASK = re.compile(r"(\d{1,9})/(\d{1,9})")
 
 
@@ -32,11 +36,12 @@ def scan_run(
     options: Mapping[str, Any],
     fail_on: FailOn,
     quiet: bool,
+    showing: Mapping[str, Any],
 ) -> NoReturn:
     """Begin a run or go on with it, and exit as `latentguard scan` does.
 
     reading: of `Reading.of`. judging: of `RunOptions`, with the policy's name. options: those of
-    a run, None where they were not given.
+    a run, None where they were not given. showing: of `scan_progress.shown`.
     """
     from latentguard.files import PassedOver, Reading
     from latentguard.files.lists import listed
@@ -46,7 +51,7 @@ def scan_run(
     from latentguard.scan.run import open_run
 
     task = _task(options["task"])
-    max_memory = _bytes(options["max_memory"])
+    engine = _engine(options)
     name, by_file = judging["policy"], judging["runtime"] == "onnx"
     run_options = RunOptions(
         **{
@@ -70,9 +75,8 @@ def scan_run(
     )
     stopped: TooManyErrorsError | None = None
     try:
-        _work(
-            run, Judging(judges), options["workers"], max_memory, options["max_errors"], task, quiet
-        )
+        scoring = Judging(judges, "late" if options["previews"] else False)
+        _work(run, scoring, engine, options["max_errors"], task, quiet, showing)
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted; {_progress(run)}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -94,46 +98,111 @@ def scan_run(
 def _work(
     run: Run,
     judging: Judging,
-    workers: int | None,
-    max_memory: int | None,
+    engine: _Engine,
     max_errors: int | None,
     task: tuple[int, int],
     quiet: bool,
+    showing: Mapping[str, Any],
 ) -> None:
-    from latentguard.cli.scan_progress import progress
+    from latentguard.cli.scan_progress import Told, shown
+
+    mine = sum(shard.number % task[1] == task[0] for shard in run.shards)
+    left = len(run.pending(task))
+    readers = engine.readers
+    workers = None if readers is None else {"read": readers, "decode": readers}
+    with shown(shards=mine, done=mine - left, workers=workers, **showing) as progress:
+        shower = _Shown(run, judging, Told(progress, judging.judges.notes, quiet))
+        engine.work(run, judging, shower, max_errors=max_errors, task=task)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """work: called with the run, who judges, who shows it, and max_errors and task. readers: how
+    many processes read, where that is known."""
+
+    work: Callable[..., None]
+    readers: int | None
+
+
+_LOCAL = ("workers", "max_memory")
+_RAY = ("actors", "cpus_per_actor", "gpus_per_actor")
+
+
+def _engine(options: Mapping[str, Any]) -> _Engine:
+    """The engine that was asked for. Raises UsageError for options of the other one."""
+    name = options["engine"] or "local"
+    for other in _RAY if name == "local" else _LOCAL:
+        if options[other] is not None:
+            raise UsageError(f"--{other.replace('_', '-')} is not of the {name} engine")
+    return _ray(options) if name == "ray" else _local(options)
+
+
+def _local(options: Mapping[str, Any]) -> _Engine:
     from latentguard.scan.local import MAX_MEMORY, run_local
     from latentguard.scan.reader import default_workers
 
-    with progress(sys.stderr.isatty() and not quiet) as step:
+    said, max_memory = options["workers"], _bytes(options["max_memory"])
+    readers = default_workers() if said is None else said
+
+    def work(run: Run, judging: Judging, shown: _Shown, **how: Any) -> None:
         run_local(
             run,
             judging,
-            workers=default_workers() if workers is None else workers,
+            workers=readers,
             max_memory=MAX_MEMORY if max_memory is None else max_memory,
-            max_errors=max_errors,
-            task=task,
-            told=_Shown(run, judging, step, quiet),
+            told=shown,
+            **how,
         )
+        shown([])  # the last shard
+
+    return _Engine(work, max(readers, 1))
+
+
+def _ray(options: Mapping[str, Any]) -> _Engine:
+    from latentguard.scan.ray_engine import Pool, need_ray, run_ray
+
+    need_ray()
+    cpus = options["cpus_per_actor"]
+    pool = Pool(
+        _actors(options["actors"]), 1.0 if cpus is None else cpus, options["gpus_per_actor"]
+    )
+
+    def work(run: Run, judging: Judging, shown: _Shown, **how: Any) -> None:
+        run_ray(run, judging, pool, noted=shown.note, **how)
+
+    return _Engine(work, None)
 
 
 class _Shown:
-    """Shows what is judged, as it comes."""
+    """Shows what is judged, as it comes, and the shards that are done since."""
 
-    def __init__(self, run: Run, judging: Judging, step: Step, quiet: bool) -> None:
-        from latentguard.scan import Summary
-
-        self._summary = Summary(judging.rules.policy)
-        self._notes = judging.judges.notes
-        self._step, self._quiet = step, quiet
-        self._told = 0
-        for note in () if quiet else run.notes:
-            step.say(note)
+    def __init__(self, run: Run, judging: Judging, told: Told) -> None:
+        self._run, self._judging, self._told = run, judging, told
+        self._done = len(run.done)
+        self._seconds = {"read": 0.0, "decode": 0.0, "score": 0.0}
+        for note in run.notes:
+            told.say(note)
 
     def __call__(self, records: Sequence[ScanRecord]) -> None:
-        for record in records:
-            self._summary.add(record)
-        self._step(self._summary, [] if self._quiet else self._notes[self._told :])
-        self._told = len(self._notes)
+        more = len(self._run.done) - self._done
+        for entry in islice(reversed(self._run.done.values()), more):
+            self._spend(entry, ("read", "decode"))
+        self._done += more
+        self._seconds["score"] = self._judging.seconds
+        self._told(records, self._seconds, more)
+
+    def note(self, entry: Entry) -> None:
+        """A whole shard, where records do not come here."""
+        from latentguard.scan.progress import Counts
+
+        self._done += 1
+        self._spend(entry, self._seconds)
+        self._told.add(Counts(entry.outcomes, entry.decisions), self._seconds, 1)
+
+    def _spend(self, entry: Entry, phases: Iterable[str]) -> None:
+        spent = entry.tally.get("microseconds", {})
+        for phase in phases:
+            self._seconds[phase] += spent.get(phase, 0) / 1e6
 
 
 def _summary(run: Run, passed: PassedOver) -> Summary:
@@ -177,6 +246,15 @@ def _bytes(text: str | None) -> int | None:
     if found is None or int(found[1]) == 0:
         raise UsageError(f"--max-memory must be a size such as 512MiB, got {text!r:.60}")
     return int(found[1]) << (10 * " kmgt".index(found[2].lower() or " "))
+
+
+def _actors(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = _ACTORS.fullmatch(text)
+    if found is None:
+        raise UsageError(f"--actors must be a number or MIN:MAX, got {text!r:.60}")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def _task(text: str | None) -> tuple[int, int]:

@@ -33,7 +33,10 @@ MAX_RANGE = 10_000_000
 """Addresses that the braces of one may stand for."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# Of an address in a sentence: what stands before its host, and behind its path.
+_CARRIED = re.compile(r"(https?://)(?:[^\s'\"/@]*@)?([^\s'\"?#]*)[^\s'\"]*")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _NEEDED = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
 _NO_FOLDERS = ("http", "https")
@@ -49,7 +52,7 @@ class Remote:
 
 def is_address(path: str | Path) -> bool:
     """Whether this is an address of a file system (`s3://...`), and no path."""
-    return isinstance(path, str) and _SCHEME.match(path) is not None
+    return isinstance(path, str) and _ADDRESS.match(path) is not None
 
 
 def shown(address: str) -> str:
@@ -61,6 +64,12 @@ def shown(address: str) -> str:
     if scheme[1].lower() in _NO_FOLDERS:
         path = path.partition("?")[0].partition("#")[0]
     return f"{scheme[0]}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def said_of(error: BaseException) -> str:
+    """What an error of a file system says, on one line and without what addresses carry."""
+    line = first_line(error, type(error).__name__)
+    return _CARRIED.sub(r"\1\2", line)
 
 
 def found(
@@ -102,13 +111,10 @@ def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
         fs, path = url_to_fs(address)
     except ImportError as error:
         raise MissingExtraError(
-            f"{scheme}:// needs {_NEEDED.get(scheme, 'another package')}: "
-            f"{first_line(error, 'no message')}"
+            f"{scheme}:// needs {_NEEDED.get(scheme, 'another package')}: {said_of(error)}"
         ) from error
     except Exception as error:  # each file system raises its own kinds
-        raise LatentsError(
-            f"cannot be opened: {first_line(error, type(error).__name__)}"
-        ) from error
+        raise LatentsError(f"cannot be opened: {said_of(error)}") from error
     return fs, path
 
 
@@ -209,7 +215,7 @@ def _remote(address: str, passed: PassedOver, strict: bool) -> Iterator[Remote |
     except FileNotFoundError:
         yield Unreadable(name, "does not exist")
     except Exception as error:  # each file system raises its own kinds
-        yield Unreadable(name, f"cannot be listed: {first_line(error, type(error).__name__)}")
+        yield Unreadable(name, f"cannot be listed: {said_of(error)}")
     else:
         if empty:
             yield Unreadable(name, nothing)
@@ -249,7 +255,7 @@ def _judged(
                 f"{', '.join(SUFFIXES)}",
             )
     except Exception as error:  # each file system raises its own kinds
-        said = first_line(error, type(error).__name__)
+        said = said_of(error)
         return Unreadable(shown(address), f"could hold latents, but cannot be opened: {said}")
     passed.add_file(name, shown(address))
     return None

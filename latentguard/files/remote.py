@@ -8,8 +8,10 @@ server's 500, a connection that ends) is tried again, later and later.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +21,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from latentguard.errors import LatentsError
-from latentguard.files.addresses import filesystem, is_address
+from latentguard.files.addresses import filesystem, is_address, said_of
+from latentguard.files.mds import INDEX, SHARDS
 from latentguard.files.scratch import scratch_folder
-from latentguard.text import first_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -42,12 +44,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _BLOCK = 8 << 20
 _SPARE = 64 << 20
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,150}")
+# Copies of index.json in this process, and what they are copies of.
+_INDEXES: dict[Path, FileState] = {}
 # What does not get better by waiting.
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, LatentsError)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING_STATUS = range(400, 500)
 _WORTH_A_TRY = (408, 425, 429)
 _VERSIONS = ("etag", "ETag", "generation", "version_id", "sha256", "md5", "content_md5")
 _TIMES = ("last_modified", "LastModified", "mtime", "created")
+
+
+class _MissingError(LatentsError):
+    """There is no such file."""
 
 
 @dataclass(frozen=True)
@@ -115,30 +124,62 @@ def copied(address: str) -> Iterator[tuple[Path, FileState]]:
     """
     fs, path = filesystem(address)
     state = _state(fs, path)
-    folder = scratch_folder()
+    with _place(fs, path) as place:
+        copy = place / _name(path)
+        try:
+            _copy(fs, path, state, copy)
+            yield copy, state
+        finally:
+            copy.unlink(missing_ok=True)
+
+
+def _copy(fs: AbstractFileSystem, path: str, state: FileState, copy: Path) -> None:
+    """Copy a file that must have this state, before and after."""
     if state.size > MAX_COPY:
         raise LatentsError(f"has {state.size:,} bytes, over the limit of {MAX_COPY:,}")
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(copy.parent).free
     if state.size + _SPARE > free:
-        raise OSError(
-            errno.ENOSPC, f"no room for a copy of {state.size:,} bytes ({free:,} are free)", folder
-        )
-    place = folder / f"{random.getrandbits(64):016x}"
-    place.mkdir()
+        why = f"no room for a copy of {state.size:,} bytes ({free:,} are free)"
+        raise OSError(errno.ENOSPC, why, copy.parent)
+    with copy.open("wb") as out:
+        _fill(fs, path, state.size, out)
+    if _state(fs, path) != state:
+        raise LatentsError("changed while it was read: scan it again when nothing writes to it")
+
+
+@contextmanager
+def _place(fs: AbstractFileSystem, path: str) -> Iterator[Path]:
+    """A folder for one copy. Shards of MosaicML share one, with the index.json beside them, which
+    they have to agree with: it is copied and parsed once."""
+    if not path.lower().endswith(SHARDS):
+        place = scratch_folder() / f"{random.getrandbits(64):016x}"
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        return
+    folder = path.rpartition("/")[0]
+    which = f"{fs.protocol} {folder}"
+    place = scratch_folder() / hashlib.sha256(which.encode("utf-8", "replace")).hexdigest()[:16]
+    place.mkdir(exist_ok=True)
+    index = place / INDEX
     try:
-        copy = place / _name(path)
-        with copy.open("xb") as out:
-            _fill(fs, path, state.size, out)
-        if _state(fs, path) != state:
-            raise LatentsError("changed while it was read: scan it again when nothing writes to it")
-        yield copy, state
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+        state = _state(fs, f"{folder}/{INDEX}")
+    except _MissingError:
+        index.unlink(missing_ok=True)
+    else:
+        if _INDEXES.get(index) != state or not index.exists():
+            _copy(fs, f"{folder}/{INDEX}", state, index)
+            _INDEXES[index] = state
+    yield place
 
 
 def _name(path: str) -> str:
-    """A plain name with the suffixes of the file, by which readers go."""
+    """A plain name with the suffixes of the file, by which readers go; its own if that is plain."""
     name = path.partition("?")[0].rpartition("/")[2]
+    if _PLAIN.fullmatch(name) and name != INDEX:
+        return name
     _, dot, suffixes = name.partition(".")
     plain = "".join(c if c.isalnum() or c == "." else "_" for c in suffixes[-100:])
     return f"file{dot}{plain}"
@@ -209,29 +250,64 @@ def retried(action: Callable[[], Result], progress: Callable[[], int] = lambda: 
     while True:
         try:
             return action()
-        except _LASTING as error:
-            raise _lasting(error) from error
         except Exception as error:  # each file system raises its own kinds
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full or (isinstance(error, (OSError,)) and error.errno == errno.EFBIG):
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise
-            status = getattr(error, "status", None)
-            if status in _LASTING_STATUS and status not in _WORTH_A_TRY:
+            if _is_lasting(error):
                 raise _lasting(error) from error
             failures = 1 if progress() > reached else failures + 1
             reached = max(reached, progress())
             if failures >= ATTEMPTS:
-                said = first_line(error, type(error).__name__)
-                raise LatentsError(f"cannot be read: failed {ATTEMPTS} times ({said})") from error
+                last = _root(error)
+                raise LatentsError(
+                    f"cannot be read: failed {ATTEMPTS} times ({said_of(last)})"
+                ) from error
         longest = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1))
         time.sleep(longest * random.uniform(0.5, 1.0))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised for, at most a few of them."""
+    following: BaseException | None = error
+    for _ in range(8):
+        if following is None:
+            return
+        yield following
+        following = following.__cause__ or following.__context__
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error that says most: a server's answer, where there is one."""
+    return next((e for e in _chain(error) if _status(e) is not None), error)
+
+
+def _status(error: BaseException) -> int | None:
+    """What a server answered, as HTTP numbers it."""
+    status = getattr(error, "status", None)
+    if status is None:
+        response = getattr(error, "response", None)
+        about = response.get("ResponseMetadata") if isinstance(response, dict) else None
+        status = about.get("HTTPStatusCode") if isinstance(about, dict) else None
+    return status if isinstance(status, int) else None
+
+
+def _is_lasting(error: BaseException) -> bool:
+    """Whether it does not help to wait."""
+    if isinstance(error, LatentsError):
+        return True
+    status = _status(_root(error))
+    if status is not None:
+        return status in _LASTING_STATUS and status not in _WORTH_A_TRY
+    # fsspec calls a web server that it cannot reach a file that is not there.
+    reached = not any(isinstance(e, (ConnectionError, TimeoutError)) for e in _chain(error))
+    return isinstance(error, _LASTING) and reached
 
 
 def _lasting(error: Exception) -> LatentsError:
     if isinstance(error, LatentsError):
         return error
-    if isinstance(error, FileNotFoundError):
-        return LatentsError("does not exist")
-    if isinstance(error, PermissionError):
+    if isinstance(error, FileNotFoundError) or _status(_root(error)) in (404, 410):
+        return _MissingError("does not exist")
+    if isinstance(error, PermissionError) or _status(_root(error)) in (401, 403):
         return LatentsError("cannot be opened: permission denied")
-    return LatentsError(f"cannot be opened: {first_line(error, type(error).__name__)}")
+    return LatentsError(f"cannot be opened: {said_of(error)}")

@@ -23,8 +23,9 @@ def scratch_folder() -> Path:
 def _made(pid: int) -> Path:
     """pid: a process that was forked has a folder of its own."""
     root = Path(tempfile.gettempdir())
-    for left in root.glob(f"{_PREFIX}*"):
-        _remove_if_left(left)
+    if hasattr(os, "getuid"):  # elsewhere nobody can tell whose they are, and whether in use
+        for left in root.glob(f"{_PREFIX}*"):
+            _remove_if_left(left)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
     _lock(folder)
     atexit.register(_remove, folder, pid)

@@ -13,11 +13,16 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from latentguard.files import Dtype, PassedOver, Reading, read_records
+from latentguard.files.addresses import Remote, found, shown
+from latentguard.files.paths import Unreadable
+from latentguard.files.reading import read_file
 from latentguard.judge import PolicyId, Rules
 from latentguard.policy import Policy
 from latentguard.scan.judges import Runtime, Views, make_judges
 from latentguard.scan.judging import Judging, batches
 from latentguard.scan.record import ScanRecord
+from latentguard.scan.sampled import Sampler
+from latentguard.scan.sampling import SPREAD, ClusterSample, SamplePlan
 from latentguard.scan.summary import ModelInfo
 
 if TYPE_CHECKING:
@@ -115,7 +120,10 @@ def scan_files(
 class Scan:
     """`scan_files` as an object that also says which models took part, and what to note of them.
 
+    sample: look at about so many images, drawn at random from `sample_shards` files or more; None
+        is all of them. seed: of the draw.
     seconds: reading and scoring so far, without loading models and without the caller's own time.
+    phases: the same by phase; `read` is reading and decoding, which go together here.
     passed: what folders and shards held so far that was not read, as it cannot be latents.
     reading: everything that is said of the files.
     """
@@ -142,7 +150,11 @@ class Scan:
     runtime: Runtime = "torch"
     sha256: str | None = None
     views: Views | None = None
+    sample: int | None = None
+    sample_shards: int = SPREAD
+    seed: int = 0
     seconds: float = field(init=False, default=0.0)
+    phases: dict[str, float] = field(init=False, default_factory=dict)
     passed: PassedOver = field(init=False, default_factory=PassedOver)
     reading: Reading = field(init=False)
 
@@ -163,7 +175,11 @@ class Scan:
             dtype=self.dtype,
             strict=self.strict,
         )
-        self._records = read_records(self.paths, self.reading, self.passed)
+        self._sampler = None if self.sample is None else self._draw(self.sample)
+        if self._sampler is None:
+            self._records = read_records(self.paths, self.reading, self.passed)
+        else:
+            self._records = self._sampler.rows()
         self._judges = make_judges(
             self.policy,
             self.model,
@@ -195,13 +211,41 @@ class Scan:
         """Sentences for people: which model was chosen, what is missing."""
         return self._judges.notes
 
+    @property
+    def drawn(self) -> ClusterSample | None:
+        """Of a sample, what was seen so far."""
+        return None if self._sampler is None else self._sampler.sample
+
     def __iter__(self) -> Iterator[ScanRecord]:
-        found = batches(self._records, self.batch_size)
+        judged = self._judged()
+        return judged if self._sampler is None else self._sampler.keep(judged)
+
+    def _draw(self, images: int) -> Sampler:
+        """A sample of the files. Lists all of them."""
+        files = {_name(file): file for file in found(self.paths, self.passed)}
+        plan = SamplePlan.of(files, images, self.seed, self.sample_shards)
+        return Sampler(plan, lambda name: read_file(files[name], self.reading, self.passed))
+
+    def _judged(self) -> Iterator[ScanRecord]:
+        waiting = batches(self._records, self.batch_size)
         while True:
             begun, loading = perf_counter(), self._judges.loading
-            batch = next(found, None)
+            batch = next(waiting, None)
+            read = perf_counter()
+            self._spent("read", read - begun)
             if batch is None:
                 return
             records = self._judging.judge(batch)
-            self.seconds += perf_counter() - begun - (self._judges.loading - loading)
+            self._spent("score", perf_counter() - read - (self._judges.loading - loading))
             yield from records
+
+    def _spent(self, phase: str, seconds: float) -> None:
+        self.seconds += seconds
+        self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+
+
+def _name(file: Path | Remote | Unreadable) -> str:
+    """What a file is called in its records."""
+    if isinstance(file, Unreadable):
+        return file.source
+    return shown(file.address) if isinstance(file, Remote) else str(file)

@@ -38,6 +38,18 @@ class Share:
     seen: int
     independent: float | None = None
 
+    @property
+    def interval(self) -> str:
+        """The interval in words."""
+        if self.low == self.high:
+            return "all images were looked at"
+        if self.independent is None:
+            return f"{percentage(self.low)} to {percentage(self.high)}"
+        if self.seen:
+            return f"at least {percentage(self.low)}"
+        alone = percentage(self.independent)
+        return f"at most {percentage(self.high)}; {alone} if it does not depend on the shard"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "outcome": self.outcome,
@@ -60,6 +72,29 @@ def shares(sample: ClusterSample) -> list[Share]:
     empty = len(sample.clusters) - len(clusters)
     found = [_share(clusters, sample.shards - empty, outcome) for outcome in OUTCOMES]
     return [share for share in found if share.seen or share.outcome != "steer"]
+
+
+def sentences(sample: ClusterSample) -> list[str]:
+    """What a sample tells, for people: one line on what it is, and one for each outcome."""
+    if not sample.images:
+        return []
+    lines = [
+        f"sample: {sample.images:,} images of {len(sample.clusters):,} of {sample.shards:,} shards "
+        f"(seed {sample.seed}); shares of all images, with 95 % intervals:"
+    ]
+    for share in shares(sample):
+        lines.append(f"  {share.outcome}: {percentage(share.share)} ({share.interval})")
+    return lines
+
+
+def percentage(share: float) -> str:
+    """A share as people read it: 100 %, 12.34 %, 0.0012 %."""
+    value = 100 * share
+    if value in (0, 100):
+        return f"{value:.0f} %"
+    if value > 99.99:
+        return f"{value:.6g} %"
+    return f"{value:.2f} %" if value >= 0.1 else f"{value:.2g} %"
 
 
 def _share(clusters: Sequence[Cluster], shards: int, outcome: str) -> Share:

@@ -7,8 +7,9 @@ gets the same records, to the bit, in whichever process.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentguard.errors import LatentGuardError, LatentsError
 from latentguard.files import ArrayRecord
@@ -31,10 +32,13 @@ class Judging:
 
     seconds: what judging took so far, without loading models.
 
-    previews, heatmaps: whether records carry an RGB view and heat maps of margins.
+    previews, heatmaps: whether records carry an RGB view and heat maps of margins; `late` is for
+    views that are drawn when somebody asks a record (`ScanRecord.draw`).
     """
 
-    def __init__(self, judges: Judges, previews: bool = False, heatmaps: bool = False) -> None:
+    def __init__(
+        self, judges: Judges, previews: bool | Literal["late"] = False, heatmaps: bool = False
+    ) -> None:
         self.judges = judges
         self._previewed, self._heated = previews, heatmaps
         self.seconds = 0.0
@@ -93,7 +97,7 @@ class Judging:
                 f"images of more than {side}x{side} cells were read whole, and {identity.name} "
                 "misses small objects in them: --views crops finds more, at several times the cost"
             )
-        pictures = self._previews(latents) if self._previewed else None
+        pictures = self._previews(latents) if self._previewed is True else None
         heats = self._heats(judged.heatmaps)
         return [
             self._record(
@@ -118,7 +122,7 @@ class Judging:
         preview: np.ndarray | None = None,
         heats: np.ndarray | None = None,
     ) -> ScanRecord:
-        latents = record.latents
+        latents, late = record.latents, self._previewed == "late"
         return ScanRecord(
             source=record.source,
             index=record.index,
@@ -130,8 +134,13 @@ class Judging:
             size=(latents.height, latents.width) if latents is not None else None,
             preview=preview,
             heatmaps=None if heats is None else dict(zip(self.rules.ids, heats, strict=True)),
+            draw=partial(self._drawn, latents) if late and latents is not None else None,
             ranked=tuple(rank(verdict.concepts, self.rules)),
         )
+
+    def _drawn(self, latents: LatentArray) -> np.ndarray | None:
+        pictures = self._previews(latents)
+        return None if pictures is None else pictures[0]
 
     def _previews(self, latents: LatentArray) -> np.ndarray | None:
         from latentguard.spaces import array_preview

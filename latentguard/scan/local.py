@@ -30,6 +30,9 @@ from latentguard.scan.unit import Unit
 ATTEMPTS = 3
 """How many readers may die of a shard before it counts as one that cannot be read."""
 
+STARTS = 10
+"""How many readers in a row may be killed before they are ready."""
+
 MAX_MEMORY = 256 << 20
 """Bytes of decoded latents that are on their way, unless said otherwise."""
 
@@ -61,18 +64,18 @@ def run_local(
         OSError: there is no room for what is written or copied.
         UsageError: readers cannot be started, or the run's place cannot be written.
     """
-    _check_errors(run, max_errors)
+    check_errors(run, max_errors)
     pending = run.pending(task)
     if workers == 0:
         for shard in pending:
             run.scan(shard, judging, told)
-            _check_errors(run, max_errors)
+            check_errors(run, max_errors)
         return
     driver = _Driver(run, judging, told, max_errors)
     driver.work(pending, workers, max_memory)
 
 
-def _check_errors(run: Run, max_errors: int | None) -> None:
+def check_errors(run: Run, max_errors: int | None) -> None:
     if max_errors is not None and run.errors > max_errors:
         raise TooManyErrorsError(
             f"stopped: {run.errors:,} images or files could not be read or judged, over "
@@ -224,8 +227,8 @@ class _Driver:
         self._note(fail_unit(run.store, shard, run.options, self._judging, reason))
 
     def _note(self, entry: Entry) -> None:
-        self._run.done[entry.number] = entry
-        _check_errors(self._run, self._max_errors)
+        self._run.note(entry)
+        check_errors(self._run, self._max_errors)
 
 
 # -- readers ---------------------------------------------------------------------------------
@@ -335,7 +338,7 @@ class _Supervisor:
         """The pipe to a reader, which is started where there is none."""
         if self._pipe is not None:
             return self._pipe
-        for _ in range(ATTEMPTS):
+        for attempt in range(STARTS):
             pipe = self._start()
             with suppress(EOFError, ConnectionError):
                 if receive(pipe) == READY:
@@ -343,6 +346,8 @@ class _Supervisor:
             how = self._end()
             if self._stopped:
                 raise EOFError
+            if not how.startswith("signal") and attempt + 1 >= ATTEMPTS:
+                break  # nobody killed it, so the next one will do the same
         raise UsageError(
             f"processes that read cannot be started ({how}): in a script, call this under "
             "`if __name__ == '__main__':`, or read in this process (--workers 0)"

@@ -10,11 +10,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentguard.errors import UsageError
+from latentguard.files.addresses import is_address
 from latentguard.judge import PolicyId, Verdict
 from latentguard.regular import open_regular, problem
 from latentguard.scan.record import ScanRecord
 from latentguard.scan.schema import need_pyarrow
+from latentguard.scan.store import open_store
 from latentguard.scan.tally import KIND, Tally
+from latentguard.scan.unit import ENTRIES
 from latentguard.text import first_line
 
 MAX_JSON = 1 << 29
@@ -22,9 +25,6 @@ MAX_JSON = 1 << 29
 
 MAX_LINE = 1 << 26
 """Bytes of one record."""
-
-MANIFEST = "manifest"
-"""The folder of a run that has one file for each shard that is done."""
 
 
 @dataclass
@@ -40,23 +40,26 @@ class Collected:
     quarantine: list[tuple[str, int]] = field(default_factory=list)
 
 
-def collect(parts: Iterable[Path]) -> Collected:
-    """Read parts: run folders, `.jsonl` and `.parquet` files of records, `.json` tallies.
+def collect(parts: Iterable[str | Path]) -> Collected:
+    """Read parts: folders and addresses of runs, `.jsonl` and `.parquet` files of records, `.json`
+    tallies.
 
     Raises UsageError, which names the part, for what cannot be read, is given twice, or cannot be
     counted as one with the parts before it.
     """
     collected, seen = Collected(), set[str]()
-    for part in parts:
-        real = os.path.realpath(part)
+    for part in map(str, parts):
+        real = part if is_address(part) else os.path.realpath(part)
         if real in seen:
             raise UsageError(f"{part} is given twice, and would be counted twice")
         seen.add(real)
         try:
-            if part.is_dir():
-                _add_folder(collected, part)
+            if is_address(part) or os.path.isdir(part):
+                _add_run(collected, part)
             else:
-                collected.tally.merge(_tally_of(part))
+                collected.tally.merge(_tally_of(Path(part)))
+        except UsageError:
+            raise
         except OSError as error:
             raise UsageError(f"{error.filename or part} {problem(error)}") from error
         except ValueError as error:
@@ -166,38 +169,44 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
 # -- run folders -----------------------------------------------------------------------------
 
 
-def _add_folder(collected: Collected, folder: Path) -> None:
+def _add_run(collected: Collected, place: str) -> None:
     """Each shard by its entry in the manifest: its tally, or else its part file."""
-    manifest = folder / MANIFEST
-    if not manifest.is_dir():
-        raise ValueError(f"is no folder of a run: there is no {MANIFEST}/ in it")
-    for path in sorted(manifest.glob("*.json")):
+    store = open_store(place)
+    names = sorted(name for name in store.sizes(ENTRIES) if name.endswith(".json"))
+    if not names:
+        raise ValueError(f"is no run with shards that are done: there is nothing in {ENTRIES}/")
+    for name in names:
         try:
-            entry = _json(path)
+            entry = _parsed(store.read(f"{ENTRIES}/{name}") or b"")
             if not isinstance(entry, Mapping):
                 raise ValueError("is no entry of a manifest")
-            told = entry.get("tally")
-            if told is None:
-                tally = _tally_of(_inside(folder, entry.get("part")))
-            else:
-                tally = Tally.from_dict(told)
-            collected.tally.merge(tally)
+            collected.tally.merge(_tally_of_entry(place, entry))
             quarantine = entry.get("quarantine")
             if quarantine is not None:
                 rows = quarantine.get("rows") if isinstance(quarantine, Mapping) else None
-                shown = str(_inside(folder, quarantine))
+                shown = f"{place.rstrip('/')}/{_inside(quarantine)}"
                 collected.quarantine.append((shown, rows if type(rows) is int else 0))
         except ValueError as error:
-            raise ValueError(f"{MANIFEST}/{path.name}: {error}") from error
+            raise ValueError(f"{ENTRIES}/{name}: {error}") from error
         collected.shards += 1
 
 
-def _inside(folder: Path, written: Any) -> Path:
-    """A file that an entry names. Raises ValueError for one outside of the run's folder."""
+def _tally_of_entry(place: str, entry: Mapping[str, Any]) -> Tally:
+    told = entry.get("tally")
+    if told is not None:
+        return Tally.from_dict(told)
+    part = _inside(entry.get("part"))
+    if is_address(place):
+        raise ValueError(f"has no tally: copy {part} here, and report that")
+    return _tally_of(Path(place) / part)
+
+
+def _inside(written: Any) -> str:
+    """The file that an entry names. Raises ValueError for one outside of the run's folder."""
     name = written.get("name") if isinstance(written, Mapping) else None
     if not isinstance(name, str) or not name:
         raise ValueError("has neither a tally nor a part")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
         raise ValueError(f"names a file outside of its run: {name}")
-    return folder / path
+    return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class ScanRecord:
     model: None where no model has judged it; of a cascade the second, see `judged_by`.
     size: rows and columns of the latent grid, or None.
     preview: uint8 [rows, columns, 3], the linear RGB view, where `previews=True` asked for it.
+    draw: makes it where it was asked for `late`, so that only few are; holds the latents.
     heatmaps: concept id -> float32 [h, w] of margins, where `heatmaps=True` asked for them.
     ranked: the verdict's concepts, the one that decided first (see `rank`).
     """
@@ -44,6 +45,7 @@ class ScanRecord:
     preview: np.ndarray | None = field(default=None, repr=False, compare=False)
     heatmaps: dict[str, np.ndarray] | None = field(default=None, repr=False, compare=False)
     ranked: tuple[ConceptScore, ...] = field(default=(), repr=False, compare=False)
+    draw: Callable[[], np.ndarray | None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def outcome(self) -> str:

@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Run:
     """A run's folder, opened by one process.
 
     place: the folder or the address. shards: all of them. done: by number, the entries that hold.
+    errors: how many images or files could not be read or judged so far.
     notes: sentences about what was found and mended.
     """
 
@@ -65,6 +66,7 @@ class Run:
     shards: list[Shard]
     done: dict[int, Entry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    errors: int = 0
 
     def pending(self, task: tuple[int, int] = (0, 1)) -> list[Shard]:
         """The shards that are left, of those with number % task[1] == task[0]."""
@@ -74,13 +76,13 @@ class Run:
     def scan(self, shard: Shard, judging: Judging, told: Told = ignored) -> Entry:
         """Scan one shard in this process, and note that it is done."""
         entry = scan_unit(self.store, shard, self.options, judging, told)
-        self.done[shard.number] = entry
+        self.note(entry)
         return entry
 
-    @property
-    def errors(self) -> int:
-        """How many images or files could not be read or judged so far."""
-        return sum(entry.errors for entry in self.done.values())
+    def note(self, entry: Entry) -> None:
+        """Remember that a shard is done; of its tally, which is large, the times alone."""
+        self.errors += entry.errors
+        self.done[entry.number] = _lean(entry)
 
 
 def scan_unit(
@@ -177,8 +179,11 @@ def open_run(
 
 def _begin(store: Store, options: RunOptions, judges: Judges, shards: list[Shard]) -> bytes:
     """Write what the run is, unless another process has just done so; what is there now."""
+    # Whoever may read what came of a run needs no signature or password of what was scanned.
     lines = "".join(
-        json.dumps({"number": s.number, "files": s.files, "error": s.error}) + "\n" for s in shards
+        json.dumps({"number": s.number, "files": list(map(shown, s.files)), "error": s.error})
+        + "\n"
+        for s in shards
     ).encode("ascii")
     digest = hashlib.sha256(lines).hexdigest()
     store.write(_list_name(digest), lines)
@@ -231,9 +236,11 @@ def _agreed(
         Shard(one["number"], tuple(one["files"]), one["error"])
         for one in map(json.loads, lines.splitlines())
     ]
-    if planned is not None:
-        _check_same_files(place, shards, planned)
-    return shards
+    if planned is None:
+        return shards
+    _check_same_files(place, shards, planned)
+    files = iter([name for shard in planned for name in shard.files])
+    return [replace(shard, files=tuple(next(files) for _ in shard.files)) for shard in shards]
 
 
 def _brief(value: Any) -> str:
@@ -242,15 +249,16 @@ def _brief(value: Any) -> str:
 
 
 def _check_same_files(place: str, shards: list[Shard], planned: list[Shard]) -> None:
-    begun = [name for shard in shards for name in shard.files]
-    now = [name for shard in planned for name in shard.files]
+    begun = [shown(name) for shard in shards for name in shard.files]
+    now = [shown(name) for shard in planned for name in shard.files]
     if begun == now:
         return
-    for first, second, what in ((now, begun, "has not"), (begun, now, "has")):
-        other = [name for name in first if name not in set(second)] if first != second else []
-        if other:
+    for these, those, what in ((now, begun, "has not"), (begun, now, "has")):
+        known = set(those)
+        other = next((name for name in these if name not in known), None)
+        if other is not None:
             raise UsageError(
-                f"the run in {place} {what} {shown(other[0])} and is of {len(begun):,} files, the "
+                f"the run in {place} {what} {other} and is of {len(begun):,} files, the "
                 f"paths given hold {len(now):,}: begin another run for what is new"
             )
     raise UsageError(f"the run in {place} has its files in another order: give the same paths")
@@ -294,7 +302,8 @@ def _load(run: Run, judges: Judges, task: tuple[int, int]) -> None:
     if damaged:
         run.notes.append(f"{damaged:,} shards were not whole, and are scanned again")
     _check_models(run, judges, whole.values())
-    run.done = whole
+    for entry in whole.values():
+        run.note(entry)
     _tidy(run, there, task)
 
 
@@ -313,7 +322,13 @@ def _entry(run: Run, number: int) -> Entry | None:
     except ValueError:
         return None
     files = tuple(shown(name) for name in run.shards[number].files)
-    return entry if (entry.number, entry.files) == (number, files) else None
+    return _lean(entry) if (entry.number, entry.files) == (number, files) else None
+
+
+def _lean(entry: Entry) -> Entry:
+    """Without the tally, but for its times: a hundred thousand of them fill the memory."""
+    times = {name: entry.tally[name] for name in ("microseconds",) if name in entry.tally}
+    return replace(entry, tally=times)
 
 
 def _is_whole(entry: Entry, there: dict[str, dict[str, int]]) -> bool:

@@ -55,21 +55,23 @@ def summary(collected: Collected) -> str:
     """One line: how many images, what became of them, and by which policy."""
     tally = collected.tally
     counts = ", ".join(f"{tally.outcomes[o]:,} {name}" for o, name in _NAMES.items())
+    errors = _counted(tally.outcomes["error"], "error")
     policy = tally.policy
     by = f" · policy {policy.name} {policy.version} ({policy.sha256[:12]})" if policy else ""
-    shards = f" in {collected.shards:,} shards" if collected.shards else ""
-    return visible(f"{tally.images:,} images{shards}: {counts}{by}", 2000)
+    shards = f" in {_counted(collected.shards, 'shard')}" if collected.shards else ""
+    return visible(f"{_counted(tally.images, 'image')}{shards}: {counts}, {errors}{by}", 2000)
 
 
-_NAMES = {"allow": "allowed", "review": "review", "block": "blocked", "error": "errors"}
+_NAMES = {"allow": "allowed", "review": "review", "block": "blocked"}
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _headline(tally: Tally) -> str:
     flagged = tally.images - tally.outcomes["allow"]
     if tally.images == 0:
         return "Nothing was scanned"
-    noun = "image" if tally.images == 1 else "images"
-    sampled = " looked at" if tally.sample is not None else ""
-    if not flagged:
-        return f"All of {tally.images:,} {noun}{sampled} allowed"
-    return f"{flagged:,} of {tally.images:,} {noun}{sampled} not allowed"
+    images = _counted(tally.images, "image") + (" looked at" if tally.sample is not None else "")
+    return f"{flagged:,} of {images} not allowed" if flagged else f"All of {images} allowed"

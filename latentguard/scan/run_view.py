@@ -10,7 +10,7 @@ from latentguard.judge.verdict import ACTIONS
 from latentguard.scan.alternatives import Alternative, alternatives, curve
 from latentguard.scan.axis import BARS, Axis, Tick
 from latentguard.scan.concept_tally import ConceptTally, Example, Judge, JudgeTally
-from latentguard.scan.estimates import Share, shares
+from latentguard.scan.estimates import Share, percentage, shares
 from latentguard.scan.summary import ModelInfo
 from latentguard.scan.tally import PHASES, Tally
 
@@ -104,6 +104,7 @@ class JudgeView:
 class Phase:
     """What one phase took, over all processes. part: of all phases, in percent."""
 
+    key: str
     name: str
     seconds: float
     part: float
@@ -156,12 +157,14 @@ def phases(tally: Tally) -> list[Phase]:
         return []
     return [
         Phase(
+            phase,
             _GERUNDS[phase],
             tally.seconds(phase),
             100 * tally.seconds(phase) / total,
             f"{1000 * tally.seconds(phase) / max(tally.images, 1):.3g} ms",
         )
         for phase in PHASES
+        if tally.microseconds[phase]
     ]
 
 
@@ -178,27 +181,7 @@ def share_views(tally: Tally) -> list[ShareView]:
     """The estimates of a sample; empty where all images were looked at."""
     if tally.sample is None:
         return []
-    return [ShareView(s, percentage(s.share), interval(s)) for s in shares(tally.sample)]
-
-
-def interval(share: Share) -> str:
-    """A sentence's worth of an interval."""
-    if share.low == share.high:
-        return "all images were looked at"
-    if share.independent is not None and share.seen == 0:
-        alone = percentage(share.independent)
-        return f"at most {percentage(share.high)}; {alone} if shards do not matter"
-    if share.independent is not None:
-        return f"at least {percentage(share.low)}"
-    return f"{percentage(share.low)} to {percentage(share.high)}"
-
-
-def percentage(share: float) -> str:
-    """A share with three digits: 12.3 %, 0.0012 %."""
-    value = 100 * share
-    if value == 0 or value >= 99.95:
-        return f"{value:.0f} %" if value in (0, 100) else f"{value:.3g} %"
-    return f"{value:.2f} %" if value >= 0.1 else f"{value:.2g} %"
+    return [ShareView(s, percentage(s.share), s.interval) for s in shares(tally.sample)]
 
 
 def percent(part: int, whole: int) -> str:
@@ -207,7 +190,8 @@ def percent(part: int, whole: int) -> str:
 
 def score(value: float) -> str:
     """A probability or margin; those near 1 and 0 keep the digits that tell them apart."""
-    text = f"{value:.3f}" if 0.0005 <= abs(value) < 0.9995 or value in (0, 1) else f"{value:.6g}"
+    plain = 0.0005 <= abs(value) < 0.9995 or value in (-1, 0, 1) or abs(value) > 1
+    text = f"{value:.3f}" if plain else f"{value:.5f}"
     return text.replace("-", "−")
 
 
@@ -239,28 +223,26 @@ def _concept_view(name: str, concept: ConceptTally, axis: Axis, unfolded: bool) 
     return ConceptView(
         name,
         concept,
-        _bars(concept, axis, mark),
+        _bars(concept, axis, mark, depth),
         _path(concept, axis, depth),
         mark,
         axis.ticks(),
-        [Tick(100 * n / depth, percentage(10.0**-n)) for n in _levels(depth)],
+        [Tick(100 * n / depth, f"{10.0 ** (2 - n):g} %") for n in _levels(depth)],
         [_row(concept, row) for row in alternatives(concept)],
         [_gravest(concept, example) for example in concept.gravest],
         unfolded,
     )
 
 
-def _bars(concept: ConceptTally, axis: Axis, mark: float | None) -> list[Bar]:
-    """By the logarithm of counts, so that a single image of a billion stays visible."""
-    counts = axis.bars(concept)
-    tallest = math.log1p(int(counts.max()))
+def _bars(concept: ConceptTally, axis: Axis, mark: float | None, depth: int) -> list[Bar]:
+    """By the logarithm of their share, as the curve: a single image of a billion stays visible."""
     return [
         Bar(
             4 * x + 0.5,
-            max(HEIGHT * math.log1p(count) / tallest, 3.0),
+            max(HEIGHT * (1 + math.log10(count / concept.judged) / depth), 3.0),
             mark is not None and 100 * (x + 0.5) / BARS >= mark,
         )
-        for x, count in enumerate(counts.tolist())
+        for x, count in enumerate(axis.bars(concept).tolist())
         if count
     ]
 
@@ -293,7 +275,7 @@ def _row(concept: ConceptTally, row: Alternative) -> Row:
         score(row.threshold),
         low if low == high else f"{low.removesuffix(' %')}–{high}",
         images,
-        "" if row.in_force else f"{sign}{abs(round(change)):,}",
+        "in force" if row.in_force else f"{sign}{abs(round(change)):,}",
         row.in_force,
     )
 

@@ -58,9 +58,9 @@ class SamplePlan:
         """The sample, before anything is read."""
         return ClusterSample(len(self.shards), self.rows, self.seed)
 
-    def enough(self, sample: ClusterSample) -> bool:
-        """Whether no further shard is needed."""
-        return len(sample.clusters) >= self.spread and sample.images >= self.images
+    def enough(self, shards: int, images: int) -> bool:
+        """Whether no further shard is needed, after so many shards and images of them."""
+        return shards >= self.spread and images >= self.images
 
 
 class Reservoir:

@@ -14,6 +14,7 @@ from time import perf_counter
 
 from latentguard.files import ArrayRecord, PassedOver
 from latentguard.files.addresses import Remote, found, is_address
+from latentguard.files.mds import SHARDS
 from latentguard.files.paths import MISSING, Unreadable
 from latentguard.files.reading import read_file
 from latentguard.files.remote import Noted
@@ -30,7 +31,7 @@ MAX_FILES = 1000
 MAX_BYTES = 256 << 20
 """Bytes of the files that share a shard, at most."""
 
-_SHARDS = (".tar", ".parquet", ".mds")
+_SHARDS = (".tar", ".parquet", *SHARDS)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Shortlist:
             if not flagged or not self._allowed:
                 return None, None
             dropped = self._allowed.pop()[0]
-        slim = replace(record, preview=None, heatmaps=None)
+        slim = replace(record, preview=None, heatmaps=None, draw=None)
         (self._flagged if flagged else self._allowed).append((order, slim))
         return order, dropped
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self
 
 from latentguard.judge import DECISIONS, ConceptScore, PolicyId
@@ -309,12 +309,11 @@ class _Preview:
     """The preview of a record, drawn when the first concept asks for it."""
 
     def __init__(self, record: ScanRecord) -> None:
-        self._pixels = record.preview
-        self._png: bytes | None = None
+        self._record = record
 
-    @property
+    @cached_property
     def png(self) -> bytes | None:
-        if self._pixels is not None:
-            self._png = rgb_png(self._pixels, PREVIEW_SIDE)
-            self._pixels = None
-        return self._png
+        pixels, draw = self._record.preview, self._record.draw
+        if pixels is None and draw is not None:
+            pixels = draw()
+        return None if pixels is None else rgb_png(pixels, PREVIEW_SIDE)

@@ -62,7 +62,7 @@ class Unit:
         self._sink = open_sink(options.sink, self._part)
         self._numbering = Numbering()
         self._decisions = Decisions()
-        self._problems: list[str] = []
+        self._problems = self._part.with_name("quarantine.jsonl")
         self._outcomes: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
         self._models: dict[str, tuple[str, str]] = {}
@@ -72,14 +72,16 @@ class Unit:
         """The next records of the shard. seconds: what judging them took."""
         self._scoring += seconds
         self._sink.add([self._numbering.row(record) for record in records])
+        problems = [_problem(record) for record in records if record.failed]
+        if problems:
+            with self._problems.open("a", encoding="ascii") as file:
+                file.writelines(problems)
         for record in records:
             self._tally.add(record)
             self._outcomes[record.outcome] += 1
             self._verdicts[record.verdict.decision] += 1
             if record.model is not None and record.space is not None:
                 self._models[record.space] = (record.model.name, record.model.sha256)
-            if record.failed:
-                self._problems.append(_problem(record))
             if self._options.keep is not None:
                 self._decisions.add(record)
 
@@ -93,11 +95,9 @@ class Unit:
         name = f"{PARTS}/{stem(self._shard)}{SUFFIXES[self._options.sink]}"
         part = self._put(name, self._part, self._outcomes.total())
         quarantine = None
-        if self._problems:
-            lines = self._part.with_name("quarantine")
-            lines.write_text("".join(self._problems), encoding="ascii")
+        if self._outcomes["error"]:
             name = f"{QUARANTINE}/{stem(self._shard)}.jsonl"
-            quarantine = self._put(name, lines, len(self._problems))
+            quarantine = self._put(name, self._problems, self._outcomes["error"])
         self._finish_tally(facts)
         entry = Entry(
             number=self._shard.number,

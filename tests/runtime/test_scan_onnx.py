@@ -28,6 +28,7 @@ from latentguard.runtime.artifact import METADATA
 from latentguard.runtime.network import Network
 from latentguard.scan import Scan, ScanRecord, Summary
 from latentguard.scan.judges import _providers
+from latentguard.scan.schema import from_row
 from latentguard.spaces import Latents
 
 EXAMPLES = ROOT / "examples" / "latents.pt"
@@ -134,6 +135,24 @@ def with_torch(
         return code, capsys.readouterr().out
 
     return run
+
+
+def test_a_run_without_torch(
+    artifact: Path,
+    both: tuple[Scan, list[ScanRecord], Scan, list[ScanRecord]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    ran = command_without_torch(
+        [
+            *("scan", EXAMPLES, "--runtime", "onnx", "--model", artifact, "--device", "cpu"),
+            *("--run", run, "--sink", "json", "--workers", 1, "--fail-on", "never"),
+        ]
+    )
+    assert ran.returncode == 0, ran.stderr
+    (part,) = (run / "parts").iterdir()
+    rows = [from_row(json.loads(line)) for line in part.read_text().splitlines()]
+    alike(rows, [record.to_dict() for record in both[3]])
 
 
 @pytest.mark.parametrize(

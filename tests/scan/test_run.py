@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -366,6 +368,21 @@ def test_shards_are_planned_by_size(tmp_path: Path) -> None:
     assert passed.files == {".txt": 1}
     (error,) = plan(str(tmp_path / "none*.npy"), passed)
     assert error.error == "matches no file"
+
+
+def test_a_missing_extra_names_itself(tmp_path: Path, calm: Path) -> None:
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from latentguard.cli import main; sys.exit(main())"
+    )
+    write_shards(tmp_path / "shards", 1, 1)
+    given = ["scan", tmp_path / "shards", "--run", tmp_path / "run", "--policy", calm]
+    command = [sys.executable, "-c", code, *map(str, given)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "Parquet needs pyarrow, which is not installed: pip install" in ran.stderr
+    ran = subprocess.run([*command, "--sink", "json"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0
 
 
 # -- the command -----------------------------------------------------------------------------
