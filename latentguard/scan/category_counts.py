@@ -35,7 +35,8 @@ class CategoryCounts:
         for scheme, first in self._schemes.items():
             counts = {c: self._flagged[scheme, c] for c in first.names}
             parts = [f"{_called(first, c)} {n:,}" for c, n in counts.items() if n]
-            yield f"{visible(scheme)} {visible(first.version)}, flagged images: {', '.join(parts) or 'none'}"
+            called = f"{visible(scheme)} {visible(first.version)}"
+            yield f"{called}, flagged images: {', '.join(parts) or 'none'}"
             alike: dict[tuple[str, str], list[str]] = {}
             for category in first.names:
                 clause = self._clauses.get((scheme, category))
@@ -43,8 +44,8 @@ class CategoryCounts:
                     unscored = self._unscored[scheme, category]
                     extent = f"not checked in {unscored:,}" if unscored else "not wholly checked"
                     alike.setdefault((extent, clause), []).append(_called(first, category))
-            for (extent, clause), called in alike.items():
-                yield f"{visible(scheme)}: {extent}, as {visible(clause, 300)}: {', '.join(called)}"
+            for (extent, clause), names in alike.items():
+                yield f"{visible(scheme)}: {extent}, as {visible(clause, 300)}: {', '.join(names)}"
 
 
 def _called(found: Categories, category: str) -> str:
