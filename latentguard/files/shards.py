@@ -41,8 +41,8 @@ class Sample:
 
 
 @dataclass
-class _Unread:
-    """Members that could hold latents, and are named otherwise than those that are read."""
+class _Members:
+    """Members that are not read: how many, and the first few names."""
 
     count: int = 0
     names: list[str] = field(default_factory=list)
@@ -52,42 +52,37 @@ class _Unread:
         if len(self.names) < _SHOWN:
             self.names.append(printable(name)[:100])
 
-    def error(self) -> LatentsError:
+    def said(self, what: str) -> str:
+        """The subject and verb of a sentence: "2 members are", "1 member that ... is"."""
         members, are = ("member", "is") if self.count == 1 else ("members", "are")
+        return f"{self.count} {members}{what} {are}"
+
+    @property
+    def shown(self) -> str:
         more = ", ..." if self.count > len(self.names) else ""
-        return LatentsError(
-            f"{self.count} {members} that could hold latents {are} not read "
-            f"({', '.join(self.names)}{more}): name latents in a shard KEY.latent.pt, "
-            ".latent.safetensors, .latent.npy or .latent.npz, or say how they are named "
-            f"(--member {_ending(self.names[0])})"
-        )
+        return f"({', '.join(self.names)}{more})"
+
+
+def _unread(members: _Members) -> LatentsError:
+    """Of members that could hold latents, and are named otherwise than those that are read."""
+    return LatentsError(
+        f"{members.said(' that could hold latents')} not read {members.shown}: name latents in a "
+        "shard KEY.latent.pt, .latent.safetensors, .latent.npy or .latent.npz, or say how they are "
+        f"named (--member {_ending(members.names[0])})"
+    )
+
+
+def _passed_over(members: _Members) -> LatentsError:
+    """Of members that cannot hold latents, where none may be passed over."""
+    return LatentsError(
+        f"{members.said('')} no latents {members.shown}, and --strict lets nothing be passed over"
+    )
 
 
 def _ending(name: str) -> str:
     """What follows the key of a sample in a member's name, as WebDataset has it."""
     base = name.rpartition("/")[2].lstrip(".")
     return base.partition(".")[2] or base
-
-
-@dataclass
-class _Passed:
-    """Members that cannot hold latents, where none may be passed over."""
-
-    count: int = 0
-    names: list[str] = field(default_factory=list)
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        if len(self.names) < _SHOWN:
-            self.names.append(printable(name)[:100])
-
-    def error(self) -> LatentsError:
-        members, are = ("member", "is") if self.count == 1 else ("members", "are")
-        more = ", ..." if self.count > len(self.names) else ""
-        return LatentsError(
-            f"{self.count} {members} {are} no latents ({', '.join(self.names)}{more}), and "
-            "--strict lets nothing be passed over"
-        )
 
 
 def read_samples(
@@ -102,8 +97,7 @@ def read_samples(
     """
     current = Sample("")
     found = False
-    unread = _Unread()
-    aside = _Passed()
+    unread, aside = _Members(), _Members()
     endings = LATENT_SUFFIXES if reading.member is None else (f".{reading.member}",)
 
     def passes(name: str) -> None:
@@ -152,7 +146,7 @@ def read_samples(
             current.latents.append(member)
     yield from _complete(current)
     if unread.count:
-        yield unread.error()
+        yield _unread(unread)
     elif not found:
         yield LatentsError(
             "holds no KEY.latent.pt, .latent.safetensors, .latent.npy or .latent.npz"
@@ -160,7 +154,7 @@ def read_samples(
             else f"holds no KEY.{reading.member}, as --member says"
         )
     if reading.strict and aside.count:
-        yield aside.error()
+        yield _passed_over(aside)
 
 
 def sample_claims(stream: BinaryIO, sample: Sample, reading: Reading = NOTHING_SAID) -> Claims:

@@ -106,29 +106,28 @@ class _Found:
             if found is None:
                 raise no_latents(names, (), f"{reading.key[:60]!r}, as --key says", said=True)
             moments = reading.moments or is_moments(re.split(r"[./]", reading.key)[-1])
-            inner = cls.of(found, replace(reading, key=None)) if _is_dicts(found) else None
-            tensors = _flat("", found) if inner is None else inner.tensors
-            several = inner is not None and inner.several
-            return cls(tensors, claims, moments, names, several, True)
-        kinds = (Tensor, list, tuple)
-        arrays = {k: item for k, item in value.items() if k == "latents" or isinstance(item, kinds)}
-        shaped = {
-            str(key): (item.shape, item.dtype in _FLOATS)
-            if isinstance(item, Tensor)
-            else ((), False)
-            for key, item in arrays.items()
-            if isinstance(item, Tensor) or key in SINGLE_NAMES
-        }
-        if len(shaped) < sum(isinstance(item, Tensor) for item in arrays.values()):
+            if not _is_dicts(found):
+                return cls(_flat("", found), claims, moments, names, said=True)
+            inner = cls.of(found, replace(reading, key=None))
+            claims = inner.claims.merged(claims, f"what is under {reading.key[:60]!r}", "the file")
+            moments = moments or inner.moments
+            return cls(inner.tensors, claims, moments, names, inner.several, True)
+        tensors = {key for key, item in value.items() if isinstance(item, Tensor)}
+        lists = {key for key in SINGLE_NAMES if isinstance(value.get(key), (list, tuple))}
+        wanted = tensors | lists | ({"latents"} & value.keys())
+        arrays = {str(key): item for key, item in value.items() if key in wanted}
+        if len(arrays) < len(wanted):
             # Keys may be numbers, too: 1 and "1" are two.
-            floats = [str(k) for k, t in arrays.items() if isinstance(t, Tensor)]
-            raise no_latents(names, floats, "the key latents")
+            raise no_latents(names, [str(k) for k in value if k in tensors], "the key latents")
+        shaped = {
+            name: (item.shape, item.dtype in _FLOATS) if isinstance(item, Tensor) else ((), False)
+            for name, item in arrays.items()
+        }
         # Names tell images apart only where there is nothing else.
-        alone = all(str(key) in shaped or key in KEYS for key in value)
+        alone = value.keys() <= tensors | KEYS
         choice = choose(shaped, reading, names, "the key latents", alone)
-        found = {str(key): item for key, item in arrays.items()}
-        tensors = [pair for name in choice.names for pair in _flat(name, found[name])]
-        return cls(tensors, claims, choice.moments, names, choice.several)
+        found = [pair for name in choice.names for pair in _flat(name, arrays[name])]
+        return cls(found, claims, choice.moments, names, choice.several)
 
     @classmethod
     def _of_dicts(cls, values: Sequence[Any], reading: Reading) -> _Found:

@@ -95,6 +95,18 @@ def test_a_path_of_keys(tmp_path: Path, key: str) -> None:
     assert error == "needs 'vae/x', as --key says, it holds vae, prompt_embeds"
 
 
+def test_what_is_said_under_a_key_counts(tmp_path: Path) -> None:
+    inner = {"latents": IMAGE, "space": "flux2", "scaled": True, "ids": ["cat"]}
+    torch.save({"sample": inner, "latents": OTHER}, tmp_path / "a.pt")
+    (record,) = read_all(tmp_path / "a.pt", key="sample")
+    assert (record.id, record.error) == ("cat", None)
+    assert "says space 'flux2'" in only_error(tmp_path / "a.pt", key="sample", space="sana")
+    torch.save({"sample": inner, "scaled": False}, tmp_path / "b.pt")
+    assert "what is under 'sample' says scaled True" in only_error(tmp_path / "b.pt", key="sample")
+    torch.save({"sample": {"moments": torch.zeros(1, 64, 8, 8)}}, tmp_path / "c.pt")
+    assert [r.error for r in read_all(tmp_path / "c.pt", **SAYS, key="sample")] == [None]
+
+
 def test_a_key_with_a_dot_comes_before_a_path(tmp_path: Path) -> None:
     torch.save({"a.b": IMAGE, "a": {"b": OTHER}}, tmp_path / "a.pt")
     assert torch.equal(load_latents(tmp_path / "a.pt", **SAYS, key="a.b").tensor, IMAGE)
