@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from latentguard.deprecated import Former
@@ -104,13 +104,16 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON-able data."""
-        data = asdict(replace(self, taxonomies=()))
+        data = dict(vars(self))
         del data["taxonomies"]
         if self.taxonomies:
             data["taxonomies"] = {found.scheme: found.to_dict() for found in self.taxonomies}
         data["noise_level"] = self.noise_level if math.isfinite(self.noise_level) else None
+        # Field by field: a scan writes millions of them, and dataclasses.asdict takes five times
+        # as long.
         data["concepts"] = [
-            {**concept, "unseen": list(concept["unseen"])} for concept in data["concepts"]
+            {**vars(one), "threshold": dict(one.threshold), "unseen": list(one.unseen)}
+            for one in self.concepts
         ]
         data["model"] = None if self.model is None else self.model.to_dict()
         return data

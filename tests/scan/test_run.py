@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from run_helpers import (
     SAID,
     member,
@@ -30,6 +33,8 @@ from scan_helpers import ALWAYS, HOSTILE, NEVER, latents_of, write_latents
 from latentguard import scan_files
 from latentguard.errors import TooManyErrorsError, UsageError
 from latentguard.files import Reading
+from latentguard.judge import ConceptScore, PolicyId, Verdict
+from latentguard.scan import ScanRecord
 from latentguard.scan.options import RunOptions
 from latentguard.scan.schema import Numbering, from_row, to_batch
 from latentguard.scan.shard import plan
@@ -121,6 +126,36 @@ def test_hostile_names_survive_both_sinks(tmp_path: Path, calm: Path) -> None:
         (back,) = to_batch([row]).to_pylist()
         expected = name.encode("utf-8", "backslashreplace").decode()  # UTF-8 has no lone surrogates
         assert from_row(back) == {**record.to_dict(), "id": expected}
+
+
+_TEXT = st.text(max_size=20)
+
+
+@given(
+    texts=st.tuples(_TEXT, st.none() | _TEXT, st.none() | _TEXT, _TEXT),
+    numbers=st.tuples(st.floats(-2, 2), st.floats(0, 1), st.floats(-2, 2)),
+    kind=st.sampled_from(["probability", "margin", "fpr"]),
+    count=st.integers(0, 3),
+)
+def test_rows_survive_parquet(
+    texts: tuple[str, str | None, str | None, str],
+    numbers: tuple[float, float, float],
+    kind: str,
+    count: int,
+) -> None:
+    source, name, error, prompt = texts
+    margin, probability, value = numbers
+    threshold: dict[str, str | float] = {"kind": kind, "value": value}
+    if kind == "fpr":
+        threshold["margin"] = margin
+    concept = ConceptScore(
+        "a", "b", "block", margin, probability, threshold, prompt, True, False, True, (prompt,)
+    )
+    verdict = Verdict(1, "block", "why", error, math.inf, (concept,) * count)
+    record = ScanRecord(source, 3, name, None, verdict, PolicyId("p", "1", "0"))
+    rows = [Numbering().row(record)] * 2
+    assert [from_row(row) for row in to_batch(rows).to_pylist()] == [record.to_dict()] * 2
+    assert [from_row(json.loads(json.dumps(row))) for row in rows] == [record.to_dict()] * 2
 
 
 # -- going on --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from run_helpers import (
     options_of,
@@ -85,26 +86,45 @@ def _files(run: Path) -> set[str]:
     return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
 
 
-def _kill_when(command: list[str], ready: Callable[[], bool]) -> bool:
-    """Kill a command and all that it has started, as soon as `ready`. Whether it still ran."""
+def _kill_when(
+    command: list[str], ready: Callable[[], bool], by: signal.Signals = signal.SIGKILL
+) -> int | None:
+    """End a command as soon as `ready`: its exit code; None where it was at its end before.
+
+    What it has started must end by itself.
+    """
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # What a shell starts in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not ready():
         time.sleep(0.002)
-    running = process.poll() is None
-    if running:
-        os.kill(process.pid, signal.SIGKILL)
+    if process.poll() is not None:
+        return None
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, by)
     process.wait()
-    return running
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+    return process.returncode
 
 
-def test_a_driver_that_is_killed_loses_nothing(tmp_path: Path, calm: Path) -> None:
+@pytest.mark.parametrize(
+    ("by", "code"), [(signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_driver_that_is_killed_loses_nothing(
+    tmp_path: Path, calm: Path, by: signal.Signals, code: int
+) -> None:
     shards = write_shards(tmp_path / "shards", 3, 8)
     run = tmp_path / "run"
     parts = run / "parts"
     command = _command(run, shards, calm, "--workers", "1", "--max-memory", "1")
-    assert _kill_when(command, lambda: parts.is_dir() and any(parts.glob("*.parquet")))
+    begun = lambda: parts.is_dir() and any(parts.glob("*.parquet"))  # noqa: E731
+    assert _kill_when(command, begun, by) == code
     options = options_of(calm, batch_size=2)
     again = scan_run(run, options, shards, resume=True)
     whole = scan_run(tmp_path / "whole", options, shards)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,27 @@ def test_an_address_that_is_down_is_tried_again_by_the_next(tmp_path: Path, calm
         server.fails = lambda: False
         run = scan_run(tmp_path / "run", options, addresses, resume=True)
         assert _without_source(records_of(run)) == _without_source(plain(shards, calm))
+
+
+def test_no_room_for_a_copy_ends_a_run_that_can_go_on(tmp_path: Path, calm: Path) -> None:
+    pytest.importorskip("aiohttp", reason="http:// needs aiohttp")
+    shards = write_shards(tmp_path / "shards", 2, 2)
+    run = tmp_path / "run"
+    code = "import sys; from latentguard.cli import main; sys.exit(main())"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    with serving(tmp_path / "shards") as server:
+        address = f"{server.address}/{{00000..00001}}.tar"
+        given = ["scan", address, "--run", run, "--policy", calm, "--workers", 1]
+        command = [sys.executable, "-c", code, *map(str, given)]
+        ran = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+        assert ran.returncode == 2
+        assert "File too large; run" in ran.stderr
+        assert "0 of 2 shards are done; --resume goes on" in ran.stderr
+        again = scan_run(run, options_of(calm), [address], resume=True)
+        assert _without_source(records_of(again)) == _without_source(plain(shards, calm))
 
 
 def test_shards_and_runs_on_s3(tmp_path: Path, calm: Path, s3: Any) -> None:
