@@ -21,7 +21,7 @@ from latentguard.atomic import replacing
 from latentguard.encoders.lite import ENTRY_CHANNELS, HEAD_CHANNELS
 from latentguard.errors import LatentsError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SAVE_EVERY = 64
 BATCH = 4
 
@@ -32,9 +32,7 @@ class Meta:
 
     schema_version: int
     images: int
-    large_images: int
     done: int
-    large_done: int
     seed: int
     space: str
     scaled: bool
@@ -46,8 +44,7 @@ class Cache:
     """Crops, latents and targets of `images` photos, all float16 or uint8 memory maps.
 
     crops [N, 256, 256, 3] uint8; latents [N, C, 32, 32]; entries [N, 48, 32, 32] (block 4);
-    heads [N, 1280, 8, 8] (before pooling); large [M, C, 64, 64], latents of the first M crops at
-    512 px. Without an autoencoder there are no latents.
+    heads [N, 1280, 8, 8] (before pooling). Without an autoencoder there are no latents.
     """
 
     def __init__(self, folder: Path, meta: Meta) -> None:
@@ -58,11 +55,8 @@ class Cache:
         self.entries = self._array("entries", "f2", (n, ENTRY_CHANNELS, grid, grid))
         self.heads = self._array("heads", "f2", (n, HEAD_CHANNELS, grid // 4, grid // 4))
         self.latents: NDArray[Any] | None = None
-        self.large: NDArray[Any] | None = None
         if meta.channels:
             self.latents = self._array("latents", "f2", (n, meta.channels, grid, grid))
-            shape = (meta.large_images, meta.channels, 2 * grid, 2 * grid)
-            self.large = self._array("large", "f2", shape)
 
     def _array(self, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         path = self.folder / f"{name}.npy"
@@ -79,7 +73,7 @@ class Cache:
 
     def save(self) -> None:
         """Make what was computed so far survive an interruption."""
-        for array in (self.crops, self.entries, self.heads, self.latents, self.large):
+        for array in (self.crops, self.entries, self.heads, self.latents):
             if isinstance(array, np.memmap):
                 array.flush()
         with replacing(self.folder / "cache.json") as file:
@@ -98,7 +92,6 @@ def prepare(
     teacher: Teacher,
     *,
     space: str,
-    large_images: int = 0,
     seed: int = 0,
 ) -> Cache:
     """Crop, encode and label the photos into `folder`, going on where an earlier run stopped.
@@ -109,8 +102,6 @@ def prepare(
     wanted = Meta(
         SCHEMA_VERSION,
         len(images),
-        min(large_images, len(images)) if autoencoder else 0,
-        0,
         0,
         seed,
         space,
@@ -120,9 +111,15 @@ def prepare(
     )
     description = folder / "cache.json"
     if description.exists():
-        found = Meta(**json.loads(description.read_text()))
+        values = json.loads(description.read_text())
+        if values.get("schema_version") != SCHEMA_VERSION:
+            raise LatentsError(
+                f"{description}: was written by another version of latentguard; give another "
+                "--cache folder"
+            )
+        found = Meta(**values)
         for key, value in asdict(wanted).items():
-            if key not in ("done", "large_done") and getattr(found, key) != value:
+            if key != "done" and getattr(found, key) != value:
                 raise LatentsError(
                     f"{description}: {key} is {getattr(found, key)!r}, this run wants {value!r}; "
                     "give another --cache folder"
@@ -147,21 +144,4 @@ def prepare(
             if rows.stop % SAVE_EVERY < BATCH or rows.stop == len(images):
                 cache.save()
             progress.advance(len(rows))
-    if autoencoder is not None and cache.large is not None:
-        _prepare_large(cache, [images[i] for i in order], autoencoder, seed)
     return cache
-
-
-def _prepare_large(cache: Cache, images: Sequence[Path], encoder: Autoencoder, seed: int) -> None:
-    """The first crops again, at twice the size."""
-    meta = cache.meta
-    with Progress("encoding photos at 512 px", meta.large_images, meta.large_done) as progress:
-        for row in range(meta.large_done, meta.large_images):
-            pixels = torch.from_numpy(random_crop(images[row], seed + row, 2 * SIZE).copy())
-            latents = encoder.encode(pixels.permute(2, 0, 1)[None].float() / 255)
-            assert cache.large is not None
-            cache.large[row] = latents.tensor[0].numpy()
-            meta.large_done = row + 1
-            if meta.large_done % (SAVE_EVERY // 4) == 0 or meta.large_done == meta.large_images:
-                cache.save()
-            progress.advance(1)

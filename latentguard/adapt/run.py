@@ -10,6 +10,7 @@ from typing import Any
 
 from latentguard.adapt.autoencoders import Autoencoder, load_autoencoder
 from latentguard.adapt.cache import prepare
+from latentguard.adapt.halving import halving, set_halving
 from latentguard.adapt.images import find_images
 from latentguard.adapt.small_autoencoders import (
     DESIGNS,
@@ -23,7 +24,7 @@ from latentguard.adapt.view_cache import encode_all
 from latentguard.adapt.view_recipe import ViewRecipe
 from latentguard.encoders.catalog import ANY_VIEW
 from latentguard.encoders.nano import save_nano
-from latentguard.encoders.nano_net import OCTAVES
+from latentguard.encoders.nano_net import KERNEL, OCTAVES
 from latentguard.errors import ModelError
 from latentguard.policy import load_policy, shipped_policies
 from latentguard.spaces import LatentSpace
@@ -97,7 +98,6 @@ def adapt(
         encoder,
         teacher,
         space="" if found is None else found.name,
-        large_images=recipe.large_images,
         seed=recipe.seed,
     )
     work: AdapterRecipe | RgbRecipe
@@ -107,8 +107,9 @@ def adapt(
         encoded = encode_all(folder / "encoded", filled, own, recipe.view_cells)
         work = ViewRecipe(filled, recipe, config, encoded)
     elif encoder is not None:
-        kind, config = "adapter", {"channels": found.channels}
+        kind, config = "adapter", {"channels": found.channels, "halving": KERNEL}
         work = AdapterRecipe(filled, recipe, config)
+        set_halving(work.net, *halving(filled, encoder))
     else:
         kind, config = "rgb", rgb_config(found)
         work = RgbRecipe(filled, recipe, config)

@@ -1,8 +1,7 @@
 """Training a nano student on a cache of photos: two recipes, one loop.
 
 adapter: first the adapter alone, by regressing the teacher's features at 1/8 resolution; then the
-    whole network gently, on those features, the teacher's head map and its class posterior; last
-    the adapter's second entry, which reads latents of 512 px, by the same regression.
+    whole network gently, on those features, the teacher's head map and its class posterior.
 rgb: the whole pixel network, on the RGB view of a latent instead of the image (its head map
     averaged, and its class posterior), for spaces whose autoencoder is not at hand.
 """
@@ -43,8 +42,6 @@ class Recipe:
 
     adapter_passes: int = 22_400
     joint_passes: int = 4_800
-    large_passes: int = 3_200
-    large_images: int = 180
     batch_size: int = 32
     adapter_lr: float = 2.5e-3
     joint_adapter_lr: float = 3e-4
@@ -89,7 +86,8 @@ class AdapterRecipe:
         self.head_std = _per_channel(_scale(cache.batch("heads", sample[:128]).std((0, 2, 3))))
 
     def stages(self) -> list[Stage]:
-        adapter = list(self.net.adapter.parameters())
+        # The halving is fitted (halving.py), not trained.
+        adapter = [p for p in self.net.adapter.parameters() if p.requires_grad]
         # The depthwise kernels stay: their weight gradients cost as much as everything else.
         trunk = [
             p for n, p in self.net.trunk.named_parameters() if "depthwise.conv.weight" not in n
@@ -100,12 +98,10 @@ class AdapterRecipe:
             {"params": trunk, "lr": r.trunk_lr},
         ]
         first = [{"params": adapter, "lr": r.adapter_lr}]
-        half = [{"params": list(self.net.adapter.large.parameters()), "lr": r.adapter_lr}]
-        done, large = self.cache.meta.done, self.cache.meta.large_done
+        done = self.cache.meta.done
         return [
             Stage("adapter", first, r.adapter_passes, self.entry, done),
             Stage("joint", groups, r.joint_passes, self.joint, done),
-            Stage("large", half, r.large_passes if large else 0, self.large, large),
         ]
 
     def _latents(self, rows: NDArray[np.intp], noisy: bool) -> Tensor:
@@ -125,15 +121,6 @@ class AdapterRecipe:
         """Mean squared error of the features at 1/8 resolution, in standard deviations."""
         assert isinstance(net, NanoNet)
         return self._entry_error(net.adapter(self._latents(rows, training)), rows)
-
-    def large(self, net: nn.Module, rows: NDArray[np.intp], training: bool) -> Tensor:
-        """The same for the entry that reads 512 px, its target being what `small` reads at 256."""
-        assert isinstance(net, NanoNet)
-        x = self.cache.batch("large", rows).contiguous(memory_format=torch.channels_last)
-        # The shared blocks stay as they are, running statistics included.
-        net.adapter.small.eval()
-        net.adapter.blocks.eval()
-        return self._entry_error(net.adapter(x), rows)
 
     def joint(self, net: nn.Module, rows: NDArray[np.intp], training: bool) -> Tensor:
         """KL divergence from the teacher's posterior, plus both regressions."""

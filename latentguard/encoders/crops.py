@@ -26,8 +26,8 @@ PER_AXIS = 5
 """Crops along a side at most: those of larger images are larger."""
 _MULTIPLE = 4
 _MEASURED, _GROWTH = 9, 0.1
-"""The crops at which an encoder's `crop_lead` was measured, and what more of them add to it by their
-logarithm: the largest of many margins grows about so. Measured at 9 and at 25."""
+"""The crops at which an encoder's `crop_lead` was measured, and what more of them add to it by
+their logarithm: the largest of many margins grows about so. Measured at 9 and at 25."""
 
 
 class Crops(EncoderBase):

@@ -30,20 +30,43 @@ class ResidualBlock(nn.Module):
         return x + y
 
 
+KERNEL = 6
+"""Cells per side that a halving looks at."""
+SMALLEST = 8
+"""Rows or columns below which a grid is not halved."""
+
+
 class LatentAdapter(nn.Module):
     """Latents [B, C, h, w] -> features [B, 48, ~32, ~32].
 
-    Two entries share the blocks: `small` reads the grid as it is (256 px), `large` reads a grid of
-    twice the size with stride 2 (512 px), where each cell shows finer detail. Larger grids are
-    averaged down to the nearer of the two first.
+    `small` reads a grid of about 32 x 32 cells (256 px). Larger grids are halved first, once or
+    more, by a linear map that was fitted to give the latents of the picture at half its size
+    (adapt/halving.py): the mean of four cells is not that. Models made without one (`halving` 0)
+    have a second entry, `large`, which reads 64 x 64 cells with stride 2, and average what is
+    larger down to it.
     """
 
-    def __init__(self, channels: int, width: int = 96, hidden: int = 128, depth: int = 4) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int = 96,
+        hidden: int = 128,
+        depth: int = 4,
+        halving: int = 0,
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
         self.small = ConvBN(channels, width, 3)
-        self.large = ConvBN(channels, width, 4, 2)
+        self.halve: nn.Conv2d | None = None
+        if halving:
+            pad = (halving - 2) // 2
+            self.halve = nn.Conv2d(
+                channels, channels, halving, 2, padding=pad, padding_mode="replicate"
+            )
+            self.halve.requires_grad_(False)
+        else:
+            self.large = ConvBN(channels, width, 4, 2)
         self.blocks = nn.Sequential(*(ResidualBlock(width, hidden) for _ in range(depth)))
         self.out = nn.Conv2d(width, ENTRY_CHANNELS, 1)
 
@@ -51,18 +74,33 @@ class LatentAdapter(nn.Module):
     std: Tensor
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = (latents - self.mean) / self.std
-        cells = (x.shape[-2] * x.shape[-1]) ** 0.5
-        # The geometric middle between the two trained sizes separates them.
-        big = cells > GRID * 2**0.5
+        x = latents
+        if self.halve is not None:
+            while _is_big(x) and min(x.shape[-2:]) >= SMALLEST:
+                x = self.halve(x)
+        x = (x - self.mean) / self.std
+        big = self.halve is None and _is_big(x)
         target = 2 * GRID if big else GRID
-        ratio = target / cells
+        ratio = target / _cells(x)
         if not 0.75 < ratio < 1.34:
             size = tuple(max(4, round(n * ratio / 4) * 4) for n in x.shape[-2:])
-            x = F.interpolate(x, size=size, mode="bilinear", antialias=ratio < 1)
+            # In float32, as not every device has this in bfloat16.
+            shrunk = F.interpolate(x.float(), size=size, mode="bilinear", antialias=ratio < 1)
+            x = shrunk.to(x.dtype)
         x = self.large(x) if big else self.small(x)
         y: Tensor = self.out(self.blocks(x))
         return y
+
+
+def _cells(x: Tensor) -> float:
+    """Per side, of a square as large."""
+    cells: float = (x.shape[-2] * x.shape[-1]) ** 0.5
+    return cells
+
+
+def _is_big(x: Tensor) -> bool:
+    """Whether a grid is nearer to 64 x 64 cells than to 32 x 32, by their geometric middle."""
+    return _cells(x) > GRID * 2**0.5
 
 
 class NanoNet(nn.Module):
@@ -70,9 +108,16 @@ class NanoNet(nn.Module):
 
     crop_side: int | None = GRID
 
-    def __init__(self, channels: int, width: int = 96, hidden: int = 128, depth: int = 4) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int = 96,
+        hidden: int = 128,
+        depth: int = 4,
+        halving: int = 0,
+    ) -> None:
         super().__init__()
-        self.adapter = LatentAdapter(channels, width, hidden, depth)
+        self.adapter = LatentAdapter(channels, width, hidden, depth, halving)
         self.trunk = LiteTrunk()
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -34,8 +34,6 @@ from latentguard.spaces import SPACES, Latents
 TINY = Recipe(
     adapter_passes=4,
     joint_passes=4,
-    large_passes=2,
-    large_images=3,
     batch_size=2,
     view_cells=(16,),
     view_passes=4,
@@ -190,7 +188,7 @@ def test_adapter_recipe_end_to_end(
     assert result.images == 5
     assert result.plot.stat().st_size > 1000
     history = json.loads(result.history.read_text())["history"]
-    assert [entry["stage"] for entry in history] == ["adapter"] * 2 + ["joint"] * 2 + ["large"]
+    assert [entry["stage"] for entry in history] == ["adapter"] * 2 + ["joint"] * 2
     assert out.stat().st_size < 16 << 20
     encoder = load_encoder(out)
     assert isinstance(encoder, NanoEncoder)
@@ -211,7 +209,7 @@ def test_training_goes_on_where_it_stopped(few: Path, encoder_file: Path, tmp_pa
     images = find_images([few])
     autoencoder, teacher = load_autoencoder(encoder_file), load_teacher()
     cache = prepare(tmp_path, images, autoencoder, teacher, space="flux2")
-    recipe = Recipe(adapter_passes=12, joint_passes=0, large_passes=0, batch_size=2, noise=0.0)
+    recipe = Recipe(adapter_passes=12, joint_passes=0, batch_size=2, noise=0.0)
 
     def trainer(name: str) -> Trainer:
         torch.manual_seed(1)
