@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import latentguard
 from latentguard.errors import MissingExtraError, ModelError, UsageError
@@ -246,6 +246,7 @@ class _Job:
     folder: str | None
     identity: str
     version: str
+    previews: bool | Literal["late"]
 
 
 class _Driver:
@@ -264,6 +265,7 @@ class _Driver:
             folder=_folder(run),
             identity=_identity(run.options, judging.judges),
             version=latentguard.__version__,
+            previews=judging.previews,
         )
 
     def scan(self, shards: Sequence[Shard], at_once: int) -> None:
@@ -375,8 +377,10 @@ def _folder(run: Run) -> str | None:
 class _Queued(Judging):
     """Judges in one thread of the process, whoever asks: one batch at a time."""
 
-    def __init__(self, judges: Judges, thread: ThreadPoolExecutor) -> None:
-        super().__init__(judges)
+    def __init__(
+        self, judges: Judges, previews: bool | Literal["late"], thread: ThreadPoolExecutor
+    ) -> None:
+        super().__init__(judges, previews)
         self._thread = thread
 
     def judge(self, batch: Sequence[ArrayRecord]) -> list[ScanRecord]:
@@ -438,7 +442,7 @@ class _Scanner:
         done = self._done(shard)
         if done is not None:
             return done
-        judging = _Queued(self._judges, self._thread)
+        judging = _Queued(self._judges, self._job.previews, self._thread)
         return scan_unit(self._store, shard, self._job.options, judging)
 
     def _done(self, shard: Shard) -> Entry | None:
