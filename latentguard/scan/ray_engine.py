@@ -307,7 +307,7 @@ class _Driver:
             rows = [{"shard": pickle.dumps(shard)} for shard in shards]
             return from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
                 _Scanner,
-                fn_constructor_args=(job,),
+                fn_constructor_args=(pickle.dumps(job),),
                 batch_size=1,
                 batch_format="numpy",
                 compute=ActorPoolStrategy(
@@ -390,11 +390,12 @@ class _Queued(Judging):
 class _Scanner:
     """What runs in an actor: shards in, the entries of the manifest out.
 
-    What goes wrong is a row, too, as Ray would take an exception for one more death.
+    job: a pickled `_Job`, as Ray wants what it can hash. What goes wrong is a row, too, as Ray
+    would take an exception for one more death.
     """
 
-    def __init__(self, job: _Job) -> None:
-        self._job = job
+    def __init__(self, job: bytes) -> None:
+        self._job: _Job = pickle.loads(job)
         self._failure: Exception | None = None
         try:
             self._open()
