@@ -35,7 +35,7 @@ from latentguard.scan.judging import Judging
 from latentguard.scan.local import ATTEMPTS, check_errors
 from latentguard.scan.options import RunOptions
 from latentguard.scan.record import ScanRecord
-from latentguard.scan.run import Run, fail_unit, scan_unit
+from latentguard.scan.run import RUN, Run, fail_unit, scan_unit
 from latentguard.scan.shard import Shard
 from latentguard.scan.store import Store, open_store
 from latentguard.scan.unit import entry_name
@@ -237,14 +237,12 @@ def _sizes(pool: Pool, device: str | None, shards: int) -> _Sizes:
 class _Job:
     """What every actor must know.
 
-    folder: where relative paths begin; None where all are whole. identity: of the driver's options
-    and model, as JSON.
+    folder: where relative paths begin; None where all are whole.
     """
 
     place: str
     options: RunOptions
     folder: str | None
-    identity: str
     version: str
     previews: bool | Literal["late"]
 
@@ -255,7 +253,6 @@ class _Driver:
     ) -> None:
         self._run, self._pool, self._noted = run, pool, noted
         self._max_errors = max_errors
-        self._nodes: set[str] = set()
         self._models: dict[str, tuple[str, str]] = {}
         for entry in run.done.values():
             self._check_models(entry)
@@ -263,7 +260,6 @@ class _Driver:
             place=run.place,
             options=run.options,
             folder=_folder(run),
-            identity=_identity(run.options, judging.judges),
             version=latentguard.__version__,
             previews=judging.previews,
         )
@@ -274,9 +270,7 @@ class _Driver:
         for row in _rows(self._dataset(shards, at_once)):
             if row["failure"]:
                 raise pickle.loads(row["failure"])
-            entry = Entry.from_json(row["entry"])
-            self._check_node(row["node"], entry)
-            self.note(entry)
+            self.note(Entry.from_json(row["entry"]))
 
     def note(self, entry: Entry) -> None:
         """A shard is done. What a lost node had sent already may come again."""
@@ -323,17 +317,6 @@ class _Driver:
                 ray_remote_args_fn=_restarts,
             )
 
-    def _check_node(self, node: str, entry: Entry) -> None:
-        """Raises UsageError for a node that writes where this process cannot read."""
-        if node in self._nodes:
-            return
-        if self._run.store.read(entry_name(entry.number)) is None:
-            raise UsageError(
-                f"what a node of the Ray cluster wrote to {self._run.place} is not there for this "
-                "one: name a folder that all nodes share, or an address such as s3://..."
-            )
-        self._nodes.add(node)
-
     def _check_models(self, entry: Entry) -> None:
         """Raises UsageError where nodes have different models of one space."""
         for space, model in entry.models.items():
@@ -356,10 +339,6 @@ def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
         names = list(batch)
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(names, values, strict=True))
-
-
-def _identity(options: RunOptions, judges: Judges) -> str:
-    return json.dumps(options.identity(judges), sort_keys=True)
 
 
 def _folder(run: Run) -> str | None:
@@ -419,22 +398,28 @@ class _Scanner:
                 ) from error
         self._store: Store = open_store(job.place)
         self._judges = job.options.judges()
-        if _identity(job.options, self._judges) != job.identity:
+        said = self._store.read(RUN)
+        if said is None:
+            raise UsageError(
+                f"node {node} does not see the run in {job.place}: name a folder that all nodes "
+                "share, or an address such as s3://..."
+            )
+        if json.loads(said)["options"] != json.loads(
+            json.dumps(job.options.identity(self._judges))
+        ):
             raise ModelError(f"node {node} has another model or space than this one by these names")
         self._thread = ThreadPoolExecutor(1)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`shard`, one of them, to `entry`, `failure` and `node`."""
+        """`shard`, one of them, to `entry` and `failure`."""
         import numpy as np
-        import ray
 
         entry = failure = b""
         try:
             entry = self._scan(pickle.loads(batch["shard"][0])).to_json()
         except Exception as error:  # as in __init__
             failure = _sent(error)
-        node = ray.get_runtime_context().get_node_id()
-        values = {"entry": entry, "failure": failure, "node": node}
+        values = {"entry": entry, "failure": failure}
         return {name: np.array([value], dtype=object) for name, value in values.items()}
 
     def _scan(self, shard: Shard) -> Entry:
