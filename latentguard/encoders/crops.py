@@ -2,7 +2,8 @@
 
 A small object in a large image is a few cells of the one view that the whole image is. In a crop it
 fills what the encoder sees. Crops also see more that can be mistaken, one chance each, so a crop's
-margin counts less by a fixed lead that it has to have (docs/views.md has the measurements).
+margin counts less by a lead that it has to have, and that grows with the number of crops
+(docs/views.md has the measurements).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 PER_AXIS = 5
 """Crops along a side at most: those of larger images are larger."""
 _MULTIPLE = 4
+_MEASURED, _GROWTH = 9, 0.1
+"""The crops at which an encoder's `crop_lead` was measured, and what more of them add to it by their
+logarithm: the largest of many margins grows about so. Measured at 9 and at 25."""
 
 
 class Crops(EncoderBase):
@@ -52,7 +56,7 @@ class Crops(EncoderBase):
                 "nano-flux2"
             )
         self.whole = encoder
-        self.side, self.lead = kind.crop_side, kind.crop_lead
+        self.side, self._lead = kind.crop_side, kind.crop_lead
         self.sha256, self.space = encoder.sha256, encoder.space
         self.needs_scaled, self.dim = encoder.needs_scaled, encoder.dim
         self.logit_scale = encoder.logit_scale
@@ -110,7 +114,11 @@ class Crops(EncoderBase):
         )
         own = crops.pooled.reshape(-1, count, crops.pooled.shape[-1])
         pooled = torch.cat([whole.pooled[:, None], own], 1).flatten(0, 1)
-        return Features(pooled, whole.tokens, whole.grid, 1 + count, lead=self.lead)
+        return Features(pooled, whole.tokens, whole.grid, 1 + count, lead=self.lead(count))
+
+    def lead(self, count: int) -> float:
+        """What the margin of one of so many crops has to have above what the whole needs."""
+        return self._lead + _GROWTH * max(0.0, math.log(count / _MEASURED))
 
     def encode_latents(self, latents: Latents) -> Tensor:
         """The whole image's embedding; crops have their own."""

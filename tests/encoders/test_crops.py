@@ -47,10 +47,10 @@ def example(name: str) -> torch.Tensor:
 
 
 def scene() -> Latents:
-    """A revolver in the corner of a picture of 1024 px that shows something else."""
+    """A revolver in a picture of 1024 px that shows something else, where one of its crops is."""
     calm = load_latents(EXAMPLES)[0].tensor.float()
     large = torch.nn.functional.interpolate(calm, size=(128, 128), mode="bilinear")
-    large[..., 90:122, 8:40] = example("revolver")
+    large[..., 72:104, 0:32] = example("revolver")
     return Latents(large, "flux2", scaled=True)
 
 
@@ -73,7 +73,7 @@ def test_the_best_view_decides_less_its_lead() -> None:
     boxes = boxes_of(128, 128, SIDE)
     views = [latents.tensor, *(latents.tensor[..., a:b, c:d] for a, b, c, d in boxes)]
     margins = [scorer.score(Latents(view, "flux2", scaled=True)).margin[0] for view in views]
-    lead = Crops(encoder).lead
+    lead = Crops(encoder).lead(len(margins) - 1)
     want = torch.stack([margins[0], *(margin - lead for margin in margins[1:])]).amax(0)
     found = Scorer("weapons", Crops(encoder)).score(latents)
     torch.testing.assert_close(found.margin[0], want, atol=1e-4, rtol=0)
@@ -128,6 +128,12 @@ def test_a_scan_says_nothing_of_small_images(tmp_path: Path) -> None:
     scan = Scan(EXAMPLES, "weapons", "nano-flux2")
     assert len(list(scan)) == 25
     assert not any("read whole" in note for note in scan.notes)
+
+
+def test_more_crops_need_a_larger_lead() -> None:
+    crops = Crops(load_encoder("nano-flux2"))
+    assert crops.lead(4) == crops.lead(9) == 0.25
+    assert crops.lead(25) == pytest.approx(0.352, abs=1e-3)
 
 
 def test_models_without_a_measured_lead_are_refused() -> None:
