@@ -68,8 +68,8 @@ def scan(args: argparse.Namespace) -> dict[str, Any]:
     from latentguard.policy import load_policy
     from latentguard.scan.judging import Judging
     from latentguard.scan.options import RunOptions
+    from latentguard.scan.parts import collect
     from latentguard.scan.run import open_run
-    from latentguard.scan.tally import Tally
 
     options = RunOptions(
         load_policy(POLICY),
@@ -93,9 +93,7 @@ def scan(args: argparse.Namespace) -> dict[str, Any]:
             run_local(run, Judging(judges), workers=default_workers())
         whole = time.perf_counter() - begun
         written = sum(entry.part.size for entry in run.done.values())
-    total = Tally()
-    for entry in run.done.values():
-        total.merge(Tally.from_dict(entry.tally))
+        total = collect([Path(place)]).tally
     images = sum(entry.outcomes.total() for entry in run.done.values())
     assert run.errors == 0, "every image must be scored"
     assert total.began is not None

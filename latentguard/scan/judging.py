@@ -45,7 +45,7 @@ class Judging:
         taxonomies: Sequence[str] = (),
     ) -> None:
         self.judges, self._taxonomies = judges, taxonomies
-        self._previewed, self._heated = previews, heatmaps
+        self.previews, self._heated = previews, heatmaps
         self.seconds = 0.0
 
     @property
@@ -102,7 +102,7 @@ class Judging:
                 f"images of more than {side}x{side} cells were read whole, and {identity.name} "
                 "misses small objects in them: --views crops finds more, at several times the cost"
             )
-        pictures = self._previews(latents) if self._previewed is True else None
+        pictures = self._previews(latents) if self.previews is True else None
         heats = self._heats(judged.heatmaps)
         return [
             self._record(
@@ -127,7 +127,7 @@ class Judging:
         preview: np.ndarray | None = None,
         heats: np.ndarray | None = None,
     ) -> ScanRecord:
-        latents, late = record.latents, self._previewed == "late"
+        latents, late = record.latents, self.previews == "late"
         return ScanRecord(
             source=record.source,
             index=record.index,

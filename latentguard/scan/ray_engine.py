@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import latentguard
 from latentguard.errors import MissingExtraError, ModelError, UsageError
@@ -35,7 +35,7 @@ from latentguard.scan.judging import Judging
 from latentguard.scan.local import ATTEMPTS, check_errors
 from latentguard.scan.options import RunOptions
 from latentguard.scan.record import ScanRecord
-from latentguard.scan.run import Run, fail_unit, scan_unit
+from latentguard.scan.run import RUN, Run, fail_unit, scan_unit
 from latentguard.scan.shard import Shard
 from latentguard.scan.store import Store, open_store
 from latentguard.scan.unit import entry_name
@@ -237,15 +237,14 @@ def _sizes(pool: Pool, device: str | None, shards: int) -> _Sizes:
 class _Job:
     """What every actor must know.
 
-    folder: where relative paths begin; None where all are whole. identity: of the driver's options
-    and model, as JSON.
+    folder: where relative paths begin; None where all are whole.
     """
 
     place: str
     options: RunOptions
     folder: str | None
-    identity: str
     version: str
+    previews: bool | Literal["late"]
 
 
 class _Driver:
@@ -254,7 +253,6 @@ class _Driver:
     ) -> None:
         self._run, self._pool, self._noted = run, pool, noted
         self._max_errors = max_errors
-        self._nodes: set[str] = set()
         self._models: dict[str, tuple[str, str]] = {}
         for entry in run.done.values():
             self._check_models(entry)
@@ -262,8 +260,8 @@ class _Driver:
             place=run.place,
             options=run.options,
             folder=_folder(run),
-            identity=_identity(run.options, judging.judges),
             version=latentguard.__version__,
+            previews=judging.previews,
         )
 
     def scan(self, shards: Sequence[Shard], at_once: int) -> None:
@@ -272,9 +270,7 @@ class _Driver:
         for row in _rows(self._dataset(shards, at_once)):
             if row["failure"]:
                 raise pickle.loads(row["failure"])
-            entry = Entry.from_json(row["entry"])
-            self._check_node(row["node"], entry)
-            self.note(entry)
+            self.note(Entry.from_json(row["entry"]))
 
     def note(self, entry: Entry) -> None:
         """A shard is done. What a lost node had sent already may come again."""
@@ -305,7 +301,7 @@ class _Driver:
             rows = [{"shard": pickle.dumps(shard)} for shard in shards]
             return from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
                 _Scanner,
-                fn_constructor_args=(job,),
+                fn_constructor_args=(pickle.dumps(job),),
                 batch_size=1,
                 batch_format="numpy",
                 compute=ActorPoolStrategy(
@@ -320,17 +316,6 @@ class _Driver:
                 num_gpus=sizes.gpus,
                 ray_remote_args_fn=_restarts,
             )
-
-    def _check_node(self, node: str, entry: Entry) -> None:
-        """Raises UsageError for a node that writes where this process cannot read."""
-        if node in self._nodes:
-            return
-        if self._run.store.read(entry_name(entry.number)) is None:
-            raise UsageError(
-                f"what a node of the Ray cluster wrote to {self._run.place} is not there for this "
-                "one: name a folder that all nodes share, or an address such as s3://..."
-            )
-        self._nodes.add(node)
 
     def _check_models(self, entry: Entry) -> None:
         """Raises UsageError where nodes have different models of one space."""
@@ -356,10 +341,6 @@ def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
             yield dict(zip(names, values, strict=True))
 
 
-def _identity(options: RunOptions, judges: Judges) -> str:
-    return json.dumps(options.identity(judges), sort_keys=True)
-
-
 def _folder(run: Run) -> str | None:
     names: Iterable[str] = (name for shard in run.shards for name in shard.files)
     given = [run.place, *([run.options.model] if run.options.runtime == "onnx" else [])]
@@ -375,8 +356,10 @@ def _folder(run: Run) -> str | None:
 class _Queued(Judging):
     """Judges in one thread of the process, whoever asks: one batch at a time."""
 
-    def __init__(self, judges: Judges, thread: ThreadPoolExecutor) -> None:
-        super().__init__(judges)
+    def __init__(
+        self, judges: Judges, previews: bool | Literal["late"], thread: ThreadPoolExecutor
+    ) -> None:
+        super().__init__(judges, previews)
         self._thread = thread
 
     def judge(self, batch: Sequence[ArrayRecord]) -> list[ScanRecord]:
@@ -386,11 +369,12 @@ class _Queued(Judging):
 class _Scanner:
     """What runs in an actor: shards in, the entries of the manifest out.
 
-    What goes wrong is a row, too, as Ray would take an exception for one more death.
+    job: a pickled `_Job`, as Ray wants what it can hash. What goes wrong is a row, too, as Ray
+    would take an exception for one more death.
     """
 
-    def __init__(self, job: _Job) -> None:
-        self._job = job
+    def __init__(self, job: bytes) -> None:
+        self._job: _Job = pickle.loads(job)
         self._failure: Exception | None = None
         try:
             self._open()
@@ -414,22 +398,28 @@ class _Scanner:
                 ) from error
         self._store: Store = open_store(job.place)
         self._judges = job.options.judges()
-        if _identity(job.options, self._judges) != job.identity:
+        said = self._store.read(RUN)
+        if said is None:
+            raise UsageError(
+                f"node {node} does not see the run in {job.place}: name a folder that all nodes "
+                "share, or an address such as s3://..."
+            )
+        if json.loads(said)["options"] != json.loads(
+            json.dumps(job.options.identity(self._judges))
+        ):
             raise ModelError(f"node {node} has another model or space than this one by these names")
         self._thread = ThreadPoolExecutor(1)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`shard`, one of them, to `entry`, `failure` and `node`."""
+        """`shard`, one of them, to `entry` and `failure`."""
         import numpy as np
-        import ray
 
         entry = failure = b""
         try:
             entry = self._scan(pickle.loads(batch["shard"][0])).to_json()
         except Exception as error:  # as in __init__
             failure = _sent(error)
-        node = ray.get_runtime_context().get_node_id()
-        values = {"entry": entry, "failure": failure, "node": node}
+        values = {"entry": entry, "failure": failure}
         return {name: np.array([value], dtype=object) for name, value in values.items()}
 
     def _scan(self, shard: Shard) -> Entry:
@@ -438,7 +428,7 @@ class _Scanner:
         done = self._done(shard)
         if done is not None:
             return done
-        judging = _Queued(self._judges, self._thread)
+        judging = _Queued(self._judges, self._job.previews, self._thread)
         return scan_unit(self._store, shard, self._job.options, judging)
 
     def _done(self, shard: Shard) -> Entry | None:
