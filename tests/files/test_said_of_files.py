@@ -24,7 +24,7 @@ from latentguard.files import (
     read_records,
     save_latents,
 )
-from latentguard.spaces import Latents, LatentSpace
+from latentguard.spaces import SPACES, Latents, LatentSpace
 
 SAYS: dict[str, Any] = {"space": "flux2", "scaled": True}
 IMAGE = flux2_batch(1)
@@ -34,8 +34,11 @@ OTHER = flux2_batch(2)
 # -- the object ------------------------------------------------------------------------------
 
 
-def test_a_reading_goes_to_another_process(tmp_path: Path) -> None:
+def test_a_reading_goes_to_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also with a space of one's own, which that process does not know."""
+    monkeypatch.setattr("latentguard.spaces.space.SPACES", dict(SPACES))
     space = LatentSpace("mine", channels=5, scale=2.0, vae_scale_factor=8)
     reading = Reading.of(space, True, key="x", member="*.latents.npy", dequantize="0.5,127")
     assert (reading.member, reading.dequantize) == ("latents.npy", (0.5, 127.0))
