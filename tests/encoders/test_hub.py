@@ -296,6 +296,7 @@ def test_fetching_downloads_converts_and_tidies_up(
     assert "is here already" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_download_is_of_one_commit_and_of_the_digest_that_is_published(
     get: Callable[..., subprocess.CompletedProcess[str]], server: Any
 ) -> None:

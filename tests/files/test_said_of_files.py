@@ -34,9 +34,7 @@ OTHER = flux2_batch(2)
 # -- the object ------------------------------------------------------------------------------
 
 
-def test_a_reading_goes_to_another_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reading_goes_to_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with a space of one's own, which that process does not know."""
     monkeypatch.setattr("latentguard.spaces.space.SPACES", dict(SPACES))
     space = LatentSpace("mine", channels=5, scale=2.0, vae_scale_factor=8)

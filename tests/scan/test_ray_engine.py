@@ -74,6 +74,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+@pytest.mark.slow
 @needs_ray
 def test_both_engines_say_the_same(tmp_path: Path, calm: Path) -> None:
     shards = write_shards(tmp_path / "shards", 4, 5)

@@ -405,6 +405,7 @@ def test_shards_are_planned_by_size(tmp_path: Path) -> None:
     assert error.error == "matches no file"
 
 
+@pytest.mark.slow
 def test_a_missing_extra_names_itself(tmp_path: Path, calm: Path) -> None:
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"

@@ -178,6 +178,7 @@ def test_readers_killed_at_twenty_random_moments(tmp_path: Path, calm: Path) -> 
         assert records_of(scan_run(place, options, shards, resume=True)) == whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_can_go_on(tmp_path: Path, calm: Path) -> None:
     shards = write_shards(tmp_path / "shards", 2, 8)
     run = tmp_path / "run"

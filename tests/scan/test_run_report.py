@@ -435,6 +435,7 @@ def test_a_run_is_reported(scanned: tuple[Path, Path], tmp_path: Path, command: 
     assert collect(parts).tally.outcomes == collect([run]).tally.outcomes
 
 
+@pytest.mark.slow
 def test_a_run_on_another_file_system_is_reported(
     scanned: tuple[Path, Path], tmp_path: Path, command: Any
 ) -> None:

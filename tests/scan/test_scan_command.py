@@ -45,15 +45,15 @@ KEYS = {
     ("action", "fail_on", "code"),
     [
         (None, "block", 0),
-        (None, "review", 0),
-        ("observe", "review", 0),
+        pytest.param(None, "review", 0, marks=pytest.mark.slow),
+        pytest.param("observe", "review", 0, marks=pytest.mark.slow),
         ("review", "block", 0),
         ("review", "review", 1),
-        ("review", "never", 0),
-        ("steer", "block", 1),
+        pytest.param("review", "never", 0, marks=pytest.mark.slow),
+        pytest.param("steer", "block", 1, marks=pytest.mark.slow),
         ("block", "block", 1),
-        ("block", "review", 1),
-        ("block", "never", 0),
+        pytest.param("block", "review", 1, marks=pytest.mark.slow),
+        pytest.param("block", "never", 0, marks=pytest.mark.slow),
     ],
 )
 def test_exit_codes(
@@ -74,8 +74,20 @@ def test_exit_codes(
     assert len(ran.out.splitlines()) == 2
 
 
-@pytest.mark.parametrize("fail_on", ["block", "review", "never"])
-@pytest.mark.parametrize("action", ["observe", "block"])
+@pytest.mark.parametrize(
+    ("action", "fail_on"),
+    [
+        ("observe", "never"),
+        ("block", "block"),
+        *(
+            pytest.param(action, fail_on, marks=pytest.mark.slow)
+            for action, fail_on in [
+                *(("observe", "block"), ("observe", "review")),
+                *(("block", "review"), ("block", "never")),
+            ]
+        ),
+    ],
+)
 def test_unreadable_input_is_3_and_wins(
     tmp_path: Path, policy: Callable[..., Path], command: Any, action: str, fail_on: str
 ) -> None:
@@ -294,6 +306,7 @@ def test_a_file_that_could_hold_latents_is_not_passed_over(
     assert good["error"] is None
 
 
+@pytest.mark.slow
 def test_options_that_say_what_files_do_not(tmp_path: Path, calm: Path, command: Any) -> None:
     """README's recipe, a shard of other names, and what --strict makes of a caption."""
     said = ("--space", "flux2", "--scaled", "--policy", calm, "--format", "json")
@@ -404,7 +417,7 @@ def test_a_reader_of_the_table_that_goes_away_is_not_a_match(tmp_path: Path, cal
             ("scan", "a.pt", "--policy", "calm.yaml", "-q", "--format", "json"),
             marks=pytest.mark.slow,
         ),
-        ("scan", "a.pt", "--policy", "calm.yaml"),
+        pytest.param(("scan", "a.pt", "--policy", "calm.yaml"), marks=pytest.mark.slow),
         ("policy", "schema"),
     ],
     ids=lambda arguments: " ".join(arguments[:2] + arguments[-1:]),
@@ -458,6 +471,7 @@ def test_an_interrupted_scan_is_not_a_match(tmp_path: Path, calm: Path) -> None:
     assert b"Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_the_progress_bar_is_for_terminals(tmp_path: Path, calm: Path) -> None:
     """On a terminal's standard error only, and standard output holds nothing but records."""
     file = write_latents(tmp_path / "a.pt", 4)

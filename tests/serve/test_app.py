@@ -70,7 +70,9 @@ def refused(answer: Any, status: int) -> str:
 # -- verdicts --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float16", marks=pytest.mark.slow), "float32", "float64"]
+)
 def test_verdicts_are_the_guards(
     client: TestClient, guard: Guard, latents: Array, dtype: str
 ) -> None:
