@@ -31,7 +31,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A bucket on a server of this machine, and what finds it in the environment."""
-    pytest.importorskip("s3fs", reason="s3:// needs s3fs")
+    s3fs = pytest.importorskip("s3fs", reason="s3:// needs s3fs")
     server_module = pytest.importorskip("moto.server", reason="the test's S3 server is moto")
     server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -41,9 +41,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patched.setenv("AWS_ACCESS_KEY_ID", "test")
         patched.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patched.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        # Connections are kept by what they were asked with, which the port is no part of, and a
+        # worker may come back to this module.
+        s3fs.S3FileSystem.clear_instance_cache()
         fs = fsspec.filesystem("s3")
         fs.mkdir("bucket")
         yield fs
+    s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
 
