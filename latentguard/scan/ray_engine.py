@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import socket
 import warnings
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import latentguard
+from latentguard import errors
 from latentguard.errors import MissingExtraError, ModelError, UsageError
 from latentguard.files import ArrayRecord
 from latentguard.files.addresses import is_address, shown
@@ -233,9 +233,9 @@ def _sizes(pool: Pool, device: str | None, shards: int) -> _Sizes:
 # -- the driver ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
-    """What every actor must know.
+    """What every actor must know. Ray wants what it can hash, and so it is equal to itself alone.
 
     folder: where relative paths begin; None where all are whole.
     """
@@ -269,7 +269,7 @@ class _Driver:
         done behind it."""
         for row in _rows(self._dataset(shards, at_once)):
             if row["failure"]:
-                raise pickle.loads(row["failure"])
+                raise _received(row["failure"])
             self.note(Entry.from_json(row["entry"]))
 
     def note(self, entry: Entry) -> None:
@@ -298,10 +298,10 @@ class _Driver:
         with DataContext.current(context), warnings.catch_warnings():
             # ray_remote_args_fn goes in Ray 2.64, and until then nothing else bounds retries.
             warnings.simplefilter("ignore")
-            rows = [{"shard": pickle.dumps(shard)} for shard in shards]
+            rows = [{"shard": shard.to_json()} for shard in shards]
             return from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
                 _Scanner,
-                fn_constructor_args=(pickle.dumps(job),),
+                fn_constructor_args=(job,),
                 batch_size=1,
                 batch_format="numpy",
                 compute=ActorPoolStrategy(
@@ -369,12 +369,11 @@ class _Queued(Judging):
 class _Scanner:
     """What runs in an actor: shards in, the entries of the manifest out.
 
-    job: a pickled `_Job`, as Ray wants what it can hash. What goes wrong is a row, too, as Ray
-    would take an exception for one more death.
+    What goes wrong is a row, too, as Ray would take an exception for one more death.
     """
 
-    def __init__(self, job: bytes) -> None:
-        self._job: _Job = pickle.loads(job)
+    def __init__(self, job: _Job) -> None:
+        self._job = job
         self._failure: Exception | None = None
         try:
             self._open()
@@ -416,7 +415,7 @@ class _Scanner:
 
         entry = failure = b""
         try:
-            entry = self._scan(pickle.loads(batch["shard"][0])).to_json()
+            entry = self._scan(Shard.from_json(str(batch["shard"][0]))).to_json()
         except Exception as error:  # as in __init__
             failure = _sent(error)
         values = {"entry": entry, "failure": failure}
@@ -442,9 +441,18 @@ class _Scanner:
 
 
 def _sent(error: Exception) -> bytes:
-    """An exception that another process can raise."""
-    with suppress(Exception):
-        data = pickle.dumps(error)
-        pickle.loads(data)
-        return data
-    return pickle.dumps(RuntimeError(f"{type(error).__name__}: {first_line(error, 'no message')}"))
+    """An exception on its way to the driver: its kind, and what it was made of."""
+    made = [error.errno, error.strerror, error.filename] if isinstance(error, OSError) else []
+    said = {"kind": type(error).__name__, "message": str(error), "made": made}
+    return json.dumps(said, default=str).encode("ascii")
+
+
+def _received(data: bytes) -> Exception:
+    """The exception that an actor met, of its own kind where that is one of this package's."""
+    said = json.loads(data)
+    if said["made"]:
+        return OSError(*said["made"])
+    kind = getattr(errors, said["kind"], None)
+    if isinstance(kind, type) and issubclass(kind, errors.LatentGuardError):
+        return kind(said["message"])
+    return RuntimeError(f"{said['kind']}: {first_line(said['message'], 'no message')}")

@@ -1,13 +1,12 @@
 """A process that reads: shards from its pipe to batches of arrays. It knows no model, and no torch.
 
-Messages are pickled, between processes of one run alone. The driver says a shard, and then `GO` for
+Messages go between processes of one run alone. The driver says a shard, and then `GO` for
 each batch, so that no more is decoded than it has room for.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -54,12 +53,12 @@ def serve(pipe: Connection, options: RunOptions) -> None:
 
 def send(pipe: Connection, message: Any) -> None:
     """Send anything. Raises OSError where nobody is there to read it."""
-    pipe.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+    pipe.send(message)
 
 
 def receive(pipe: Connection) -> Any:
     """The next message. Raises EOFError or OSError where whoever sent them is gone."""
-    return pickle.loads(pipe.recv_bytes())
+    return pipe.recv()
 
 
 def held(batch: list[ArrayRecord]) -> int:

@@ -180,11 +180,8 @@ def open_run(
 def _begin(store: Store, options: RunOptions, judges: Judges, shards: list[Shard]) -> bytes:
     """Write what the run is, unless another process has just done so; what is there now."""
     # Whoever may read what came of a run needs no signature or password of what was scanned.
-    lines = "".join(
-        json.dumps({"number": s.number, "files": list(map(shown, s.files)), "error": s.error})
-        + "\n"
-        for s in shards
-    ).encode("ascii")
+    named = (replace(shard, files=tuple(map(shown, shard.files))) for shard in shards)
+    lines = "".join(f"{shard.to_json()}\n" for shard in named).encode("ascii")
     digest = hashlib.sha256(lines).hexdigest()
     store.write(_list_name(digest), lines)
     about = {
@@ -232,10 +229,7 @@ def _agreed(
     lines = store.read(_list_name(digest))
     if lines is None or hashlib.sha256(lines).hexdigest() != digest:
         raise UsageError(f"{place}: {_list_name(digest)} is damaged or gone: begin another run")
-    shards = [
-        Shard(one["number"], tuple(one["files"]), one["error"])
-        for one in map(json.loads, lines.splitlines())
-    ]
+    shards = [Shard.from_json(line) for line in lines.splitlines()]
     if planned is None:
         return shards
     _check_same_files(place, shards, planned)

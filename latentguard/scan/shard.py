@@ -6,11 +6,13 @@ shard are the same whichever process scans it, and after whichever other one.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Self
 
 from latentguard.files import ArrayRecord, PassedOver
 from latentguard.files.addresses import Remote, found, is_address
@@ -45,6 +47,16 @@ class Shard:
     number: int
     files: tuple[str, ...]
     error: str | None = None
+
+    def to_json(self) -> str:
+        """One line, as in a run's list of shards."""
+        return json.dumps({"number": self.number, "files": self.files, "error": self.error})
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Self:
+        """What `to_json` wrote."""
+        values = json.loads(line)
+        return cls(values["number"], tuple(values["files"]), values["error"])
 
 
 @dataclass

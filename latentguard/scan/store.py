@@ -183,6 +183,8 @@ class _Remote(Store):
             except FileExistsError:
                 return False
             except (TypeError, NotImplementedError, ValueError):
+                # Not every file system knows the mode. There the later of two that begin at the
+                # same moment counts, and whoever works on the run compares with what is there.
                 self._fs.pipe_file(target, data)
             return True
 

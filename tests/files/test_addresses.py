@@ -25,7 +25,9 @@ from latentguard.files.lists import listed
 from latentguard.files.paths import Unreadable
 from latentguard.files.remote import copied, state_of_address
 
-fsspec = pytest.importorskip("fsspec", reason="addresses need fsspec")
+fsspec = pytest.importorskip(
+    "fsspec", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +180,7 @@ def test_records_name_the_address(memory: str) -> None:
 def test_a_server_that_fails_half_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("aiohttp", reason="http:// needs aiohttp")
+    pytest.importorskip("aiohttp", reason="http:// needs aiohttp, which the dev extra brings")
     monkeypatch.setattr(remote_module, "_BLOCK", 10_000)
     data = os.urandom(200_000)
     (tmp_path / "a.tar").write_bytes(data)
@@ -196,7 +198,7 @@ def test_a_server_that_fails_half_of_the_time(
 def test_a_connection_that_ends_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("aiohttp", reason="http:// needs aiohttp")
+    pytest.importorskip("aiohttp", reason="http:// needs aiohttp, which the dev extra brings")
     monkeypatch.setattr(remote_module, "_BLOCK", 10_000)
     data = os.urandom(50_000)
     (tmp_path / "a.tar").write_bytes(data)
@@ -213,7 +215,7 @@ def test_a_connection_that_ends_goes_on_where_it_was(
 
 
 def test_a_server_that_fails_for_good_is_an_error_of_that_file(tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp", reason="http:// needs aiohttp")
+    pytest.importorskip("aiohttp", reason="http:// needs aiohttp, which the dev extra brings")
     with serving(tmp_path) as server:
         (missing,) = read_arrays(f"{server.address}/none.npy")
         assert missing.error == "does not exist"
@@ -259,7 +261,7 @@ def test_an_index_elsewhere_has_to_agree_with_its_shards(memory: str) -> None:
 
 
 def test_a_state_tells_contents_apart(tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp", reason="http:// needs aiohttp")
+    pytest.importorskip("aiohttp", reason="http:// needs aiohttp, which the dev extra brings")
     with serving(tmp_path) as server:
         states = set()
         for data in (b"one", b"two", b"three"):

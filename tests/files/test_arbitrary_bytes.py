@@ -48,7 +48,9 @@ def good_file(suffix: str, folder: Path) -> bytes:
         member = torch_bytes({"latents": batch[:1], "space": "flux2", "scaled": True})
         write_tar(path, {"a.latent.pt": member, "b.json": b"{}", "b.latent.pt": member})
     elif suffix == ".parquet":
-        pa = pytest.importorskip("pyarrow", reason="needs the scale extra")
+        pa = pytest.importorskip(
+            "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+        )
         import pyarrow.parquet as pq
 
         pq.write_table(pa.table({"key": ["a", "b"], "latents": batch.numpy().tolist()}), path)
@@ -60,7 +62,9 @@ def good_file(suffix: str, folder: Path) -> bytes:
             return data
         if suffix == ".mds.gz":
             return gzip.compress(data, mtime=0)
-        pa = pytest.importorskip("pyarrow", reason="needs the scale extra")
+        pa = pytest.importorskip(
+            "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+        )
         return bytes(pa.compress(data, "zstd", asbytes=True))
     elif suffix == ".latent":
         tensors = {"latent_tensor": batch, "latent_format_version_0": torch.tensor([])}

@@ -21,8 +21,12 @@ from latentguard.errors import LatentsError
 from latentguard.files import PassedOver, Record, load_latents, parquet, read_arrays
 from latentguard.files.parquet import read_parquet
 
-pa = pytest.importorskip("pyarrow", reason="needs the scale extra")
-pq = pytest.importorskip("pyarrow.parquet", reason="needs the scale extra")
+pa = pytest.importorskip(
+    "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
+pq = pytest.importorskip(
+    "pyarrow.parquet", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
 
 MDS = Path(__file__).parent / "mds"
 LATENTS = np.load(MDS / "latents.npy")

@@ -81,7 +81,7 @@ def library(data: bytes) -> list[Any]:
         begin, end = np.frombuffer(data[4 + 4 * index : 12 + 4 * index], np.uint32)
         try:
             found.append(_sample(data[begin:end], names, encodings, config["column_sizes"]))
-        except Exception:
+        except Exception:  # whatever the library raises, it hands out no sample
             found.append(None)
     return found
 

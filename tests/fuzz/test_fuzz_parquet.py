@@ -15,8 +15,12 @@ from latentguard.files.options import Reading
 from latentguard.files.parquet import read_parquet
 from latentguard.files.passed_over import PassedOver
 
-pa = pytest.importorskip("pyarrow", reason="needs the scale extra")
-pq = pytest.importorskip("pyarrow.parquet", reason="needs the scale extra")
+pa = pytest.importorskip(
+    "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
+pq = pytest.importorskip(
+    "pyarrow.parquet", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
 
 
 def structures(seed: int, count: int) -> Counter[str]:

@@ -23,7 +23,9 @@ from latentguard.scan.options import RunOptions
 from latentguard.scan.ray_engine import Pool, need_ray, run_ray
 from latentguard.scan.run import Run, open_run
 
-pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+pytest.importorskip(
+    "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
 try:
     need_ray()
     HAS_RAY = True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-import pickle
+import multiprocessing
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,9 @@ from latentguard.scan.options import RunOptions
 from latentguard.scan.schema import Numbering, from_row, to_batch
 from latentguard.scan.shard import plan
 
-pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+pytest.importorskip(
+    "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
 
 
 def _files(run: Path) -> set[str]:
@@ -372,7 +376,8 @@ def test_only_shards_can_be_copied(tmp_path: Path, calm: Path) -> None:
 
 def test_options_can_be_sent_and_cannot_be_wrong(calm: Path) -> None:
     options = options_of(calm, reading=Reading.of("flux2", True))
-    sent = pickle.loads(pickle.dumps(options))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        sent = pool.submit(copy.copy, options).result()  # there and back
     assert sent == options
     assert sent.policy.sha256 == options.policy.sha256  # type: ignore[union-attr]
     for wrong in ({"batch_size": 0}, {"sink": "csv"}, {"keep": "steer"}):

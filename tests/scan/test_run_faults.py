@@ -27,7 +27,9 @@ from run_helpers import (
 
 from latentguard.scan import ScanRecord
 
-pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+pytest.importorskip(
+    "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
 
 
 class _Killing:

@@ -19,8 +19,12 @@ from scan_helpers import write_latents
 from latentguard.files import remote as remote_module
 from latentguard.scan.sinks import read_part
 
-fsspec = pytest.importorskip("fsspec", reason="addresses need fsspec")
-pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+fsspec = pytest.importorskip(
+    "fsspec", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
+pytest.importorskip(
+    "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +70,7 @@ def _remote_records(fs: Any, run: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 def test_an_address_that_answers_500_half_of_the_time(tmp_path: Path, calm: Path) -> None:
-    pytest.importorskip("aiohttp", reason="http:// needs aiohttp")
+    pytest.importorskip("aiohttp", reason="http:// needs aiohttp, which the dev extra brings")
     shards = write_shards(tmp_path / "shards", 4, 2)
     options = options_of(calm)
     whole = plain(shards, calm)
@@ -89,7 +93,7 @@ def test_an_address_that_answers_500_half_of_the_time(tmp_path: Path, calm: Path
 
 
 def test_an_address_that_is_down_is_tried_again_by_the_next(tmp_path: Path, calm: Path) -> None:
-    pytest.importorskip("aiohttp", reason="http:// needs aiohttp")
+    pytest.importorskip("aiohttp", reason="http:// needs aiohttp, which the dev extra brings")
     shards = write_shards(tmp_path / "shards", 2, 2)
     options = options_of(calm)
     with serving(tmp_path / "shards") as server:
@@ -107,7 +111,7 @@ def test_an_address_that_is_down_is_tried_again_by_the_next(tmp_path: Path, calm
 
 
 def test_no_room_for_a_copy_ends_a_run_that_can_go_on(tmp_path: Path, calm: Path) -> None:
-    pytest.importorskip("aiohttp", reason="http:// needs aiohttp")
+    pytest.importorskip("aiohttp", reason="http:// needs aiohttp, which the dev extra brings")
     shards = write_shards(tmp_path / "shards", 2, 2)
     run = tmp_path / "run"
     code = "import sys; from latentguard.cli import main; sys.exit(main())"

@@ -54,7 +54,9 @@ def test_records_are_read_back_as_they_were_counted(tmp_path: Path) -> None:
 
 
 def test_parquet_is_read_as_json_lines_are(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    pytest.importorskip(
+        "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+    )
     from latentguard.scan.schema import Numbering
     from latentguard.scan.sinks import open_sink
 
@@ -439,7 +441,9 @@ def test_a_run_is_reported(scanned: tuple[Path, Path], tmp_path: Path, command: 
 def test_a_run_on_another_file_system_is_reported(
     scanned: tuple[Path, Path], tmp_path: Path, command: Any
 ) -> None:
-    pytest.importorskip("fsspec", reason="addresses need fsspec")
+    pytest.importorskip(
+        "fsspec", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+    )
     file, rules = scanned
     place = "memory://a-run-that-is-reported"
     arguments = (file, "--policy", rules, "--run", place, "--workers", 0, "--sink", "json", "-q")

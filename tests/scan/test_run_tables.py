@@ -12,8 +12,12 @@ from scan_helpers import latents_of
 
 from latentguard.files import Reading
 
-pa = pytest.importorskip("pyarrow", reason="needs the scale extra")
-pq = pytest.importorskip("pyarrow.parquet", reason="needs the scale extra")
+pa = pytest.importorskip(
+    "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
+pq = pytest.importorskip(
+    "pyarrow.parquet", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
 
 
 def _rows(part: Path) -> list[dict[str, Any]]:
