@@ -4,6 +4,8 @@
         --autoencoder taef2_encoder.pth --cache DIR
 
 PHOTOS holds pictures in the order of the labels (a class index a line; names.txt a name a line).
+All of them are read at 256 px. `first` are some, evenly chosen, with which it was decided how larger
+latents are read; `others` are as many that nothing was decided with, also read at 512 and 1024 px.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from latentguard.adapt.images import center_crop, find_images
 from latentguard.encoders.nano import load_nano
-from latentguard.evaluate.metrics import ranks_of
+from latentguard.evaluate.metrics import ranks_of, wilson
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,7 +34,9 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--large", type=int, default=100, help="photos also read at 512 px")
+    parser.add_argument(
+        "--large", type=int, default=100, help="photos also read at 512 px and more"
+    )
     arguments = parser.parse_args()
     files = find_images([arguments.photos])
     names = arguments.names.read_text().splitlines()
@@ -41,24 +45,36 @@ def main() -> None:
     pictures = np.stack([center_crop(file) for file in files])
     latents = readers.encode(pictures, arguments.autoencoder, arguments.cache / "zeroshot-256.npy")
     some = np.linspace(0, len(files) - 1, min(arguments.large, len(files))).astype(int)
-    large = np.stack([center_crop(files[i], 512) for i in some])
-    large_latents = readers.encode(
-        large, arguments.autoencoder, arguments.cache / "zeroshot-512.npy"
-    )
+    rest = np.setdiff1d(np.arange(len(files)), some)
+    others = rest[np.linspace(0, len(rest) - 1, min(arguments.large, len(rest))).astype(int)]
     teacher = readers.teacher(pictures)
     posteriors = {
         "EfficientNet-Lite2 on pixels, 256 px": (teacher, labels),
         "nano-flux2, 256 px": (readers.flux2(latents), labels),
-        f"EfficientNet-Lite2 on pixels, {len(some)} of them": (teacher[some], labels[some]),
-        f"nano-flux2, 256 px, {len(some)} of them": (readers.flux2(latents[some]), labels[some]),
-        f"nano-flux2, 512 px, {len(some)} of them": (readers.flux2(large_latents), labels[some]),
     }
+    for group, chosen, sizes in (("first", some, (512,)), ("others", others, (512, 1024))):
+        posteriors[f"EfficientNet-Lite2 on pixels, {group}"] = (teacher[chosen], labels[chosen])
+        posteriors[f"nano-flux2, 256 px, {group}"] = (
+            readers.flux2(latents[chosen]),
+            labels[chosen],
+        )
+        for size in sizes:
+            large = np.stack([center_crop(files[i], size) for i in chosen])
+            cache = arguments.cache / f"zeroshot-{group}-{size}.npy"
+            read = readers.flux2(readers.encode(large, arguments.autoencoder, cache))
+            posteriors[f"nano-flux2, {size} px, {group}"] = (read, labels[chosen])
     rows = [accuracy(name, *pair, text) for name, pair in posteriors.items()]
-    lines = ["| reader | photos | top-1 | top-5 | of the teacher's top-1 |", "| --- " * 5 + "|"]
-    ceiling = {row["n"]: row["top1"] for row in rows if "pixels" in row["name"]}
+    lines = [
+        "| reader | photos | top-1 [95 %] | top-5 | of the teacher's top-1 |",
+        "| --- " * 5 + "|",
+    ]
+    ceiling = 1.0
     for row in rows:
-        share = row["top1"] / ceiling[row["n"]]
-        cells = (row["name"], row["n"], f"{row['top1']:.3f}", f"{row['top5']:.3f}", f"{share:.1%}")
+        if "pixels" in row["name"]:
+            ceiling = row["top1"]
+        low, high = row["top1_95"]
+        top = f"{row['top1']:.3f} [{low:.2f}, {high:.2f}]"
+        cells = (row["name"], row["n"], top, f"{row['top5']:.3f}", f"{row['top1'] / ceiling:.1%}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
@@ -69,9 +85,11 @@ def main() -> None:
 def accuracy(name: str, posterior: Tensor, labels: Tensor, text: Tensor) -> dict[str, Any]:
     """Top-1 and top-5 by cosine with the class names' embeddings."""
     ranks = ranks_of((posterior @ text.T).numpy(), labels.numpy())
+    interval = wilson(int((ranks < 1).sum()), len(ranks))
     return {
         "name": name,
         "n": len(ranks),
+        "top1_95": [interval.low, interval.high],
         "top1": float((ranks < 1).mean()),
         "top5": float((ranks < 5).mean()),
     }

@@ -108,16 +108,10 @@ class NanoNet(nn.Module):
 
     crop_side: int | None = GRID
 
-    def __init__(
-        self,
-        channels: int,
-        width: int = 96,
-        hidden: int = 128,
-        depth: int = 4,
-        halving: int = 0,
-    ) -> None:
+    def __init__(self, channels: int, **sizes: int) -> None:
+        """sizes: width, hidden, depth and halving of the `LatentAdapter`."""
         super().__init__()
-        self.adapter = LatentAdapter(channels, width, hidden, depth, halving)
+        self.adapter = LatentAdapter(channels, **sizes)
         self.trunk = LiteTrunk()
 
     def forward(self, latents: Tensor) -> Tensor:
