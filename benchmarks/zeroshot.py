@@ -4,8 +4,9 @@
         --autoencoder taef2_encoder.pth --cache DIR
 
 PHOTOS holds pictures in the order of the labels (a class index a line; names.txt a name a line).
-All of them are read at 256 px. `first` are some, evenly chosen, with which it was decided how larger
-latents are read; `others` are as many that nothing was decided with, also read at 512 and 1024 px.
+All of them are read at 256 px. `first` are some, evenly chosen, with which it was decided how
+larger latents are read (and sixty more at 1024 px); `others` are as many that nothing was decided
+with, read at 512 and 1024 px, too.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
     pictures = np.stack([center_crop(file) for file in files])
     latents = readers.encode(pictures, arguments.autoencoder, arguments.cache / "zeroshot-256.npy")
     some = np.linspace(0, len(files) - 1, min(arguments.large, len(files))).astype(int)
-    rest = np.setdiff1d(np.arange(len(files)), some)
+    looked_at = np.union1d(some, np.linspace(0, len(files) - 1, 60).astype(int))
+    rest = np.setdiff1d(np.arange(len(files)), looked_at)
     others = rest[np.linspace(0, len(rest) - 1, min(arguments.large, len(rest))).astype(int)]
     teacher = readers.teacher(pictures)
     posteriors = {
