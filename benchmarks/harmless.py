@@ -3,8 +3,8 @@
     python benchmarks/harmless.py CALTECH101 --autoencoder taef2_encoder.pth --cache DIR
 
 The photographs are --count of Caltech-101's held-out fifth (image number divisible by 5), without
-the classes that some policy forbids. They are encoded by the given autoencoder of FLUX.2 and read by
-nano-flux2, and by nano-view through FLUX.2's linear view, at the shipped thresholds.
+the classes that some policy forbids. They are encoded by the given autoencoder of FLUX.2 and read
+by nano-flux2, and by nano-view through FLUX.2's linear view, at the shipped thresholds.
 """
 
 from __future__ import annotations
