@@ -11,6 +11,7 @@ from latentguard.scan.alternatives import Alternative, alternatives, curve
 from latentguard.scan.axis import BARS, Axis, Tick
 from latentguard.scan.concept_tally import ConceptTally, Example, Judge, JudgeTally
 from latentguard.scan.estimates import Share, percentage, shares
+from latentguard.scan.scales import Bar
 from latentguard.scan.summary import ModelInfo
 from latentguard.scan.tally import PHASES, Tally
 
@@ -19,15 +20,6 @@ HEIGHT = 100
 
 _OPEN = 6
 _GERUNDS = {"read": "reading", "decode": "decoding", "score": "scoring"}
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One bar of a histogram, in units of the figure; `over` the threshold or not."""
-
-    x: float
-    height: float
-    over: bool
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _Value = TypeVar("_Value", float, np.ndarray)
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a histogram, four units wide and at most 20 high; `over` the threshold or not."""
+    """One bar of a histogram, four units wide; `over` the threshold or not."""
 
     x: float
     height: float

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import numpy as np
 
 from latentguard.errors import LatentsError
 from latentguard.files.claims import KEYS, Claims, Payload
@@ -91,3 +93,39 @@ def _difference(ours: list[Any], claims: Claims, theirs: Any, says: dict[str, An
         return f"{len(rest)} more images are read than the library has"
     known = Claims.parse({key: says[key] for key in KEYS & says.keys()})
     return None if known == claims else f"says {claims}, not {known}"
+
+
+def compared_rows(
+    counts: Counter[str],
+    label: str,
+    data: bytes,
+    ours: Callable[[bytes], Iterable[Any]],
+    library: Callable[[bytes], list[Any]],
+) -> None:
+    """Count one table as read, refused or disagreed; the last is printed, too.
+
+    `read` means as many rows as the library has, and each array that we read bit for bit its own. A
+    row that we have an error for may be anything there; None stands for it.
+    """
+    counts["tried"] += 1
+    try:
+        mine = list(ours(data))
+    except LatentsError:
+        counts["refused"] += 1
+        return
+    try:
+        theirs = library(data)
+    except Exception as error:  # then every row must be an error here
+        theirs = [f"{type(error).__name__}: {error}"] * len(mine)
+    alike = len(mine) == len(theirs) and all(
+        one is None
+        or (
+            isinstance(other, np.ndarray)
+            and one.dtype == other.dtype
+            and one.tobytes() == other.tobytes()
+        )
+        for one, other in zip(mine, theirs, strict=True)
+    )
+    if not alike:
+        print(f"disagreement: {label}")
+    counts["read" if alike else "disagreed"] += 1

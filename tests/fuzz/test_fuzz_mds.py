@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fuzz_helpers import compared_rows
 
 from latentguard.errors import LatentsError
 from latentguard.files.claims import Claims
@@ -29,29 +30,8 @@ def structures(seed: int, count: int) -> Counter[str]:
     """Build and compare `count` shards; keys: tried, read, refused, disagreed."""
     counts: Counter[str] = Counter()
     for index in range(seed, seed + count):
-        data = built(random.Random(index))
-        counts["tried"] += 1
-        try:
-            ours = list(_ours(data))
-        except LatentsError:
-            counts["refused"] += 1
-            continue
-        try:
-            theirs = library(data)
-        except Exception as error:
-            theirs = [f"{type(error).__name__}: {error}"] * len(ours)
-        alike = len(ours) == len(theirs) and all(
-            mine is None or (isinstance(other, np.ndarray) and _same(mine, other))
-            for mine, other in zip(ours, theirs, strict=True)
-        )
-        if not alike:
-            print(f"disagreement: mds {index}")
-        counts["read" if alike else "disagreed"] += 1
+        compared_rows(counts, f"mds {index}", built(random.Random(index)), _ours, library)
     return counts
-
-
-def _same(mine: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
-    return mine.dtype == other.dtype and mine.tobytes() == other.tobytes()
 
 
 def _ours(data: bytes) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz_helpers import compared_rows
 
 from latentguard.errors import LatentsError
 from latentguard.files.options import Reading
@@ -27,25 +28,7 @@ def structures(seed: int, count: int) -> Counter[str]:
     """Build and compare `count` files; keys: tried, read, refused, disagreed."""
     counts: Counter[str] = Counter()
     for index in range(seed, seed + count):
-        data = built(random.Random(index))
-        counts["tried"] += 1
-        try:
-            ours = list(_ours(data))
-        except LatentsError:
-            counts["refused"] += 1
-            continue
-        try:
-            theirs = library(data)
-        except Exception as error:
-            print(f"pyarrow refuses it: {error}"[:200])
-            theirs = []
-        alike = len(ours) == len(theirs) and all(
-            mine is None or (mine.dtype == other.dtype and mine.tobytes() == other.tobytes())
-            for mine, other in zip(ours, theirs, strict=True)
-        )
-        if not alike:
-            print(f"disagreement: parquet {index}")
-        counts["read" if alike else "disagreed"] += 1
+        compared_rows(counts, f"parquet {index}", built(random.Random(index)), _ours, library)
     return counts
 
 

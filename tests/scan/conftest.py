@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from scan_browser import PROGRAM, Browser
 from scan_helpers import NEVER, policy_text
 
 
@@ -41,3 +42,11 @@ def pipe() -> Callable[[Path], Callable[[], bytes]]:
         return lambda: reading.result(timeout=60)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One tab for the tests of a page, which are skipped where there is no browser."""
+    assert PROGRAM is not None
+    with Browser(PROGRAM) as tab:
+        yield tab

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -140,3 +142,9 @@ class Browser:
             if event.get("method") in ("Runtime.exceptionThrown", "Page.javascriptDialogOpening"):
                 found.append(json.dumps(params))
         return found
+
+
+PROGRAM = find_browser()
+needs_browser = pytest.mark.skipif(
+    PROGRAM is None, reason="needs Chromium or Chrome on PATH (apt-get install chromium)"
+)

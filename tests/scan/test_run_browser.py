@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scan_browser import Browser, find_browser
+from scan_browser import Browser, needs_browser
 from scan_helpers import HOSTILE
 from test_tally import broken, record, tally_of
 
@@ -15,17 +14,7 @@ from latentguard.scan.parts import Collected
 from latentguard.scan.run_report import write
 from latentguard.scan.sampling import SamplePlan
 
-PROGRAM = find_browser()
-pytestmark = pytest.mark.skipif(
-    PROGRAM is None, reason="needs Chromium or Chrome on PATH (apt-get install chromium)"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    assert PROGRAM is not None
-    with Browser(PROGRAM) as tab:
-        yield tab
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scan_browser import Browser, find_browser
+from scan_browser import Browser, needs_browser
 from scan_helpers import ALWAYS, HOSTILE, NEVER, latents_of, policy_text
 
 from latentguard import load_encoder
@@ -18,22 +17,12 @@ from latentguard.scan import Report, Scan, Summary
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
 
-PROGRAM = find_browser()
-pytestmark = pytest.mark.skipif(
-    PROGRAM is None, reason="needs Chromium or Chrome on PATH (apt-get install chromium)"
-)
+pytestmark = needs_browser
 
 SHOWN = "[...document.querySelectorAll('.card')].filter(c => c.offsetParent !== null)"
 HEATS = (
     "[...document.querySelectorAll('.heat')].filter(h => getComputedStyle(h).display !== 'none')"
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    assert PROGRAM is not None
-    with Browser(PROGRAM) as tab:
-        yield tab
 
 
 @pytest.fixture(scope="module")
