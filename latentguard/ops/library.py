@@ -89,12 +89,29 @@ def register(
     if onnx is not None:
         TRANSLATIONS[name] = flat(onnx)
     _library.define(name + schema)
+    plain = flat(reference)
     if not _has_kernel(name, "CPU"):
-        _library.impl(name, flat(reference), "CompositeImplicitAutograd")
-        return
-    if not _has_kernel(name, "CUDA"):
-        _library.impl(name, flat(reference), "CUDA")
+        _library.impl(name, plain, "CompositeExplicitAutograd")
+        _library.impl(name, _differentiable(name, plain), "Autograd")
+    elif not _has_kernel(name, "CUDA"):
+        _library.impl(name, plain, "CUDA")
     torch.library.register_fake(f"latentguard::{name}", flat(fake), lib=_library)
+
+
+def _differentiable(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference with the gradients of the PyTorch functions that it calls, where one is wanted.
+
+    Else the operator stays one: an export translates it as a whole, and its sizes stay open.
+    """
+
+    def call(*arguments: Any) -> Any:
+        tensors = (a for a in arguments if isinstance(a, torch.Tensor))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return plain(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.latentguard, name)(*arguments)
+
+    return call
 
 
 def _has_kernel(name: str, key: str) -> bool:
