@@ -23,8 +23,8 @@ from latentguard.policy.examples import ConceptFile, Learned
 class ConceptBank:
     """The prompts of K concepts and their contrast, embedded in an encoder's joint space.
 
-    A concept's examples are one more row behind its prompts: a learned head, whose norm and bias are
-    its own.
+    A concept's examples are one more row behind its prompts: a learned head, with a norm and a bias
+    of its own.
 
     prompts: P texts, concept after concept, as the policy has them; a label for examples.
     embeddings: [P, dim], of the norm of the encoder's texts; zero for a prompt that the encoder
