@@ -164,7 +164,7 @@ def _tidied(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     tidy: dict[str, Any] = {}
-    left_out = (None, []) if schema.get("minItems") else (None,)
+    left_out: tuple[Any, ...] = (None, []) if schema.get("minItems") else (None,)
     for key, value in schema.items():
         if key == "anyOf" and {"type": "null"} in value and len(value) == 2:
             tidy |= _tidied(next(option for option in value if option != {"type": "null"}))
