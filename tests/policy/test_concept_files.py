@@ -169,7 +169,7 @@ def test_arbitrary_bytes_are_refused(data: bytes) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="no such file"):
         load_concept(tmp_path / "none.safetensors")
-    with pytest.raises(PolicyError, match="not a regular file|cannot be read"):
+    with pytest.raises(PolicyError, match=r"not a regular file|cannot be read"):
         load_concept(tmp_path)
     large = tmp_path / "large.safetensors"
     with large.open("wb") as out:
