@@ -97,8 +97,11 @@ class Widened(EncoderBase):
     def _wide(self, rows: Tensor) -> Tensor:
         if not self.trunk:
             rows = self.plain.head.embed(rows).to(rows.dtype)
-        constant = F.pad(torch.ones_like(rows[..., :1]), (0, CONSTANT - 1))
-        return torch.cat([rows, constant], -1)
+            return torch.cat([rows, F.pad(torch.ones_like(rows[..., :1]), (0, CONSTANT - 1))], -1)
+        # A cell of which the trunk knows nothing has features of norm 0. Its row is no shorter.
+        nothing = rows[..., self.joint_dim :].norm(dim=-1, keepdim=True) < 0.5
+        ends = torch.cat([torch.ones_like(rows[..., :1]), nothing.to(rows.dtype)], -1)
+        return torch.cat([rows, F.pad(ends, (0, CONSTANT - 2))], -1)
 
     def encode_latents(self, latents: Latents) -> Tensor:
         """Unit-norm rows [B, dim]."""

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.atomic import replacing
-from latentguard.errors import ModelError, PolicyError
+from latentguard.errors import MissingExtraError, ModelError, PolicyError
 from latentguard.regular import open_regular, problem, read_whole
 from latentguard.text import first_line
 
@@ -133,10 +133,16 @@ def load_concept(path: str | Path) -> ConceptFile:
 
 
 def parse_concept(data: bytes, source: str = "concept") -> ConceptFile:
-    """A concept from the bytes of its file. Raises PolicyError as `load_concept` does."""
-    import safetensors
-    import safetensors.numpy
-
+    """A concept from the bytes of its file. Raises PolicyError as `load_concept` does, and
+    MissingExtraError where safetensors is not installed."""
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{source}: concepts that were learned from examples need {error.name}, which is not "
+            "installed: pip install 'latentguard[torch]'"
+        ) from error
     try:
         tensors = safetensors.numpy.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
