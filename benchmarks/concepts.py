@@ -36,8 +36,8 @@ from latentguard.evaluate.metrics import auroc, count
 from latentguard.files import Reading, save_latents
 from latentguard.learn import Examples, examples, learn, of_files, try_out
 from latentguard.learn.examples import Named
-from latentguard.learn.heads import solve
-from latentguard.learn.learning import USUAL
+from latentguard.learn.heads import solutions
+from latentguard.learn.learning import OF_FEW, SHRINKAGES
 from latentguard.learn.statistics import Sums
 from latentguard.spaces import Latents
 
@@ -144,8 +144,9 @@ def trials(rows: Rows, photos: Sequence[Photo]) -> list[dict[str, object]]:
             for draw in range(DRAWS):
                 some = _drawn(len(pool), number, name, draw)
                 positives = Sums.of(pool[some])
-                for way, shrinkage in (("discriminant", USUAL), ("prototype", 1.0)):
-                    head = solve(positives, back, shrinkage)
+                usual = OF_FEW if number < 10 else SHRINKAGES[1]
+                heads = solutions(positives, back, (usual, 1.0))
+                for way, head in zip(("discriminant", "prototype"), heads, strict=True):
                     area, recall = _measured(head(tests[0]), head(tests[1]))
                     row = {"class": name, "positives": number, "draw": draw, "head": way}
                     found.append({**row, "auroc": area, "recall": recall})

@@ -41,7 +41,7 @@ def groups(rows: Rows, near: float) -> NDArray[np.int64]:
 
 def shared(positives: Rows, negatives: Rows) -> list[tuple[int, int]]:
     """Pairs of a positive and a negative that are the same picture, a positive's first one each."""
-    found = {}
+    found: dict[int, int] = {}
     for begin in range(0, len(negatives), BATCH):
         close = positives @ negatives[begin : begin + BATCH].T >= SAME
         for one, other in np.argwhere(close):

@@ -21,10 +21,10 @@ from latentguard.learn.solved import Solved
 from latentguard.learn.statistics import Array, Sums
 from latentguard.policy.examples import Kind, Learned
 
-SHRINKAGES = (0.1, 0.3, 0.6, 0.9)
-"""What cross-validation chooses from."""
-USUAL = 0.6
-"""The shrinkage where there are `FEW` different positives or less, too few to choose by."""
+SHRINKAGES = (0.1, 0.3, 0.6)
+"""What cross-validation chooses from; the nearest to the middle of those that separate alike."""
+OF_FEW = 0.6
+"""The shrinkage where there are fewer than `FEW` different positives, too few to choose by."""
 FEWEST_NEGATIVES = 20
 NAMED = 3
 """Names that a sentence gives before it says how many more there are."""
@@ -73,7 +73,7 @@ def learn(
     assert against is not None
     of_positives, of_negatives = _groups(positives, negatives, against.rows, kind)
     folds = assign(of_positives, of_negatives, seed)
-    choices = SHRINKAGES if len(np.unique(of_positives)) >= FEW else (USUAL,)
+    choices = SHRINKAGES if len(np.unique(of_positives)) >= FEW else (OF_FEW,)
     high, low = positives.rows.astype(np.float64), against.rows.astype(np.float64)
     found = held_out(high, low, folds, choices)
     # Of examples that show nearly the same, one tells as much as all.
@@ -164,9 +164,12 @@ def _first(of: NDArray[np.int64]) -> NDArray[np.intp]:
 
 
 def _best(positives: Array, negatives: Array) -> int:
-    """The row of scores [S, P] and [S, N] that separates best; of equals the last, shrunk most."""
-    areas = [float(auroc(count(*sides))) for sides in zip(positives, negatives, strict=True)]
-    return max(range(len(areas)), key=lambda row: (round(areas[row], 3), row))
+    """The row of scores [S, P] and [S, N] that separates best."""
+    areas = [
+        round(float(auroc(count(*sides))), 3) for sides in zip(positives, negatives, strict=True)
+    ]
+    middle = (len(areas) - 1) / 2
+    return max(range(len(areas)), key=lambda row: (areas[row], -abs(row - middle)))
 
 
 def _check_separable(told: Figures) -> None:

@@ -68,5 +68,5 @@ def _compressed(factor: Array) -> Array:
     """A factor of the same scatter with no more rows than columns."""
     if len(factor) <= factor.shape[1]:
         return factor
-    upper: Array = np.linalg.qr(factor, mode="r")
+    upper: Array = np.asarray(np.linalg.qr(factor, mode="r"))
     return upper

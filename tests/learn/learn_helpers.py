@@ -20,11 +20,12 @@ def nano() -> Encoder:
     return load_encoder("nano-flux2", "cpu")
 
 
-def drawings(shape: str, count: int, seed: int) -> Latents:
-    """Crosses or disks of random size, place and color on random gradients, 256 px."""
+def pictures_of(shape: str, count: int, seed: int) -> np.ndarray:
+    """Crosses or disks of random size, place and color on random gradients, [count, 3, 32, 32] in
+    about [-1, 1]."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:32, 0:32] / 31
-    pictures = []
+    found = []
     for _ in range(count):
         corner = rng.uniform(-0.5, 0.5, (3, 3))
         picture = corner[0, :, None, None] + corner[1, :, None, None] * rows
@@ -36,14 +37,23 @@ def drawings(shape: str, count: int, seed: int) -> Latents:
         else:
             inside = np.minimum(abs(rows - y), abs(columns - x)) < 0.06
         picture[:, inside] = rng.uniform(-1, 1, 3)[:, None]
-        pictures.append(picture)
+        found.append(picture)
+    return np.stack(found)
+
+
+def of_rgb(rgb: torch.Tensor) -> torch.Tensor:
+    """FLUX.2 latents [B, 32, h, w] whose linear view is a picture [B, 3, h, w] in [-1, 1]."""
     view = LatentSpace.get("flux2").rgb_view
     assert view is not None
-    rgb = torch.tensor(np.stack(pictures), dtype=torch.float32)
-    rgb = rgb - torch.tensor(view.bias).view(1, 3, 1, 1)
-    latents = torch.einsum("brhw,rc->bchw", rgb, torch.linalg.pinv(torch.tensor(view.factors)))
-    return Latents(latents + 0.05 * torch.tensor(rng.normal(size=latents.shape)).float(),
-                   "flux2", scaled=True)  # fmt: skip
+    inverse = torch.linalg.pinv(torch.tensor(view.factors))
+    return torch.einsum("brhw,rc->bchw", rgb - torch.tensor(view.bias).view(1, 3, 1, 1), inverse)
+
+
+def drawings(shape: str, count: int, seed: int) -> Latents:
+    """Latents of crosses or disks, 256 px, with a little noise."""
+    latents = of_rgb(torch.tensor(pictures_of(shape, count, seed), dtype=torch.float32))
+    noise = np.random.default_rng([seed, 1]).normal(size=latents.shape)
+    return Latents(latents + 0.05 * torch.tensor(noise).float(), "flux2", scaled=True)
 
 
 def drawn(folder: Path, shape: str, count: int, seed: int) -> Path:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="learning needs torch")
 
-from latentguard.learn.figures import auroc_interval, figures  # noqa: E402
-from latentguard.learn.heads import solve  # noqa: E402
-from latentguard.learn.platt import fit  # noqa: E402
-from latentguard.learn.statistics import Sums  # noqa: E402
+from latentguard.learn.figures import auroc_interval, figures
+from latentguard.learn.heads import solve
+from latentguard.learn.platt import fit
+from latentguard.learn.statistics import Sums
 
 Sizes = st.tuples(*[st.integers(1, 30)] * 2, st.integers(1, 12), st.integers(0, 2**32 - 1))
 
@@ -109,7 +109,7 @@ def test_an_interval_of_auroc_covers():
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(300):
-        high, low = rng.normal(1.645, 1, 12), rng.normal(0, 1, 300)
+        high, low = rng.normal(1.645, 1, 12) / 10, rng.normal(0, 1, 300) / 10
         told = figures(high, low, 10.0).auroc
         held += told.low <= 0.8776 <= told.high  # of deviates 1.645 apart
     assert held / 300 > 0.93
