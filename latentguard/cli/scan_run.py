@@ -76,7 +76,7 @@ def scan_run(
     stopped: TooManyErrorsError | None = None
     try:
         scoring = Judging(judges, "late" if options["previews"] else False)
-        _work(run, scoring, engine, options["max_errors"], task, quiet, showing)
+        _work(run, scoring, engine, options["max_errors"], quiet, showing)
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted; {_progress(run)}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -100,25 +100,24 @@ def _work(
     judging: Judging,
     engine: _Engine,
     max_errors: int | None,
-    task: tuple[int, int],
     quiet: bool,
     showing: Mapping[str, Any],
 ) -> None:
     from latentguard.cli.scan_progress import Told, shown
 
-    mine = sum(shard.number % task[1] == task[0] for shard in run.shards)
-    left = len(run.pending(task))
+    mine = sum(shard.number % run.task[1] == run.task[0] for shard in run.shards)
+    left = len(run.pending())
     readers = engine.readers
     workers = None if readers is None else {"read": readers, "decode": readers}
     with shown(shards=mine, done=mine - left, workers=workers, **showing) as progress:
         shower = _Shown(run, judging, Told(progress, judging.judges.notes, quiet))
-        engine.work(run, judging, shower, max_errors=max_errors, task=task)
+        engine.work(run, judging, shower, max_errors=max_errors)
 
 
 @dataclass(frozen=True)
 class _Engine:
-    """work: called with the run, who judges, who shows it, and max_errors and task. readers: how
-    many processes read, where that is known."""
+    """work: called with the run, who judges, who shows it, and max_errors. readers: how many
+    processes read, where that is known."""
 
     work: Callable[..., None]
     readers: int | None

@@ -56,6 +56,11 @@ class Entry:
         """Records of what could not be read or judged."""
         return self.outcomes["error"]
 
+    @property
+    def written(self) -> list[Written]:
+        """The files of the run that are this shard's."""
+        return [file for file in (self.part, self.quarantine, self.kept) if file is not None]
+
     def to_json(self) -> bytes:
         """As it stands in the manifest."""
         data = {

@@ -93,17 +93,16 @@ def run_ray(
     pool: Pool | None = None,
     *,
     max_errors: int | None = None,
-    task: tuple[int, int] = (0, 1),
     noted: Noted = _nobody,
 ) -> None:
-    """Scan what is left of a run, on a Ray cluster.
+    """Scan what is left of a run's task, on a Ray cluster, and close it.
 
     The cluster is the one of this process, of `RAY_ADDRESS`, or one that runs on this machine;
     where there is none, one is started here and stopped again. Its nodes must have latentguard, and
     see the same files and the run's place under the same names.
 
     Args:
-        max_errors, task: as in `run_local`.
+        max_errors: as in `run_local`.
         noted: called with the entry of each shard, as they are done.
 
     Raises:
@@ -113,17 +112,21 @@ def run_ray(
             files or have another model than this one, or actors die whatever they scan.
     """
     need_ray()
-    check_errors(run, max_errors)
-    if not run.pending(task):
-        return
-    driver = _Driver(run, judging, pool or Pool(), max_errors, noted)
+    with run.at_work():
+        check_errors(run, max_errors)
+        if run.pending():
+            _scan(run, judging, _Driver(run, judging, pool or Pool(), max_errors, noted))
+
+
+def _scan(run: Run, judging: Judging, driver: _Driver) -> None:
+    """Scan what is left, and give up what kills actors."""
     with _cluster():
-        driver.scan(run.pending(task), AT_ONCE)
+        driver.scan(run.pending(), AT_ONCE)
         # Which of the shards that an actor had in hand has killed it is known once each is alone.
-        lost = run.pending(task)
+        lost = run.pending()
         if lost:
             driver.scan(lost, 1)
-    left = run.pending(task)
+    left = run.pending()
     if len(left) > ATTEMPTS and len(left) == len(lost):
         raise UsageError(
             f"{len(left):,} shards are not scanned, as each actor died that tried: the logs of Ray "

@@ -292,7 +292,7 @@ def test_tasks_share_a_run(tmp_path: Path, calm: Path) -> None:
         for k in range(2)
     ]
     for k, run in enumerate(opened):
-        run_local(run, Judging(judges), workers=0, task=(k, 2))
+        run_local(run, Judging(judges), workers=0)
         assert sorted(run.done) == list(range(k, 5, 2))
     assert records_of(scan_run(place, options, shards, resume=True)) == plain(shards, calm)
 
