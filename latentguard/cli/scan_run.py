@@ -199,9 +199,8 @@ class _Shown:
         self._told.add(Counts(entry.outcomes, entry.decisions), self._seconds, 1)
 
     def _spend(self, entry: Entry, phases: Iterable[str]) -> None:
-        spent = entry.tally.get("microseconds", {})
         for phase in phases:
-            self._seconds[phase] += spent.get(phase, 0) / 1e6
+            self._seconds[phase] += entry.microseconds[phase] / 1e6
 
 
 def _summary(run: Run, passed: PassedOver) -> Summary:

@@ -3,6 +3,7 @@
     run.json             what the run is: policy, model, everything that bears on verdicts
     shards-HASH.jsonl    the shards, one a line, in their order
     parts/               the records of each shard, in one file
+    tallies/             what adds up of them, for reports
     manifest/            one file for each shard that is done: written last
     quarantine/          what of each shard could not be read or judged, and why
     kept/                with `keep`, the copy of each shard's samples
@@ -43,7 +44,7 @@ from latentguard.scan.tidy import Listing, listing, tidy
 from latentguard.scan.unit import ENTRIES, Unit, entry_name
 
 RUN = "run.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _ASKING = 16
 
 Told = Callable[[Sequence[ScanRecord]], None]
@@ -116,9 +117,9 @@ class Run:
         return entry
 
     def note(self, entry: Entry) -> None:
-        """Remember that a shard is done; of its tally, which is large, the times alone."""
+        """Remember that a shard is done."""
         self.errors += entry.errors
-        self.done[entry.number] = _lean(entry)
+        self.done[entry.number] = entry
 
 
 def scan_unit(
@@ -258,7 +259,10 @@ def _agreed(
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{place}: {RUN} is damaged ({error}): begin another run") from error
     if version != SCHEMA_VERSION:
-        raise UsageError(f"{place}: is a run of another version of latentguard ({version})")
+        raise UsageError(
+            f"{place} is a run of another version of latentguard (its schema_version is {version}, "
+            f"not {SCHEMA_VERSION}): go on with that version, or begin another run"
+        )
     now = json.loads(json.dumps(options.identity(judges)))
     for key in now:
         if begun.get(key) != now[key]:
@@ -353,13 +357,7 @@ def _entry(run: Run, number: int) -> Entry | None:
     except ValueError:
         return None
     files = tuple(shown(name) for name in run.shards[number].files)
-    return _lean(entry) if (entry.number, entry.files) == (number, files) else None
-
-
-def _lean(entry: Entry) -> Entry:
-    """Without the tally, but for its times: a hundred thousand of them fill the memory."""
-    times = {name: entry.tally[name] for name in ("microseconds",) if name in entry.tally}
-    return replace(entry, tally=times)
+    return entry if (entry.number, entry.files) == (number, files) else None
 
 
 def _is_whole(entry: Entry, there: Listing) -> bool:

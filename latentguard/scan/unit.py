@@ -27,10 +27,11 @@ from latentguard.scan.shard import Facts, Shard
 from latentguard.scan.sinks import SUFFIXES, open_sink
 from latentguard.scan.store import Store
 from latentguard.scan.tally import Tally
+from latentguard.scan.tally_file import tally_bytes
 
-PARTS, ENTRIES, QUARANTINE, KEPT = "parts", "manifest", "quarantine", "kept"
+PARTS, ENTRIES, TALLIES, QUARANTINE, KEPT = "parts", "manifest", "tallies", "quarantine", "kept"
 """Folders of a run."""
-FOLDERS = (ENTRIES, PARTS, QUARANTINE, KEPT)
+FOLDERS = (ENTRIES, PARTS, TALLIES, QUARANTINE, KEPT)
 
 
 def stem(shard: Shard) -> str:
@@ -98,27 +99,27 @@ class Unit:
         if self._outcomes["error"]:
             name = f"{QUARANTINE}/{stem(self._shard)}.jsonl"
             quarantine = self._put(name, self._problems, self._outcomes["error"])
-        self._finish_tally(facts)
+        tally = self._put_tally(facts)
         entry = Entry(
             number=self._shard.number,
             files=tuple(shown(name) for name in self._shard.files),
             states=facts.noted.states,
             part=part,
+            tally=tally,
             outcomes=self._outcomes,
             decisions=self._verdicts,
             models=self._models,
             passed=facts.passed,
             quarantine=quarantine,
             kept=kept,
-            tally=self._tally.to_dict(),
-            seconds=facts.reading + self._scoring,
+            microseconds=self._tally.microseconds,
             version=latentguard.__version__,
         )
         self._store.write(entry_name(self._shard.number), entry.to_json())
         self.abandon()
         return entry
 
-    def _finish_tally(self, facts: Facts) -> None:
+    def _put_tally(self, facts: Facts) -> Written:
         tally, copying = self._tally, facts.noted.copying
         for info in self._judges.models:
             if self._models.get(info.space) == tuple(info.id):
@@ -126,6 +127,9 @@ class Unit:
         tally.add_seconds(copying, max(0.0, facts.reading - copying), self._scoring)
         tally.bytes_read = sum(state.size for state in facts.noted.states.values())
         tally.add_span(self._began, time())
+        path = self._part.with_name("tally.json")
+        path.write_bytes(tally_bytes(tally))
+        return self._put(f"{TALLIES}/{self._shard.number:06d}.json", path, tally.images)
 
     def abandon(self) -> None:
         """Forget what was added."""
