@@ -355,11 +355,6 @@ def scan(
         "metrics_host": metrics_host,
     }
     if run_place is not None:
-        if taxonomy:
-            raise UsageError(
-                "--taxonomy is not for runs: their records have every concept's score, which "
-                "`latentguard.judge.categorize` tells in a taxonomy's words at any time"
-            )
         if report or output or heatmap or summary_file or output_format != "table":
             raise UsageError(
                 "a run writes its records into its folder: leave out --report, --output, "
@@ -379,6 +374,7 @@ def scan(
                 "views": views,
                 "device": device,
                 "batch_size": batch_size,
+                "taxonomies": tuple(dict.fromkeys(taxonomy)),
             },
             run_options,
             fail_on,

@@ -46,7 +46,6 @@ def scan_run(
     from latentguard.files import PassedOver, Reading
     from latentguard.files.lists import listed
     from latentguard.policy import load_policy
-    from latentguard.scan.judging import Judging
     from latentguard.scan.options import RunOptions
     from latentguard.scan.run import open_run
 
@@ -75,7 +74,7 @@ def scan_run(
     )
     stopped: TooManyErrorsError | None = None
     try:
-        scoring = Judging(judges, "late" if options["previews"] else False)
+        scoring = run_options.judging(judges, "late" if options["previews"] else False)
         _work(run, scoring, engine, options["max_errors"], quiet, showing)
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted; {_progress(run)}", err=True)

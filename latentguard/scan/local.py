@@ -62,7 +62,7 @@ def run_local(
         OSError: there is no room for what is written or copied.
         UsageError: readers cannot be started, or the run's place cannot be written.
     """
-    with run.at_work():
+    with run.at_work(judging):
         check_errors(run, max_errors)
         pending = run.pending()
         if workers:

@@ -16,7 +16,7 @@ from latentguard.judge import PolicyId, Verdict
 from latentguard.regular import open_regular, problem
 from latentguard.scan.entry import SCHEMA_VERSION
 from latentguard.scan.record import ScanRecord
-from latentguard.scan.schema import need_pyarrow
+from latentguard.scan.schema import need_pyarrow, with_schemes
 from latentguard.scan.store import Store, open_store
 from latentguard.scan.tally import KIND, Tally
 from latentguard.scan.unit import ENTRIES
@@ -154,7 +154,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         try:
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield _without_nulls(row)
+                    yield with_schemes(_without_nulls(row))
         except ArrowException as error:
             raise ValueError(f"cannot be read as Parquet: {first_line(error)}") from error
 

@@ -112,7 +112,7 @@ def run_ray(
             files or have another model than this one, or actors die whatever they scan.
     """
     need_ray()
-    with run.at_work():
+    with run.at_work(judging):
         check_errors(run, max_errors)
         if run.pending():
             _scan(run, judging, _Driver(run, judging, pool or Pool(), max_errors, noted))
@@ -360,9 +360,13 @@ class _Queued(Judging):
     """Judges in one thread of the process, whoever asks: one batch at a time."""
 
     def __init__(
-        self, judges: Judges, previews: bool | Literal["late"], thread: ThreadPoolExecutor
+        self,
+        judges: Judges,
+        previews: bool | Literal["late"],
+        taxonomies: Sequence[str],
+        thread: ThreadPoolExecutor,
     ) -> None:
-        super().__init__(judges, previews)
+        super().__init__(judges, previews, taxonomies=taxonomies)
         self._thread = thread
 
     def judge(self, batch: Sequence[ArrayRecord]) -> list[ScanRecord]:
@@ -430,8 +434,9 @@ class _Scanner:
         done = self._done(shard)
         if done is not None:
             return done
-        judging = _Queued(self._judges, self._job.previews, self._thread)
-        return scan_unit(self._store, shard, self._job.options, judging)
+        job = self._job
+        judging = _Queued(self._judges, job.previews, job.options.taxonomies, self._thread)
+        return scan_unit(self._store, shard, job.options, judging)
 
     def _done(self, shard: Shard) -> Entry | None:
         """The entry of a shard that an actor committed before it died."""

@@ -82,12 +82,19 @@ class Run:
         return [s for s in self.shards if s.number % of == mine and s.number not in self.done]
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def at_work(self, judging: Judging) -> Iterator[None]:
         """This process's shards are no other's while the block runs.
 
         Where it ends well, what writers left that were killed meanwhile is removed.
-        Raises UsageError where another process works on them.
+        Raises UsageError where another process works on them, or `judging` does not tell what the
+        run's options ask for.
         """
+        if judging.taxonomies != self.options.taxonomies:
+            raise UsageError(
+                f"the run in {self.place} tells verdicts in the taxonomies "
+                f"{self.options.taxonomies}, and who judges in {judging.taxonomies}: make the "
+                "latter by RunOptions.judging"
+            )
         self._hold()
         try:
             yield
