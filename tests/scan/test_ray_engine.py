@@ -27,6 +27,7 @@ from run_helpers import options_of, records_of, scan_run, write_shard, write_sha
 
 from latentguard.errors import MissingExtraError, TooManyErrorsError, UsageError
 from latentguard.scan.entry import Entry
+from latentguard.scan.options import RunOptions
 from latentguard.scan.ray_engine import Pool, need_ray
 
 pytest.importorskip(
@@ -63,6 +64,27 @@ def test_both_engines_say_theassert_same(tmp_path: Path, calm: Path) -> None:
 
     assert not ray.is_initialized()  # what was started for this is stopped
     assert ray_run(tmp_path / "run", options, [], resume=True).pending() == []
+
+
+@needs_ray
+@pytest.mark.slow
+def test_an_exported_file_judges_the_same_in_both_engines(tmp_path: Path, calm: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the runtime needs the onnx extra")
+    pytest.importorskip("onnx", reason="exporting needs the onnx extra")
+    from latentguard.export import export_onnx
+
+    file = tmp_path / "guard.onnx"
+    export_onnx(calm, "nano-flux2", file, size=(16, 16))
+    shards = write_shards(tmp_path / "shards", 3, 5)
+    options = RunOptions(model=str(file), runtime="onnx", batch_size=2)
+    run = ray_run(tmp_path / "run", options, shards, pool=Pool(actors=(1, 2)))
+    whole = scan_run(tmp_path / "whole", options, shards, workers=1)
+    assert_same(run, whole)
+    assert {entry.models["flux2"] for entry in run.done.values()} == {
+        tuple(options.judges().models[0].id)
+    }
+    assert len(records_of(run)) == 15
+    assert run.errors == 0
 
 
 @needs_ray
