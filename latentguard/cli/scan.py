@@ -20,6 +20,7 @@ from latentguard.errors import UsageError
 if TYPE_CHECKING:
     from latentguard.scan import Report, Scan, Summary
     from latentguard.scan.lines import Sink
+    from latentguard.scan.sampling import Draw
     from latentguard.scan.tally import Tally
 
 
@@ -360,8 +361,6 @@ def scan(
                 "a run writes its records into its folder: leave out --report, --output, "
                 "--heatmap, --summary and --format, and see --sink and `latentguard scan report`"
             )
-        if sample is not None:
-            raise UsageError("a run scans all images: leave out --run, or --sample")
         scan_run(
             run_place,
             paths or [],
@@ -375,6 +374,7 @@ def scan(
                 "device": device,
                 "batch_size": batch_size,
                 "taxonomies": tuple(dict.fromkeys(taxonomy)),
+                "sample": None if sample is None else _draw(sample, sample_shards, seed),
             },
             run_options,
             fail_on,
@@ -440,6 +440,12 @@ def scan(
     if not summary.images:
         raise UsageError("nothing was scanned: the paths hold no images")
     raise typer.Exit(of_scan(summary, fail_on))
+
+
+def _draw(images: int, spread: int | None, seed: int | None) -> Draw:
+    from latentguard.scan.sampling import SPREAD, Draw
+
+    return Draw(images, SPREAD if spread is None else spread, seed or 0)
 
 
 def _run(

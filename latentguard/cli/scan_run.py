@@ -104,7 +104,7 @@ def _work(
 ) -> None:
     from latentguard.cli.scan_progress import Told, shown
 
-    mine = sum(shard.number % run.task[1] == run.task[0] for shard in run.shards)
+    mine = sum(shard.number % run.task[1] == run.task[0] for shard in run.wanted)
     left = len(run.pending())
     readers = engine.readers
     workers = None if readers is None else {"read": readers, "decode": readers}
@@ -222,15 +222,17 @@ def _summary(run: Run, passed: PassedOver) -> Summary:
 
 
 def _conclude(run: Run, summary: Summary) -> None:
+    from latentguard.scan.estimates import sentences
     from latentguard.scan.text import visible
 
-    for line in filter(None, (summary.passed.line(), summary.line(), _progress(run))):
+    drawn = sentences(run.sample) if run.sample is not None else []
+    for line in filter(None, (summary.passed.line(), summary.line(), *drawn, _progress(run))):
         typer.echo(visible(line, 2000))
 
 
 def _progress(run: Run) -> str:
     """How far a run is."""
-    done, of = len(run.done), len(run.shards)
+    done, of = len(run.done), len(run.wanted)
     rest = "" if done == of else "; --resume goes on"
     return f"run {run.place}: {done:,} of {of:,} shards are done{rest}"
 

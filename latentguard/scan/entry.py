@@ -32,6 +32,7 @@ class Entry:
     not be opened has none.
     part: its records. tally: their `tally.Tally`, as JSON. quarantine, kept: what could not be read
     or judged, and the copy of samples, where there are any.
+    images: how many the shard holds, of a sample those too that were not looked at.
     outcomes, decisions: counts, as in `Summary`. models: the name and SHA-256 of what judged, by
     latent space. passed: what its files held that cannot be latents.
     microseconds: by phase, as in the tally. version: of latentguard.
@@ -42,6 +43,7 @@ class Entry:
     states: dict[str, FileState]
     part: Written
     tally: Written
+    images: int
     outcomes: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     models: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class Entry:
             "latentguard": self.version,
             "number": self.number,
             "files": [{"name": name, **_state(self.states.get(name))} for name in self.files],
+            "images": self.images,
             "outcomes": dict(self.outcomes),
             "decisions": dict(self.decisions),
             "models": {
@@ -100,6 +103,7 @@ class Entry:
                 },
                 part=Written(**values["part"]),
                 tally=Written(**values["tally"]),
+                images=values["images"],
                 outcomes=Counter(values["outcomes"]),
                 decisions=Counter(values["decisions"]),
                 models={

@@ -64,13 +64,13 @@ def run_local(
     """
     with run.at_work(judging):
         check_errors(run, max_errors)
-        pending = run.pending()
-        if workers:
-            _Driver(run, judging, told, max_errors).work(pending, workers, max_memory)
-            return
-        for shard in pending:
-            run.scan(shard, judging, told)
-            check_errors(run, max_errors)
+        while pending := run.pending():
+            if workers:
+                _Driver(run, judging, told, max_errors).work(pending, workers, max_memory)
+                continue
+            for shard in pending:
+                run.scan(shard, judging, told)
+                check_errors(run, max_errors)
 
 
 def check_errors(run: Run, max_errors: int | None) -> None:

@@ -10,6 +10,7 @@ from latentguard.files import Reading
 from latentguard.policy import Policy
 from latentguard.scan.judges import Judges, Runtime, Views, check_schemes, make_judges
 from latentguard.scan.judging import Judging
+from latentguard.scan.sampling import Draw
 
 SinkName = Literal["parquet", "json"]
 Keep = Literal["allow", "review", "block"]
@@ -25,6 +26,7 @@ class RunOptions:
     reading: how files are read.
     sink: how records are written. keep: copy the samples of this decision, too, or None.
     taxonomies: published hazard schemes in whose words records tell verdicts, too.
+    sample: look at so many images, drawn at random; None is all of them.
 
     Raises UsageError for values that cannot be.
     """
@@ -40,6 +42,7 @@ class RunOptions:
     sink: SinkName = "parquet"
     keep: Keep | None = None
     taxonomies: tuple[str, ...] = ()
+    sample: Draw | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -48,6 +51,10 @@ class RunOptions:
             raise UsageError(f"sink must be parquet or json, got {self.sink!r}")
         if self.keep is not None and self.keep not in get_args(Keep):
             raise UsageError(f"keep must be allow, review or block, got {self.keep!r}")
+        if self.sample is not None and min(self.sample.images, self.sample.spread) < 1:
+            raise UsageError("a sample must be of at least one image and one shard")
+        if self.sample is not None and self.keep is not None:
+            raise UsageError("a sample is no whole to be copied: leave out --keep, or --sample")
 
     def judges(self) -> Judges:
         """Load what judges. Raises as `scan_files` does."""
@@ -86,4 +93,5 @@ class RunOptions:
             "sink": self.sink,
             "keep": self.keep,
             "taxonomies": list(self.taxonomies),
+            "sample": None if self.sample is None else asdict(self.sample),
         }

@@ -115,18 +115,21 @@ def run_ray(
     with run.at_work(judging):
         check_errors(run, max_errors)
         if run.pending():
-            _scan(run, judging, _Driver(run, judging, pool or Pool(), max_errors, noted))
+            driver = _Driver(run, judging, pool or Pool(), max_errors, noted)
+            with _cluster():
+                while run.pending():
+                    _scan(run, judging, driver)
 
 
 def _scan(run: Run, judging: Judging, driver: _Driver) -> None:
     """Scan what is left, and give up what kills actors."""
-    with _cluster():
-        driver.scan(run.pending(), AT_ONCE)
-        # Which of the shards that an actor had in hand has killed it is known once each is alone.
-        lost = run.pending()
-        if lost:
-            driver.scan(lost, 1)
-    left = run.pending()
+    pending = run.pending()
+    driver.scan(pending, AT_ONCE)
+    # Which of the shards that an actor had in hand has killed it is known once each is alone.
+    lost = [shard for shard in pending if shard.number not in run.done]
+    if lost:
+        driver.scan(lost, 1)
+    left = [shard for shard in lost if shard.number not in run.done]
     if len(left) > ATTEMPTS and len(left) == len(lost):
         raise UsageError(
             f"{len(left):,} shards are not scanned, as each actor died that tried: the logs of Ray "

@@ -37,6 +37,7 @@ from latentguard.scan.keep import check_keep
 from latentguard.scan.lease import Lease, Task, hold
 from latentguard.scan.options import RunOptions
 from latentguard.scan.record import ScanRecord
+from latentguard.scan.sampling import Cluster, ClusterSample, Drawn, SamplePlan
 from latentguard.scan.schema import need_pyarrow
 from latentguard.scan.shard import Facts, Shard, plan, scan_shard, unreadable
 from latentguard.scan.store import Store, number_of, open_store
@@ -59,7 +60,8 @@ def ignored(records: Sequence[ScanRecord]) -> None:
 class Run:
     """A run's folder, opened by one process.
 
-    place: the folder or the address. shards: all of them. task: which of them are this process's.
+    place: the folder or the address. shards: all of them. plan: of a sample. task: which of them
+    are this process's.
     done: by number, the entries that hold.
     errors: how many images or files could not be read or judged so far.
     notes: sentences about what was found and mended.
@@ -70,16 +72,37 @@ class Run:
     store: Store
     options: RunOptions
     shards: list[Shard]
+    plan: SamplePlan | None = None
     task: Task = (0, 1)
     done: dict[int, Entry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     errors: int = 0
     _lease: Lease | None = field(default=None, repr=False)
 
+    @property
+    def wanted(self) -> list[Shard]:
+        """The shards that are to be scanned. Of a sample there may be more once these are done."""
+        if self.plan is None:
+            return self.shards
+        known = {shard.name: shard for shard in reversed(self.shards)}
+        done = {name: self.done[s.number] for name, s in known.items() if s.number in self.done}
+        count = self.plan.first({name: entry.outcomes.total() for name, entry in done.items()})
+        return [known[name] for name in self.plan.shards[:count]]
+
+    @property
+    def sample(self) -> ClusterSample | None:
+        """Of a sample, what was seen so far."""
+        if self.plan is None:
+            return None
+        done = [self.done[shard.number] for shard in self.wanted if shard.number in self.done]
+        seen = {entry.files[0]: Cluster(entry.images, entry.outcomes) for entry in done}
+        return replace(self.plan.start(), clusters=seen)
+
     def pending(self) -> list[Shard]:
-        """The shards of this process's task that are left."""
+        """The shards of this process's task that are left. Of a sample there may be more once these
+        are done."""
         mine, of = self.task
-        return [s for s in self.shards if s.number % of == mine and s.number not in self.done]
+        return [s for s in self.wanted if s.number % of == mine and s.number not in self.done]
 
     @contextmanager
     def at_work(self, judging: Judging) -> Iterator[None]:
@@ -201,6 +224,8 @@ def open_run(
     """
     if options.sink == "parquet":
         need_pyarrow()
+    if options.sample is not None and task[1] > 1:
+        raise UsageError("how many shards a sample takes depends on all: leave out --task")
     store = open_store(place)
     said = store.read(RUN)
     if said is not None and not resume:
@@ -215,7 +240,8 @@ def open_run(
             check_keep(planned)
         said = _begin(store, options, judges, planned)
     shards = _agreed(place, store, said, options, judges, planned)
-    run = Run(place, judges.rules.policy, store, options, shards, task)
+    shards, sampled = _drawn(shards, options)
+    run = Run(place, judges.rules.policy, store, options, shards, sampled, task)
     run._hold()
     try:
         _load(run, judges)
@@ -244,6 +270,17 @@ def _begin(store: Store, options: RunOptions, judges: Judges, shards: list[Shard
     if said is None:
         raise UsageError(f"{RUN} is gone as soon as it is written: the place is of no use")
     return said
+
+
+def _drawn(shards: list[Shard], options: RunOptions) -> tuple[list[Shard], SamplePlan | None]:
+    """Shards as a sample takes them, and the order in which it does."""
+    draw = options.sample
+    if draw is None:
+        return shards, None
+    names = (shard.name for shard in shards)
+    sampled = SamplePlan.of(names, draw.images, draw.seed, draw.spread)
+    how = Drawn(len(sampled.shards), sampled.rows, sampled.seed)
+    return [replace(shard, drawn=how) for shard in shards], sampled
 
 
 def _list_name(digest: str) -> str:

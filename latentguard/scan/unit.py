@@ -22,6 +22,7 @@ from latentguard.scan.judges import Judges
 from latentguard.scan.keep import Decisions, copy_kept
 from latentguard.scan.options import RunOptions
 from latentguard.scan.record import ScanRecord
+from latentguard.scan.sampling import ClusterSample
 from latentguard.scan.schema import Numbering
 from latentguard.scan.shard import Facts, Shard
 from latentguard.scan.sinks import SUFFIXES, open_sink
@@ -36,7 +37,7 @@ FOLDERS = (ENTRIES, PARTS, TALLIES, QUARANTINE, KEPT)
 
 def stem(shard: Shard) -> str:
     """What the files of a shard are called: its number, and a hint at its name."""
-    name = shown(shard.files[0]).rpartition("/")[2].partition(".")[0]
+    name = shard.name.rpartition("/")[2].partition(".")[0]
     hint = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
     return f"{shard.number:06d}-{hint}" if hint else f"{shard.number:06d}"
 
@@ -99,13 +100,15 @@ class Unit:
         if self._outcomes["error"]:
             name = f"{QUARANTINE}/{stem(self._shard)}.jsonl"
             quarantine = self._put(name, self._problems, self._outcomes["error"])
-        tally = self._put_tally(facts)
+        images = max(facts.images, self._outcomes.total())
+        tally = self._put_tally(facts, images)
         entry = Entry(
             number=self._shard.number,
             files=tuple(shown(name) for name in self._shard.files),
             states=facts.noted.states,
             part=part,
             tally=tally,
+            images=images,
             outcomes=self._outcomes,
             decisions=self._verdicts,
             models=self._models,
@@ -119,7 +122,7 @@ class Unit:
         self.abandon()
         return entry
 
-    def _put_tally(self, facts: Facts) -> Written:
+    def _put_tally(self, facts: Facts, images: int) -> Written:
         tally, copying = self._tally, facts.noted.copying
         for info in self._judges.models:
             if self._models.get(info.space) == tuple(info.id):
@@ -127,6 +130,10 @@ class Unit:
         tally.add_seconds(copying, max(0.0, facts.reading - copying), self._scoring)
         tally.bytes_read = sum(state.size for state in facts.noted.states.values())
         tally.add_span(self._began, time())
+        drawn = self._shard.drawn
+        if drawn is not None:
+            sample = ClusterSample(drawn.of, drawn.rows, drawn.seed)
+            tally.sample = sample.with_shard(self._shard.name, images, self._outcomes)
         path = self._part.with_name("tally.json")
         path.write_bytes(tally_bytes(tally))
         return self._put(f"{TALLIES}/{self._shard.number:06d}.json", path, tally.images)
