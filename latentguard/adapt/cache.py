@@ -138,11 +138,11 @@ def prepare(
             cache.heads[rows.start : rows.stop] = head.numpy()
             if autoencoder is not None and cache.latents is not None:
                 # One at a time: larger batches fall out of the processor's cache.
-                found = [
+                drawn = [
                     training_latents(autoencoder, one[None], seed + row)
                     for row, one in zip(rows, pixels, strict=True)
                 ]
-                cache.latents[rows.start : rows.stop] = torch.cat(found).numpy()
+                cache.latents[rows.start : rows.stop] = torch.cat(drawn).numpy()
             cache.meta.done = rows.stop
             if rows.stop % SAVE_EVERY < BATCH or rows.stop == len(images):
                 cache.save()

@@ -234,9 +234,8 @@ class Encoding:
                 "bfloat16 need less memory"
             ) from error
         tensor = _converted(latents, self.how.scaled).tensor.to(getattr(torch, self.how.store))
-        return [
-            self._one(frame, one) for frame, one in zip(frames, tensor.cpu().split(1), strict=True)
-        ]
+        held = tensor.cpu()
+        return [self._one(frame, held[n : n + 1]) for n, frame in enumerate(frames)]
 
     def _one(self, frame: _Frame, tensor: Tensor) -> Encoded | Problem:
         if not bool(torch.isfinite(tensor).all()):

@@ -104,8 +104,6 @@ class Framing:
                     f"would be encoded: both must be from {self.multiple} to {MAX_SIDE}"
                 )
         box = self._box(*image.size, width, height)
-        if box == (0, 0, *image.size) and (width, height) == image.size:
-            return np.asarray(image), box
         resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
         return np.asarray(resized), box
 

@@ -20,6 +20,7 @@ from latentguard.files import save_latents
 from latentguard.files.writing import description
 from latentguard.spaces import Latents
 
+_MAX_CLASSES = 100_000
 SUFFIXES = (".safetensors", ".pt", ".pth", ".npy")
 
 
@@ -101,16 +102,13 @@ def _save_npy(out: Path, latents: Latents, values: dict[str, Any]) -> None:
 
 
 def _write_labels(out: Path, found: list[Encoded], classes: tuple[str, ...]) -> None:
-    labels = [one.sample.label for one in found]
-    if not all(isinstance(label, int) for label in labels):
+    labels = [label for one in found if isinstance(label := one.sample.label, int) and label >= 0]
+    if len(labels) < len(found):
         return
     _write_lines(out.with_suffix(".labels.txt"), labels)
     named = {one.sample.label: one.sample.label_name for one in found}
-    names = classes or tuple(
-        named.get(number) or str(number)
-        for number in range(max(map(int, labels)) + 1)  # type: ignore[arg-type]
-    )
-    _write_lines(out.with_suffix(".names.txt"), names)
+    every = range(min(max(labels) + 1, _MAX_CLASSES))
+    _write_lines(out.with_suffix(".names.txt"), classes or [named.get(n) or str(n) for n in every])
 
 
 def _write_lines(path: Path, lines: Iterable[object]) -> None:

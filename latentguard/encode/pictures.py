@@ -51,7 +51,7 @@ def decode_picture(data: bytes) -> Image.Image:
     Raises LatentsError, one sentence without a name: no picture of a known format, damaged or
     truncated, or over `MAX_PIXELS`.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -65,7 +65,7 @@ def decode_picture(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise LatentsError(f"has more pixels than the limit of {MAX_PIXELS}") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise LatentsError(f"is no picture that is read ({', '.join(_FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         reason = str(error).split("\n", 1)[0][:200]

@@ -85,50 +85,65 @@ def find_sources(
         LatentsError: a path that is not there, a file of no known kind, no pictures at all, or
             pictures outside of folders where these are the labels.
     """
-    passed, found = PassedOver(), []
-    for given in map(Path, paths):
-        prefix = f"{given.name}/" if len(paths) > 1 else ""
-        for item in _expand(given, passed):
-            if isinstance(item, Problem):
-                found.append((item, "", None))
-                continue
-            below = item.relative_to(given).as_posix() if item != given else item.name
-            folder, slash, _ = below.partition("/")
-            labeled = labels == "folder" and item.suffix.lower() in SUFFIXES
-            if labeled and not slash:
-                raise LatentsError(
-                    f"{item} is in no folder below {given}, and --labels folder takes the class "
-                    "from there"
-                )
-            found.append((item, prefix + below, folder if labeled else None))
+    passed = PassedOver()
+    found = [one for given in map(Path, paths) for one in _found(given, len(paths) > 1, passed)]
     if not found:
         raise LatentsError(
             f"no pictures ({', '.join(SUFFIXES)}), shards or tables ({', '.join(CONTAINERS)}) in "
             f"{', '.join(map(str, paths))}"
         )
-    classes = tuple(sorted({label for _, _, label in found if label is not None}))
-    numbers = {name: number for number, name in enumerate(classes)}
+    classes: dict[str, int] = {}
+    if labels == "folder":
+        names = {one.folder() for one in found if one.is_picture}
+        classes = {name: number for number, name in enumerate(sorted(names))}
     units: list[Unit] = []
     loose: list[Sample | Problem] = []
-
-    def close() -> None:
-        if loose:
-            units.append(_group(tuple(loose)))
-            loose.clear()
-
-    for item, name, label in found:
-        if isinstance(item, Path) and item.suffix.lower() in CONTAINERS:
-            close()
-            units.append(_container(item, passed, labels, columns or Columns()))
-            continue
-        if isinstance(item, Path):
-            loose.append(_loose(item, name, label, numbers))
+    for one in found:
+        if isinstance(one.item, Problem):
+            loose.append(one.item)
+        elif one.is_picture:
+            loose.append(_loose(one.item, one, classes))
         else:
-            loose.append(item)
-        if len(loose) == group:
-            close()
-    close()
+            units += _groups(loose, group)
+            loose = []
+            units.append(_container(one.item, passed, labels, columns or Columns()))
+    units += _groups(loose, group)
     return Sources(tuple(units), passed, tuple(map(plain_id, classes)))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A file below a path that was given, or why it is not found.
+
+    below: its name within that path. prefix: what tells it from those of other paths.
+    """
+
+    item: Path | Problem
+    below: str = ""
+    prefix: str = ""
+
+    @property
+    def is_picture(self) -> bool:
+        return isinstance(self.item, Path) and self.item.suffix.lower() in SUFFIXES
+
+    def folder(self) -> str:
+        """The first folder on its way. Raises LatentsError where there is none."""
+        folder, slash, _ = self.below.partition("/")
+        if not slash:
+            raise LatentsError(
+                f"{self.item} is in no folder below the path that is given, and --labels folder "
+                "takes the class from there"
+            )
+        return folder
+
+
+def _found(given: Path, several: bool, passed: PassedOver) -> Iterator[_Found]:
+    for item in _expand(given, passed):
+        if isinstance(item, Problem):
+            yield _Found(item)
+        else:
+            below = item.relative_to(given).as_posix() if item != given else item.name
+            yield _Found(item, below, f"{given.name}/" if several else "")
 
 
 def _expand(given: Path, passed: PassedOver) -> Iterator[Path | Problem]:
@@ -160,6 +175,10 @@ def _expand(given: Path, passed: PassedOver) -> Iterator[Path | Problem]:
         yield item
 
 
+def _groups(loose: list[Sample | Problem], size: int) -> list[Unit]:
+    return [_group(tuple(loose[at : at + size])) for at in range(0, len(loose), size)]
+
+
 def _group(samples: tuple[Sample | Problem, ...]) -> Unit:
     names = [item.id if isinstance(item, Sample) else item.source for item in samples]
     text = "\0".join(map(str, names)).encode("utf-8", "surrogatepass")
@@ -172,12 +191,13 @@ def _group(samples: tuple[Sample | Problem, ...]) -> Unit:
     return Unit(name, lambda: len(samples), captioned)
 
 
-def _loose(path: Path, name: str, label: str | None, numbers: dict[str, int]) -> Sample:
+def _loose(path: Path, found: _Found, classes: dict[str, int]) -> Sample:
+    label = found.folder() if classes else None
     return Sample(
-        id=plain_id(name),
+        id=plain_id(found.prefix + found.below),
         source=str(path),
         read=partial(read_picture, path),
-        label=None if label is None else numbers[label],
+        label=None if label is None else classes[label],
         label_name=None if label is None else plain_id(label),
         anywhere=True,
     )

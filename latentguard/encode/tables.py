@@ -31,6 +31,7 @@ _PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "
 _LABELS = ("label", "cls", "labels", "class")
 _CAPTIONS = (*CAPTION_KEYS, "txt")
 _MAX_TEXT = 2**20
+_MAX_LABEL = 1000
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def _damage(pa: Any) -> Iterator[None]:
 
 
 def _schema(pa: Any, reader: Any) -> pa.Schema:
-    message = reader.read_next_message()
-    if message.type != "schema":
+    message = next(_read_messages(reader), None)
+    if message is None or message.type != "schema":
         raise LatentsError("is not an Arrow file: it does not begin with a schema")
     schema = pa.ipc.read_schema(message)
     if len(set(schema.names)) != len(schema.names):
@@ -134,12 +135,16 @@ def _schema(pa: Any, reader: Any) -> pa.Schema:
     return schema
 
 
-def _record_batches(pa: Any, reader: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _read_messages(reader: Any) -> Iterator[Any]:
     while True:
         try:
-            message = reader.read_next_message()
+            yield reader.read_next_message()
         except StopIteration:
             return
+
+
+def _record_batches(pa: Any, reader: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for message in _read_messages(reader):
         if message.type == "dictionary":
             raise LatentsError("has columns that are encoded by a dictionary, which are not read")
         if message.type != "record batch":
@@ -215,10 +220,11 @@ class _Table:
         label = columns.label or _first(
             _LABELS, kinds, lambda kind: pa.types.is_integer(kind) or _is_text(pa, kind)
         )
-        names = features.get(label, {}).get("names") if label else None
-        good = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        names = features.get(label or "", {}).get("names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            names = None
         identity = _first(IDS, kinds, lambda kind: pa.types.is_integer(kind) or _is_text(pa, kind))
-        return cls(image, nested, caption, label, identity, tuple(names) if good else None)
+        return cls(image, nested, caption, label, identity, None if names is None else tuple(names))
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -291,17 +297,19 @@ def _row(
     try:
         name = _text(batch, table.id, place) or _path(batch, table, place)
         label = None if table.label is None else batch.column(table.label)[place].as_py()
-        if isinstance(label, str) and len(label) > 1000:
-            raise LatentsError("its label has over 1000 characters")
-        known = table.classes is not None and isinstance(label, int)
-        names = table.classes or ()
+        if not (label is None or isinstance(label, int | str)) or len(str(label)) > _MAX_LABEL:
+            raise LatentsError(
+                f"its label is neither a whole number nor text of up to {_MAX_LABEL} characters"
+            )
+        names = dict(enumerate(table.classes or ()))
+        named = names.get(label) if isinstance(label, int) else None
         return Sample(
             id=plain_id(name or f"{path.name}/{number}"),
             source=source,
             read=partial(_read, batch, table, place),
             caption=_text(batch, table.caption, place),
             label=label,
-            label_name=names[label] if known and 0 <= label < len(names) else None,
+            label_name=None if named is None else plain_id(named),
         )
     except LatentsError as error:
         return Problem(source, str(error))
