@@ -92,7 +92,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"`python benchmarks/encode.py`: {report['pictures']} photos with {report['autoencoder']}, "
         f"one thread, seconds of the processor, median of {report['rounds']} turns. "
-        f"{report['machine']}.",
+        f"{report['machine']['cpu']}, torch {report['machine']['torch']}.",
         "",
         "Differences are from float32 in batches of one: the largest, and the root mean square as "
         "a share of the latents' deviation.",

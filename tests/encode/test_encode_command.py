@@ -422,3 +422,37 @@ def test_draws_depend_on_the_picture_and_the_seed_alone(photos: Path, tmp_path: 
     dogs = drawn(0, 3, "c", [photos / "dog"])
     torch.testing.assert_close(dogs, all_of_them[3:], atol=1e-4, rtol=1e-4)
     assert (drawn(1, 5, "a", [photos]) - all_of_them).abs().max() > 0.01
+
+
+# -- pictures where commands take latents ----------------------------------------------------
+
+
+def test_commands_that_take_latents_take_pictures(
+    command: Command, tiny_file: Path, photos: Path, tmp_path: Path
+) -> None:
+    policy = tmp_path / "mine.yaml"
+    policy.write_text(
+        'schema_version: 1\nname: mine\nversion: "1"\nconcepts:\n'
+        "  - {id: guns, category: weapons, prompts: [revolver], threshold: {fpr: 0.5}, "
+        "action: block}\n"
+    )
+    latents = tmp_path / "latents"
+    options = ["--autoencoder", tiny_file, "--size", 64, "--encoded", latents]
+    ran = command("calibrate", photos, "--policy", policy, *options)
+    assert (ran.code, "0 %" in ran.err) == (0, False), ran.err
+    assert len(list(latents.rglob("*.safetensors"))) == 5
+    again = command("calibrate", latents, "--policy", policy, "--dry-run")
+    assert again.out.splitlines()[1:6] == ran.out.splitlines()[1:6]
+    ran = command(
+        "evaluate", "detect", "--positives", photos / "cat", "--negatives", photos / "dog",
+        "--policy", "weapons", "--concept", "handguns", "--resamples", 0, "--format", "json",
+        *options,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert '"positives": 3' in json.dumps(found)
+    ran = command("calibrate", photos, "--policy", policy, "--size", 64)
+    assert (ran.code, "give --autoencoder, too" in ran.err) == (2, True)
+    record = tmp_path / "log.jsonl"
+    ran = command("calibrate", "--trajectories", record, "--policy", policy, *options)
+    assert (ran.code, "of pictures, not of records" in ran.err) == (2, True)
