@@ -20,19 +20,45 @@ def parse_policy(
     source: str = "policy",
     lock: bytes | None = None,
     lock_source: str = "lock",
+    folder: str | Path = "",
 ) -> Policy:
     """A policy from the text of its YAML file, and of its lock file where there is one.
 
-    source, lock_source: the names of the two in messages.
+    source, lock_source: the names of the two in messages. folder: where the files of examples lie
+    that it names.
     Raises PolicyError: one sentence with name, line and key for each thing that is wrong.
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     policy = validate(Policy, compose(raw, source), source, "a policy")
-    policy._file_sha256 = hashlib.sha256(raw if lock is None else raw + b"\0" + lock).hexdigest()
+    policy._folder = Path(folder)
+    parts = [raw, *([] if lock is None else [lock]), *_learned(policy, raw, source)]
+    policy._file_sha256 = hashlib.sha256(b"\0".join(parts)).hexdigest()
     if lock is not None:
         policy._lock = parse_lock(lock, lock_source)
         _check_calibration(policy, policy._lock, lock, lock_source)
     return policy
+
+
+def _learned(policy: Policy, data: bytes, source: str) -> list[bytes]:
+    """The digests of the files of examples, which are read now: what is loaded is complete."""
+    digests = []
+    for index, concept in enumerate(policy.concepts):
+        try:
+            file = policy.examples_of(concept)
+            labels = [text.casefold() for text in policy.labels_of(concept)]
+            if len(set(labels)) < len(labels) and file and file.label.casefold() in labels[:-1]:
+                raise PolicyError(
+                    f"it is called '{file.name}', and '{file.label}' is a prompt, too"
+                )
+        except PolicyError as error:
+            place: list[int | str] = ["concepts", index, "examples"]
+            problem = f"concepts[{index}].examples: {error}"
+            raise problems_error(
+                source, [(line_of(compose(data, source), place), problem)]
+            ) from error
+        if file is not None:
+            digests.append(file.sha256.encode("ascii"))
+    return digests
 
 
 def _check_calibration(policy: Policy, lock: Lock, data: bytes, source: str) -> None:
@@ -77,6 +103,7 @@ def load_policy(name_or_path: str | Path | Policy, *, use_lock: bool = True) -> 
         str(path),
         read_bytes(lock) if use_lock and lock.exists() else None,
         str(lock),
+        path.parent,
     )
 
 
@@ -130,17 +157,21 @@ def json_schema() -> dict[str, Any]:
 
 
 def _tidied(schema: Any) -> Any:
-    """Without generated titles, line breaks in descriptions, and null for what may be left out."""
+    """Without generated titles, line breaks in descriptions, and what stands for a key that is left
+    out and may not be written so (null, an empty list)."""
     if isinstance(schema, list):
         return [_tidied(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     tidy: dict[str, Any] = {}
+    left_out: tuple[Any, ...] = (None, []) if schema.get("minItems") else (None,)
     for key, value in schema.items():
         if key == "anyOf" and {"type": "null"} in value and len(value) == 2:
             tidy |= _tidied(next(option for option in value if option != {"type": "null"}))
         elif key == "description" and isinstance(value, str):
             tidy[key] = " ".join(value.split())
-        elif not (key == "title" and isinstance(value, str)) and (key, value) != ("default", None):
+        elif not (key == "title" and isinstance(value, str)) and not (
+            key == "default" and value in left_out
+        ):
             tidy[key] = _tidied(value)
     return tidy
