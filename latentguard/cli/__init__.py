@@ -46,6 +46,7 @@ def _register() -> None:
     import latentguard.cli.adapt as adapt
     import latentguard.cli.calibrate as calibrate
     import latentguard.cli.doctor as doctor
+    import latentguard.cli.encode as encode
     import latentguard.cli.evaluate as evaluate
     import latentguard.cli.export as export
     import latentguard.cli.models as models
@@ -60,6 +61,7 @@ def _register() -> None:
         policy,
         models,
         spaces,
+        encode,
         evaluate,
         calibrate,
         adapt,
