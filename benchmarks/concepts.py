@@ -26,11 +26,11 @@ from caltech import files, identity, label
 from machine import machine
 from numpy.typing import NDArray
 
-from latentguard.adapt.autoencoders import load_autoencoder
 from latentguard.adapt.hold_out import held_out
 from latentguard.adapt.images import center_crop
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.teacher import load_teacher
+from latentguard.encode import load_autoencoder
 from latentguard.encoders import Encoder, load_encoder
 from latentguard.evaluate.metrics import auroc, count
 from latentguard.files import Reading, save_latents

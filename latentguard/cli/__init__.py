@@ -47,6 +47,7 @@ def _register() -> None:
     import latentguard.cli.calibrate as calibrate
     import latentguard.cli.concept as concept
     import latentguard.cli.doctor as doctor
+    import latentguard.cli.encode as encode
     import latentguard.cli.evaluate as evaluate
     import latentguard.cli.export as export
     import latentguard.cli.models as models
@@ -62,6 +63,7 @@ def _register() -> None:
         models,
         spaces,
         concept,
+        encode,
         evaluate,
         calibrate,
         adapt,

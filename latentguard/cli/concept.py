@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from latentguard.cli.commands import ManyPaths
+from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
     from latentguard.encoders import Encoder
     from latentguard.learn import Examples
+    from latentguard.learn.examples import Named
 
 concept_app = typer.Typer(
     no_args_is_help=True,
@@ -38,18 +40,6 @@ Scaled = Annotated[
     typer.Option(
         "--scaled/--unscaled", help="The latents' convention, where the files do not say."
     ),
-]
-AutoencoderPath = Annotated[
-    Path | None,
-    typer.Option(
-        "--autoencoder",
-        help="What encodes pictures: an encoder file of madebyollin/taesd, or a folder of "
-        "diffusers' AutoencoderKL. Each picture is encoded once.",
-    ),
-]
-Size = Annotated[int, typer.Option(help="Pixels per side that pictures are encoded at.")]
-Cache = Annotated[
-    Path | None, typer.Option(help="Folder for the latents of pictures. Default: the package's.")
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
 Print = Annotated[
@@ -87,9 +77,9 @@ def teach(
     model: Model = "auto",
     space: Space = None,
     scaled: Scaled = None,
-    autoencoder: AutoencoderPath = None,
-    size: Size = 256,
-    cache: Cache = None,
+    autoencoder: AutoencoderOption = None,
+    size: SizeOption = None,
+    encoded: EncodedOption = None,
     sums: Annotated[
         bool,
         typer.Option(
@@ -113,9 +103,8 @@ def teach(
     from latentguard.learn import learn
     from latentguard.learn.files import put
 
-    sides, encoder = _read(
-        [positives, negatives or []], model, space, scaled, autoencoder, size, cache, device
-    )
+    pictures = Pictures(autoencoder, size, encoded, space, device)
+    sides, encoder = _read([positives, negatives or []], pictures, model, space, scaled, device)
     lesson = learn(sides[0], sides[1] if negatives else None, encoder, seed=seed, sums=sums)
     file, replaced = put(out, name, lesson.learned)
     if output == "json":
@@ -144,9 +133,9 @@ def measure(
     ] = None,
     space: Space = None,
     scaled: Scaled = None,
-    autoencoder: AutoencoderPath = None,
-    size: Size = 256,
-    cache: Cache = None,
+    autoencoder: AutoencoderOption = None,
+    size: SizeOption = None,
+    encoded: EncodedOption = None,
     device: Device = None,
     output: Print = "table",
 ) -> None:
@@ -163,9 +152,8 @@ def measure(
     from latentguard.policy.examples import load_concept
 
     concept = load_concept(file)
-    sides, encoder = _read(
-        [positives, negatives], model, space, scaled, autoencoder, size, cache, device
-    )
+    pictures = Pictures(autoencoder, size, encoded, space, device)
+    sides, encoder = _read([positives, negatives], pictures, model, space, scaled, device)
     entry = concept.entry(encoder.name, encoder.sha256, encoder.space)
     at = margin_of(probability, margin, encoder.logit_scale)
     tested = try_out(entry, sides[0], sides[1], encoder, at)
@@ -234,32 +222,37 @@ def _about(entry: Any) -> dict[str, Any]:
 
 def _read(
     sides: list[list[Path]],
+    pictures: Pictures,
     model: str,
     space: str | None,
     scaled: bool | None,
-    autoencoder: Path | None,
-    size: int,
-    cache: Path | None,
     device: str | None,
 ) -> tuple[list[Examples], Encoder]:
     """The examples of both sides, and the encoder that read them; a side may be empty."""
-    from latentguard.cli.evaluate import Bar
-    from latentguard.files import Reading
-    from latentguard.learn import examples
-    from latentguard.learn.pictures import Pictures
-    from latentguard.learn.sources import encoder_for, images, known_space
+    from latentguard.cli.bar import Bar
+    from latentguard.learn.examples import encoder_for, examples, known_space
 
-    pictures = Pictures(autoencoder, space, size, cache) if autoencoder else None
-    reading = Reading.of(space, scaled)
     found: list[Examples] = []
     encoder: Encoder | None = None
     for paths, side in zip(sides, ("positives", "negatives"), strict=True):
         if not paths:
             continue
+        images = _images(paths, pictures, space, scaled)
         with Bar(side) as advance:
-            tick: Callable[[int], None] = advance
-            first, read = known_space(images(paths, reading, pictures), side)
+            first, images = known_space(images, side)
             encoder = encoder or encoder_for(model, first, device)
-            found.append(examples(read, encoder, side, tick))
+            found.append(examples(images, encoder, side, advance))
     assert encoder is not None
     return found, encoder
+
+
+def _images(
+    paths: list[Path], pictures: Pictures, space: str | None, scaled: bool | None
+) -> Iterator[Named]:
+    from latentguard.files import Reading
+    from latentguard.learn.examples import Named, of_files
+
+    encoded = pictures.encoded(paths)
+    if encoded is None:
+        return of_files(paths, Reading.of(space, scaled))
+    return (Named(one.sample.source, one.latents()) for one in encoded)

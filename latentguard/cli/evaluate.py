@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from latentguard.cli.bar import Bar
 from latentguard.cli.commands import ManyPaths
+from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
 
 evaluate_app = typer.Typer(
     no_args_is_help=True, help="Measure a model or a policy on latents whose content is known."
@@ -60,6 +62,9 @@ def zeroshot_(
     device: Device = None,
     plot: Plot = None,
     output: Print = "table",
+    autoencoder: AutoencoderOption = None,
+    size: SizeOption = None,
+    encoded: EncodedOption = None,
 ) -> None:
     """How often the most similar class name is the right one.
 
@@ -73,10 +78,11 @@ def zeroshot_(
     if plot:
         check_plot_path(plot)
     classes = read_names(names)
+    found = Pictures(autoencoder, size, encoded, space, device).latents(latents)
     with Bar("encoding") as advance:
         try:
             result = run(
-                latents,
+                found,
                 classes,
                 read_labels(labels, len(classes)),
                 model,
@@ -119,6 +125,9 @@ def detect_(
     ] = 1000,
     plot: Plot = None,
     output: Print = "table",
+    autoencoder: AutoencoderOption = None,
+    size: SizeOption = None,
+    encoded: EncodedOption = None,
 ) -> None:
     """How well a concept's scores tell images that show it from images that do not.
 
@@ -132,10 +141,12 @@ def detect_(
 
     if plot:
         check_plot_path(plot)
+    pictures = Pictures(autoencoder, size, encoded, space, device)
+    shows, shows_not = pictures.latents(positives), pictures.latents(negatives)
     with Bar("scoring") as advance:
         result = run(
-            positives,
-            negatives,
+            shows,
+            shows_not,
             policy,
             concept,
             model,
@@ -177,32 +188,3 @@ def _table(title: str, rows: list[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(escape(name), escape(value))
     Console().print(table)
-
-
-class Bar:
-    """A progress bar, on a terminal only; call it with what is done and, if known, of how many."""
-
-    def __init__(self, what: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(what, total=None)
-
-    def __enter__(self) -> Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        self._bar.update(self._task, completed=done, total=total)

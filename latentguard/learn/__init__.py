@@ -3,8 +3,8 @@
 Reading order: statistics.py (what is kept of examples, and adds up) -> heads.py (sums to a head)
 -> platt.py (scores to log odds) -> duplicates.py and folds.py (cross-validation) -> figures.py
 (what it says) -> solved.py (all of a head) -> shipped.py (negatives of the package) ->
-examples.py and pictures.py (files to vectors) -> learning.py, testing.py and merging.py (the three
-things that are done). Files are latentguard.policy.examples.
+examples.py (latents to vectors) -> learning.py, testing.py and merging.py (the three things that
+are done) -> files.py. What a file holds stands in latentguard.policy.examples.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Examples: latents of files, or pictures that are encoded first, as the vectors that are learned
-on."""
+"""Examples: latents, as the vectors that are learned on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latentguard.encoders import Encoder
+from latentguard.encoders import Encoder, best_encoder, load_encoder, needs_space
 from latentguard.encoders.examples import example_rows
 from latentguard.errors import LatentsError, ModelError
 from latentguard.files import Reading
@@ -29,11 +29,13 @@ class Examples:
 
     rows: [n, F] float32, unit norm. names: n, where each comes from.
     joint: [dim] float32, the mean of their embeddings in the model's joint space.
+    sizes: (height, width) in latent cells that there are among them; empty where it is not known.
     """
 
     rows: NDArray[np.float32]
     names: tuple[str, ...]
     joint: NDArray[np.float32]
+    sizes: frozenset[tuple[int, int]] = frozenset()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,6 +58,21 @@ def of_files(paths: Sequence[str | Path], reading: Reading) -> Iterator[Named]:
         yield Named(record.id or where, record.latents.to_torch())
 
 
+def known_space(found: Iterator[Named], side: str) -> tuple[str, Iterator[Named]]:
+    """The latent space of the first image, and all of them. LatentsError where there are none."""
+    first = next(found, None)
+    if first is None:
+        raise LatentsError(f"there are no {side} in what was given")
+    return first.latents.space.name, chain([first], found)
+
+
+def encoder_for(model: str, space: str, device: str | None = None) -> Encoder:
+    """A model by its name, or "auto": the best one for a space. Raises ModelError."""
+    if model == "auto":
+        model = best_encoder(space)
+    return load_encoder(model, device, space if needs_space(model) else None)
+
+
 def examples(
     images: Iterable[Named], encoder: Encoder, side: str, tick: Tick = lambda done: None
 ) -> Examples:
@@ -68,6 +85,7 @@ def examples(
         ModelError: the encoder gives numbers that are not finite.
     """
     rows, names, joint = [], [], []
+    sizes: set[tuple[int, int]] = set()
     for batch in _batches(images):
         found, embedded = _rows(batch, encoder)
         for one, row in zip(batch, found, strict=True):
@@ -77,13 +95,14 @@ def examples(
                     "be learned from it"
                 )
         rows.append(found)
+        sizes.add((batch[0].latents.tensor.shape[-2], batch[0].latents.tensor.shape[-1]))
         joint.append(embedded.sum(0))
         names += [one.name for one in batch]
         tick(len(names))
     if not names:
         raise LatentsError(f"there are no {side} in what was given")
     mean = np.sum(joint, 0) / len(names)
-    return Examples(np.concatenate(rows), tuple(names), mean.astype(np.float32))
+    return Examples(np.concatenate(rows), tuple(names), mean.astype(np.float32), frozenset(sizes))
 
 
 def _rows(batch: list[Named], encoder: Encoder) -> tuple[NDArray[np.float32], NDArray[np.float64]]:

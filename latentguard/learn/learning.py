@@ -86,6 +86,8 @@ def learn(
     _check_separable(told)
     alike = scale.slope * found.negatives[best] + scale.offset
     warnings = _warnings(told, background, alike)
+    if background is not None and positives.sizes - {background.size}:
+        warnings += (_other_size(positives, background),)
     given = Sums.of(low)
     solved = Solved(
         Sums.of(high),
@@ -179,6 +181,15 @@ def _check_separable(told: Figures) -> None:
             "that were held out, and 0.5 is chance; give more examples, or clearer ones, or "
             "another --model"
         )
+
+
+def _other_size(positives: Examples, background: Background) -> str:
+    sizes = " and ".join(f"{h} x {w}" for h, w in sorted(positives.sizes))
+    usual = "{} x {}".format(*background.size)
+    return (
+        f"the package's photos were read at {usual} latent cells and the positives at {sizes}, so "
+        "the size may be part of what was learned: give negatives of the same size"
+    )
 
 
 def _warnings(told: Figures, background: Background | None, odds: Array) -> tuple[str, ...]:

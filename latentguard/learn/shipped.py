@@ -27,12 +27,14 @@ class Background:
 
     rows: [n, F] float32, unit norm. joint: [dim] float32, the mean of their embeddings.
     names: n, the photos' names in Caltech-101. about: where they are from, for people.
+    size: (height, width) of their latents in cells.
     """
 
     rows: NDArray[np.float32]
     joint: NDArray[np.float32]
     names: tuple[str, ...]
     about: str
+    size: tuple[int, int] = (32, 32)
 
 
 def find_background(model: str, sha256: str, space: str) -> Background:
