@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,7 @@ to another class (`minaret` to mosque, `gerenuk` to gazelle)."""
 DRAWS, PROMISES = 10, 2
 NUMBERS = (1, 5, 20, 50)
 RATE = 0.01
+NEGATIVES = 400
 
 Rows = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -129,10 +132,16 @@ def teacher_rows(photos: Sequence[Photo]) -> Rows:
     return torch.cat(rows).numpy()
 
 
+def uses(photos: Sequence[Photo]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+    """Each photo's class and use; of those to learn negatives from the first `NEGATIVES`."""
+    use = np.array([photo.use for photo in photos])
+    use[np.flatnonzero(use == "back")[NEGATIVES:]] = "none"
+    return np.array([photo.path.parent.name for photo in photos]), use
+
+
 def trials(rows: Rows, photos: Sequence[Photo]) -> list[dict[str, object]]:
     """AUROC and recall of heads from 1 to 50 positives, by class and draw."""
-    classes = np.array([photo.path.parent.name for photo in photos])
-    use = np.array([photo.use for photo in photos])
+    classes, use = uses(photos)
     back = Sums.of(rows[use == "back"])
     found: list[dict[str, object]] = []
     for name in sorted(set(classes[use == "learn"])):
@@ -164,10 +173,10 @@ def _measured(
     return float(auroc(count(positives, negatives))), float((positives > bound).mean())
 
 
-def promises(rows: Rows, photos: Sequence[Photo], encoder: Encoder) -> list[dict[str, object]]:
+def promises(rows: Rows, photos: Sequence[Photo], model: str) -> list[dict[str, object]]:
     """What learning promised, and what the held-out photos then gave."""
-    classes = np.array([photo.path.parent.name for photo in photos])
-    use = np.array([photo.use for photo in photos])
+    encoder = load_encoder(model, "cpu")
+    classes, use = uses(photos)
 
     def side(which: NDArray[np.bool_]) -> Examples:
         names = tuple(identity(photos[i].path) for i in np.flatnonzero(which))
@@ -297,12 +306,17 @@ def main() -> None:
             teacher=teacher_rows(photos),
         )
     rows = np.load(kept, allow_pickle=False)
-    by_reader = {
-        "nano-flux2": trials(rows["flux2"], photos),
-        "nano-view on FLUX.2's view": trials(rows["view"], photos),
-        "pixel teacher": trials(rows["teacher"], photos),
+    readers_of = {
+        "nano-flux2": "flux2",
+        "nano-view on FLUX.2's view": "view",
+        "pixel teacher": "teacher",
     }
-    promised = promises(rows["flux2"], photos, flux2)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(readers_of) + 1, context, torch.set_num_threads, (1,)) as pool:
+        jobs = {name: pool.submit(trials, rows[key], photos) for name, key in readers_of.items()}
+        promising = pool.submit(promises, rows["flux2"], photos, "nano-flux2")
+        by_reader = {name: job.result() for name, job in jobs.items()}
+        promised = promising.result()
     seconds = timed(photos, latents, flux2)
     lines = [
         *table(by_reader),
