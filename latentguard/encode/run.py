@@ -72,7 +72,9 @@ class ShardRun:
         }
         # Another task may have begun the folder.
         resume = resume or self._task.of > 1
-        self._journal = Journal(out, about, resume=resume, task=self._task.number)
+        self._journal = Journal(
+            out, about, resume=resume, task=self._task.number, alone=self._task.of == 1
+        )
         if sources.classes:
             (out / "names.txt").write_text("\n".join(sources.classes) + "\n", "utf-8")
 
