@@ -90,8 +90,12 @@ def encode(
     caption_column: Annotated[str | None, typer.Option(help="Of tables.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Of tables.")] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Pictures of one size that are encoded together.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pictures of one size that are encoded together; else 1 on the CPU, 8 elsewhere.",
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="In which the autoencoder computes (autocast).")
     ] = "float32",

@@ -57,12 +57,15 @@ class How:
         size: str | int = "512",
         crop: Crop = "center",
         scaled: bool | None = None,
+        batch_size: int | None = None,
         **options: Any,
     ) -> How:
         """With what the autoencoder asks for.
 
         scaled: None is scaled, but where the autoencoder has a scaling of its own that is not its
         space's usual one: raw latents are then read by everybody, and are what is written.
+
+        batch_size: None is 1 on the CPU, where larger batches are slower, and 8 elsewhere.
 
         Raises:
             UsageError: a size that is no multiple of what the autoencoder needs, or `sample` of one
@@ -73,7 +76,10 @@ class How:
             scaled = autoencoder.scaled or autoencoder.space.is_scaled_as(
                 autoencoder.space.standard
             )
-        how = cls(Framing.parse(size, crop, autoencoder.multiple), scaled=scaled, **options)
+        if batch_size is None:
+            batch_size = 1 if autoencoder.device.type == "cpu" else 8
+        framing = Framing.parse(size, crop, autoencoder.multiple)
+        how = cls(framing, scaled=scaled, batch_size=batch_size, **options)
         if how.mode == "sample" and not autoencoder.samples:
             raise UsageError(
                 f"{autoencoder.name} gives one latent for a picture and no distribution: "

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from latentguard.errors import LatentsError, UsageError
 SCHEMA_VERSION = 1
 _ABOUT = "encode.json"
 PROBLEMS = "problems.jsonl"
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.part")  # atomic.py's
+_ABANDONED = 24 * 3600.0
 _READ = "pictures"
 """The beginning of the files' names in which each task notes what it has done."""
 
@@ -38,11 +43,20 @@ class Part:
 class Journal:
     """A run's folder. `done` are the parts that every task so far has finished."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], *, resume: bool, task: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        *,
+        resume: bool,
+        task: int = 1,
+        alone: bool = True,
+    ) -> None:
         """Begin, or go on with what the folder holds.
 
         about: all that decides what is written; a folder of another run is an error.
-        resume: whether the folder may hold a run. task: the number of this one, from 1.
+        resume: whether the folder may hold a run.
+        task: the number of this one, from 1. alone: whether there are no others.
 
         Raises:
             UsageError: the folder holds a run and it is not to be gone on with, or other files.
@@ -57,6 +71,7 @@ class Journal:
             _same(manifest, about)
             if not resume:
                 raise UsageError(f"{folder} holds this run already: --resume goes on with it")
+            _tidy(folder, alone)
         else:
             if any(folder.glob("*.tar")):
                 raise UsageError(f"{folder} holds shards of something else: give another folder")
@@ -110,6 +125,16 @@ class Journal:
                     yield _part(json.loads(line))
                 except (ValueError, KeyError, TypeError):
                     continue  # torn: its part is encoded again
+
+
+def _tidy(folder: Path, alone: bool) -> None:
+    """Remove half-written files of processes that were killed; those of others may be in use."""
+    for path in folder.glob(".*.part"):
+        with suppress(OSError):
+            if _PARTIAL.fullmatch(path.name) and (
+                alone or time.time() - path.stat().st_mtime > _ABANDONED
+            ):
+                path.unlink()
 
 
 def write_problems(path: Path, problems: list[Problem]) -> None:

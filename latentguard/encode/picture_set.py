@@ -75,7 +75,7 @@ def encode_pictures(
     space: str | Path | LatentSpace | None = None,
     device: torch.device | str | None = None,
     labels: Labels = "beside",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     workers: int = 2,
     strict: bool = True,
     progress: Callable[[int, int | None], None] = lambda done, total: None,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentguard.atomic import replacing
 from latentguard.encode.encoding import Encoded, Encoding
 from latentguard.encode.journal import Journal, Part
 from latentguard.encode.samples import Problem, Sample
@@ -72,9 +73,12 @@ class ShardRun:
         }
         # Another task may have begun the folder.
         resume = resume or self._task.of > 1
-        self._journal = Journal(out, about, resume=resume, task=self._task.number)
+        self._journal = Journal(
+            out, about, resume=resume, task=self._task.number, alone=self._task.of == 1
+        )
         if sources.classes:
-            (out / "names.txt").write_text("\n".join(sources.classes) + "\n", "utf-8")
+            with replacing(out / "names.txt") as file:
+                file.write("".join(f"{name}\n" for name in sources.classes).encode())
 
     def total(self) -> int | None:
         """Pictures of this task, as far as that is known without reading them."""

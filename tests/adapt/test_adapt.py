@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from latentguard.adapt import run
-from latentguard.adapt.cache import prepare
+from latentguard.adapt.cache import prepare, training_latents
 from latentguard.adapt.hold_out import held_out
 from latentguard.adapt.images import center_crop, random_crop
 from latentguard.adapt.run import adapt, card, stored_prompts
@@ -379,3 +379,20 @@ def test_shipped_prompts_are_stored() -> None:
     prompts = stored_prompts()
     assert "revolver" in prompts
     assert len(prompts) == len(set(prompts))
+
+
+def test_models_are_trained_on_scaled_latents(tmp_path: Path) -> None:
+    """As they read them, whatever the autoencoder gives; drawn, where it has a distribution."""
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+    diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        scaling_factor=0.13025,
+    ).save_pretrained(tmp_path)
+    encoder = load_autoencoder(tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    raw = encoder.encode(images, [3]).tensor
+    torch.testing.assert_close(training_latents(encoder, images, 3), raw * 0.13025)
+    assert (training_latents(encoder, images, 4) != raw * 0.13025).any()

@@ -270,7 +270,7 @@ def test_an_interrupted_run_goes_on(
         return real(self, frames)
 
     monkeypatch.setattr(Encoding, "_batch", dies)
-    assert encode(photos, "-o", out, "--shard-size", 2).code == 2
+    assert encode(photos, "-o", out, "--shard-size", 2, "--batch-size", 2).code == 2
     monkeypatch.undo()
     # A shard is there whole or not at all, and nothing half-written lies beside it.
     assert sorted(path.name for path in out.iterdir()) == [
@@ -279,11 +279,13 @@ def test_an_interrupted_run_goes_on(
     before = (out / "000000-0000.tar").stat().st_mtime_ns
     with (out / "pictures-1.jsonl").open("a") as log:
         log.write('{"unit": 1, "par')  # of a line that was being written
+    (out / f".{'0' * 32}.part").write_bytes(b"a shard that was being written")
     ran = encode(photos, "-o", out, "--shard-size", 2)
     assert (ran.code, "holds this run already: --resume goes on with it" in ran.err) == (2, True)
     ran = encode(photos, "-o", out, "--shard-size", 2, "--resume")
     assert (ran.code, ran.out) == (0, f"{out}: latents of 5 pictures in 3 shards\n")
     assert (out / "000000-0000.tar").stat().st_mtime_ns == before
+    assert not list(out.glob(".*.part"))
     assert contents(out) == contents(whole)
     # A shard that has gone is made again.
     (out / "000002-0000.tar").unlink()
