@@ -9,10 +9,11 @@ from typing import Any
 
 from latentguard.errors import PolicyError
 from latentguard.policy.lock import Lock, lock_path, parse_lock
-from latentguard.policy.models import Policy
+from latentguard.policy.models import BlockSettings, Policy
+from latentguard.policy.picture import read_picture
 from latentguard.policy.problems import closest, validate
 from latentguard.policy.shipped import shipped_files
-from latentguard.yaml_nodes import clip, compose, line_of, problems_error, read_bytes
+from latentguard.yaml_nodes import Node, clip, compose, line_of, problems_error, read_bytes, show
 
 
 def parse_policy(
@@ -20,19 +21,37 @@ def parse_policy(
     source: str = "policy",
     lock: bytes | None = None,
     lock_source: str = "lock",
+    folder: str | Path | None = None,
 ) -> Policy:
     """A policy from the text of its YAML file, and of its lock file where there is one.
 
-    source, lock_source: the names of the two in messages.
+    source, lock_source: the names of the two in messages. folder: where the placeholder lies that
+        `on_block` may name; without it none is read, and a guard has to be given one.
     Raises PolicyError: one sentence with name, line and key for each thing that is wrong.
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    policy = validate(Policy, compose(raw, source), source, "a policy")
-    policy._file_sha256 = hashlib.sha256(raw if lock is None else raw + b"\0" + lock).hexdigest()
+    root = compose(raw, source)
+    policy = validate(Policy, root, source, "a policy")
+    if folder is not None and isinstance(policy.on_block, BlockSettings):
+        policy._picture = _picture(policy.on_block, Path(folder), root, source)
+    parts = [part for part in (raw, lock, policy.picture) if part is not None]
+    policy._file_sha256 = hashlib.sha256(b"\0".join(parts)).hexdigest()
     if lock is not None:
         policy._lock = parse_lock(lock, lock_source)
         _check_calibration(policy, policy._lock, lock, lock_source)
     return policy
+
+
+def _picture(settings: BlockSettings, folder: Path, root: Node, source: str) -> bytes | None:
+    """The bytes of the placeholder, which has to be a picture that can be shown."""
+    if settings.placeholder is None:
+        return None
+    try:
+        return read_picture(folder / settings.placeholder)
+    except PolicyError as error:
+        line = line_of(root, ["on_block", "placeholder"])
+        sentence = f"on_block.placeholder {show(settings.placeholder)}: {error}"
+        raise problems_error(source, [(line, sentence)]) from error
 
 
 def _check_calibration(policy: Policy, lock: Lock, data: bytes, source: str) -> None:
@@ -64,7 +83,7 @@ def load_policy(name_or_path: str | Path | Policy, *, use_lock: bool = True) -> 
 
     A shipped name wins over a file of that name; write ./default to mean the file. A Policy is
     returned as it is. NAME.lock.yaml beside the file is read with it, unless `use_lock` is false
-    (calibration reads a policy whose lock has gone stale).
+    (calibration reads a policy whose lock has gone stale), and so is the placeholder that it names.
     Raises PolicyError: one sentence with file, line and key for each thing that is wrong.
     """
     if isinstance(name_or_path, Policy):
@@ -77,6 +96,7 @@ def load_policy(name_or_path: str | Path | Policy, *, use_lock: bool = True) -> 
         str(path),
         read_bytes(lock) if use_lock and lock.exists() else None,
         str(lock),
+        path.parent,
     )
 
 
