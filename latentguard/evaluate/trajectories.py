@@ -67,7 +67,7 @@ def read_trajectories(
     found: dict[str, dict[float, dict[tuple[Any, ...], float]]] = {}
     identity: dict[str, str] = {}
     levels: list[float] = []
-    prompts = {concept.id: concept.prompts for concept in policy.concepts}
+    prompts = {concept.id: policy.labels_of(concept) for concept in policy.concepts}
     images = set()
     for where, scored in _all(paths):
         for key, value in scored.identity.items():

@@ -39,4 +39,4 @@ def replaced(
 def bound(signature: inspect.Signature, arguments: Mapping[str, Any]) -> inspect.BoundArguments:
     """Arguments as they are handed over: BoundArguments takes them in the signature's order."""
     names = [name for name in signature.parameters if name in arguments]
-    return inspect.BoundArguments(signature, {name: arguments[name] for name in names})  # type: ignore[arg-type]
+    return inspect.BoundArguments(signature, {name: arguments[name] for name in names})

@@ -15,7 +15,8 @@ from latentguard.spaces import Latents, LatentSpace
 from latentguard.spaces.preview import linear_rgb
 
 CELLS = 4
-"""Cells along the longer side of the grid: benchmarks/blur.py measures what is still recognized."""
+"""Cells along the longer side of the grid. Of 500 photos the pixel teacher names the class of 0.2 %
+at 4, which is chance, of 0.8 % at 8 and of 33 % at 32 (benchmarks/results/blur.md)."""
 
 Grid = NDArray[np.uint8]
 
@@ -107,8 +108,8 @@ def channels_last(like: Any) -> bool | None:
 
 def _with_channels(picture: Grid, channels: int) -> Grid:
     if channels == 1:
-        gray = picture @ np.array([0.299, 0.587, 0.114])
-        return gray.round().astype(np.uint8)[..., None]
+        gray: Grid = (picture @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)[..., None]
+        return gray
     if channels == 4:
         return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)
     return picture

@@ -148,8 +148,11 @@ def retried(call: GuardedCall, output: Any, draws: Draws, repeat: Repeat) -> Any
             again.sessions[guard].adopt(session, allowed)
         good.update(allowed)
     for row, attempts in tries.items():
-        found = "retried" if row in good else "blanked"
-        call.outcomes[row] = Outcome(found, tuple(attempts), None if row in good else note)
+        call.outcomes[row] = (
+            Outcome("retried", tuple(attempts))
+            if row in good
+            else Outcome("blanked", tuple(attempts), note)
+        )
     call.told()
     return output
 

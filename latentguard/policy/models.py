@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
 )
 
 from latentguard.deprecated import Former
+from latentguard.policy.examples import ConceptFile, load_concept
 from latentguard.policy.fields import (
     SETTINGS,
     WORD,
@@ -110,14 +112,21 @@ class Steer(Frozen):
 class Concept(Frozen):
     """One thing to look for."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": [key]} for key in ("prompts", "examples")]}
+    )
+
     id: Slug
     """Short name, unique in the policy; it stands in verdicts, reports and lock files."""
     category: Slug
     """The group that reports put it in."""
     description: Description = ""
     """What is meant, for people."""
-    prompts: Filled[tuple[Prompt, ...]]
+    prompts: Filled[tuple[Prompt, ...]] = ()
     """Texts that name the concept; the best match counts. Short noun phrases work best."""
+    examples: Label | None = None
+    """A file of `latentguard concept learn`, seen from the policy's folder: the concept as it was
+    learned from examples. Beside prompts the better of both counts."""
     contrast: tuple[Prompt, ...] = ()
     """Harmless things that it could be taken for; the best of them is subtracted."""
     threshold: Threshold
@@ -134,6 +143,12 @@ class Concept(Frozen):
     denoising; null is no upper end. Final latents are always judged."""
     taxonomy: Taxonomy = Field(default_factory=dict)
     """The categories of published hazard schemes that it falls under, by the scheme's name."""
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Self:
+        if not self.prompts and self.examples is None:
+            raise rule("is missing, and there are no examples in its place", "prompts")
+        return self
 
     @model_validator(mode="after")
     def _contrast_differs(self) -> Self:
@@ -257,6 +272,8 @@ class Policy(Frozen):
     _file_sha256: str | None = PrivateAttr(None)
     _lock: Lock | None = PrivateAttr(None)
     _picture: bytes | None = PrivateAttr(None)
+    _folder: Path = PrivateAttr(Path())
+    _learned: dict[str, ConceptFile] = PrivateAttr(default_factory=dict)
 
     @field_validator("concepts")
     @classmethod
@@ -280,12 +297,18 @@ class Policy(Frozen):
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the YAML file's bytes; where a lock file lies beside it, or a placeholder
-        is named in it, of the bytes of all of them with a zero byte between. A policy made in
+        """Hex digest of the YAML file's bytes; where a lock file lies beside it, of the bytes of
+        both with a zero byte between; concepts' files of examples follow with their digests, in
+        the same way, and then that of a placeholder which `on_block` names. A policy made in
         Python has that of its canonical JSON."""
         if self._file_sha256 is not None:
             return self._file_sha256
-        return hashlib.sha256(_canonical(self.model_dump(mode="json"))).hexdigest()
+        files = (self.examples_of(concept) for concept in self.concepts)
+        digests = [file.sha256 for file in files if file is not None]
+        # What was there before there were examples keeps its digest.
+        plain = self.model_dump(mode="json", exclude={"concepts": {"__all__": {"examples"}}})
+        data = [plain, digests] if digests else plain
+        return hashlib.sha256(_canonical(data)).hexdigest()
 
     @property
     def lock(self) -> Lock | None:
@@ -333,22 +356,44 @@ class Policy(Frozen):
         """The concept's own contrast prompts, then the policy's; each once. May be empty."""
         return tuple(dict.fromkeys(concept.contrast + self.contrast))
 
+    def examples_of(self, concept: Concept) -> ConceptFile | None:
+        """What a concept was learned from; None where it has prompts alone.
+
+        Raises PolicyError where its file cannot be read. It is read once.
+        """
+        if concept.examples is None:
+            return None
+        if concept.examples not in self._learned:
+            self._learned[concept.examples] = load_concept(self._folder / concept.examples)
+        return self._learned[concept.examples]
+
+    def labels_of(self, concept: Concept) -> tuple[str, ...]:
+        """What verdicts may name as the best match: the prompts, then the examples."""
+        file = self.examples_of(concept)
+        return concept.prompts if file is None else (*concept.prompts, file.label)
+
     def prompts_sha256(self, concept: Concept) -> str:
-        """Hex digest of what makes the concept's scores: templates, prompts and contrast."""
+        """Hex digest of what makes the concept's scores: templates, prompts, contrast, and the
+        file of its examples."""
+        file = self.examples_of(concept)
+        learned = [] if file is None else [file.sha256]
         return hashlib.sha256(
-            _canonical([self.templates, concept.prompts, self.contrast_of(concept)])
+            _canonical([self.templates, concept.prompts, self.contrast_of(concept), *learned])
         ).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as JSON-able data, complete with `sha256`, `lock` and `taxonomies`.
 
         Each concept's `threshold` is {"kind", "value"}, and `steer` is {"strength", "iterations"}
-        exactly where the action is steer, else None. `taxonomies` has the schemes that a concept
-        is mapped to, with all of their categories.
+        exactly where the action is steer, else None. `examples` is {"file", "sha256", "label",
+        "reach"} or None: the label stands in verdicts, and margins go beyond those of prompts by
+        up to the reach. `taxonomies` has the schemes that a concept is mapped to, with all of their
+        categories.
         """
         data = self.model_dump(mode="json")
         for concept, model in zip(data["concepts"], self.concepts, strict=True):
             concept["threshold"] = {"kind": model.threshold.kind, "value": model.threshold.value}
+            concept["examples"] = self._examples(model)
             steered = model.action == "steer"
             concept["steer"] = (model.steer or Steer()).model_dump() if steered else None
         data["sha256"] = self.sha256
@@ -356,6 +401,13 @@ class Policy(Frozen):
         used = {name for concept in self.concepts for name in concept.taxonomy}
         data["taxonomies"] = {name: schemes()[name].to_dict() for name in sorted(used)}
         return data
+
+    def _examples(self, concept: Concept) -> dict[str, Any] | None:
+        file = self.examples_of(concept)
+        if file is None:
+            return None
+        about = {"file": concept.examples, "sha256": file.sha256}
+        return about | {"label": file.label, "reach": file.reach}
 
     plain = Former("to_dict")
 

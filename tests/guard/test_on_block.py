@@ -29,7 +29,7 @@ from latentguard.guard import Blocked, Budget, GenerationBlocked
 from latentguard.guard.blur import CELLS, coarse, enlarged, means, painted
 from latentguard.guard.retry import Draws
 from latentguard.judge import Verdict
-from latentguard.policy import load_policy
+from latentguard.policy import BlockSettings, load_policy
 
 SPACES = {"sd1": ("sd1", 4), "sdxl": ("sdxl", 4), "flux": ("flux1", 16)}
 SEEDS = {"sd1": 3, "sdxl": 0, "flux": 0}
@@ -294,12 +294,13 @@ def test_a_placeholder_that_cannot_be_shown_is_an_error_at_once(
 def test_placeholders_and_policies_go_together(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="no picture was read with it"):
         LatentGuard(policy(extra="on_block: placeholder"), XL)
-    with pytest.raises(PolicyError, match="no picture was read with it"):  # a text has no folder
-        LatentGuard(policy(extra="on_block: {placeholder: red.png}"), XL)
+    named = policy().model_copy(update={"on_block": BlockSettings(placeholder="red.png")})
+    with pytest.raises(PolicyError, match="no picture was read with it"):  # it was made in Python
+        LatentGuard(named, XL)
     with pytest.raises(PolicyError, match="was given a placeholder"):
         LatentGuard(policy(), XL, placeholder=RED)
     with pytest.raises(PolicyError, match="was given another placeholder"):
-        LatentGuard(policy(extra="on_block: {placeholder: red.png}"), XL, placeholder=RED)
+        LatentGuard(named, XL, placeholder=RED)
     with pytest.raises(PolicyError, match="must be a PIL image or the path of one, got ndarray"):
         LatentGuard(policy(extra="on_block: placeholder"), XL, placeholder=np.zeros(3))  # type: ignore[arg-type]
     (tmp_path / "red.png").write_bytes(png())
