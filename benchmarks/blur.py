@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentguard.adapt.images import center_crop, find_images
+from latentguard.adapt.images import center_crop
+from latentguard.encode.folders import find_pictures
 from latentguard.encoders.nano import load_nano
 from latentguard.evaluate.metrics import ranks_of, wilson
 from latentguard.guard import blur
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
     arguments = parser.parse_args()
-    files = find_images([arguments.photos])
+    files = find_pictures([arguments.photos])
     names = arguments.names.read_text().splitlines()
     labels = torch.tensor([int(line) for line in arguments.labels.read_text().split()])
     text = load_nano("nano-flux2").encode_text(names)
