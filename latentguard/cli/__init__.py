@@ -45,6 +45,7 @@ def _root(
 def _register() -> None:
     import latentguard.cli.adapt as adapt
     import latentguard.cli.calibrate as calibrate
+    import latentguard.cli.concept as concept
     import latentguard.cli.doctor as doctor
     import latentguard.cli.encode as encode
     import latentguard.cli.evaluate as evaluate
@@ -61,6 +62,7 @@ def _register() -> None:
         policy,
         models,
         spaces,
+        concept,
         encode,
         evaluate,
         calibrate,

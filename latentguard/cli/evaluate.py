@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from latentguard.cli.bar import Bar
+from latentguard.cli.commands import ManyPaths
 from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
 
 evaluate_app = typer.Typer(
@@ -105,22 +105,7 @@ def zeroshot_(
     _table(f"{result.model} ({result.sha256[:12]})", rows)
 
 
-class _ManyPaths(TyperCommand):
-    """`--positives A B` as well as `--positives A --positives B`: this command has no arguments."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        option = None
-        for arg in args:
-            if arg.startswith("-"):
-                option = arg if arg in ("--positives", "--negatives") else None
-            elif option is not None and spread[-1] != option:
-                spread.append(option)
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-
-@evaluate_app.command("detect", no_args_is_help=True, cls=_ManyPaths)
+@evaluate_app.command("detect", no_args_is_help=True, cls=ManyPaths)
 def detect_(
     positives: Annotated[
         list[Path], typer.Option(metavar="PATH...", help="Latents that show the concept.")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentguard.cli.bar import Bar
+
+if TYPE_CHECKING:
+    from latentguard.encode import EncodedPictures
 
 AutoencoderOption = Annotated[
     str | None,
@@ -57,8 +60,16 @@ class Pictures:
 
         Raises LatentsError for a picture that cannot be encoded.
         """
+        found = self.encoded(paths)
+        return list(paths) if found is None else found.files
+
+    def encoded(self, paths: Sequence[Path]) -> EncodedPictures | None:
+        """The pictures that the paths lead to, encoded; None where the paths are of latents.
+
+        Raises LatentsError as `latents` does.
+        """
         if self._autoencoder is None:
-            return list(paths)
+            return None
         from latentguard.encode import encode_pictures
         from latentguard.encoders.catalog import cache_dir
 
@@ -69,4 +80,4 @@ class Pictures:
                 cache=self._encoded or cache_dir() / "encoded",
                 size=self._size,
                 progress=advance,
-            ).files
+            )
