@@ -111,7 +111,7 @@ OWNERS = {
     "ray": {"scan"},
     "fsspec": {"files", "scan"},
     "pyarrow": {"encode", "files", "scan"},
-    "PIL": {"adapt", "encode", "guard"},
+    "PIL": {"adapt", "encode", "guard", "policy"},
     "pydantic": {"policy"},
     "jinja2": {"scan"},
 }
