@@ -261,6 +261,22 @@ def table(by_reader: dict[str, list[dict[str, object]]]) -> list[str]:
     return lines
 
 
+def by_class(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means and deviations over the draws of each class."""
+    drawn: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in found:
+        drawn.setdefault((row["class"], row["positives"], row["head"]), []).append(row)
+    rows = []
+    for (name, number, way), some in drawn.items():
+        row = {"class": name, "positives": number, "head": way, "draws": len(some)}
+        for key in ("auroc", "recall"):
+            values = [one[key] for one in some]
+            row |= {key: round(float(np.mean(values)), 4)}
+            row |= {f"{key} deviation": round(float(np.std(values)), 4)}
+        rows.append(row)
+    return rows
+
+
 def _spread(values: NDArray[np.float64]) -> str:
     return f"{values.mean():.3f} ± {values.std():.3f}"
 
@@ -326,7 +342,8 @@ def main() -> None:
     data = {"trials": by_reader, "promises": promised, "seconds": seconds, "machine": machine()}
     lines = page(data)
     print("\n".join(lines))
-    (RESULTS / "concepts.json").write_text(json.dumps(data) + "\n")
+    kept = data | {"trials": {reader: by_class(found) for reader, found in by_reader.items()}}
+    (RESULTS / "concepts.json").write_text(json.dumps(kept) + "\n")
     (RESULTS / "concepts.md").write_text("\n".join(lines) + "\n")
 
 
