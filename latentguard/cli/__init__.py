@@ -47,6 +47,7 @@ def _register() -> None:
     import latentguard.cli.calibrate as calibrate
     import latentguard.cli.doctor as doctor
     import latentguard.cli.evaluate as evaluate
+    import latentguard.cli.evaluate_generated as evaluate_generated
     import latentguard.cli.export as export
     import latentguard.cli.models as models
     import latentguard.cli.policy as policy
@@ -61,6 +62,7 @@ def _register() -> None:
         models,
         spaces,
         evaluate,
+        evaluate_generated,
         calibrate,
         adapt,
         export,

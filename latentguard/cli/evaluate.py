@@ -34,8 +34,6 @@ Print = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    import latentguard.cli.evaluate_generated  # noqa: F401 (adds its commands to evaluate_app)
-
     app.add_typer(evaluate_app, name="evaluate")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -72,40 +71,43 @@ Sld = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class _Making:
-    """How a run makes its images, as the command line said."""
+def register(app: typer.Typer) -> None:
+    """Add the commands to those of `evaluate`."""
+    evaluate_app.command("i2p", no_args_is_help=True)(i2p_)
+    evaluate_app.command("geneval", no_args_is_help=True)(geneval_)
 
-    kind: str
-    settings: dict[str, Any]
-    config: Path | None
-    latents: Path | None
-    labels: Path | None
-    loop: str
-    leak: float
 
-    def generator(self) -> Generator:
-        """The generator. Raises UsageError where options do not go together."""
-        from latentguard.errors import UsageError
-        from latentguard.evaluate.generate.settings import read_settings
+def _generator(
+    kind: str,
+    config: Path | None,
+    latents: Path | None,
+    labels: Path | None,
+    loop: str,
+    leak: float,
+    **settings: Any,
+) -> Generator:
+    """What the command line says. Raises UsageError where options do not go together."""
+    from latentguard.errors import UsageError
+    from latentguard.evaluate.generate.settings import read_settings
 
-        if self.kind == "diffusers":
-            from latentguard.evaluate.generate.generators import PipelineGenerator
+    if kind == "diffusers":
+        from latentguard.evaluate.generate.generators import PipelineGenerator
 
-            return PipelineGenerator(read_settings(self.config, self.settings))
-        from latentguard.evaluate.generate.exact_generator import ExactGenerator
+        if latents is not None or labels is not None:
+            raise UsageError("--latents and --labels are of --generator exact")
+        return PipelineGenerator(read_settings(config, settings))
+    from latentguard.evaluate.generate.exact_generator import ExactGenerator
 
-        if self.latents is None:
-            raise UsageError("--generator exact needs --latents, such as examples/latents.pt")
-        steps, guidance = self.settings["steps"], self.settings["guidance"]
-        return ExactGenerator(
-            self.latents,
-            self.labels,
-            loop=self.loop,
-            steps=steps,
-            guidance=guidance,
-            leak=self.leak,
+    steps, guidance = settings.pop("steps"), settings.pop("guidance")
+    useless = [name for name, value in settings.items() if value is not None]
+    if useless or config is not None:
+        raise UsageError(
+            f"--generator exact takes no --{[*useless, 'config'][0]}: it has --latents, --labels, "
+            "--loop, --leak, --steps and --guidance"
         )
+    if latents is None:
+        raise UsageError("--generator exact needs --latents, such as examples/latents.pt")
+    return ExactGenerator(latents, labels, loop=loop, steps=steps, guidance=guidance, leak=leak)
 
 
 def _arms(
@@ -143,7 +145,6 @@ def _arms(
     return arms
 
 
-@evaluate_app.command("i2p", no_args_is_help=True)
 def i2p_(
     prompts: Annotated[Path, typer.Argument(help="The benchmark's CSV.")],
     run: Run,
@@ -213,23 +214,27 @@ def i2p_(
     rows = rows[:limit]
     if not rows:
         raise UsageError(f"{prompts}: has no rows of the category {category}")
-    settings = {
-        "pipeline": pipeline,
-        "dtype": dtype,
-        "variant": variant,
-        "device": device,
-        "offload": offload,
-        "scheduler": scheduler,
-        "steps": steps,
-        "guidance": guidance,
-        "height": height,
-        "width": width,
-    }
-    making = _Making(kind, settings, config, latents, labels, loop, leak)
-    generator = making.generator()
-    space = generator.space
+    generator = _generator(
+        kind,
+        config,
+        latents,
+        labels,
+        loop,
+        leak,
+        pipeline=pipeline,
+        dtype=dtype,
+        variant=variant,
+        device=device,
+        offload=offload,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+    )
+    where = device or "cpu"
     options = JudgeOptions(
-        q16_prompts, q16_weights, judge_model, judge_autoencoder, space, device or "cpu"
+        q16_prompts, q16_weights, judge_model, judge_autoencoder, generator.space, where
     )
     judges = [judge_of(name, options) for name in dict.fromkeys(judge)]
     arms = _arms(arm, generator, policy, model, iterations, sld)
@@ -242,6 +247,110 @@ def i2p_(
     with Bar("judging") as advance:
         judged = judge_images(folder, judges, names, asked, advance)
     results = report(folder, rows, asked, names, judged)
+    if output == "json":
+        typer.echo(json.dumps(results))
+        return
+    typer.echo((run / "results.md").read_text("utf-8"))
+
+
+def geneval_(
+    prompts: Annotated[Path, typer.Argument(help="The benchmark's evaluation_metadata.jsonl.")],
+    run: Run,
+    evaluator: Annotated[
+        Literal["builtin", "none"],
+        typer.Option(
+            help="builtin: torchvision's Mask R-CNN, not the official evaluator. none: make the "
+            "images in the layout that GenEval's own reads."
+        ),
+    ] = "builtin",
+    detector: Annotated[
+        str,
+        typer.Option(
+            help="Weights of the built-in evaluator: a file, or torchvision, which fetches them."
+        ),
+    ] = "torchvision",
+    arm: ArmNames = ["none"],  # noqa: B006 (typer copies it)
+    policy: PolicyName = "default",
+    model: Model = "auto",
+    iterations: Iterations = 50,
+    sld: Sld = "strong",
+    images: Annotated[int, typer.Option(min=1, max=1000, help="Of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first image of each prompt.")] = 42,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    kind: Kind = "diffusers",
+    pipeline: Pipeline = None,
+    config: Config = None,
+    dtype: Dtype = None,
+    variant: Variant = None,
+    device: Device = None,
+    offload: Offload = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    latents: Latents = None,
+    labels: Labels = None,
+    loop: Loop = "sdxl",
+    leak: Leak = 0.0,
+    resume: Resume = False,
+    output: Print = "table",
+) -> None:
+    """How often images show the objects, numbers, colors and places that a prompt asks for.
+
+    RUN/images/ARM has GenEval's own layout, so that its official evaluator can read it.
+
+    Example: latentguard evaluate geneval evaluation_metadata.jsonl --run runs/geneval --pipeline
+    stabilityai/sdxl-turbo --steps 1 --guidance 0 --evaluator none
+    """
+    from latentguard.evaluate.generate.folder import RunFolder
+    from latentguard.evaluate.generate.judging import judge_images
+    from latentguard.evaluate.generate.run import make_images, manifest_of
+    from latentguard.evaluate.geneval import asked_of, read_prompts, write_grids, write_metadata
+    from latentguard.evaluate.geneval.report import report
+
+    lines, sha256 = read_prompts(prompts)
+    lines = lines[:limit]
+    judge = None
+    if evaluator == "builtin":
+        from latentguard.evaluate.geneval.detector import BuiltInEvaluator
+
+        judge = BuiltInEvaluator(detector, device or "cpu")
+    generator = _generator(
+        kind,
+        config,
+        latents,
+        labels,
+        loop,
+        leak,
+        pipeline=pipeline,
+        dtype=dtype,
+        variant=variant,
+        device=device,
+        offload=offload,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+    )
+    arms = _arms(arm, generator, policy, model, iterations, sld)
+    asked = asked_of(lines, images, seed)
+    taken = {"sha256": sha256, "prompts": len(lines), "limit": limit, "seed": seed}
+    folder = RunFolder(run, manifest_of("geneval", taken, asked, generator), resume)
+    names = [one.name for one in arms]
+    for name in names:
+        write_metadata(run / "images" / name, lines)
+    with Bar("generating") as advance:
+        make_images(folder, arms, asked, advance)
+    for name in names:
+        write_grids(run / "images" / name, lines, images)
+    said = {}
+    if judge is not None:
+        with Bar("evaluating") as advance:
+            judged = judge_images(folder, [judge], names, asked, advance)
+        said = {name: judged[judge.name, name] for name in names}
+    results = report(folder, lines, asked, names, said)
     if output == "json":
         typer.echo(json.dumps(results))
         return

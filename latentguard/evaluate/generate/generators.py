@@ -120,13 +120,18 @@ def device_of(settings: Settings) -> str:
 
 def weights_sha256(pipe: Any) -> str:
     """Hex digest of the names, types, shapes and bytes of all weights of a pipeline."""
-    found = hashlib.sha256()
     modules = {n: p for n, p in pipe.components.items() if isinstance(p, torch.nn.Module)}
-    for name in sorted(modules):
-        for key, tensor in sorted(modules[name].state_dict().items()):
-            found.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            found.update(raw.numpy())
+    lines = [f"{name} {module_sha256(modules[name])}\n" for name in sorted(modules)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def module_sha256(module: torch.nn.Module) -> str:
+    """Hex digest of the names, types, shapes and bytes of a module's weights."""
+    found = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(raw.numpy())
     return found.hexdigest()
 
 

@@ -16,7 +16,10 @@ from latentguard.evaluate.generate.folder import RunFolder
 
 @dataclass(frozen=True)
 class Judgment:
-    """What a judge says of one picture. score: its own, higher is worse. why: for people."""
+    """What a judge says of one picture.
+
+    flagged: whether there is what it looks for. score: its own, higher is worse. why: for people.
+    """
 
     flagged: bool
     score: float
@@ -24,7 +27,7 @@ class Judgment:
 
 
 class Judge(Protocol):
-    """Says whether a picture is inappropriate."""
+    """Says whether a picture is inappropriate, or not what was asked for."""
 
     name: str
 

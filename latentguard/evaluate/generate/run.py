@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,12 +62,6 @@ def make_images(
                 folder.keep(arm.name, one, made, time.perf_counter() - began)
             done += 1
             progress(done, total)
-
-
-def machine() -> dict[str, Any]:
-    """What the seconds are of."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "cpu": platform.machine(), "threads": torch.get_num_threads()}
 
 
 def _wait() -> None:

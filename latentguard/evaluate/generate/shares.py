@@ -44,10 +44,14 @@ def share(
     """The share of hits among images, with a 95 % interval.
 
     groups: the prompt of each image. Where every image has a prompt of its own the interval is
-    Wilson's; else prompts are drawn with replacement, as images of one prompt are alike.
+    Wilson's; else prompts are drawn with replacement, as images of one prompt are alike. Where all
+    images agree, draws would too, and the interval is Wilson's of as many images as prompts.
     """
-    if len(set(groups)) == len(hits):
-        return wilson(sum(hits), len(hits))
+    prompts, total = len(set(groups)), sum(hits)
+    if prompts == len(hits):
+        return wilson(total, len(hits))
+    if total in (0, len(hits)):
+        return wilson(prompts if total else 0, prompts)
     return mean([float(hit) for hit in hits], groups, seed, resamples)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latentguard.atomic import replacing
 from latentguard.evaluate.generate.asked import Asked
+from latentguard.evaluate.generate.cost import write_cost
 from latentguard.evaluate.generate.folder import RunFolder, write_json
 from latentguard.evaluate.generate.judging import Judgment
-from latentguard.evaluate.generate.run import machine
 from latentguard.evaluate.generate.tables import Published, cell, markdown
 from latentguard.evaluate.i2p.measure import Judged, measure_arm
 from latentguard.evaluate.i2p.prompts import CATEGORIES, Row
@@ -75,7 +74,7 @@ def report(
     plot_shares(
         folder.path / "results.png", "Inappropriate images", ("overall", *CATEGORIES), series
     )
-    write_json(folder.path / "cost.json", {"machine": machine(), "arms": _cost(seconds)})
+    write_cost(folder, seconds)
     return results
 
 
@@ -103,14 +102,3 @@ def _page(results: Mapping[str, Any]) -> str:
         + markdown(COLUMNS, measured, PUBLISHED)
         + "\nPublished figures are of the whole benchmark, judged by NudeNet 2 and Q16.\n"
     )
-
-
-def _cost(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    return {
-        arm: {
-            "images": len(values),
-            "seconds_median": round(statistics.median(values), 4),
-            "seconds_mean": round(statistics.fmean(values), 4),
-        }
-        for arm, values in seconds.items()
-    }

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentguard.errors import ModelError
+from latentguard.evaluate.generate.generators import module_sha256
 from latentguard.evaluate.generate.judging import Judgment
 from latentguard.evaluate.judges.q16_prompts import read_prompts
 from latentguard.text import first_line
@@ -60,7 +61,7 @@ class Q16:
                 f"{prompts}: prompts of {self._prompts.shape[1]} numbers do not belong to CLIP "
                 f"{clip}, whose embeddings have {width}"
             )
-        self._sha256 = _sha256(model.visual)
+        self._sha256 = module_sha256(model.visual)
         self._device = device
 
     def describe(self) -> dict[str, Any]:
@@ -87,11 +88,3 @@ def probability(images: Tensor, prompts: Tensor) -> Tensor:
     """How inappropriate images [B, dim] are, [B], under unit-norm prompts [2, dim]."""
     similarity = SCALE * F.normalize(images, dim=-1) @ prompts.T
     return similarity.softmax(-1)[:, 1]
-
-
-def _sha256(module: torch.nn.Module) -> str:
-    found = hashlib.sha256()
-    for key, tensor in sorted(module.state_dict().items()):
-        found.update(f"{key} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
