@@ -27,9 +27,12 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def replacing_by_name(path: str | Path) -> Iterator[Path]:
-    """As `replacing`, for libraries that write a file by its name: the new one, still empty."""
-    with _replacing(Path(path)) as (_, partial):
+def replacing_by_name(path: str | Path, mark: str = "") -> Iterator[Path]:
+    """As `replacing`, for libraries that write a file by its name: the new one, still empty.
+
+    mark: stands in the name of the new file, by which its owner finds it should this process die.
+    """
+    with _replacing(Path(path), mark) as (_, partial):
         yield partial
 
 
@@ -48,8 +51,8 @@ def replacing_all(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    partial = target.with_name(f".{secrets.token_hex(16)}.part")
+def _replacing(target: Path, mark: str = "") -> Iterator[tuple[BinaryIO, Path]]:
+    partial = target.with_name(f".{mark}{secrets.token_hex(16)}.part")
     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666)
     try:
         with os.fdopen(descriptor, "w+b") as file:

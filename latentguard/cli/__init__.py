@@ -45,7 +45,9 @@ def _root(
 def _register() -> None:
     import latentguard.cli.adapt as adapt
     import latentguard.cli.calibrate as calibrate
+    import latentguard.cli.concept as concept
     import latentguard.cli.doctor as doctor
+    import latentguard.cli.encode as encode
     import latentguard.cli.evaluate as evaluate
     import latentguard.cli.evaluate_generated as evaluate_generated
     import latentguard.cli.export as export
@@ -61,6 +63,8 @@ def _register() -> None:
         policy,
         models,
         spaces,
+        concept,
+        encode,
         evaluate,
         evaluate_generated,
         calibrate,

@@ -20,6 +20,7 @@ from latentguard.errors import UsageError
 if TYPE_CHECKING:
     from latentguard.scan import Report, Scan, Summary
     from latentguard.scan.lines import Sink
+    from latentguard.scan.sampling import Draw
     from latentguard.scan.tally import Tally
 
 
@@ -355,18 +356,11 @@ def scan(
         "metrics_host": metrics_host,
     }
     if run_place is not None:
-        if taxonomy:
-            raise UsageError(
-                "--taxonomy is not for runs: their records have every concept's score, which "
-                "`latentguard.judge.categorize` tells in a taxonomy's words at any time"
-            )
         if report or output or heatmap or summary_file or output_format != "table":
             raise UsageError(
                 "a run writes its records into its folder: leave out --report, --output, "
                 "--heatmap, --summary and --format, and see --sink and `latentguard scan report`"
             )
-        if sample is not None:
-            raise UsageError("a run scans all images: leave out --run, or --sample")
         scan_run(
             run_place,
             paths or [],
@@ -379,6 +373,8 @@ def scan(
                 "views": views,
                 "device": device,
                 "batch_size": batch_size,
+                "taxonomies": tuple(dict.fromkeys(taxonomy)),
+                "sample": None if sample is None else _draw(sample, sample_shards, seed),
             },
             run_options,
             fail_on,
@@ -444,6 +440,12 @@ def scan(
     if not summary.images:
         raise UsageError("nothing was scanned: the paths hold no images")
     raise typer.Exit(of_scan(summary, fail_on))
+
+
+def _draw(images: int, spread: int | None, seed: int | None) -> Draw:
+    from latentguard.scan.sampling import SPREAD, Draw
+
+    return Draw(images, SPREAD if spread is None else spread, seed or 0)
 
 
 def _run(

@@ -52,7 +52,8 @@ def report(
     else:
         run_report.write(output, collected)
     if not quiet:
-        typer.echo(run_report.summary(collected))
+        for line in (run_report.summary(collected), *collected.tally.taxonomies.lines()):
+            typer.echo(line)
 
 
 def _check_target(output: Path, parts: list[str]) -> None:

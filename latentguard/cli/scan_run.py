@@ -46,7 +46,6 @@ def scan_run(
     from latentguard.files import PassedOver, Reading
     from latentguard.files.lists import listed
     from latentguard.policy import load_policy
-    from latentguard.scan.judging import Judging
     from latentguard.scan.options import RunOptions
     from latentguard.scan.run import open_run
 
@@ -75,8 +74,8 @@ def scan_run(
     )
     stopped: TooManyErrorsError | None = None
     try:
-        scoring = Judging(judges, "late" if options["previews"] else False)
-        _work(run, scoring, engine, options["max_errors"], task, quiet, showing)
+        scoring = run_options.judging(judges, "late" if options["previews"] else False)
+        _work(run, scoring, engine, options["max_errors"], quiet, showing)
     except KeyboardInterrupt:
         typer.echo(f"latentguard: interrupted; {_progress(run)}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -100,25 +99,24 @@ def _work(
     judging: Judging,
     engine: _Engine,
     max_errors: int | None,
-    task: tuple[int, int],
     quiet: bool,
     showing: Mapping[str, Any],
 ) -> None:
     from latentguard.cli.scan_progress import Told, shown
 
-    mine = sum(shard.number % task[1] == task[0] for shard in run.shards)
-    left = len(run.pending(task))
+    mine = sum(shard.number % run.task[1] == run.task[0] for shard in run.wanted)
+    left = len(run.pending())
     readers = engine.readers
     workers = None if readers is None else {"read": readers, "decode": readers}
     with shown(shards=mine, done=mine - left, workers=workers, **showing) as progress:
         shower = _Shown(run, judging, Told(progress, judging.judges.notes, quiet))
-        engine.work(run, judging, shower, max_errors=max_errors, task=task)
+        engine.work(run, judging, shower, max_errors=max_errors)
 
 
 @dataclass(frozen=True)
 class _Engine:
-    """work: called with the run, who judges, who shows it, and max_errors and task. readers: how
-    many processes read, where that is known."""
+    """work: called with the run, who judges, who shows it, and max_errors. readers: how many
+    processes read, where that is known."""
 
     work: Callable[..., None]
     readers: int | None
@@ -200,9 +198,8 @@ class _Shown:
         self._told.add(Counts(entry.outcomes, entry.decisions), self._seconds, 1)
 
     def _spend(self, entry: Entry, phases: Iterable[str]) -> None:
-        spent = entry.tally.get("microseconds", {})
         for phase in phases:
-            self._seconds[phase] += spent.get(phase, 0) / 1e6
+            self._seconds[phase] += entry.microseconds[phase] / 1e6
 
 
 def _summary(run: Run, passed: PassedOver) -> Summary:
@@ -225,15 +222,17 @@ def _summary(run: Run, passed: PassedOver) -> Summary:
 
 
 def _conclude(run: Run, summary: Summary) -> None:
+    from latentguard.scan.estimates import sentences
     from latentguard.scan.text import visible
 
-    for line in filter(None, (summary.passed.line(), summary.line(), _progress(run))):
+    drawn = sentences(run.sample) if run.sample is not None else []
+    for line in filter(None, (summary.passed.line(), summary.line(), *drawn, _progress(run))):
         typer.echo(visible(line, 2000))
 
 
 def _progress(run: Run) -> str:
     """How far a run is."""
-    done, of = len(run.done), len(run.shards)
+    done, of = len(run.done), len(run.wanted)
     rest = "" if done == of else "; --resume goes on"
     return f"run {run.place}: {done:,} of {of:,} shards are done{rest}"
 

@@ -179,6 +179,19 @@ def example_features(encoder: Encoder, latents: Latents, *, tokens: bool = False
     return Features(pooled, found.tokens[..., part].float(), found.grid)
 
 
+def example_rows(encoder: Encoder, latents: Latents) -> tuple[Tensor, Tensor]:
+    """The pooled features of `example_features` [B, F], and the embeddings in the joint space
+    [B, dim], from one pass; float32, unit norm.
+
+    Raises LatentsError for latents of another space than the encoder's.
+    """
+    wide = widened(whole(encoder))
+    assert isinstance(wide, Widened)
+    found = _wide_features(wide, latents, tokens=False)
+    rows = found.pooled[:: found.tiles].float()
+    return rows[:, _part(wide)], rows[:, : wide.joint_dim]
+
+
 def joint_embedding(encoder: Encoder, latents: Latents) -> Tensor:
     """Unit-norm embeddings [B, dim] float32 in the space of the encoder's prompts."""
     return encoder.encode_latents(latents).float()

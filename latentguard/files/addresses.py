@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import LatentsError, MissingExtraError
+from latentguard.files.bounds import MAX_MDS_INDEX
+from latentguard.files.mds import INDEX, missing_of
 from latentguard.files.passed_over import (
     HEAD,
     PassedOver,
@@ -204,6 +206,9 @@ def _remote(address: str, passed: PassedOver, strict: bool) -> Iterator[Remote |
             yield Remote(address, info.get("size"))
             return
         empty = True
+        for missing in _missing(fs, entries):
+            empty = False
+            yield missing
         for entry, info in entries.items():
             one = _judged(fs, entry, info, passed)
             if one is None and strict and not entry.endswith("/"):
@@ -230,6 +235,26 @@ def _below(fs: AbstractFileSystem, matches: dict[str, Any]) -> dict[str, Any]:
         else:
             files[path] = info
     return {path: files[path] for path in sorted(files)}
+
+
+def _missing(fs: AbstractFileSystem, entries: dict[str, Any]) -> Iterator[Unreadable]:
+    """Shards that an index of MDS among these files names, and that are not there. The index itself
+    is read, and taken from the entries."""
+    for path in [path for path in entries if path.rpartition("/")[2] == INDEX]:
+        folder = path.removesuffix(INDEX)
+        there = {name.removeprefix(folder) for name in entries if name.startswith(folder)}
+        try:
+            size = entries[path].get("size") or 0
+            names = missing_of(fs.cat_file(path, start=0, end=min(size, MAX_MDS_INDEX + 1)), there)
+        except Exception as error:  # each file system raises its own kinds
+            said = str(error) if isinstance(error, LatentsError) else said_of(error)
+            yield Unreadable(shown(fs.unstrip_protocol(path)), f"cannot be read: {said}")
+            continue
+        if names is not None:
+            del entries[path]
+            for name in names:
+                source = shown(fs.unstrip_protocol(folder + name))
+                yield Unreadable(source, "is named by index.json and is not there")
 
 
 def _judged(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -109,10 +109,19 @@ def missing_shards(folder: str) -> list[str] | None:
 
     None where index.json is no index of MDS. Raises LatentsError where it cannot be read.
     """
-    shards = list(_index(Path(folder) / INDEX))
-    if not shards:
-        return None
-    return [names[0] for names in shards if not any(os.path.exists(f"{folder}/{n}") for n in names)]
+    return _missing(_index(Path(folder) / INDEX), lambda name: os.path.exists(f"{folder}/{name}"))
+
+
+def missing_of(index: bytes, there: Container[str]) -> list[str] | None:
+    """As `missing_shards`, from the contents of an index.json and the names of what is there."""
+    if len(index) > MAX_MDS_INDEX:
+        raise LatentsError(f"has {len(index)} bytes, over the limit of {MAX_MDS_INDEX}")
+    return _missing(_parsed(index), lambda name: name in there)
+
+
+def _missing(index: _Index, exists: Callable[[str], bool]) -> list[str] | None:
+    shards = list(index)
+    return [names[0] for names in shards if not any(map(exists, names))] if shards else None
 
 
 # -- the shard -------------------------------------------------------------------------------
@@ -205,10 +214,14 @@ def _read_index(path: Path, changed: int, size: int) -> _Index:
         held = size_of(stream)
         if held > MAX_MDS_INDEX:
             raise LatentsError(f"has {held} bytes, over the limit of {MAX_MDS_INDEX}")
-        try:
-            value = json.loads(read_exactly(stream, held))
-        except (ValueError, RecursionError):
-            return _Index([])
+        return _parsed(read_exactly(stream, held))
+
+
+def _parsed(data: bytes) -> _Index:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return _Index([])
     shards = value.get("shards") if isinstance(value, dict) else None
     entries = shards if isinstance(shards, list) else []
     return _Index([one for one in entries if isinstance(one, dict) and one.get("format") == "mds"])

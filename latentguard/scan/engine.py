@@ -12,14 +12,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from latentguard.errors import PolicyError
 from latentguard.files import Dtype, PassedOver, Reading, read_records
 from latentguard.files.addresses import Remote, found, shown
 from latentguard.files.paths import Unreadable
 from latentguard.files.reading import read_file
 from latentguard.judge import PolicyId, Rules
 from latentguard.policy import Policy
-from latentguard.scan.judges import Runtime, Views, make_judges
+from latentguard.scan.judges import Runtime, Views, check_schemes, make_judges
 from latentguard.scan.judging import Judging, batches
 from latentguard.scan.record import ScanRecord
 from latentguard.scan.sampled import Sampler
@@ -196,11 +195,7 @@ class Scan:
             views=self.views,
         )
         self.taxonomies = tuple(dict.fromkeys(self.taxonomies))
-        for name in self.taxonomies:
-            try:
-                self.rules.scheme(name)
-            except ValueError as error:
-                raise PolicyError(str(error)) from error
+        check_schemes(self.rules, self.taxonomies)
         self._judging = Judging(self._judges, self.previews, self.heatmaps, self.taxonomies)
 
     @property

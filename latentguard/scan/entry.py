@@ -11,7 +11,7 @@ from typing import Any, Self
 from latentguard.files import PassedOver
 from latentguard.files.remote import FileState
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,38 @@ class Entry:
 
     number, files: of the shard. states: what its files were when they were read; one that could
     not be opened has none.
+    part: its records. tally: their `tally.Tally`, as JSON. quarantine, kept: what could not be read
+    or judged, and the copy of samples, where there are any.
+    images: how many the shard holds, of a sample those too that were not looked at.
     outcomes, decisions: counts, as in `Summary`. models: the name and SHA-256 of what judged, by
-    latent space. passed: what its files held that cannot be latents. tally: see `tally.Tally`.
-    part: its records. quarantine, kept: what could not be read or judged, and the copy of samples,
-    where there are any.
-    seconds: reading and judging. version: of latentguard.
+    latent space. passed: what its files held that cannot be latents.
+    microseconds: by phase, as in the tally. version: of latentguard.
     """
 
     number: int
     files: tuple[str, ...]
     states: dict[str, FileState]
     part: Written
+    tally: Written
+    images: int
     outcomes: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     models: dict[str, tuple[str, str]] = field(default_factory=dict)
     passed: PassedOver = field(default_factory=PassedOver)
     quarantine: Written | None = None
     kept: Written | None = None
-    tally: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    microseconds: Counter[str] = field(default_factory=Counter)
     version: str = ""
 
     @property
     def errors(self) -> int:
         """Records of what could not be read or judged."""
         return self.outcomes["error"]
+
+    @property
+    def written(self) -> list[Written]:
+        """The files of the run that are this shard's."""
+        return [self.part, self.tally, *filter(None, (self.quarantine, self.kept))]
 
     def to_json(self) -> bytes:
         """As it stands in the manifest."""
@@ -63,6 +70,7 @@ class Entry:
             "latentguard": self.version,
             "number": self.number,
             "files": [{"name": name, **_state(self.states.get(name))} for name in self.files],
+            "images": self.images,
             "outcomes": dict(self.outcomes),
             "decisions": dict(self.decisions),
             "models": {
@@ -71,10 +79,10 @@ class Entry:
             },
             "passed": vars(self.passed),
             "part": vars(self.part),
+            "tally": vars(self.tally),
             "quarantine": self.quarantine and vars(self.quarantine),
             "kept": self.kept and vars(self.kept),
-            "seconds": round(self.seconds, 6),
-            "tally": self.tally,
+            "microseconds": dict(self.microseconds),
         }
         return json.dumps(data).encode("ascii") + b"\n"
 
@@ -94,6 +102,8 @@ class Entry:
                     if file["size"] is not None
                 },
                 part=Written(**values["part"]),
+                tally=Written(**values["tally"]),
+                images=values["images"],
                 outcomes=Counter(values["outcomes"]),
                 decisions=Counter(values["decisions"]),
                 models={
@@ -103,8 +113,7 @@ class Entry:
                 passed=_passed(values["passed"]),
                 quarantine=_written(values["quarantine"]),
                 kept=_written(values["kept"]),
-                tally=values["tally"],
-                seconds=values["seconds"],
+                microseconds=Counter(values["microseconds"]),
                 version=values["latentguard"],
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -281,6 +281,15 @@ def _name(space: str | Path | LatentSpace) -> str:
     return LatentSpace.of(space).name
 
 
+def check_schemes(rules: Rules, names: Sequence[str]) -> None:
+    """Raises PolicyError for a published scheme that the policy maps no concept to."""
+    for name in names:
+        try:
+            rules.scheme(name)
+        except ValueError as error:
+            raise PolicyError(str(error)) from error
+
+
 def make_judges(
     policy: Policy | str | Path | None,
     model: Encoder | str | Path = "auto",

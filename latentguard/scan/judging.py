@@ -44,7 +44,7 @@ class Judging:
         heatmaps: bool = False,
         taxonomies: Sequence[str] = (),
     ) -> None:
-        self.judges, self._taxonomies = judges, taxonomies
+        self.judges, self.taxonomies = judges, tuple(taxonomies)
         self.previews, self._heated = previews, heatmaps
         self.seconds = 0.0
 
@@ -133,7 +133,7 @@ class Judging:
             index=record.index,
             id=record.id,
             space=latents.space.name if latents is not None else None,
-            verdict=with_taxonomies(verdict, self.rules, self._taxonomies),
+            verdict=with_taxonomies(verdict, self.rules, self.taxonomies),
             policy=self.rules.policy,
             model=model,
             size=(latents.height, latents.width) if latents is not None else None,

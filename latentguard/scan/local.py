@@ -46,16 +46,14 @@ def run_local(
     workers: int,
     max_memory: int = MAX_MEMORY,
     max_errors: int | None = None,
-    task: tuple[int, int] = (0, 1),
     told: Told = ignored,
 ) -> None:
-    """Scan what is left of a run, on this machine.
+    """Scan what is left of a run's task, on this machine, and close it.
 
     Args:
         workers: processes that read; 0 reads in this one.
         max_memory: bytes of decoded latents between the readers and the model, or one batch.
         max_errors: stop once the run has more records of what could not be read or judged.
-        task: as in `open_run`.
         told: called with the records of each batch, in the order in which they are judged. A shard
             whose reader died is judged anew, so records can come twice here, in no part.
 
@@ -64,15 +62,15 @@ def run_local(
         OSError: there is no room for what is written or copied.
         UsageError: readers cannot be started, or the run's place cannot be written.
     """
-    check_errors(run, max_errors)
-    pending = run.pending(task)
-    if workers == 0:
-        for shard in pending:
-            run.scan(shard, judging, told)
-            check_errors(run, max_errors)
-        return
-    driver = _Driver(run, judging, told, max_errors)
-    driver.work(pending, workers, max_memory)
+    with run.at_work(judging):
+        check_errors(run, max_errors)
+        while pending := run.pending():
+            if workers:
+                _Driver(run, judging, told, max_errors).work(pending, workers, max_memory)
+                continue
+            for shard in pending:
+                run.scan(shard, judging, told)
+                check_errors(run, max_errors)
 
 
 def check_errors(run: Run, max_errors: int | None) -> None:

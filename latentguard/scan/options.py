@@ -8,7 +8,9 @@ from typing import Any, Literal, get_args
 from latentguard.errors import UsageError
 from latentguard.files import Reading
 from latentguard.policy import Policy
-from latentguard.scan.judges import Judges, Runtime, Views, make_judges
+from latentguard.scan.judges import Judges, Runtime, Views, check_schemes, make_judges
+from latentguard.scan.judging import Judging
+from latentguard.scan.sampling import Draw
 
 SinkName = Literal["parquet", "json"]
 Keep = Literal["allow", "review", "block"]
@@ -23,6 +25,8 @@ class RunOptions:
     model: a name, a path, or "auto". runtime, sha256, views, device, batch_size: of `scan_files`.
     reading: how files are read.
     sink: how records are written. keep: copy the samples of this decision, too, or None.
+    taxonomies: published hazard schemes in whose words records tell verdicts, too.
+    sample: look at so many images, drawn at random; None is all of them.
 
     Raises UsageError for values that cannot be.
     """
@@ -37,6 +41,8 @@ class RunOptions:
     reading: Reading = field(default_factory=Reading)
     sink: SinkName = "parquet"
     keep: Keep | None = None
+    taxonomies: tuple[str, ...] = ()
+    sample: Draw | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -45,10 +51,14 @@ class RunOptions:
             raise UsageError(f"sink must be parquet or json, got {self.sink!r}")
         if self.keep is not None and self.keep not in get_args(Keep):
             raise UsageError(f"keep must be allow, review or block, got {self.keep!r}")
+        if self.sample is not None and min(self.sample.images, self.sample.spread) < 1:
+            raise UsageError("a sample must be of at least one image and one shard")
+        if self.sample is not None and self.keep is not None:
+            raise UsageError("a sample is no whole to be copied: leave out --keep, or --sample")
 
     def judges(self) -> Judges:
         """Load what judges. Raises as `scan_files` does."""
-        return make_judges(
+        judges = make_judges(
             self.policy,
             self.model,
             space=self.reading.space,
@@ -57,6 +67,12 @@ class RunOptions:
             sha256=self.sha256,
             views=self.views,
         )
+        check_schemes(judges.rules, self.taxonomies)
+        return judges
+
+    def judging(self, judges: Judges, previews: bool | Literal["late"] = False) -> Judging:
+        """Who judges as these options say. previews: of `Judging`."""
+        return Judging(judges, previews, taxonomies=self.taxonomies)
 
     def identity(self, judges: Judges) -> dict[str, Any]:
         """Everything that bears on verdicts, as JSON: what must be the same where a run goes on.
@@ -76,4 +92,6 @@ class RunOptions:
             "reading": reading,
             "sink": self.sink,
             "keep": self.keep,
+            "taxonomies": list(self.taxonomies),
+            "sample": None if self.sample is None else asdict(self.sample),
         }

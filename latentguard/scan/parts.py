@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,15 +14,16 @@ from latentguard.errors import UsageError
 from latentguard.files.addresses import is_address
 from latentguard.judge import PolicyId, Verdict
 from latentguard.regular import open_regular, problem
+from latentguard.scan.entry import SCHEMA_VERSION
 from latentguard.scan.record import ScanRecord
-from latentguard.scan.schema import need_pyarrow
-from latentguard.scan.store import open_store
+from latentguard.scan.schema import need_pyarrow, with_schemes
+from latentguard.scan.store import Store, open_store
 from latentguard.scan.tally import KIND, Tally
 from latentguard.scan.unit import ENTRIES
 from latentguard.text import first_line
 
 MAX_JSON = 1 << 29
-"""Bytes of a tally, or of a shard's entry in a manifest."""
+"""Bytes of a tally."""
 
 MAX_LINE = 1 << 26
 """Bytes of one record."""
@@ -152,7 +154,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         try:
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield _without_nulls(row)
+                    yield with_schemes(_without_nulls(row))
         except ArrowException as error:
             raise ValueError(f"cannot be read as Parquet: {first_line(error)}") from error
 
@@ -180,7 +182,13 @@ def _add_run(collected: Collected, place: str) -> None:
             entry = _parsed(store.read(f"{ENTRIES}/{name}") or b"")
             if not isinstance(entry, Mapping):
                 raise ValueError("is no entry of a manifest")
-            collected.tally.merge(_tally_of_entry(place, entry))
+            version = entry.get("schema_version", SCHEMA_VERSION)
+            if version != SCHEMA_VERSION:
+                raise ValueError(
+                    f"is of another version of latentguard (its schema_version is {version!r}, not "
+                    f"{SCHEMA_VERSION}): report it with that version"
+                )
+            collected.tally.merge(_tally_of_entry(store, place, entry))
             quarantine = entry.get("quarantine")
             if quarantine is not None:
                 rows = quarantine.get("rows") if isinstance(quarantine, Mapping) else None
@@ -191,14 +199,25 @@ def _add_run(collected: Collected, place: str) -> None:
         collected.shards += 1
 
 
-def _tally_of_entry(place: str, entry: Mapping[str, Any]) -> Tally:
+def _tally_of_entry(store: Store, place: str, entry: Mapping[str, Any]) -> Tally:
     told = entry.get("tally")
     if told is not None:
-        return Tally.from_dict(told)
+        return _tally_written(store, told)
     part = _inside(entry.get("part"))
     if is_address(place):
         raise ValueError(f"has no tally: copy {part} here, and report that")
     return _tally_of(Path(place) / part)
+
+
+def _tally_written(store: Store, written: Any) -> Tally:
+    """The tally in a file of its own, if that is the file that the entry names."""
+    name = _inside(written)
+    data = store.read(name)
+    if data is None:
+        raise ValueError(f"{name} is not there: --resume of the run makes it anew")
+    if (len(data), sha256(data).hexdigest()) != (written.get("size"), written.get("sha256")):
+        raise ValueError(f"{name} is not what was written: --resume of the run makes it anew")
+    return Tally.from_dict(_parsed(data))
 
 
 def _inside(written: Any) -> str:

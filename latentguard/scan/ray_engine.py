@@ -93,17 +93,16 @@ def run_ray(
     pool: Pool | None = None,
     *,
     max_errors: int | None = None,
-    task: tuple[int, int] = (0, 1),
     noted: Noted = _nobody,
 ) -> None:
-    """Scan what is left of a run, on a Ray cluster.
+    """Scan what is left of a run's task, on a Ray cluster, and close it.
 
     The cluster is the one of this process, of `RAY_ADDRESS`, or one that runs on this machine;
     where there is none, one is started here and stopped again. Its nodes must have latentguard, and
     see the same files and the run's place under the same names.
 
     Args:
-        max_errors, task: as in `run_local`.
+        max_errors: as in `run_local`.
         noted: called with the entry of each shard, as they are done.
 
     Raises:
@@ -113,17 +112,24 @@ def run_ray(
             files or have another model than this one, or actors die whatever they scan.
     """
     need_ray()
-    check_errors(run, max_errors)
-    if not run.pending(task):
-        return
-    driver = _Driver(run, judging, pool or Pool(), max_errors, noted)
-    with _cluster():
-        driver.scan(run.pending(task), AT_ONCE)
-        # Which of the shards that an actor had in hand has killed it is known once each is alone.
-        lost = run.pending(task)
-        if lost:
-            driver.scan(lost, 1)
-    left = run.pending(task)
+    with run.at_work(judging):
+        check_errors(run, max_errors)
+        if run.pending():
+            driver = _Driver(run, judging, pool or Pool(), max_errors, noted)
+            with _cluster():
+                while run.pending():
+                    _scan(run, judging, driver)
+
+
+def _scan(run: Run, judging: Judging, driver: _Driver) -> None:
+    """Scan what is left, and give up what kills actors."""
+    pending = run.pending()
+    driver.scan(pending, AT_ONCE)
+    # Which of the shards that an actor had in hand has killed it is known once each is alone.
+    lost = [shard for shard in pending if shard.number not in run.done]
+    if lost:
+        driver.scan(lost, 1)
+    left = [shard for shard in lost if shard.number not in run.done]
     if len(left) > ATTEMPTS and len(left) == len(lost):
         raise UsageError(
             f"{len(left):,} shards are not scanned, as each actor died that tried: the logs of Ray "
@@ -357,9 +363,13 @@ class _Queued(Judging):
     """Judges in one thread of the process, whoever asks: one batch at a time."""
 
     def __init__(
-        self, judges: Judges, previews: bool | Literal["late"], thread: ThreadPoolExecutor
+        self,
+        judges: Judges,
+        previews: bool | Literal["late"],
+        taxonomies: Sequence[str],
+        thread: ThreadPoolExecutor,
     ) -> None:
-        super().__init__(judges, previews)
+        super().__init__(judges, previews, taxonomies=taxonomies)
         self._thread = thread
 
     def judge(self, batch: Sequence[ArrayRecord]) -> list[ScanRecord]:
@@ -427,8 +437,9 @@ class _Scanner:
         done = self._done(shard)
         if done is not None:
             return done
-        judging = _Queued(self._judges, self._job.previews, self._thread)
-        return scan_unit(self._store, shard, self._job.options, judging)
+        job = self._job
+        judging = _Queued(self._judges, job.previews, job.options.taxonomies, self._thread)
+        return scan_unit(self._store, shard, job.options, judging)
 
     def _done(self, shard: Shard) -> Entry | None:
         """The entry of a shard that an actor committed before it died."""

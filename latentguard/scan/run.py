@@ -3,20 +3,23 @@
     run.json             what the run is: policy, model, everything that bears on verdicts
     shards-HASH.jsonl    the shards, one a line, in their order
     parts/               the records of each shard, in one file
+    tallies/             what adds up of them, for reports
     manifest/            one file for each shard that is done: written last
     quarantine/          what of each shard could not be read or judged, and why
     kept/                with `keep`, the copy of each shard's samples
 
 A shard is done if its file in the manifest is there and agrees with the others. Whatever else a
-process left that was killed is no part of the run, and goes when the run goes on.
+process left that was killed is no part of the run, and goes when the run goes on or ends. One
+process at a time works on a shard (lease.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +34,18 @@ from latentguard.scan.entry import Entry, Written
 from latentguard.scan.judges import Judges
 from latentguard.scan.judging import Judging
 from latentguard.scan.keep import check_keep
+from latentguard.scan.lease import Lease, Task, hold
 from latentguard.scan.options import RunOptions
 from latentguard.scan.record import ScanRecord
+from latentguard.scan.sampling import Cluster, ClusterSample, Drawn, SamplePlan
 from latentguard.scan.schema import need_pyarrow
 from latentguard.scan.shard import Facts, Shard, plan, scan_shard, unreadable
-from latentguard.scan.store import Store, open_store
-from latentguard.scan.unit import ENTRIES, FOLDERS, Unit, entry_name
+from latentguard.scan.store import Store, number_of, open_store
+from latentguard.scan.tidy import Listing, listing, tidy
+from latentguard.scan.unit import ENTRIES, Unit, entry_name
 
 RUN = "run.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _ASKING = 16
 
 Told = Callable[[Sequence[ScanRecord]], None]
@@ -54,7 +60,9 @@ def ignored(records: Sequence[ScanRecord]) -> None:
 class Run:
     """A run's folder, opened by one process.
 
-    place: the folder or the address. shards: all of them. done: by number, the entries that hold.
+    place: the folder or the address. shards: all of them. plan: of a sample. task: which of them
+    are this process's.
+    done: by number, the entries that hold.
     errors: how many images or files could not be read or judged so far.
     notes: sentences about what was found and mended.
     """
@@ -64,14 +72,73 @@ class Run:
     store: Store
     options: RunOptions
     shards: list[Shard]
+    plan: SamplePlan | None = None
+    task: Task = (0, 1)
     done: dict[int, Entry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     errors: int = 0
+    _lease: Lease | None = field(default=None, repr=False)
 
-    def pending(self, task: tuple[int, int] = (0, 1)) -> list[Shard]:
-        """The shards that are left, of those with number % task[1] == task[0]."""
-        mine, of = task
-        return [s for s in self.shards if s.number % of == mine and s.number not in self.done]
+    @property
+    def wanted(self) -> list[Shard]:
+        """The shards that are to be scanned. Of a sample there may be more once these are done."""
+        if self.plan is None:
+            return self.shards
+        known = {shard.name: shard for shard in reversed(self.shards)}
+        done = {name: self.done[s.number] for name, s in known.items() if s.number in self.done}
+        count = self.plan.first({name: entry.outcomes.total() for name, entry in done.items()})
+        return [known[name] for name in self.plan.shards[:count]]
+
+    @property
+    def sample(self) -> ClusterSample | None:
+        """Of a sample, what was seen so far."""
+        if self.plan is None:
+            return None
+        done = [self.done[shard.number] for shard in self.wanted if shard.number in self.done]
+        seen = {entry.files[0]: Cluster(entry.images, entry.outcomes) for entry in done}
+        return replace(self.plan.start(), clusters=seen)
+
+    def pending(self) -> list[Shard]:
+        """The shards of this process's task that are left. Of a sample there may be more once these
+        are done."""
+        mine, of = self.task
+        return [s for s in self.wanted if s.number % of == mine and s.number not in self.done]
+
+    @contextmanager
+    def at_work(self, judging: Judging) -> Iterator[None]:
+        """This process's shards are no other's while the block runs.
+
+        Where it ends well, what writers left that were killed meanwhile is removed.
+        Raises UsageError where another process works on them, or `judging` does not tell what the
+        run's options ask for.
+        """
+        if judging.taxonomies != self.options.taxonomies:
+            raise UsageError(
+                f"the run in {self.place} tells verdicts in the taxonomies "
+                f"{self.options.taxonomies}, and who judges in {judging.taxonomies}: make the "
+                "latter by RunOptions.judging"
+            )
+        self._hold()
+        try:
+            yield
+            tidy(self.store, self.done, listing(self.store), self.task)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let other processes work on this one's shards."""
+        if self._lease is not None:
+            self._lease.release()
+        self._lease = None
+
+    def _hold(self) -> None:
+        folder = self.store.folder
+        if self._lease is not None or folder is None:
+            return
+        try:
+            self._lease = hold(folder, folder / RUN, self.task)
+        except OSError as error:
+            raise UsageError(f"the run in {self.place} cannot be written: {error}") from error
 
     def scan(self, shard: Shard, judging: Judging, told: Told = ignored) -> Entry:
         """Scan one shard in this process, and note that it is done."""
@@ -80,9 +147,9 @@ class Run:
         return entry
 
     def note(self, entry: Entry) -> None:
-        """Remember that a shard is done; of its tally, which is large, the times alone."""
+        """Remember that a shard is done."""
         self.errors += entry.errors
-        self.done[entry.number] = _lean(entry)
+        self.done[entry.number] = entry
 
 
 def scan_unit(
@@ -136,23 +203,29 @@ def open_run(
     passed: PassedOver | None = None,
     *,
     resume: bool = False,
-    task: tuple[int, int] = (0, 1),
+    task: Task = (0, 1),
 ) -> Run:
     """Begin a run, or go on with one.
+
+    In a folder of this machine the shards are this process's until `run_local` or `run_ray` ends,
+    or `Run.close`.
 
     Args:
         paths: what to scan. Where a run goes on they may be left out, else they must hold the same
             files as when it began.
         passed: counts what folders hold that cannot be latents.
         resume: whether the run may be there already.
-        task: (K, N): only the shards of this task are looked after, as others may be at theirs.
+        task: (K, N): only the shards with number % N == K are this process's, as others may be at
+            theirs.
 
     Raises:
         UsageError: there is a run and `resume` is false; it was begun with another policy, model,
-            option or other files; there is nothing to scan.
+            option or other files; there is nothing to scan; another process works on these shards.
     """
     if options.sink == "parquet":
         need_pyarrow()
+    if options.sample is not None and task[1] > 1:
+        raise UsageError("how many shards a sample takes depends on all: leave out --task")
     store = open_store(place)
     said = store.read(RUN)
     if said is not None and not resume:
@@ -166,14 +239,15 @@ def open_run(
         if options.keep is not None:
             check_keep(planned)
         said = _begin(store, options, judges, planned)
-    run = Run(
-        place,
-        judges.rules.policy,
-        store,
-        options,
-        _agreed(place, store, said, options, judges, planned),
-    )
-    _load(run, judges, task)
+    shards = _agreed(place, store, said, options, judges, planned)
+    shards, sampled = _drawn(shards, options)
+    run = Run(place, judges.rules.policy, store, options, shards, sampled, task)
+    run._hold()
+    try:
+        _load(run, judges)
+    except BaseException:
+        run.close()
+        raise
     return run
 
 
@@ -198,6 +272,17 @@ def _begin(store: Store, options: RunOptions, judges: Judges, shards: list[Shard
     return said
 
 
+def _drawn(shards: list[Shard], options: RunOptions) -> tuple[list[Shard], SamplePlan | None]:
+    """Shards as a sample takes them, and the order in which it does."""
+    draw = options.sample
+    if draw is None:
+        return shards, None
+    names = (shard.name for shard in shards)
+    sampled = SamplePlan.of(names, draw.images, draw.seed, draw.spread)
+    how = Drawn(len(sampled.shards), sampled.rows, sampled.seed)
+    return [replace(shard, drawn=how) for shard in shards], sampled
+
+
 def _list_name(digest: str) -> str:
     return f"shards-{digest[:16]}.jsonl"
 
@@ -218,7 +303,10 @@ def _agreed(
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{place}: {RUN} is damaged ({error}): begin another run") from error
     if version != SCHEMA_VERSION:
-        raise UsageError(f"{place}: is a run of another version of latentguard ({version})")
+        raise UsageError(
+            f"{place} is a run of another version of latentguard (its schema_version is {version}, "
+            f"not {SCHEMA_VERSION}): go on with that version, or begin another run"
+        )
     now = json.loads(json.dumps(options.identity(judges)))
     for key in now:
         if begun.get(key) != now[key]:
@@ -276,10 +364,10 @@ def _check_apart(place: str, paths: Sequence[str | Path]) -> None:
 # -- what is done ----------------------------------------------------------------------------
 
 
-def _load(run: Run, judges: Judges, task: tuple[int, int]) -> None:
+def _load(run: Run, judges: Judges) -> None:
     """Find what is done, check it, and remove what is left of what is not."""
-    there = {folder: run.store.sizes(folder) for folder in FOLDERS}
-    numbers = [n for n in map(_number, there[ENTRIES]) if n is not None]
+    there, task = listing(run.store), run.task
+    numbers = [n for n in map(number_of, there[ENTRIES]) if n is not None]
     with ThreadPoolExecutor(_ASKING) as pool:
         found = zip(numbers, pool.map(lambda n: _entry(run, n), numbers), strict=True)
         whole = {n: entry for n, entry in found if entry is not None and _is_whole(entry, there)}
@@ -298,12 +386,9 @@ def _load(run: Run, judges: Judges, task: tuple[int, int]) -> None:
     _check_models(run, judges, whole.values())
     for entry in whole.values():
         run.note(entry)
-    _tidy(run, there, task)
-
-
-def _number(name: str) -> int | None:
-    digits = name.partition(".")[0].partition("-")[0]
-    return int(digits) if digits.isascii() and digits.isdigit() else None
+    left = tidy(run.store, run.done, there, task)
+    if left:
+        run.notes.append(f"removed {left:,} files that an interrupted process had left")
 
 
 def _entry(run: Run, number: int) -> Entry | None:
@@ -316,23 +401,17 @@ def _entry(run: Run, number: int) -> Entry | None:
     except ValueError:
         return None
     files = tuple(shown(name) for name in run.shards[number].files)
-    return _lean(entry) if (entry.number, entry.files) == (number, files) else None
+    return entry if (entry.number, entry.files) == (number, files) else None
 
 
-def _lean(entry: Entry) -> Entry:
-    """Without the tally, but for its times: a hundred thousand of them fill the memory."""
-    times = {name: entry.tally[name] for name in ("microseconds",) if name in entry.tally}
-    return replace(entry, tally=times)
-
-
-def _is_whole(entry: Entry, there: dict[str, dict[str, int]]) -> bool:
+def _is_whole(entry: Entry, there: Listing) -> bool:
     """Whether all files of a shard that is done are there, of the right size."""
 
     def stands(file: Written) -> bool:
         folder, _, name = file.name.partition("/")
         return there.get(folder, {}).get(name) == file.size
 
-    return all(stands(file) for file in (entry.part, entry.quarantine, entry.kept) if file)
+    return all(map(stands, entry.written))
 
 
 def _reason_to_redo(shard: Shard, entry: Entry) -> str | None:
@@ -376,28 +455,3 @@ def _check_models(run: Run, judges: Judges, entries: Iterable[Entry]) -> None:
                 f"the run in {run.place} had {space} latents judged by {model[0]} "
                 f"({model[1][:12]}), and now: {now}. Name that model, or begin another run"
             )
-
-
-def _tidy(run: Run, there: dict[str, dict[str, int]], task: tuple[int, int]) -> None:
-    """Remove the files of shards that are not done, and what killed writers left."""
-    keep = {
-        file.name
-        for entry in run.done.values()
-        for file in (entry.part, entry.quarantine, entry.kept)
-        if file
-    } | {entry_name(number) for number in run.done}
-    left = 0
-    for folder in FOLDERS:
-        for name in there[folder]:
-            number = _number(name)
-            if (
-                number is not None
-                and number % task[1] == task[0]
-                and f"{folder}/{name}" not in keep
-            ):
-                run.store.remove(f"{folder}/{name}")
-                left += 1
-        if task[1] == 1:
-            left += run.store.clean(folder)
-    if left:
-        run.notes.append(f"removed {left:,} files that an interrupted process had left")

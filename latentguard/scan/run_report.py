@@ -16,6 +16,7 @@ def render(collected: Collected, date: datetime | None = None) -> str:
     """The page, complete: styles and pictures are inside, and it has no script."""
     from latentguard.scan import run_view as view
     from latentguard.scan.axis import BARS
+    from latentguard.scan.category_counts import extent
     from latentguard.scan.templating import asset, content_policy, environment
 
     tally = collected.tally
@@ -41,6 +42,7 @@ def render(collected: Collected, date: datetime | None = None) -> str:
             span=view.span(tally),
             shares=view.share_views(tally),
             percent=view.percent,
+            extent=extent,
         )
     )
 

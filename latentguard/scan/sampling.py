@@ -24,6 +24,25 @@ SPREAD = 200
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What somebody asks of a sample: about so many images, of so many shards at least."""
+
+    images: int
+    spread: int = SPREAD
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one shard of a sample must know. of: how many shards there are. rows: how many of its
+    images are looked at, at most."""
+
+    of: int
+    rows: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class SamplePlan:
     """What to read.
 
@@ -57,6 +76,20 @@ class SamplePlan:
     def start(self) -> ClusterSample:
         """The sample, before anything is read."""
         return ClusterSample(len(self.shards), self.rows, self.seed)
+
+    def first(self, looked_at: Mapping[str, int]) -> int:
+        """How many shards the sample takes, the first of all; fewer where that is not known yet.
+
+        looked_at: of the shards that were read, how many images were looked at.
+        """
+        count = self.spread
+        while count < len(self.shards):
+            read = [looked_at[name] for name in self.shards[:count] if name in looked_at]
+            if len(read) < count or self.enough(count, sum(read)):
+                break
+            # As many as there must be at the least, so that there are never too many.
+            count += -(-(self.images - sum(read)) // self.rows)
+        return min(count, len(self.shards))
 
     def enough(self, shards: int, images: int) -> bool:
         """Whether no further shard is needed, after so many shards and images of them."""

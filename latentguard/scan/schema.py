@@ -93,6 +93,7 @@ def schema() -> pyarrow.Schema:
             ("error", text),
             ("noise_level", pa.float64()),
             ("concepts", pa.list_(_concept_type())),
+            ("taxonomies", pa.list_(_scheme_type())),
             ("model", named),
             ("policy", pa.struct([("name", text), ("version", text), ("sha256", text)])),
         ]
@@ -114,6 +115,30 @@ def _concept_type() -> pyarrow.DataType:
     )
 
 
+def _scheme_type() -> pyarrow.DataType:
+    """What an image is in one published scheme; severities is null where it has no levels."""
+    import pyarrow as pa
+
+    text = pa.string()
+    category = pa.struct(
+        [
+            ("id", text),
+            ("name", text),
+            ("flagged", pa.bool_()),
+            ("score", pa.float64()),
+            ("unchecked", text),
+        ]
+    )
+    return pa.struct(
+        [
+            ("scheme", text),
+            ("version", text),
+            ("categories", pa.list_(category)),
+            ("severities", pa.list_(pa.int32())),
+        ]
+    )
+
+
 def to_batch(rows: Sequence[Mapping[str, Any]]) -> pyarrow.RecordBatch:
     """Rows as a batch of `schema()`. Lone surrogates, which UTF-8 lacks, become escapes."""
     import pyarrow as pa
@@ -122,6 +147,8 @@ def to_batch(rows: Sequence[Mapping[str, Any]]) -> pyarrow.RecordBatch:
     arrays = [
         _concepts([row["concepts"] for row in rows])
         if column.name == "concepts"
+        else pa.array([_schemes(row.get("taxonomies")) for row in rows], column.type)
+        if column.name == "taxonomies"
         else pa.array([_sound(row[column.name]) for row in rows], column.type)
         for column in columns
     ]
@@ -142,11 +169,71 @@ def _concepts(lists: Sequence[Sequence[Mapping[str, Any]]]) -> pyarrow.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
 
+def _schemes(taxonomies: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+    """`Verdict.to_dict`'s `taxonomies` as the column of that name; null where there are none."""
+    if taxonomies is None:
+        return None
+    return [
+        {
+            "scheme": scheme,
+            "version": found["version"],
+            "categories": [
+                {
+                    "id": category,
+                    "name": name,
+                    "flagged": category in found["flagged"],
+                    "score": found["scores"][category],
+                    "unchecked": _sound(found["unchecked"].get(category)),
+                }
+                for category, name in found["names"].items()
+            ],
+            "severities": _levels(found),
+        }
+        for scheme, found in taxonomies.items()
+    ]
+
+
+def _levels(found: Mapping[str, Any]) -> list[int | None] | None:
+    levels = found.get("severities")
+    return None if levels is None else [levels.get(category) for category in found["names"]]
+
+
 def from_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """What `ScanRecord.to_dict` gave, from a row of a run, of either sink."""
     data = {name: row[name] for name in row if name not in ("__key__", "occurrence")}
     data["concepts"] = [_concept(concept) for concept in row["concepts"]]
+    return with_schemes(data)
+
+
+def with_schemes(data: dict[str, Any]) -> dict[str, Any]:
+    """A row with `taxonomies` as records have them, where the column holds them as Parquet does.
+
+    Raises ValueError for what is neither.
+    """
+    schemes = data.get("taxonomies")
+    if schemes is None:
+        data.pop("taxonomies", None)
+    elif isinstance(schemes, list):
+        try:
+            data["taxonomies"] = {found["scheme"]: _scheme(found) for found in schemes}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"taxonomies cannot be read: {error!r}") from error
     return data
+
+
+def _scheme(found: Mapping[str, Any]) -> dict[str, Any]:
+    categories = found["categories"]
+    said: dict[str, Any] = {
+        "version": found["version"],
+        "names": {one["id"]: one["name"] for one in categories},
+        "flagged": [one["id"] for one in categories if one["flagged"]],
+        "scores": {one["id"]: one["score"] for one in categories},
+        "unchecked": {one["id"]: one["unchecked"] for one in categories if one["unchecked"]},
+    }
+    if found["severities"] is not None:
+        names = list(said["names"])
+        said["severities"] = dict(zip(names, found["severities"], strict=True))
+    return said
 
 
 def _concept(concept: Mapping[str, Any]) -> dict[str, Any]:

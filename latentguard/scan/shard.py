@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Self
 
 from latentguard.files import ArrayRecord, PassedOver
-from latentguard.files.addresses import Remote, found, is_address
+from latentguard.files.addresses import Remote, found, is_address, shown
 from latentguard.files.mds import SHARDS
 from latentguard.files.paths import MISSING, Unreadable
 from latentguard.files.reading import read_file
@@ -23,6 +23,7 @@ from latentguard.files.remote import Noted
 from latentguard.scan.judging import Judging, batches
 from latentguard.scan.options import RunOptions
 from latentguard.scan.record import ScanRecord
+from latentguard.scan.sampling import Drawn, Reservoir
 
 SMALL = 16 << 20
 """Bytes below which a file of a few images shares a shard with its neighbors."""
@@ -42,21 +43,34 @@ class Shard:
 
     number: its place in the run, from 0. files: paths and addresses; small files come together.
     error: why there is nothing to read, where listing the paths said so.
+    drawn: how it is part of a sample; None where all of it is looked at.
     """
 
     number: int
     files: tuple[str, ...]
     error: str | None = None
+    drawn: Drawn | None = None
+
+    @property
+    def name(self) -> str:
+        """Its first file, as records name it."""
+        return shown(self.files[0])
 
     def to_json(self) -> str:
         """One line, as in a run's list of shards."""
-        return json.dumps({"number": self.number, "files": self.files, "error": self.error})
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
         """What `to_json` wrote."""
         values = json.loads(line)
-        return cls(values["number"], tuple(values["files"]), values["error"])
+        drawn = values["drawn"]
+        return cls(
+            values["number"],
+            tuple(values["files"]),
+            values["error"],
+            None if drawn is None else Drawn(**drawn),
+        )
 
 
 @dataclass
@@ -64,11 +78,13 @@ class Facts:
     """What is known of a shard once it has been read.
 
     noted: what its files were before they were read. passed: what could not be latents.
+    images: how many it holds, where only some of them are looked at.
     reading: seconds that reading took, copies of remote files included.
     """
 
     noted: Noted = field(default_factory=Noted)
     passed: PassedOver = field(default_factory=PassedOver)
+    images: int = 0
     reading: float = 0.0
 
 
@@ -106,12 +122,14 @@ def plan(
 
 
 def read_shard(shard: Shard, options: RunOptions, facts: Facts) -> Iterator[list[ArrayRecord]]:
-    """The images of a shard in batches, as they are judged; needs no model.
+    """The images of a shard in batches, as they are judged; needs no model. Of a sample, those that
+    are drawn.
 
     facts: told what the files were, and what was passed over.
     Raises OSError where this machine has no room for the copy of a remote file.
     """
-    found = batches(_images(shard, options, facts), options.batch_size)
+    images = (_images if shard.drawn is None else _drawn)(shard, options, facts)
+    found = batches(images, options.batch_size)
     while True:
         begun = perf_counter()
         batch = next(found, None)
@@ -143,6 +161,24 @@ def _images(shard: Shard, options: RunOptions, facts: Facts) -> Iterator[ArrayRe
         if isinstance(file, Path) and not os.path.lexists(file):
             file = Unreadable(name, MISSING)
         yield from read_file(file, options.reading, facts.passed, facts.noted)
+
+
+def _drawn(shard: Shard, options: RunOptions, facts: Facts) -> Iterator[ArrayRecord]:
+    """The images of a shard that are in the sample. It is read twice: which ones they are is known
+    once all have been counted, and so nothing else is judged or kept in memory."""
+    assert shard.drawn is not None
+    reservoir = Reservoir(shard.drawn.rows, shard.drawn.seed, shard.name)
+    counted = Facts()
+    for _ in _images(shard, options, counted):
+        reservoir.offer()
+    places, facts.images = set(reservoir.places), reservoir.seen
+    for place, record in enumerate(_images(shard, options, facts)):
+        if place in places:
+            yield record
+    facts.noted.copying += counted.noted.copying
+    if facts.noted.states != counted.noted.states:
+        facts.noted.states.clear()  # so that it is tried again
+        yield from unreadable(shard, "changed while it was read: scan it again")
 
 
 def _size(path: Path) -> int | None:

@@ -27,8 +27,23 @@ _PARTIAL = ".part"
 _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "az", "oss", "oci", "hf", "memory"}
 
 
+Mine = Callable[[int | None], bool]
+"""Told the number of a file, None where it has none."""
+
+
+def number_of(name: str) -> int | None:
+    """The number that a file's name begins with: 12 of `000012-NAME.parquet`."""
+    digits = name.partition(".")[0].partition("-")[0]
+    return int(digits) if digits.isascii() and digits.isdigit() else None
+
+
 class Store(ABC):
-    """Files under one place, by names with `/`."""
+    """Files under one place, by names with `/`.
+
+    folder: where that is, on this machine; None where it lies elsewhere.
+    """
+
+    folder: Path | None = None
 
     @abstractmethod
     def writing(self, name: str) -> AbstractContextManager[Path]:
@@ -51,8 +66,11 @@ class Store(ABC):
         """Delete a file, if it is there."""
 
     @abstractmethod
-    def clean(self, folder: str) -> int:
-        """Delete what writers that were killed have left in a folder. How many files that were."""
+    def clean(self, folder: str, mine: Mine) -> int:
+        """Delete what writers that were killed have left in a folder. How many files that were.
+
+        mine: whether what was written for a file is to be deleted, by the file's number.
+        """
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole, in place of one that may be there."""
@@ -74,13 +92,15 @@ def open_store(place: str) -> Store:
 
 class _Local(Store):
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = self._folder = folder
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         target = self._folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_by_name(target) as path:
+        number = number_of(target.name)
+        # What is left of it, should this process die, says whose it was.
+        with replacing_by_name(target, "" if number is None else f"{number:06d}-") as path:
             yield path
 
     def read(self, name: str) -> bytes | None:
@@ -114,8 +134,9 @@ class _Local(Store):
     def remove(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)
 
-    def clean(self, folder: str) -> int:
-        left = list((self._folder / folder).glob(f".*{_PARTIAL}"))
+    def clean(self, folder: str, mine: Mine) -> int:
+        found = (self._folder / folder).glob(f".*{_PARTIAL}")
+        left = [path for path in found if mine(number_of(path.name[1:]))]
         for path in left:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -197,16 +218,19 @@ class _Remote(Store):
 
         self._try(f"delete {name}", delete)
 
-    def clean(self, folder: str) -> int:
+    def clean(self, folder: str, mine: Mine) -> int:
         if self._whole:
             return 0
+        left = []
         with suppress(FileNotFoundError):
-            names = self._fs.ls(f"{self._root}/{folder}", detail=False)
-            left = [name for name in names if name.endswith(_PARTIAL)]
-            for path in left:
-                self._fs.rm_file(path)
-            return len(left)
-        return 0
+            self._fs.invalidate_cache()
+            for path in self._fs.ls(f"{self._root}/{folder}", detail=False):
+                name = path.rpartition("/")[2]
+                if name.endswith(_PARTIAL) and mine(number_of(name.removeprefix("."))):
+                    left.append(path)
+        for path in left:
+            self._fs.rm_file(path)
+        return len(left)
 
     def _try(self, what: str, action: Callable[[], Result]) -> Result:
         """Raises UsageError where it fails for good."""

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from latentguard.judge import DECISIONS, ConceptScore, PolicyId
 from latentguard.scan import tally_json as fields
+from latentguard.scan.category_counts import CategoryCounts
 from latentguard.scan.concept_tally import (
     MAX_EXAMPLES,
     MAX_ID,
@@ -35,7 +36,7 @@ from latentguard.scan.summary import ModelInfo
 PHASES = ("read", "decode", "score")
 """What the time of a scan goes to: bytes from where they lie, latents from bytes, verdicts."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "latentguard-tally"
 
 PREVIEW_SIDE = 32
@@ -49,6 +50,7 @@ _KEYS = (
     "errors",
     "judges",
     "images",
+    "taxonomies",
     "microseconds",
     "bytes_read",
     "began",
@@ -62,8 +64,9 @@ class Tally:
 
     policy: None as long as nothing was counted; from then on records of another are a ValueError.
     outcomes: allow, review, steer, block or error, each image once. decisions: those of the errors
-    too. errors: by kind. judges: scores, apart by model and latent space. microseconds: by phase,
-    added over all processes. began, ended: Unix time in milliseconds of the earliest and the latest
+    too. errors: by kind. judges: scores, apart by model and latent space. taxonomies: the same in
+    categories of published schemes, where records tell them. microseconds: by phase, added over all
+    processes. began, ended: Unix time in milliseconds of the earliest and the latest
     moment, None where nobody said. sample: where not all images were looked at, which were.
     """
 
@@ -77,6 +80,7 @@ class Tally:
         self.decisions: Counter[str] = Counter()
         self.errors = ErrorKinds()
         self.judges: dict[Judge, JudgeTally] = {}
+        self.taxonomies = CategoryCounts()
         self.microseconds: Counter[str] = Counter()
         self.bytes_read = 0
         self.began: int | None = None
@@ -107,6 +111,7 @@ class Tally:
         if record.verdict.error is not None:
             source = shortened(record.source, MAX_SOURCE)
             self.errors.add(record.verdict.error, source, record.index)
+        self.taxonomies.add(record)
         model = record.judged_by
         if model is None and not record.verdict.concepts:
             return
@@ -193,6 +198,7 @@ class Tally:
         self.outcomes.update(other.outcomes)
         self.decisions.update(other.decisions)
         self.errors.merge(other.errors)
+        self.taxonomies.merge(other.taxonomies)
         self.microseconds.update(other.microseconds)
         self.bytes_read += other.bytes_read
         if other.began is not None and other.ended is not None:
@@ -264,6 +270,7 @@ class Tally:
             "errors": fields.errors_to_json(self.errors),
             "judges": judges,
             "images": images,
+            "taxonomies": fields.categories_to_json(self.taxonomies),
             "microseconds": fields.counts_to_json(self.microseconds),
             "bytes_read": self.bytes_read,
             "began": self.began,
@@ -286,6 +293,7 @@ class Tally:
         tally.errors = read.value("errors", fields.errors_of)
         images = read.value("images", fields.images_of)
         tally.judges = read.value("judges", partial(fields.judges_of, images))
+        tally.taxonomies = read.value("taxonomies", fields.categories_of)
         tally.microseconds = read.value("microseconds", partial(fields.counts_of, PHASES))
         tally.bytes_read = read.value("bytes_read", fields.whole)
         tally.began = read.optional("began", fields.whole)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from latentguard.judge import PolicyId
 from latentguard.judge.verdict import ACTIONS
 from latentguard.scan.bins import MARGINS, PROBABILITIES, Bins, Histogram
+from latentguard.scan.category_counts import MAX_CLAUSE, CategoryCount, CategoryCounts, Scheme
 from latentguard.scan.concept_tally import (
     MAX_EXAMPLES,
     MAX_ID,
@@ -31,6 +32,8 @@ _MAX_NAME = 4000
 _MAX_JUDGES = 64
 _MAX_CONCEPTS = 10_000
 _MAX_PROMPTS = 10_000
+_MAX_SCHEMES = 64
+_MAX_CATEGORIES = 1000
 _MAX_PREVIEW = 8192
 _MAX_COUNT = 1 << 52
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -67,6 +70,20 @@ def errors_to_json(errors: ErrorKinds) -> dict[str, Any]:
     kinds = sorted(errors.kinds.items())
     listed = [[text, kind.count, *kind.example] for text, kind in kinds]
     return {"kinds": listed, "others": errors.others}
+
+
+def categories_to_json(counts: CategoryCounts) -> list[dict[str, Any]]:
+    return [
+        {
+            "scheme": scheme.name,
+            "version": scheme.version,
+            "categories": [
+                [category, count.name, count.flagged, count.unscored, count.clause]
+                for category, count in sorted(found.items())
+            ],
+        }
+        for scheme, found in sorted(counts.schemes.items())
+    ]
 
 
 def judges_to_json(judges: Mapping[Judge, JudgeTally]) -> tuple[list[Any], list[Any]]:
@@ -188,6 +205,22 @@ def errors_of(value: Any) -> ErrorKinds:
         where = Where(_text(MAX_SOURCE)(source), _place(index), _text(MAX_TEXT)(error))
         errors.kinds[_text(MAX_TEXT)(kind)] = ErrorKind(whole(count), where)
     return errors
+
+
+def categories_of(value: Any) -> CategoryCounts:
+    counts, text = CategoryCounts(), _text(_MAX_NAME)
+    for item in _listed(value, _MAX_SCHEMES):
+        read = Reader(item, "scheme", ("scheme", "version", "categories"))
+        scheme = Scheme(read.value("scheme", text), read.value("version", text))
+        if scheme in counts.schemes:
+            raise ValueError(f"{scheme.name} {scheme.version} is there twice")
+        found = counts.schemes[scheme] = {}
+        for row in read.value("categories", lambda found: _listed(found, _MAX_CATEGORIES)):
+            category, name, flagged, unscored, clause = _row(row, 5)
+            found[text(category)] = CategoryCount(
+                text(name), whole(flagged), whole(unscored), _text(MAX_CLAUSE)(clause)
+            )
+    return counts
 
 
 def _place(value: Any) -> int:

@@ -22,20 +22,22 @@ from latentguard.scan.judges import Judges
 from latentguard.scan.keep import Decisions, copy_kept
 from latentguard.scan.options import RunOptions
 from latentguard.scan.record import ScanRecord
+from latentguard.scan.sampling import ClusterSample
 from latentguard.scan.schema import Numbering
 from latentguard.scan.shard import Facts, Shard
 from latentguard.scan.sinks import SUFFIXES, open_sink
 from latentguard.scan.store import Store
 from latentguard.scan.tally import Tally
+from latentguard.scan.tally_file import tally_bytes
 
-PARTS, ENTRIES, QUARANTINE, KEPT = "parts", "manifest", "quarantine", "kept"
+PARTS, ENTRIES, TALLIES, QUARANTINE, KEPT = "parts", "manifest", "tallies", "quarantine", "kept"
 """Folders of a run."""
-FOLDERS = (ENTRIES, PARTS, QUARANTINE, KEPT)
+FOLDERS = (ENTRIES, PARTS, TALLIES, QUARANTINE, KEPT)
 
 
 def stem(shard: Shard) -> str:
     """What the files of a shard are called: its number, and a hint at its name."""
-    name = shown(shard.files[0]).rpartition("/")[2].partition(".")[0]
+    name = shard.name.rpartition("/")[2].partition(".")[0]
     hint = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
     return f"{shard.number:06d}-{hint}" if hint else f"{shard.number:06d}"
 
@@ -98,27 +100,29 @@ class Unit:
         if self._outcomes["error"]:
             name = f"{QUARANTINE}/{stem(self._shard)}.jsonl"
             quarantine = self._put(name, self._problems, self._outcomes["error"])
-        self._finish_tally(facts)
+        images = max(facts.images, self._outcomes.total())
+        tally = self._put_tally(facts, images)
         entry = Entry(
             number=self._shard.number,
             files=tuple(shown(name) for name in self._shard.files),
             states=facts.noted.states,
             part=part,
+            tally=tally,
+            images=images,
             outcomes=self._outcomes,
             decisions=self._verdicts,
             models=self._models,
             passed=facts.passed,
             quarantine=quarantine,
             kept=kept,
-            tally=self._tally.to_dict(),
-            seconds=facts.reading + self._scoring,
+            microseconds=self._tally.microseconds,
             version=latentguard.__version__,
         )
         self._store.write(entry_name(self._shard.number), entry.to_json())
         self.abandon()
         return entry
 
-    def _finish_tally(self, facts: Facts) -> None:
+    def _put_tally(self, facts: Facts, images: int) -> Written:
         tally, copying = self._tally, facts.noted.copying
         for info in self._judges.models:
             if self._models.get(info.space) == tuple(info.id):
@@ -126,6 +130,13 @@ class Unit:
         tally.add_seconds(copying, max(0.0, facts.reading - copying), self._scoring)
         tally.bytes_read = sum(state.size for state in facts.noted.states.values())
         tally.add_span(self._began, time())
+        drawn = self._shard.drawn
+        if drawn is not None:
+            sample = ClusterSample(drawn.of, drawn.rows, drawn.seed)
+            tally.sample = sample.with_shard(self._shard.name, images, self._outcomes)
+        path = self._part.with_name("tally.json")
+        path.write_bytes(tally_bytes(tally))
+        return self._put(f"{TALLIES}/{self._shard.number:06d}.json", path, tally.images)
 
     def abandon(self) -> None:
         """Forget what was added."""

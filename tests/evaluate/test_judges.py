@@ -66,14 +66,14 @@ def test_a_policy_judges_the_latents_of_a_run(photo, tmp_path):
 
 
 def test_a_policy_judges_pictures_through_an_autoencoder(photo, tmp_path):
-    from latentguard.adapt.autoencoders import tae_encoder
+    from latentguard.encode.tiny import tae_encoder
 
     encoder = tmp_path / "taef2_encoder.pth"
     torch.save(tae_encoder(32).state_dict(), encoder)
     judge = judge_of("policy:weapons", JudgeOptions(autoencoder=encoder))
     said = judge.judge(photo, None)
     assert 0 <= said.score <= 1
-    assert judge.describe()["autoencoder"] == "taef2_encoder.pth"
+    assert len(judge.describe()["autoencoder_sha256"]) == 64
 
 
 def test_judges_that_there_are_not():

@@ -260,6 +260,30 @@ def test_an_index_elsewhere_has_to_agree_with_its_shards(memory: str) -> None:
     assert [(r.index, r.error) for r in read_arrays(address, "sdxl", True)] == here
 
 
+def test_a_shard_that_an_index_elsewhere_names_is_missed(memory: str) -> None:
+    fs = fsspec.filesystem("memory")
+    made = Path(__file__).parent / "mds" / "plain"
+    for path in made.iterdir():
+        fs.pipe_file(f"/set/below/mds/{path.name}", path.read_bytes())
+    address, passed = f"{memory}/below", PassedOver()
+    whole = list(read_arrays(address, "sdxl", True, passed=passed))
+    assert all(record.error is None for record in whole)
+    assert passed.line() == ""  # the index is read, too
+    fs.rm_file("/set/below/mds/shard.00001.mds")
+    first, *rest = read_arrays(address, "sdxl", True)
+    assert first.error == "is named by index.json and is not there"
+    assert first.source.endswith("/set/below/mds/shard.00001.mds")
+    assert 0 < len(rest) < len(whole)
+    assert all(record.error is None for record in rest)
+    fs.pipe_file("/set/below/mds/index.json", b'{"shards": [{"format": "mds", "raw_data": 7}]}')
+    first, *_ = read_arrays(address, "sdxl", True)
+    assert first.error == "cannot be read: is a damaged index.json: a shard without a name"
+    assert first.source.endswith("/set/below/mds/index.json")
+    # That of another tool says nothing of shards.
+    fs.pipe_file("/set/below/mds/index.json", b"[1, 2]")
+    assert all(record.error is None for record in read_arrays(address, "sdxl", True))
+
+
 def test_a_state_tells_contents_apart(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp", reason="http:// needs aiohttp, which the dev extra brings")
     with serving(tmp_path) as server:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,71 +10,45 @@ from typing import Any
 
 import psutil
 import pytest
-from run_helpers import options_of, records_of, scan_run, write_shards
+from ray_helpers import (
+    HAS_RAY,
+    actors,
+    assert_same,
+    kill_an_actor,
+    kill_driver,
+    needs_ray,
+    on_its_own,
+    ray_run,
+    started,
+    two_nodes,
+    wait_for,
+)
+from run_helpers import options_of, records_of, scan_run, write_shard, write_shards
 
 from latentguard.errors import MissingExtraError, TooManyErrorsError, UsageError
 from latentguard.scan.entry import Entry
-from latentguard.scan.judging import Judging
 from latentguard.scan.options import RunOptions
-from latentguard.scan.ray_engine import Pool, need_ray, run_ray
-from latentguard.scan.run import Run, open_run
+from latentguard.scan.ray_engine import Pool, need_ray
 
 pytest.importorskip(
     "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
 )
-try:
-    need_ray()
-    HAS_RAY = True
-except MissingExtraError:
-    HAS_RAY = False
-needs_ray = pytest.mark.skipif(not HAS_RAY, reason="needs Ray: pip install 'latentguard[ray]'")
 
 
 @pytest.fixture(autouse=True)
 def _own_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never somebody else's, and no word about it to anybody."""
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    on_its_own(monkeypatch)
 
 
-def ray_run(
-    place: Path | str, options: RunOptions, paths: list[Path], resume: bool = False, **how: Any
-) -> Run:
-    judges = options.judges()
-    run = open_run(str(place), options, judges, [str(p) for p in paths], resume=resume)
-    run_ray(run, Judging(judges), **how)
-    return run
-
-
-def _files(run: Path) -> set[str]:
-    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-
-
-def _same(run: Run, whole: Run) -> None:
-    """Each record once, in its place, to the bit."""
-    assert records_of(run) == records_of(whole)
-    assert {n: entry.part for n, entry in run.done.items()} == {
-        n: entry.part for n, entry in whole.done.items()
-    }
-    assert _files(Path(run.place)) == _files(Path(whole.place))
-
-
-def _actors(below: int | None = None) -> list[psutil.Process]:
-    """The actors that descend from a process, this one unless another is named."""
-    found = psutil.Process(below).children(recursive=True)
-    return [process for process in found if "_Scanner" in _title(process)]
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+@pytest.fixture
+def cluster(_own_cluster: None) -> Iterator[Any]:
+    with two_nodes() as made:
+        yield made
 
 
 @pytest.mark.slow
 @needs_ray
-def test_both_engines_say_the_same(tmp_path: Path, calm: Path) -> None:
+def test_both_engines_say_theassert_same(tmp_path: Path, calm: Path) -> None:
     shards = write_shards(tmp_path / "shards", 4, 5)
     bad = tmp_path / "shards" / "bad.tar"
     bad.write_bytes(b"nothing of a tar" * 100)
@@ -88,7 +58,7 @@ def test_both_engines_say_the_same(tmp_path: Path, calm: Path) -> None:
     run = ray_run(
         tmp_path / "run", options, [*shards, bad], pool=pool, noted=lambda e: noted.append(e.number)
     )
-    _same(run, scan_run(tmp_path / "whole", options, [*shards, bad]))
+    assert_same(run, scan_run(tmp_path / "whole", options, [*shards, bad]))
     assert sorted(noted) == list(range(5))
     import ray
 
@@ -96,30 +66,25 @@ def test_both_engines_say_the_same(tmp_path: Path, calm: Path) -> None:
     assert ray_run(tmp_path / "run", options, [], resume=True).pending() == []
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head that works on nothing, and two nodes with room for one actor each."""
-    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
-    from ray.cluster_utils import Cluster
+@needs_ray
+@pytest.mark.slow
+def test_an_exported_file_judges_the_same_in_both_engines(tmp_path: Path, calm: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the runtime needs the onnx extra")
+    pytest.importorskip("onnx", reason="exporting needs the onnx extra")
+    from latentguard.export import export_onnx
 
-    small = {"object_store_memory": 100 << 20}
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "object_store_memory": 100 << 20,
-            "include_dashboard": False,
-        },
-    )
-    for _ in range(2):
-        made.add_node(num_cpus=1, **small)
-    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
+    file = tmp_path / "guard.onnx"
+    export_onnx(calm, "nano-flux2", file, size=(16, 16))
+    shards = write_shards(tmp_path / "shards", 3, 5)
+    options = RunOptions(model=str(file), runtime="onnx", batch_size=2)
+    run = ray_run(tmp_path / "run", options, shards, pool=Pool(actors=(1, 2)))
+    whole = scan_run(tmp_path / "whole", options, shards, workers=1)
+    assert_same(run, whole)
+    assert {entry.models["flux2"] for entry in run.done.values()} == {
+        tuple(options.judges().models[0].id)
+    }
+    assert len(records_of(run)) == 15
+    assert run.errors == 0
 
 
 @needs_ray
@@ -136,7 +101,7 @@ def test_a_node_that_dies_in_the_middle(tmp_path: Path, calm: Path, cluster: Any
 
     run = ray_run(tmp_path / "run", options, shards, noted=noted)
     assert not nodes
-    _same(run, scan_run(tmp_path / "whole", options, shards))
+    assert_same(run, scan_run(tmp_path / "whole", options, shards))
 
 
 @needs_ray
@@ -148,13 +113,11 @@ def test_actors_that_are_killed_lose_nothing(tmp_path: Path, calm: Path) -> None
 
     def noted(entry: Entry) -> None:
         if len(killed) < 2:
-            actor = _actors()[0]
-            actor.kill()
-            killed.append(actor.pid)
+            killed.append(kill_an_actor())
 
     run = ray_run(tmp_path / "run", options, shards, pool=Pool(actors=(2, 2)), noted=noted)
     assert len(killed) == 2
-    _same(run, scan_run(tmp_path / "whole", options, shards))
+    assert_same(run, scan_run(tmp_path / "whole", options, shards))
 
 
 class _Poison:
@@ -166,14 +129,14 @@ class _Poison:
 
     def _watch(self) -> None:
         while not self._over.is_set():
-            for actor in _actors():
+            for actor in actors():
                 try:
                     if any(file.path == self._file for file in actor.open_files()):
                         actor.kill()
                         self.killed += 1
                 except psutil.Error:
                     continue
-            time.sleep(0.002)
+            time.sleep(0.05)
 
     def __enter__(self) -> _Poison:
         self._thread.start()
@@ -187,7 +150,8 @@ class _Poison:
 @needs_ray
 @pytest.mark.slow
 def test_a_shard_that_kills_its_actors_is_given_up(tmp_path: Path, calm: Path) -> None:
-    shards = write_shards(tmp_path / "shards", 4, 200)
+    shards = write_shards(tmp_path / "shards", 4, 10)
+    write_shard(shards[1], 200, 1)  # open for some seconds
     options = options_of(calm, batch_size=2)
     with _Poison(shards[1]) as poison:
         run = ray_run(tmp_path / "run", options, shards, pool=Pool(actors=(1, 1)))
@@ -199,31 +163,21 @@ def test_a_shard_that_kills_its_actors_is_given_up(tmp_path: Path, calm: Path) -
     others = [row for row in records_of(whole) if not row["source"].startswith(str(shards[1]))]
     assert [row for row in records_of(run) if row != record] == others
     # Nothing says what it was, so it is tried again.
-    _same(ray_run(tmp_path / "run", options, shards, resume=True), whole)
+    assert_same(ray_run(tmp_path / "run", options, shards, resume=True), whole)
 
 
 @needs_ray
 @pytest.mark.slow
 def test_a_driver_that_is_killed_loses_nothing(tmp_path: Path, calm: Path) -> None:
-    shards = write_shards(tmp_path / "shards", 6, 40)
+    shards = write_shards(tmp_path / "shards", 12, 40)
     run = tmp_path / "run"
-    code = "import sys; from latentguard.cli import main; sys.exit(main())"
-    given = ["scan", *map(str, shards), "--run", str(run), "--policy", str(calm)]
-    command = [sys.executable, "-c", code, *given, "--batch-size", "2", "--engine", "ray"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    manifest = run / "manifest"
-    while driver.poll() is None and not (manifest.is_dir() and any(manifest.glob("*.json"))):
-        time.sleep(0.01)
-    actors = _actors(driver.pid)
-    assert actors
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    _, alive = psutil.wait_procs(actors, timeout=120)
-    assert not alive  # whom nobody has asked any more does not go on writing
-    assert any(manifest.glob("*.json"))
+    driver = started(run, shards, calm)
+    wait_for(driver, lambda: any(run.glob("manifest/*.json")))
+    kill_driver(driver, actors(driver.pid))
+    assert any(run.glob("manifest/*.json"))
     options = options_of(calm, batch_size=2)
     again = ray_run(run, options, shards, resume=True)
-    _same(again, scan_run(tmp_path / "whole", options, shards))
+    assert_same(again, scan_run(tmp_path / "whole", options, shards))
 
 
 @needs_ray

@@ -183,6 +183,15 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path, calm: Path) -> N
     assert before == after
 
 
+def test_a_run_of_another_version_is_refused(tmp_path: Path, calm: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 1, 1)
+    scan_run(tmp_path / "run", options_of(calm), shards)
+    path = tmp_path / "run" / "run.json"
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    with pytest.raises(UsageError, match=r"another version .* is 1, not 2\): go on with that"):
+        scan_run(tmp_path / "run", options_of(calm), shards, resume=True)
+
+
 def test_another_policy_model_or_option_is_refused(
     tmp_path: Path, calm: Path, policy: Callable[..., Path]
 ) -> None:
@@ -243,12 +252,13 @@ def test_what_a_crash_left_is_repaired(tmp_path: Path, calm: Path) -> None:
     part = run / whole.done[1].part.name
     part.write_bytes(part.read_bytes()[:-10])  # truncated
     (run / whole.done[2].part.name).unlink()
+    (run / whole.done[4].tally.name).write_bytes(b"{}")
     (run / "manifest" / "000003.json").write_bytes(b'{"schema_version": 1, "numb')
     (run / "parts" / ".0123.part").write_bytes(b"a temporary of a killed writer")
     again = scan_run(run, options, shards, resume=True)
     assert records_of(again) == records_of(whole)
     assert _files(run) == _files(tmp_path / "whole")
-    assert "3 shards were not whole" in " ".join(again.notes)
+    assert "4 shards were not whole" in " ".join(again.notes)
 
 
 def test_a_shard_that_changed_is_named_and_scanned_again(tmp_path: Path, calm: Path) -> None:
@@ -292,7 +302,7 @@ def test_tasks_share_a_run(tmp_path: Path, calm: Path) -> None:
         for k in range(2)
     ]
     for k, run in enumerate(opened):
-        run_local(run, Judging(judges), workers=0, task=(k, 2))
+        run_local(run, Judging(judges), workers=0)
         assert sorted(run.done) == list(range(k, 5, 2))
     assert records_of(scan_run(place, options, shards, resume=True)) == plain(shards, calm)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from latentguard.scan.parts import Collected, collect, record_of
 from latentguard.scan.run_report import render
 from latentguard.scan.sampling import SamplePlan
 from latentguard.scan.tally import Tally
-from latentguard.scan.tally_file import write_tally
+from latentguard.scan.tally_file import tally_bytes, write_tally
 
 PIXELS = np.full((8, 8, 3), 90, np.uint8)
 
@@ -75,7 +76,7 @@ def test_parquet_is_read_as_json_lines_are(tmp_path: Path) -> None:
 
 def run_folder(folder: Path, with_tally: bool) -> Path:
     """A run of two shards, the second with errors."""
-    for name in ("manifest", "parts", "quarantine"):
+    for name in ("manifest", "parts", "tallies", "quarantine"):
         (folder / name).mkdir(parents=True)
     shards = [
         [record({"beer": 0.4}, 0, "a")],
@@ -85,7 +86,11 @@ def run_folder(folder: Path, with_tally: bool) -> Path:
         jsonl(folder / "parts" / f"{number}.jsonl", *records)
         entry: dict[str, Any] = {"number": number, "part": {"name": f"parts/{number}.jsonl"}}
         if with_tally:
-            entry["tally"] = tally_of(*records).to_dict()
+            data = tally_bytes(tally_of(*records))
+            name = f"tallies/{number:06d}.json"
+            (folder / name).write_bytes(data)
+            digest = sha256(data).hexdigest()
+            entry["tally"] = {"name": name, "size": len(data), "sha256": digest, "rows": 1}
         if number:
             entry["quarantine"] = {"name": "quarantine/1.jsonl", "rows": 1}
         (folder / "manifest" / f"{number:06d}.json").write_text(json.dumps(entry))
@@ -101,6 +106,14 @@ def test_a_run_is_the_sum_of_its_shards(tmp_path: Path, with_tally: bool) -> Non
     page = " ".join(Page(render(found)).text)
     assert "run/quarantine/1.jsonl" in page
     assert "Shards done" in page
+
+
+def test_a_tally_that_is_not_the_one_that_was_written_is_not_counted(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", True)
+    path = run / "tallies" / "000001.json"
+    path.write_bytes(path.read_bytes().replace(b'"block":1', b'"block":7'))
+    with pytest.raises(UsageError, match=r"tallies/000001\.json is not what was written"):
+        collect([run])
 
 
 def test_all_kinds_of_parts_go_together(tmp_path: Path, command: Any) -> None:
@@ -130,7 +143,14 @@ def test_all_kinds_of_parts_go_together(tmp_path: Path, command: Any) -> None:
         ("manifest/0.json", b"{}", "has neither a tally nor a part"),
         ("manifest/0.json", b'{"part": {"name": "../x.jsonl"}}', "outside of its run"),
         ("manifest/0.json", b'{"part": {"name": "/etc/x.jsonl"}}', "outside of its run"),
-        ("manifest/0.json", b'{"tally": {}}', "must be an object of the kind"),
+        ("manifest/0.json", b'{"tally": {}}', "has neither a tally nor a part"),
+        ("manifest/0.json", b'{"tally": {"name": "../x.json"}}', "outside of its run"),
+        (
+            "manifest/0.json",
+            b'{"tally": {"name": "tallies/0.json"}}',
+            "tallies/0.json is not there",
+        ),
+        ("manifest/0.json", b'{"schema_version": 1}', "is of another version of latentguard"),
         ("parts/0.json", b"{}", "no run with shards that are done"),
         ("missing.json/x", b"", "no run with shards that are done"),
     ],
@@ -387,7 +407,8 @@ def test_a_scan_of_a_sample_says_what_it_estimates(
         (("--seed", 1), "give --sample IMAGES, too"),
         (("--sample-shards", 1), "give --sample IMAGES, too"),
         (("--sample", 0), "greater than or equal to 1"),
-        (("--sample", 5, "--run", "run"), "a run scans all images"),
+        (("--sample", 5, "--run", "run", "--keep", "allow"), "a sample is no whole to be copied"),
+        (("--sample", 5, "--run", "run", "--task", "0/2"), "leave out --task"),
         (("--summary", "out.txt"), "must be a file that ends in .json"),
         (("--summary", "no/such/run.json"), "there is no folder"),
         (("--metrics-port", 70000), "less than or equal to"),

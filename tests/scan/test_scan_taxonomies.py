@@ -15,6 +15,9 @@ from latentguard.errors import PolicyError
 from latentguard.judge import Rules, Verdict, categorize
 from latentguard.policy import load_policy
 from latentguard.scan import Report, Scan, Summary
+from latentguard.scan.parts import collect, read_records
+from latentguard.scan.sinks import read_part
+from latentguard.scan.tally import Tally
 
 TEXT = f"""\
 schema_version: 1
@@ -117,7 +120,35 @@ def test_a_scheme_that_the_policy_is_not_mapped_to(
     )
 
 
-def test_runs_are_told_how(latents: Path, tmp_path: Path, command: Any) -> None:
-    refused = command("scan", latents, "--run", tmp_path / "run", "--taxonomy", "azure")
-    assert refused.code == 2
-    assert "--taxonomy is not for runs" in refused.err
+@pytest.mark.parametrize("sink", ["parquet", "json"])
+def test_runs_tell_it_too(
+    words: Path, latents: Path, tmp_path: Path, command: Any, sink: str
+) -> None:
+    if sink == "parquet":
+        pytest.importorskip(
+            "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+        )
+    broken = tmp_path / "broken.npy"
+    broken.write_bytes(b"\x93NUMPY")
+    schemes = ("azure", "rekognition")
+    told = [name for scheme in schemes for name in ("--taxonomy", scheme)]
+    given = ("scan", latents, broken, "--policy", words, "--model", "nano-flux2")
+    run = ("--run", tmp_path / "run", "--sink", sink, "--workers", 0)
+    assert command(*given, *run, *told).code == 3
+    (part,) = (tmp_path / "run" / "parts").iterdir()
+    plain = [r.to_dict() for r in Scan([latents, broken], words, "nano-flux2", taxonomies=schemes)]
+    assert [record.to_dict() for record in read_records(part)] == plain
+    assert read_part(part) == plain
+
+    page = tmp_path / "page.html"
+    said = command("scan", "report", tmp_path / "run", "-o", page).out
+    assert "azure 2024-09-01, flagged images: Violence 2" in said
+    assert "azure: not checked in 3, as nano-flux2 cannot see 'swastika': Hate" in said
+    assert "In the categories of rekognition" in page.read_text()
+    # From records alone the counts are the same.
+    collected, again = collect([tmp_path / "run"]).tally, collect([part]).tally
+    assert collected.taxonomies == Tally.from_dict(again.to_dict()).taxonomies
+
+    assert "was begun with taxonomies" in command(*given, *run, "--resume").err
+    refused = command(*given, "--run", tmp_path / "b", "--taxonomy", "openai")
+    assert (refused.code, "maps no concept to the taxonomy" in refused.err) == (2, True)

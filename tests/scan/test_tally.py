@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_helpers import HOSTILE
 
-from latentguard.judge import ConceptScore, ModelId, PolicyId, Verdict, failed
+from latentguard.judge import Categories, ConceptScore, ModelId, PolicyId, Verdict, failed
 from latentguard.scan import ModelInfo, ScanRecord
 from latentguard.scan.bins import MARGINS, PROBABILITIES, Histogram
 from latentguard.scan.concept_tally import MAX_EXAMPLES, Judge
@@ -43,10 +43,11 @@ def record(
     policy: PolicyId = POLICY,
     preview: np.ndarray | None = None,
     space: str = "flux2",
+    told: tuple[Categories, ...] = (),
 ) -> ScanRecord:
     concepts = tuple(score(concept, margin) for concept, margin in margins.items())
     decision = "block" if any(concept.matched for concept in concepts) else "allow"
-    verdict = Verdict(1, decision, decision, None, 0.0, concepts)
+    verdict = Verdict(1, decision, decision, None, 0.0, concepts, taxonomies=told)
     return ScanRecord(source, index, name, space, verdict, policy, model, (4, 4), preview)
 
 
@@ -63,6 +64,21 @@ def tally_of(*records: ScanRecord, examples: int = 4) -> Tally:
 
 MARGIN = st.floats(-2, 2) | st.sampled_from([0.0, 0.5, -0.5])
 PREVIEW = st.none() | st.integers(0, 3).map(lambda n: np.full((2, 2, 3), n, np.uint8))
+TOLD = st.builds(
+    lambda scheme, version, score, flagged, clause: Categories(
+        scheme,
+        version,
+        {"h": "Hate", "v": "v"},
+        ("h",) if flagged else (),
+        {"h": score, "v": None},
+        {"v": clause},
+    ),
+    st.sampled_from(["azure", "openai"]),
+    st.sampled_from(["1", "2"]),
+    st.none() | st.floats(0, 1),
+    st.booleans(),
+    st.sampled_from(["it cannot be seen", "nobody looked", *HOSTILE[:4], HOSTILE[-1]]),
+)
 JUDGED = st.builds(
     record,
     st.dictionaries(st.sampled_from(["beer", "gun", "snake"]), MARGIN),
@@ -71,6 +87,7 @@ JUDGED = st.builds(
     st.none() | st.sampled_from(HOSTILE[:4]),
     st.sampled_from([MODEL, ModelId("other", "ef" * 32)]),
     preview=PREVIEW,
+    told=st.lists(TOLD, max_size=2).map(tuple),
 )
 BROKEN = st.builds(broken, st.sampled_from(["is empty", "has 3 bytes", "has 17 bytes"]))
 RECORDS = st.lists(JUDGED | BROKEN, max_size=8)
@@ -140,7 +157,7 @@ def test_what_is_counted() -> None:
     assert first.preview is not None
     assert first.preview.startswith(b"\x89PNG")
     assert len(first.preview) < 1000
-    assert tally.to_dict()["schema_version"] == 1
+    assert tally.to_dict()["schema_version"] == 2
 
 
 def test_models_and_spaces_are_kept_apart() -> None:
@@ -235,7 +252,7 @@ CONCEPT = ("judges", 0, "concepts", 0)
 @pytest.mark.parametrize(
     "change",
     [
-        _set("schema_version", to=2),
+        _set("schema_version", to=1),
         _set("schema_version", to=True),
         _set("kind", to="other"),
         _set("more", to=1),
@@ -260,6 +277,12 @@ CONCEPT = ("judges", 0, "concepts", 0)
         _set(*CONCEPT, "gravest", 0, 2, to=77),
         _set(*CONCEPT, "gravest", to=[[0.1, 0.5, 0]] * 40),
         _set("sample", to={"shards": 1}),
+        _set("taxonomies", to=[{"scheme": "azure"}]),
+        _set(
+            "taxonomies",
+            to=[{"scheme": "a", "version": "1", "categories": [["h", "h", -1, 0, ""]]}],
+        ),
+        _set("taxonomies", to=[{"scheme": "a", "version": "1", "categories": []}] * 2),
     ],
 )
 def test_what_is_no_tally_is_refused(change: Callable[[dict[str, Any]], None]) -> None:

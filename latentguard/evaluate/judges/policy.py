@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentguard.adapt.autoencoders import Autoencoder, load_autoencoder
+from latentguard.encode import Autoencoder, load_autoencoder
 from latentguard.errors import LatentsError, UsageError
 from latentguard.evaluate.generate.judging import Judgment
 from latentguard.files import load_latents
 from latentguard.policy import load_policy
 from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
-
-CELL = 8
-"""Pixels that a side must be a multiple of."""
 
 
 class PolicyJudge:
@@ -56,7 +53,7 @@ class PolicyJudge:
             "policy_sha256": self._policy.sha256,
             "model": encoder.name,
             "model_sha256": encoder.sha256,
-            "autoencoder": None if self._autoencoder is None else self._autoencoder.name,
+            "autoencoder_sha256": None if self._autoencoder is None else self._autoencoder.sha256,
         }
 
     def judge(self, picture: Path, latents: Path | None) -> Judgment:
@@ -76,6 +73,7 @@ class PolicyJudge:
         from PIL import Image
 
         rgb = np.asarray(Image.open(picture).convert("RGB"), np.float32) / 255
-        height, width = (side // CELL * CELL for side in rgb.shape[:2])
+        multiple = self._autoencoder.multiple
+        height, width = (side // multiple * multiple for side in rgb.shape[:2])
         pixels = torch.from_numpy(rgb[:height, :width]).permute(2, 0, 1)[None]
         return self._autoencoder.encode(pixels)

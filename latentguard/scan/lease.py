@@ -1,0 +1,123 @@
+"""Who works on which shards of a run: a lock on a file, gone with its process however that ends.
+
+A file for each task that is at work lies beside `run.json`, whose own lock orders those that come
+and go. A file that nobody holds is of a process that was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from latentguard.errors import UsageError
+
+Task = tuple[int, int]
+"""(K, N): the shards with number % N == K; (0, 1) are all of them."""
+
+_NAME = re.compile(r"task-(\d{1,9})-of-(\d{1,9})\.lock")
+_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+_MAX_WHO = 400
+
+
+class Lease:
+    """The shards of a task, until `release` or the end of this process."""
+
+    def __init__(self, gate: Path, path: Path, descriptor: int) -> None:
+        self._gate, self._path, self._descriptor = gate, path, descriptor
+
+    def release(self) -> None:
+        """Let others work on them. Nothing happens the second time."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        try:
+            with suppress(OSError), _locked(self._gate):
+                self._path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def hold(folder: Path, gate: Path, task: Task) -> Lease | None:
+    """The lease on a task of the run in a folder.
+
+    gate: a file there that is never replaced.
+    None where the file system, or this machine, has no locks.
+
+    Raises:
+        UsageError: another process works on some of these shards.
+        OSError: the folder cannot be written.
+    """
+    try:
+        with _locked(gate):
+            for path in folder.glob("task-*.lock"):
+                found = _NAME.fullmatch(path.name)
+                if found is not None and _overlap(task, (int(found[1]), int(found[2]))):
+                    _remove_if_left(path, folder)
+            path = folder / f"task-{task[0]}-of-{task[1]}.lock"
+            descriptor = os.open(path, _FLAGS | os.O_CREAT, 0o666)
+            _lock(descriptor, wait=False)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return Lease(gate, path, descriptor)
+    except _NoLocksError:
+        return None
+
+
+def _overlap(one: Task, other: Task) -> bool:
+    """Whether a number can be of both."""
+    return (one[0] - other[0]) % math.gcd(one[1], other[1]) == 0
+
+
+def _remove_if_left(path: Path, folder: Path) -> None:
+    """Remove the file of a process that was killed. Raises UsageError for one that is at work."""
+    descriptor = os.open(path, _FLAGS)
+    try:
+        if not _lock(descriptor, wait=False):
+            said = os.read(descriptor, _MAX_WHO).decode("utf-8", "replace").strip()
+            raise UsageError(
+                f"{said or 'another process'} is at work on the run in {folder}: let it end, or "
+                "give each process its own shards (--task K/N)"
+            )
+        path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+class _NoLocksError(Exception):
+    """There are no locks here."""
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, _FLAGS)
+    try:
+        _lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    """Whether an open file is locked now, until it is closed. Raises _NoLocksError."""
+    try:
+        import fcntl
+    except ImportError as error:  # Windows
+        raise _NoLocksError from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise _NoLocksError from error
+        raise
+    return True

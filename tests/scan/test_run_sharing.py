@@ -1,0 +1,168 @@
+"""Several processes on one run: each shard is one's, and what another one writes is left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_helpers import options_of, plain, records_of, scan_run, write_shards
+
+from latentguard.errors import UsageError
+from latentguard.scan.judging import Judging
+from latentguard.scan.lease import hold
+from latentguard.scan.local import run_local
+from latentguard.scan.run import Run, open_run
+
+pytest.importorskip(
+    "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
+
+
+def _opened(place: Path, calm: Path, shards: list[Path], task: tuple[int, int] = (0, 1)) -> Run:
+    options = options_of(calm)
+    paths = list(map(str, shards))
+    return open_run(str(place), options, options.judges(), paths, resume=True, task=task)
+
+
+def _partials(run: Path) -> set[str]:
+    return {path.name for path in run.rglob(".*.part")}
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path, calm: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 2, 1)
+    first = _opened(tmp_path / "run", calm, shards)
+    for task in ((0, 1), (1, 2)):
+        with pytest.raises(UsageError, match=rf"^process {os.getpid()} on .* is at work on the"):
+            _opened(tmp_path / "run", calm, shards, task)
+    run_local(first, Judging(options_of(calm).judges()), workers=0)
+    run = scan_run(tmp_path / "run", options_of(calm), shards, resume=True)
+    assert records_of(run) == plain(shards, calm)
+    assert not list((tmp_path / "run").glob("*.lock"))
+
+
+def test_tasks_that_share_a_shard_are_refused(tmp_path: Path, calm: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 6, 1)
+    tasks = [_opened(tmp_path / "run", calm, shards, (k, 3)) for k in (0, 1)]
+    for task in ((1, 3), (1, 2), (4, 6)):
+        with pytest.raises(UsageError, match="give each process its own shards"):
+            _opened(tmp_path / "run", calm, shards, task)
+    for task in ((2, 3), (5, 9)):
+        _opened(tmp_path / "run", calm, shards, task).close()
+    for run in tasks:
+        run.close()
+    _opened(tmp_path / "run", calm, shards).close()
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_shards_are_of_two_tasks_exactly_where_these_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, one: int, other: int, data: Any
+) -> None:
+    first = data.draw(st.integers(0, one - 1)), one
+    second = data.draw(st.integers(0, other - 1)), other
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "run.json").write_text("{}")
+    shared = {n for n in range(one * other) if n % one == first[0] and n % other == second[0]}
+    lease = hold(folder, folder / "run.json", first)
+    assert lease is not None
+    try:
+        another = hold(folder, folder / "run.json", second)
+    except UsageError:
+        assert shared
+    else:
+        assert not shared
+        assert another is not None
+        another.release()
+    lease.release()
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_a_process_that_was_killed_holds_nothing(tmp_path: Path, calm: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 2, 1)
+    run = tmp_path / "run"
+    _opened(run, calm, shards).close()
+    code = (
+        "import sys, time; from pathlib import Path; from latentguard.scan.lease import hold\n"
+        "lease = hold(Path(sys.argv[1]), Path(sys.argv[1]) / 'run.json', (0, 1))\n"
+        "print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UsageError, match=f"^process {holder.pid} on"):
+        _opened(run, calm, shards)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    assert list(run.glob("*.lock"))
+    again = scan_run(run, options_of(calm), shards, resume=True)
+    assert records_of(again) == plain(shards, calm)
+    assert not list(run.glob("*.lock"))
+
+
+def test_what_killed_writers_left_goes_with_its_own_task(tmp_path: Path, calm: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 4, 1)
+    run = tmp_path / "run"
+    judging = Judging(options_of(calm).judges())
+    task = _opened(run, calm, shards, (0, 2))
+    (run / "parts").mkdir()
+    for name in (".000000-ab.part", ".000001-ab.part", ".000002-ab.part", ".ab.part"):
+        (run / "parts" / name).write_bytes(b"half")
+    (run / "parts" / "000002-of-another-attempt.parquet").write_bytes(b"whole, and no part of it")
+    run_local(task, judging, workers=0)
+    # The others may be being written now.
+    assert _partials(run) == {".000001-ab.part", ".ab.part"}
+    assert {path.name for path in (run / "parts").glob("*.parquet")} == {
+        "000000-00000.parquet",
+        "000002-00002.parquet",
+    }
+    scan_run(run, options_of(calm), shards, resume=True)
+    assert not _partials(run)
+
+
+def test_a_file_that_is_written_says_whose_it_is(tmp_path: Path) -> None:
+    from latentguard.scan.store import open_store
+
+    store = open_store(str(tmp_path))
+    with store.writing("parts/000012-name.parquet") as path:
+        assert path.name.startswith(".000012-")
+        assert store.clean("parts", lambda number: number == 11) == 0
+    code = (
+        "import os, sys; from latentguard.scan.store import open_store\n"
+        "with open_store(sys.argv[1]).writing('parts/000012-name.parquet'):\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert store.clean("parts", lambda number: number == 11) == 0
+    assert store.clean("parts", lambda number: number == 12) == 1
+    assert os.listdir(tmp_path / "parts") == ["000012-name.parquet"]
+
+
+@pytest.mark.slow
+def test_the_command_says_who_is_at_work(tmp_path: Path, calm: Path, command: Any) -> None:
+    write_shards(tmp_path / "shards", 4, 40)
+    code = "import sys; from latentguard.cli import main; sys.exit(main())"
+    given = ["scan", tmp_path / "shards", "--run", tmp_path / "run", "--policy", calm, "--resume"]
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, given), "--batch-size", "1", "--workers", "0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list((tmp_path / "run").glob("manifest/*.json")):
+        assert first.poll() is None
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        ran = command(*given)
+        assert (ran.code, f"process {first.pid} on" in ran.err) == (2, True)
+    finally:
+        first.kill()
+        first.wait()
+    assert command(*given, "--workers", 0).code == 0
