@@ -113,7 +113,7 @@ OWNERS = {
     "ray": {"scan"},
     "fsspec": {"files", "scan"},
     "pyarrow": {"encode", "files", "scan"},
-    "PIL": {"adapt", "encode", "guard"},
+    "PIL": {"adapt", "encode", "evaluate", "guard"},
     "pydantic": {"policy"},
     "jinja2": {"scan"},
 }

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from latentguard.cli.evaluate import Bar, Print, evaluate_app
+from latentguard.cli.bar import Bar
+from latentguard.cli.evaluate import Print, evaluate_app
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -116,6 +116,9 @@ def test_a_hostile_pickle_is_refused_and_does_nothing(tmp_path):
         with pytest.raises(ModelError, match="not the prompt embeddings of Q16"):
             read_prompts(path)
     assert not folder.exists()
+    path.write_bytes(b"\x80\x03" + bytes(1 << 20))
+    with pytest.raises(ModelError, match="larger than 1 MiB"):
+        read_prompts(path)
     path.write_bytes(_published(np.full((1, 2, 4), np.nan, "<f2")))
     with pytest.raises(ModelError, match="finite"):
         read_prompts(path)
