@@ -1,4 +1,4 @@
-"""`latentguard evaluate i2p` and `geneval`: benchmarks that generate their images first."""
+"""`latentguard evaluate i2p`, `geneval`, `t2i-compbench`: benchmarks that generate images first."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to those of `evaluate`."""
     evaluate_app.command("i2p", no_args_is_help=True)(i2p_)
     evaluate_app.command("geneval", no_args_is_help=True)(geneval_)
+    evaluate_app.command("t2i-compbench", no_args_is_help=True)(t2i_compbench_)
 
 
 def _generator(
@@ -352,6 +353,80 @@ def geneval_(
             judged = judge_images(folder, [judge], names, asked, advance)
         said = {name: judged[judge.name, name] for name in names}
     results = report(folder, lines, asked, names, said)
+    if output == "json":
+        typer.echo(json.dumps(results))
+        return
+    typer.echo((run / "results.md").read_text("utf-8"))
+
+
+def t2i_compbench_(
+    prompts: Annotated[Path, typer.Argument(help="One of the benchmark's prompt files.")],
+    run: Run,
+    arm: ArmNames = ["none"],  # noqa: B006 (typer copies it)
+    policy: PolicyName = "default",
+    model: Model = "auto",
+    iterations: Iterations = 50,
+    sld: Sld = "strong",
+    images: Annotated[int, typer.Option(min=1, max=1000, help="Of each prompt.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first image of each prompt.")] = 42,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    kind: Kind = "diffusers",
+    pipeline: Pipeline = None,
+    config: Config = None,
+    dtype: Dtype = None,
+    variant: Variant = None,
+    device: Device = None,
+    offload: Offload = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    latents: Latents = None,
+    labels: Labels = None,
+    loop: Loop = "sdxl",
+    leak: Leak = 0.0,
+    resume: Resume = False,
+    output: Print = "table",
+) -> None:
+    """Make the images of T2I-CompBench, in the folder that its own evaluators read.
+
+    RUN/images/ARM/samples has PROMPT_000000.png. Nothing is evaluated here.
+
+    Example: latentguard evaluate t2i-compbench color_val.txt --run runs/color --pipeline
+    stabilityai/sdxl-turbo --steps 1 --guidance 0
+    """
+    from latentguard.evaluate.generate.folder import RunFolder
+    from latentguard.evaluate.generate.run import make_images, manifest_of
+    from latentguard.evaluate.t2i_compbench import asked_of, read_prompts, report
+
+    lines, sha256 = read_prompts(prompts)
+    lines = lines[:limit]
+    generator = _generator(
+        kind,
+        config,
+        latents,
+        labels,
+        loop,
+        leak,
+        pipeline=pipeline,
+        dtype=dtype,
+        variant=variant,
+        device=device,
+        offload=offload,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+    )
+    arms = _arms(arm, generator, policy, model, iterations, sld)
+    asked = asked_of(lines, images, seed)
+    taken = {"sha256": sha256, "prompts": len(lines), "limit": limit, "seed": seed}
+    folder = RunFolder(run, manifest_of("t2i-compbench", taken, asked, generator), resume)
+    with Bar("generating") as advance:
+        make_images(folder, arms, asked, advance)
+    results = report(folder, asked, [one.name for one in arms])
     if output == "json":
         typer.echo(json.dumps(results))
         return

@@ -2,7 +2,8 @@
 
     manifest.json                       the benchmark, its images by digest, the generator, versions
     arms/ARM.json                       each arm: policy and model by digest
-    images/ARM/FILE.png                 the pictures; FILE.safetensors the latents, where there are
+    images/ARM/FILE.png                 the pictures, and nothing that a benchmark does not expect
+    latents/ARM/FILE.safetensors        their latents, where the generator gives them
     records/ARM/FILE.json               what the arm did about it; it is written last
     judged/JUDGE/judge.json, ARM.jsonl  what a judge said of each picture, one line each
     results.json, .md, .png, cost.json  the figures; seconds alone stand in cost.json
@@ -73,7 +74,7 @@ class RunFolder:
 
     def latents(self, arm: str, asked: Asked) -> Path:
         """Where its latents are, or go."""
-        return self.picture(arm, asked).with_suffix(".safetensors")
+        return self.path / "latents" / arm / f"{asked.file}.safetensors"
 
     def judged(self, judge: str, arm: str) -> Path:
         """What a judge said of an arm's pictures."""
@@ -88,7 +89,9 @@ class RunFolder:
         with replacing(picture) as file:
             file.write(encoded.getvalue())
         if made.latents is not None:
-            save_latents(self.latents(arm, asked), made.latents)
+            latents = self.latents(arm, asked)
+            latents.parent.mkdir(parents=True, exist_ok=True)
+            save_latents(latents, made.latents)
         record = {
             "row": asked.row,
             "index": asked.index,
