@@ -23,7 +23,8 @@ COLUMNS = ("color", "texture", "shape", "images", "blocked")
 
 def report(folder: RunFolder, asked: Sequence[Asked], arms: Sequence[str]) -> dict[str, Any]:
     """Write results.json, results.md and cost.json, and give what the first holds."""
-    found, seconds = {}, {}
+    found: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[float]] = {}
     for arm in arms:
         records = [folder.record(arm, one) or {} for one in asked]
         blocked = share([bool(r["blocked"]) for r in records], [one.row for one in asked])
