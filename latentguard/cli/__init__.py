@@ -49,6 +49,10 @@ def _register() -> None:
     import latentguard.cli.doctor as doctor
     import latentguard.cli.encode as encode
     import latentguard.cli.evaluate as evaluate
+    import latentguard.cli.evaluate_bias as evaluate_bias
+    import latentguard.cli.evaluate_geneval as evaluate_geneval
+    import latentguard.cli.evaluate_i2p as evaluate_i2p
+    import latentguard.cli.evaluate_t2i_compbench as evaluate_t2i_compbench
     import latentguard.cli.export as export
     import latentguard.cli.models as models
     import latentguard.cli.policy as policy
@@ -65,6 +69,10 @@ def _register() -> None:
         concept,
         encode,
         evaluate,
+        evaluate_bias,
+        evaluate_geneval,
+        evaluate_i2p,
+        evaluate_t2i_compbench,
         calibrate,
         adapt,
         export,
