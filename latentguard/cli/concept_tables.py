@@ -86,7 +86,8 @@ def _list(what: str, found: Sequence[tuple[str, float]]) -> None:
 def concept_table(concept: ConceptFile) -> None:
     """All entries of a concept's file."""
     table = Table(
-        title=escape(visible(f"{concept.name} ({concept.sha256[:12]})", 300)), caption=_CAPTION
+        title=escape(visible(f"{concept.name} ({concept.sha256[:12]})", 300)),
+        caption=escape(_CAPTION),
     )
     for column in ("model", "space", "positives", "negatives", "AUROC", "recall at 1 %", "sums"):
         table.add_column(column)

@@ -16,7 +16,7 @@ from latentguard.encode.run import Advance, Outcome, strict_error
 from latentguard.encode.samples import Problem
 from latentguard.encode.sources import Sources
 from latentguard.errors import LatentsError, UsageError
-from latentguard.files import save_latents
+from latentguard.files import read_arrays, save_latents
 from latentguard.files.writing import description
 from latentguard.spaces import Latents
 
@@ -40,7 +40,8 @@ def encode_to_file(
 
     Raises:
         UsageError: another suffix, or pictures that keep their shapes.
-        LatentsError: no picture could be encoded, or one could not and `strict` is True.
+        LatentsError: no picture could be encoded, or one could not and `strict` is True; or there
+            is more text than a file may have.
     """
     if out.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{out}: a latents file ends in {', '.join(SUFFIXES)}; else give a folder")
@@ -70,6 +71,7 @@ def encode_to_file(
         _save_npy(out, latents, values)
     else:
         save_latents(out, latents, **values)
+        _check(out)
     _write_labels(out, found, sources.classes)
     return Outcome(len(found), problems, 1)
 
@@ -88,6 +90,14 @@ def _values(found: list[Encoded], encoding: Encoding) -> dict[str, Any]:
         "pictures": pictures,
         "encoded": encoding.how.said(encoding.autoencoder),
     }
+
+
+def _check(out: Path) -> None:
+    """LatentsError, and no file, where ids and captions are more than readers take of a file."""
+    first = next(iter(read_arrays([out])))
+    if first.error is not None:
+        out.unlink()
+        raise LatentsError(f"{out}: one file cannot be read again ({first.error}); give a folder")
 
 
 def _save_npy(out: Path, latents: Latents, values: dict[str, Any]) -> None:

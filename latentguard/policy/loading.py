@@ -9,10 +9,11 @@ from typing import Any
 
 from latentguard.errors import PolicyError
 from latentguard.policy.lock import Lock, lock_path, parse_lock
-from latentguard.policy.models import Policy
+from latentguard.policy.models import BlockSettings, Policy
+from latentguard.policy.picture import read_picture
 from latentguard.policy.problems import closest, validate
 from latentguard.policy.shipped import shipped_files
-from latentguard.yaml_nodes import clip, compose, line_of, problems_error, read_bytes
+from latentguard.yaml_nodes import Node, clip, compose, line_of, problems_error, read_bytes, show
 
 
 def parse_policy(
@@ -24,19 +25,36 @@ def parse_policy(
 ) -> Policy:
     """A policy from the text of its YAML file, and of its lock file where there is one.
 
-    source, lock_source: the names of the two in messages. folder: where the files of examples lie
-    that it names.
+    source, lock_source: the names of the two in messages. folder: where the files lie that it
+    names: examples, and the placeholder of `on_block`.
     Raises PolicyError: one sentence with name, line and key for each thing that is wrong.
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    policy = validate(Policy, compose(raw, source), source, "a policy")
+    root = compose(raw, source)
+    policy = validate(Policy, root, source, "a policy")
     policy._folder = Path(folder)
     parts = [raw, *([] if lock is None else [lock]), *_learned(policy, raw, source)]
+    policy._picture = _picture(policy, root, source)
+    if policy.picture is not None:
+        parts.append(hashlib.sha256(policy.picture).hexdigest().encode("ascii"))
     policy._file_sha256 = hashlib.sha256(b"\0".join(parts)).hexdigest()
     if lock is not None:
         policy._lock = parse_lock(lock, lock_source)
         _check_calibration(policy, policy._lock, lock, lock_source)
     return policy
+
+
+def _picture(policy: Policy, root: Node, source: str) -> bytes | None:
+    """The bytes of the placeholder, which has to be a picture that can be shown."""
+    named = policy.on_block.placeholder if isinstance(policy.on_block, BlockSettings) else None
+    if named is None:
+        return None
+    try:
+        return read_picture(policy._folder / named)
+    except PolicyError as error:
+        line = line_of(root, ["on_block", "placeholder"])
+        sentence = f"on_block.placeholder {show(named)}: {error}"
+        raise problems_error(source, [(line, sentence)]) from error
 
 
 def _learned(policy: Policy, data: bytes, source: str) -> list[bytes]:
@@ -90,7 +108,7 @@ def load_policy(name_or_path: str | Path | Policy, *, use_lock: bool = True) -> 
 
     A shipped name wins over a file of that name; write ./default to mean the file. A Policy is
     returned as it is. NAME.lock.yaml beside the file is read with it, unless `use_lock` is false
-    (calibration reads a policy whose lock has gone stale).
+    (calibration reads a policy whose lock has gone stale), and so is the placeholder that it names.
     Raises PolicyError: one sentence with file, line and key for each thing that is wrong.
     """
     if isinstance(name_or_path, Policy):

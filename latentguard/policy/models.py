@@ -6,13 +6,25 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from latentguard.deprecated import Former
 from latentguard.policy.examples import ConceptFile, load_concept
 from latentguard.policy.fields import (
+    SETTINGS,
+    WORD,
+    Attempts,
     Band,
     Description,
     Every,
@@ -22,6 +34,7 @@ from latentguard.policy.fields import (
     Label,
     Margin,
     NoiseWindow,
+    PicturePath,
     Probability,
     Prompt,
     Rate,
@@ -29,6 +42,7 @@ from latentguard.policy.fields import (
     Strength,
     Template,
     rule,
+    tag_of,
 )
 from latentguard.policy.lock import Lock
 from latentguard.policy.taxonomies import Taxonomy, schemes
@@ -36,6 +50,9 @@ from latentguard.yaml_nodes import show
 
 Action = Literal["observe", "review", "steer", "block"]
 ThresholdKind = Literal["probability", "margin", "fpr"]
+Answer = Literal["blank", "raise", "callback", "blur", "placeholder", "retry"]
+RETRIES = 3
+"""How often `on_block: retry` generates a blocked image anew, where it gives no number."""
 
 
 def _in_window(window: tuple[float, float | None], noise_level: float) -> bool:
@@ -173,6 +190,47 @@ class Cascade(Frozen):
     """It is not sure of an image where a concept's margin is this close to its threshold."""
 
 
+class BlockSettings(Frozen):
+    """What a blocked generation gives, with its settings: exactly one of retry and placeholder."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": [kind]} for kind in ("retry", "placeholder")]}
+    )
+
+    retry: Attempts | None = None
+    """How often a blocked image is generated anew, each time with another seed; then it is
+    black."""
+    placeholder: PicturePath | None = None
+    """A PNG, JPEG or WebP file in the folder of the policy's own file or below it."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.retry is None) == (self.placeholder is None):
+            got = "neither" if self.retry is None else "both"
+            raise rule(f"must have exactly one of retry and placeholder, got {got}")
+        return self
+
+    @property
+    def answer(self) -> Answer:
+        """The word that these are settings of."""
+        return "placeholder" if self.retry is None else "retry"
+
+    @model_serializer
+    def _given(self) -> dict[str, int | str]:
+        value = self.placeholder if self.retry is None else self.retry
+        assert value is not None
+        return {self.answer: value}
+
+    def __str__(self) -> str:
+        return f"{self.answer} {self._given()[self.answer]}"
+
+
+OnBlock = Annotated[
+    Annotated[Answer, Tag(WORD)] | Annotated[BlockSettings, Tag(SETTINGS)], Discriminator(tag_of)
+]
+"""A word, or the word with its settings."""
+
+
 class Policy(Frozen):
     """A moderation policy, complete and frozen; read one with `load_policy`."""
 
@@ -204,14 +262,16 @@ class Policy(Frozen):
     """When latents are scored during denoising."""
     on_error: Literal["block", "review", "allow"] = "block"
     """The decision where latents cannot be judged (NaN, a wrong shape, an exception)."""
-    on_block: Literal["blank", "raise", "callback"] = "blank"
-    """What a blocked generation gives: a blank image, an exception, or what a callback returns."""
+    on_block: OnBlock = "blank"
+    """What a blocked generation gives: a blank image, an exception, what a callback returns, a
+    blur of its colors, a picture of your own, or another generation."""
     uncovered: Literal["error", "warn"] = "error"
     """A prompt that the model cannot see: refuse the pair of policy and model, or mark it in
     every verdict and report."""
 
     _file_sha256: str | None = PrivateAttr(None)
     _lock: Lock | None = PrivateAttr(None)
+    _picture: bytes | None = PrivateAttr(None)
     _folder: Path = PrivateAttr(Path())
     _learned: dict[str, ConceptFile] = PrivateAttr(default_factory=dict)
 
@@ -239,7 +299,8 @@ class Policy(Frozen):
     def sha256(self) -> str:
         """Hex digest of the YAML file's bytes; where a lock file lies beside it, of the bytes of
         both with a zero byte between; concepts' files of examples follow with their digests, in
-        the same way. A policy made in Python has that of its canonical JSON."""
+        the same way, and then that of a placeholder which `on_block` names. A policy made in
+        Python has that of its canonical JSON."""
         if self._file_sha256 is not None:
             return self._file_sha256
         files = (self.examples_of(concept) for concept in self.concepts)
@@ -254,11 +315,31 @@ class Policy(Frozen):
         """Calibrated thresholds, where NAME.lock.yaml lies beside the policy."""
         return self._lock
 
+    @property
+    def answer(self) -> Answer:
+        """What a blocked generation gives, as a word."""
+        on_block = self.on_block
+        return on_block.answer if isinstance(on_block, BlockSettings) else on_block
+
+    @property
+    def retries(self) -> int:
+        """How often a blocked image is generated anew; 0 where `on_block` is not `retry`."""
+        if isinstance(self.on_block, BlockSettings):
+            return self.on_block.retry or 0
+        return RETRIES if self.on_block == "retry" else 0
+
+    @property
+    def picture(self) -> bytes | None:
+        """The bytes of the placeholder's file, where the policy names one and was read with it."""
+        return self._picture
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's; a copy that differs no longer has the file's digest."""
         copy = super().model_copy(update=update, deep=deep)
         if update:
             copy._file_sha256 = None
+        if copy.on_block != self.on_block:
+            copy._picture = None
         return copy
 
     def with_views(self, views: Literal["whole", "crops"]) -> Self:

@@ -131,6 +131,21 @@ def test_one_file(encode: Command, photos: Path, tmp_path: Path, suffix: str) ->
             assert json.loads(file.metadata()["captions"])[1] == "a cat on a chair"
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_more_text_than_a_file_may_have(
+    encode: Command, photos: Path, tmp_path: Path, suffix: str
+) -> None:
+    for number in range(9):
+        (photos / f"{number}.png").write_bytes(photo_bytes(number))
+        (photos / f"{number}.txt").write_text("x" * 2**20)
+    out = tmp_path / f"a{suffix}"
+    ran = encode(photos, "-o", out)
+    assert (ran.code, "one file cannot be read again" in ran.err) == (2, True)
+    assert not out.exists()
+    assert encode(photos, "-o", tmp_path / "out").code == 0
+    assert len([r for r in read_latents([tmp_path / "out"]) if r.latents]) == 14
+
+
 def test_numbers_alone(encode: Command, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.npy"
     assert encode(photos, "-o", out).code == 0
@@ -265,12 +280,12 @@ def test_an_interrupted_run_goes_on(
     def dies(self: Encoding, frames: list[Any]) -> list[Any]:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 4:  # in the second shard
             raise ModelError("the power failed")
         return real(self, frames)
 
     monkeypatch.setattr(Encoding, "_batch", dies)
-    assert encode(photos, "-o", out, "--shard-size", 2, "--batch-size", 2).code == 2
+    assert encode(photos, "-o", out, "--shard-size", 2).code == 2
     monkeypatch.undo()
     # A shard is there whole or not at all, and nothing half-written lies beside it.
     assert sorted(path.name for path in out.iterdir()) == [
