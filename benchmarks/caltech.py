@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentguard.adapt.autoencoders import Autoencoder, load_autoencoder
 from latentguard.adapt.hold_out import held_out
 from latentguard.adapt.images import center_crop
 from latentguard.adapt.progress import Progress
+from latentguard.encode.autoencoders import Autoencoder, load_autoencoder
 from latentguard.files import load_latents, save_latents
 from latentguard.spaces import Latents
 

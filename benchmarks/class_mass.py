@@ -19,7 +19,8 @@ import numpy as np
 import readers
 from numpy.typing import NDArray
 
-from latentguard.adapt.images import center_crop, find_images
+from latentguard.adapt.images import center_crop
+from latentguard.encode.folders import find_pictures
 from latentguard.encoders.nano import load_nano
 from latentguard.evaluate.metrics import auroc, count
 
@@ -97,7 +98,7 @@ def main() -> None:
     a = parser.parse_args()
     names = a.names.read_text().splitlines()
     labels = np.array([int(line) for line in a.labels.read_text().split()])
-    pictures = np.stack([center_crop(file) for file in find_images([a.photos])])
+    pictures = np.stack([center_crop(file) for file in find_pictures([a.photos])])
     latents = readers.encode(pictures, a.autoencoder, a.cache / "zeroshot-256.npy")
     embedded = {"nano-flux2": readers.flux2(latents), "teacher": readers.teacher(pictures)}
     encoder = load_nano("nano-flux2")

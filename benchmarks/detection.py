@@ -26,7 +26,8 @@ from torch import Tensor
 
 from latentguard import Scorer, ops
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import center_crop, find_images
+from latentguard.adapt.images import center_crop
+from latentguard.encode.folders import find_pictures
 from latentguard.evaluate.metrics import separation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -64,7 +65,7 @@ def pictures(arguments: argparse.Namespace) -> tuple[NDArray[np.uint8], list[str
     kinds: list[str] = []
     others = []
     for folder in sorted(path for path in arguments.photos.iterdir() if path.is_dir()):
-        files = [file for file in find_images([folder]) if held_out(file, 5)]
+        files = [file for file in find_pictures([folder]) if held_out(file, 5)]
         positive = folder.name in CLASSES
         for file in files if positive else files[: arguments.per_class]:
             made.append(center_crop(file))

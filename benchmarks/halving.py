@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentguard.adapt.autoencoders import load_autoencoder
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import find_images, random_crop
+from latentguard.encode.autoencoders import load_autoencoder
+from latentguard.encode.folders import find_pictures, random_crop
 from latentguard.encoders.nano import load_nano
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--count", type=int, default=100)
     a = parser.parse_args()
-    photos = [file for file in find_images([a.caltech]) if held_out(file, 5)]
+    photos = [file for file in find_pictures([a.caltech]) if held_out(file, 5)]
     chosen = random.Random(0).sample(photos, a.count)
     crops = np.stack([random_crop(file, number) for number, file in enumerate(chosen)])
     encoder = load_autoencoder(a.autoencoder)

@@ -20,7 +20,8 @@ import readers
 
 from latentguard import Latents, Scorer
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import center_crop, find_images
+from latentguard.adapt.images import center_crop
+from latentguard.encode.folders import find_pictures
 from latentguard.encoders.nano import load_nano
 from latentguard.evaluate.metrics import wilson
 
@@ -38,7 +39,7 @@ def main() -> None:
     a = parser.parse_args()
     photos = [
         file
-        for file in find_images([a.caltech])
+        for file in find_pictures([a.caltech])
         if held_out(file, 5) and file.parent.name not in FORBIDDEN
     ]
     chosen = random.Random(3).sample(photos, a.count)

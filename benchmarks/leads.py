@@ -21,7 +21,8 @@ from objects import ARMED
 from torch import Tensor
 
 from latentguard import Scorer
-from latentguard.adapt.images import center_crop, find_images
+from latentguard.adapt.images import center_crop
+from latentguard.encode.folders import find_pictures
 from latentguard.encoders import load_encoder
 from latentguard.encoders.crops import Crops
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--scenes", type=int, default=60, help="of objects.py")
     a = parser.parse_args()
-    files = find_images([a.photos])
+    files = find_pictures([a.photos])
     harmless = [f for f in files if not any(word in f.name.lower() for word in ARMED)]
     measured = set(random.Random(a.size + 1).sample(sorted(harmless), a.scenes))
     some = [files[i] for i in np.linspace(0, len(files) - 1, 60).astype(int)]

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentguard.adapt.autoencoders import load_autoencoder
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.teacher import load_teacher
+from latentguard.encode.autoencoders import load_autoencoder
 from latentguard.encoders.nano import embed_logits, load_nano
 
 

@@ -25,7 +25,8 @@ from PIL import Image, ImageFilter
 
 from latentguard import Scorer
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import center_crop, find_images
+from latentguard.adapt.images import center_crop
+from latentguard.encode.folders import find_pictures
 from latentguard.evaluate.metrics import separation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -56,7 +57,7 @@ def photographs(folder: Path, names: list[str], each: int) -> tuple[list[Any], l
     """Held-out photos of the named classes, spread over each class, and their names."""
     made, kinds = [], []
     for name in names:
-        files = [f for f in find_images([folder / name.replace("-", "_")]) if held_out(f, 5)]
+        files = [f for f in find_pictures([folder / name.replace("-", "_")]) if held_out(f, 5)]
         for i in range(min(each, len(files))):
             made.append(center_crop(files[i * len(files) // min(each, len(files))]))
             kinds.append(name)
@@ -68,7 +69,7 @@ def drawings(folder: Path, artwork: Artwork, each: int) -> tuple[list[Any], list
     files = [
         file
         for directory in sorted(p for p in folder.iterdir() if p.is_dir())
-        for file in find_images([directory])
+        for file in find_pictures([directory])
         if directory.name not in NOT_BEHIND and held_out(file, 5)
     ]
     random.Random(7).shuffle(files)

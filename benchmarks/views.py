@@ -32,9 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentguard import Scorer
-from latentguard.adapt.autoencoders import load_autoencoder
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import center_crop, find_images, random_crop
+from latentguard.adapt.images import center_crop, random_crop
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.small_autoencoders import (
     HELD_OUT,
@@ -43,6 +42,8 @@ from latentguard.adapt.small_autoencoders import (
     train_autoencoder,
 )
 from latentguard.adapt.teacher import load_teacher
+from latentguard.encode.autoencoders import load_autoencoder
+from latentguard.encode.folders import find_pictures
 from latentguard.encoders.nano import NanoEncoder, embed_logits, load_nano
 from latentguard.evaluate.metrics import ranks_of, separation, wilson
 from latentguard.spaces import LatentSpace
@@ -101,7 +102,7 @@ def flux2(autoencoder: Path, factors: Path | None) -> Space:
 
 def own(caltech: Path, cache: Path) -> list[Space]:
     """The held-out autoencoders of our own, trained where `cache` does not hold them."""
-    photos = [file for file in find_images([caltech]) if not held_out(file, 5)]
+    photos = [file for file in find_pictures([caltech]) if not held_out(file, 5)]
     teacher = load_teacher()
     found = []
     for design in HELD_OUT:
@@ -191,7 +192,7 @@ def main() -> None:
     parser.add_argument("--model", default="nano-view", help="or a file of `latentguard adapt`")
     parser.add_argument("--count", type=int, nargs=2, default=(100, 60), help="at 512 and 1024 px")
     a = parser.parse_args()
-    files = find_images([a.photos])
+    files = find_pictures([a.photos])
     labels = np.array([int(line) for line in a.labels.read_text().split()])
     encoder = load_nano(a.model, space="sdxl")
     text = encoder.encode_text([line.strip() for line in a.names.read_text().splitlines()])
@@ -199,7 +200,7 @@ def main() -> None:
     ids = [concept.id for concept in scorer.policy.concepts]
     scorers = {name: Scorer(name, encoder) for name in POLICIES}
     spaces = [flux2(a.autoencoder, a.factors), *own(a.caltech, a.cache)]
-    shown = [f for kind in CLASSES for f in find_images([a.caltech / kind]) if held_out(f, 5)]
+    shown = [f for kind in CLASSES for f in find_pictures([a.caltech / kind]) if held_out(f, 5)]
     rows: list[dict[str, Any]] = []
     for px, count in zip((512, 1024), a.count, strict=True):
         some = np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)

@@ -21,7 +21,8 @@ import readers
 import torch
 from torch import Tensor
 
-from latentguard.adapt.images import center_crop, find_images
+from latentguard.adapt.images import center_crop
+from latentguard.encode.folders import find_pictures
 from latentguard.encoders.nano import load_nano
 from latentguard.evaluate.metrics import ranks_of, wilson
 
@@ -39,7 +40,7 @@ def main() -> None:
         "--large", type=int, default=100, help="photos also read at 512 px and more"
     )
     arguments = parser.parse_args()
-    files = find_images([arguments.photos])
+    files = find_pictures([arguments.photos])
     names = arguments.names.read_text().splitlines()
     labels = torch.tensor([int(line) for line in arguments.labels.read_text().split()])
     text = load_nano("nano-flux2").encode_text(names)

@@ -113,7 +113,7 @@ def main() -> None:
 
     import torch
 
-    from latentguard.adapt.autoencoders import load_autoencoder
+    from latentguard.encode.autoencoders import load_autoencoder
     from latentguard.files import save_latents
     from latentguard.spaces import Latents
 

@@ -22,6 +22,7 @@ from latentguard.encoders import (
     traits,
 )
 from latentguard.encoders.crops import Crops
+from latentguard.encoders.examples import widened
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.judge import (
     BoundRules,
@@ -108,6 +109,9 @@ class Scorer:
                 f"policy '{self.policy.name}' is written for {self.policy.space} latents, model "
                 f"{self.encoder.name} reads {self.encoder.space}"
             )
+        if any(concept.examples for concept in self.policy.concepts):
+            # Crops and all else lie around it.
+            self.encoder = widened(self.encoder)
         with self._exactly():
             self.bank = ConceptBank.build(self.policy, self.encoder)
         self.bound = self._bound()

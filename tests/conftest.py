@@ -90,3 +90,20 @@ def cascade(traced_once: None, shared_folder: Path) -> Exported:
         return export_onnx(two_stages(), second(), out, size=(32, 32))
 
     return exported_once(shared_folder, "cascade", make)
+
+
+@pytest.fixture(scope="session")
+def learned_export(traced_once: None, shared_folder: Path) -> Exported:
+    """nano-flux2 under a policy with concepts that were learned from examples (learned.py), which
+    lies beside the file as house.yaml."""
+    from exported import exported_once
+    from learned import NANO, photos, write_policy
+
+    from latentguard.export import export_onnx
+
+    def make(out: Path) -> Exported:
+        policy = write_policy(out.parent)
+        few = photos()[:4]
+        return export_onnx(policy, NANO, out, size=(32, 32), heatmaps=True, check=few)
+
+    return exported_once(shared_folder, "learned", make)

@@ -58,7 +58,7 @@ def tracing_once(folder: Path) -> Iterator[None]:
 
     def once(scorer: Scorer, *options: Any, **more: Any) -> onnx.ModelProto:
         encoder = scorer.encoder
-        own = (encoder.sha256, encoder.name, getattr(encoder, "resize", None))
+        own = (encoder.sha256, encoder.name, encoder.dim, getattr(encoder, "resize", None))
         key = repr((*own, *options, *more.items()))
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
         with FileLock(path.with_suffix(".lock")):

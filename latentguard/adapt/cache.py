@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentguard.adapt.autoencoders import Autoencoder
 from latentguard.adapt.images import SIZE, random_crop
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.teacher import Teacher
 from latentguard.atomic import replacing
+from latentguard.encode.autoencoders import Autoencoder
 from latentguard.encoders.lite import ENTRY_CHANNELS, HEAD_CHANNELS
 from latentguard.errors import LatentsError
 
@@ -105,7 +105,7 @@ def prepare(
         0,
         seed,
         space,
-        autoencoder.scaled if autoencoder else True,
+        True,
         autoencoder.space.channels if autoencoder else 0,
         autoencoder.name if autoencoder else "",
     )
@@ -138,10 +138,19 @@ def prepare(
             cache.heads[rows.start : rows.stop] = head.numpy()
             if autoencoder is not None and cache.latents is not None:
                 # One at a time: larger batches fall out of the processor's cache.
-                latents = torch.cat([autoencoder.encode(one[None]).tensor for one in pixels])
-                cache.latents[rows.start : rows.stop] = latents.numpy()
+                drawn = [
+                    training_latents(autoencoder, one[None], seed + row)
+                    for row, one in zip(rows, pixels, strict=True)
+                ]
+                cache.latents[rows.start : rows.stop] = torch.cat(drawn).numpy()
             cache.meta.done = rows.stop
             if rows.stop % SAVE_EVERY < BATCH or rows.stop == len(images):
                 cache.save()
             progress.advance(len(rows))
     return cache
+
+
+def training_latents(autoencoder: Autoencoder, images: Tensor, seed: int) -> Tensor:
+    """Scaled latents [B, C, H/8, W/8], as models read them; drawn where there is a distribution."""
+    seeds = [seed] * len(images) if autoencoder.samples else None
+    return autoencoder.encode(images, seeds).to_scaled().tensor.cpu()

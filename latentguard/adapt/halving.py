@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentguard.adapt.autoencoders import Autoencoder
-from latentguard.adapt.cache import Cache
+from latentguard.adapt.cache import Cache, training_latents
 from latentguard.adapt.progress import Progress
 from latentguard.atomic import replacing
+from latentguard.encode.autoencoders import Autoencoder
 from latentguard.encoders.nano_net import KERNEL
 
 CROPS = 480
@@ -41,7 +41,8 @@ def halving(cache: Cache, encoder: Autoencoder) -> tuple[Tensor, Tensor]:
             rows = np.arange(first, min(first + BATCH, count))
             crops = torch.from_numpy(cache.crops[rows]).permute(0, 3, 1, 2).float() / 255
             half = F.interpolate(crops, scale_factor=0.5, mode="bilinear", antialias=True)
-            wanted = encoder.encode(half).tensor.float().flatten(2).transpose(1, 2).flatten(0, 1)
+            halved = training_latents(encoder, half, int(first))
+            wanted = halved.float().flatten(2).transpose(1, 2).flatten(0, 1)
             seen = _seen(cache.batch("latents", rows))
             squares = _plus(squares, seen.T @ seen)
             products = _plus(products, seen.T @ wanted.double())

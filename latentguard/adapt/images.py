@@ -1,22 +1,19 @@
-"""Photos for training: finding them, and one random crop of each."""
+"""Crops of photos: random ones for training, the middle for evaluation."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import exp, log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.errors import LatentsError
+from latentguard.encode.framing import Framing
+from latentguard.encode.pictures import open_picture
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SIZE = 256
 
 # How much a crop may differ from the photo: share of its area, aspect ratio, color factors.
@@ -24,20 +21,6 @@ CROP_AREA = (0.45, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 COLOR = {"Brightness": (0.7, 1.3), "Contrast": (0.7, 1.3), "Color": (0.4, 1.6)}
 COLOR_SHARE = 0.6
-
-
-def find_images(folders: Sequence[str | Path]) -> list[Path]:
-    """All images under the folders, sorted. Raises LatentsError where there are none."""
-    found = []
-    for folder in map(Path, folders):
-        if not folder.exists():
-            raise LatentsError(f"no such image folder: {folder}")
-        files = [folder] if folder.is_file() else folder.rglob("*")
-        found += [file for file in files if file.suffix.lower() in SUFFIXES]
-    if not found:
-        names = ", ".join(map(str, folders))
-        raise LatentsError(f"no images ({', '.join(SUFFIXES)}) under {names}")
-    return sorted(found)
 
 
 def random_crop(path: Path, seed: int, size: int = SIZE) -> NDArray[np.uint8]:
@@ -48,8 +31,7 @@ def random_crop(path: Path, seed: int, size: int = SIZE) -> NDArray[np.uint8]:
     from PIL import Image, ImageEnhance
 
     rng = random.Random(seed)
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    image = open_picture(path)
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -72,18 +54,4 @@ def random_crop(path: Path, seed: int, size: int = SIZE) -> NDArray[np.uint8]:
 
 def center_crop(path: Path, size: int = SIZE) -> NDArray[np.uint8]:
     """The largest centered square of a picture, uint8 [size, size, 3]; for evaluation."""
-    from PIL import Image
-
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    return np.asarray(_square(image, size))
-
-
-def _square(image: Image.Image, size: int) -> Image.Image:
-    from PIL import Image
-
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return Framing(size, multiple=1).apply(open_picture(path))[0]

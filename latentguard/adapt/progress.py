@@ -15,9 +15,9 @@ LINE_EVERY = 60.0
 
 
 class Progress:
-    """Counts to `total` on stderr; `note` is shown beside the bar."""
+    """Counts to `total`, if that is known, on stderr; `note` is shown beside the bar."""
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
+    def __init__(self, title: str, total: int | None, done: int = 0) -> None:
         self._title, self._total, self._done = title, total, done
         self._next = time.monotonic() + LINE_EVERY
         self._bar: RichProgress | None = None
@@ -51,6 +51,7 @@ class Progress:
         self._done += count
         if self._bar is not None:
             self._bar.update(self._task, advance=count, note=note)
-        elif time.monotonic() >= self._next or self._done >= self._total:
+        elif time.monotonic() >= self._next or self._done == self._total:
             self._next = time.monotonic() + LINE_EVERY
-            print(f"{self._title}: {self._done}/{self._total} {note}", file=sys.stderr, flush=True)
+            of = "" if self._total is None else f"/{self._total}"
+            print(f"{self._title}: {self._done}{of} {note}", file=sys.stderr, flush=True)

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from latentguard.adapt.autoencoders import Autoencoder, load_autoencoder
 from latentguard.adapt.cache import prepare
 from latentguard.adapt.halving import halving, set_halving
-from latentguard.adapt.images import find_images
 from latentguard.adapt.small_autoencoders import (
     DESIGNS,
+    FACTOR,
     Design,
     SmallAutoencoder,
     train_autoencoder,
@@ -22,6 +21,8 @@ from latentguard.adapt.teacher import Teacher, class_names, class_table, load_te
 from latentguard.adapt.train import AdapterRecipe, Recipe, RgbRecipe, Trainer
 from latentguard.adapt.view_cache import encode_all
 from latentguard.adapt.view_recipe import ViewRecipe
+from latentguard.encode.autoencoders import Autoencoder, load_autoencoder
+from latentguard.encode.folders import find_pictures
 from latentguard.encoders.catalog import ANY_VIEW
 from latentguard.encoders.nano import save_nano
 from latentguard.encoders.nano_net import KERNEL, OCTAVES
@@ -87,8 +88,8 @@ def adapt(
     if target.suffix != ".safetensors":
         raise ModelError(f"the model file must end in .safetensors, got {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    photos = [path for path in find_images(images) if keep(path)]
-    encoder = load_autoencoder(autoencoder, space) if autoencoder else None
+    photos = [path for path in find_pictures(images) if keep(path)]
+    encoder = _autoencoder(autoencoder, space) if autoencoder else None
     found = None if any_view else _space(encoder, space)
     teacher = load_teacher()
     folder = Path(cache) if cache else target.with_suffix(".cache")
@@ -166,6 +167,17 @@ def rgb_config(space: LatentSpace) -> dict[str, Any]:
         "bias": list(view.bias),
         "size": RGB_SIZE,
     }
+
+
+def _autoencoder(source: str | Path, space: str | Path | LatentSpace | None) -> Autoencoder:
+    """Raises ModelError for one of other cells than the networks are made for."""
+    found = load_autoencoder(source, space, device="cpu")
+    if found.space.vae_scale_factor != FACTOR:
+        raise ModelError(
+            f"{source}: a cell of its latents is {found.space.vae_scale_factor} pixels wide; "
+            f"models are made for cells of {FACTOR}"
+        )
+    return found
 
 
 def _space(encoder: Autoencoder | None, name: str | Path | LatentSpace | None) -> LatentSpace:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from latentguard.adapt.progress import Progress
 from latentguard.adapt.teacher import Teacher
+from latentguard.encode.pictures import open_picture
 from latentguard.encoders.lite import Lite2
 from latentguard.errors import ModelError
 
@@ -169,8 +170,7 @@ def _crops(photos: Sequence[Path], design: Design, step: int) -> Tensor:
     rng = np.random.default_rng((design.seed, step))
     made = []
     for index in rng.integers(len(photos), size=design.batch):
-        with Image.open(photos[index]) as opened:
-            image = opened.convert("RGB")
+        image = open_picture(photos[index])
         side = min(design.crop / rng.uniform(1, 3), *image.size)
         x, y = (rng.uniform(0, length - side) for length in image.size)
         window = image.resize(

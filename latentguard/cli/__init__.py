@@ -45,8 +45,14 @@ def _root(
 def _register() -> None:
     import latentguard.cli.adapt as adapt
     import latentguard.cli.calibrate as calibrate
+    import latentguard.cli.concept as concept
     import latentguard.cli.doctor as doctor
+    import latentguard.cli.encode as encode
     import latentguard.cli.evaluate as evaluate
+    import latentguard.cli.evaluate_bias as evaluate_bias
+    import latentguard.cli.evaluate_geneval as evaluate_geneval
+    import latentguard.cli.evaluate_i2p as evaluate_i2p
+    import latentguard.cli.evaluate_t2i_compbench as evaluate_t2i_compbench
     import latentguard.cli.export as export
     import latentguard.cli.models as models
     import latentguard.cli.policy as policy
@@ -60,7 +66,13 @@ def _register() -> None:
         policy,
         models,
         spaces,
+        concept,
+        encode,
         evaluate,
+        evaluate_bias,
+        evaluate_geneval,
+        evaluate_i2p,
+        evaluate_t2i_compbench,
         calibrate,
         adapt,
         export,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
+
 if TYPE_CHECKING:
     from latentguard.evaluate.calibrate import Margins, Row
     from latentguard.policy import Policy
@@ -65,6 +67,9 @@ def calibrate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the thresholds and write nothing.")
     ] = False,
+    autoencoder: AutoencoderOption = None,
+    size: SizeOption = None,
+    encoded: EncodedOption = None,
 ) -> None:
     """Find the margin that a harmless image reaches with a chosen probability at most.
 
@@ -77,6 +82,9 @@ def calibrate(
 
     if bool(latents) == bool(trajectories):
         raise UsageError("calibrate needs latents files or --trajectories, one of the two")
+    pictures_too = (autoencoder, size, encoded) != (None, None, None)
+    if trajectories and pictures_too:
+        raise UsageError("--autoencoder, --size and --encoded are of pictures, not of records")
     if policy in shipped_policies() and not dry_run:
         raise PolicyError(
             f"policy '{policy}' ships with latentguard, and a lock belongs beside a file of yours: "
@@ -95,8 +103,9 @@ def calibrate(
     if trajectories:
         margins = _from_records(trajectories, chosen, model, device, space)
     else:
+        pictures = Pictures(autoencoder, size, encoded, space, device)
         margins = _from_latents(
-            latents or [], chosen, model, noise_levels, estimate,
+            pictures.latents(latents or []), chosen, model, noise_levels, estimate,
             space, scaled, batch_size, device, seed,
         )  # fmt: skip
     new = entries(chosen, margins, rates)
@@ -137,7 +146,7 @@ def _from_latents(
     device: str | None,
     seed: int,
 ) -> Margins:
-    from latentguard.cli.evaluate import Bar
+    from latentguard.cli.bar import Bar
     from latentguard.errors import UsageError
     from latentguard.evaluate.calibrate import measure
 

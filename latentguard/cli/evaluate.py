@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperCommand
+
+from latentguard.cli.bar import Bar
+from latentguard.cli.commands import ManyPaths
+from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
 
 evaluate_app = typer.Typer(
     no_args_is_help=True, help="Measure a model or a policy on latents whose content is known."
@@ -59,6 +62,9 @@ def zeroshot_(
     device: Device = None,
     plot: Plot = None,
     output: Print = "table",
+    autoencoder: AutoencoderOption = None,
+    size: SizeOption = None,
+    encoded: EncodedOption = None,
 ) -> None:
     """How often the most similar class name is the right one.
 
@@ -72,10 +78,11 @@ def zeroshot_(
     if plot:
         check_plot_path(plot)
     classes = read_names(names)
+    found = Pictures(autoencoder, size, encoded, space, device).latents(latents)
     with Bar("encoding") as advance:
         try:
             result = run(
-                latents,
+                found,
                 classes,
                 read_labels(labels, len(classes)),
                 model,
@@ -98,22 +105,7 @@ def zeroshot_(
     _table(f"{result.model} ({result.sha256[:12]})", rows)
 
 
-class _ManyPaths(TyperCommand):
-    """`--positives A B` as well as `--positives A --positives B`: this command has no arguments."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        option = None
-        for arg in args:
-            if arg.startswith("-"):
-                option = arg if arg in ("--positives", "--negatives") else None
-            elif option is not None and spread[-1] != option:
-                spread.append(option)
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-
-@evaluate_app.command("detect", no_args_is_help=True, cls=_ManyPaths)
+@evaluate_app.command("detect", no_args_is_help=True, cls=ManyPaths)
 def detect_(
     positives: Annotated[
         list[Path], typer.Option(metavar="PATH...", help="Latents that show the concept.")
@@ -133,6 +125,9 @@ def detect_(
     ] = 1000,
     plot: Plot = None,
     output: Print = "table",
+    autoencoder: AutoencoderOption = None,
+    size: SizeOption = None,
+    encoded: EncodedOption = None,
 ) -> None:
     """How well a concept's scores tell images that show it from images that do not.
 
@@ -146,10 +141,12 @@ def detect_(
 
     if plot:
         check_plot_path(plot)
+    pictures = Pictures(autoencoder, size, encoded, space, device)
+    shows, shows_not = pictures.latents(positives), pictures.latents(negatives)
     with Bar("scoring") as advance:
         result = run(
-            positives,
-            negatives,
+            shows,
+            shows_not,
             policy,
             concept,
             model,
@@ -191,32 +188,3 @@ def _table(title: str, rows: list[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(escape(name), escape(value))
     Console().print(table)
-
-
-class Bar:
-    """A progress bar, on a terminal only; call it with what is done and, if known, of how many."""
-
-    def __init__(self, what: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(what, total=None)
-
-    def __enter__(self) -> Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        self._bar.update(self._task, completed=done, total=total)

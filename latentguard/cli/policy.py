@@ -92,7 +92,7 @@ def show(
             concept.action,
             concept.severity,
             _threshold(concept),
-            escape(visible(", ".join(concept.prompts), 4000)),
+            escape(visible(", ".join(policy.labels_of(concept)), 4000)),
         )
     console.print(table)
     for scheme in taxonomy:
@@ -201,7 +201,7 @@ def _taxonomy_notes(policy: Policy, name: str, encoder: Encoder | None) -> Itera
     from latentguard.concepts import coverage_of
 
     seen = {
-        concept.id: len(found.unseen) < len(concept.prompts)
+        concept.id: any(found.seen)
         for concept, found in zip(policy.concepts, coverage_of(policy, encoder), strict=True)
     }
     for category, concepts in rules.mapped[name].items():
@@ -216,8 +216,9 @@ def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
     """Name the prompts that a model cannot see; whether it may judge by the policy."""
     from latentguard.concepts import coverage_of
     from latentguard.coverage import check_coverage
-    from latentguard.errors import CoverageError
+    from latentguard.errors import CoverageError, ModelError
     from latentguard.policy import lines_of
+    from latentguard.text import visible
 
     if policy.space not in (None, encoder.space):
         typer.echo(
@@ -226,7 +227,11 @@ def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
             err=True,
         )
         return False
-    coverage = coverage_of(policy, encoder)
+    try:
+        coverage = coverage_of(policy, encoder)
+    except ModelError as error:  # of a file of examples
+        typer.echo(visible(f"{name}: {error}", 4000), err=True)
+        return False
     found: dict[tuple[int | str, ...], str] = {}
     for index, (concept, seen) in enumerate(zip(policy.concepts, coverage, strict=True)):
         for key, pairs in (("prompts", seen.unseen), ("contrast", seen.unseen_contrast)):

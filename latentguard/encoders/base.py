@@ -116,6 +116,11 @@ class EncoderBase:
     crop_lead: float = 0.0
     reads_crops: bool = False
     """Whether it reads an image in crops already."""
+    trunk_dim: int = 0
+    """How many numbers the model knows of an image before its text space. `features(trunk=True)`
+    puts them, with norm 1, behind the embedding; 0 where it has none, or the embedding is them."""
+    text_norm: float = 1.0
+    """The norm of what `encode_text` gives."""
     merges: bool = False
     """Whether a share of its tokens can merge (`NAME+merge=SHARE`)."""
     merge: float = 0.0

@@ -25,7 +25,7 @@ from latentguard.encoders.base import EncoderBase, Features, Head, check_predict
 from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path, readable_view
 from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalize
 from latentguard.encoders.header import opened, read_header
-from latentguard.encoders.lite import CLASSES, fuse
+from latentguard.encoders.lite import CLASSES, HEAD_CHANNELS, fuse
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
 from latentguard.errors import LatentsError, ModelError
 from latentguard.regular import read_whole
@@ -62,6 +62,7 @@ class NanoEncoder(nn.Module, EncoderBase):
     fixed_size = True
     pools = True
     crop_lead = 0.25
+    trunk_dim = HEAD_CHANNELS
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class NanoEncoder(nn.Module, EncoderBase):
         sigma: Tensor | None = None,
         *,
         tokens: bool = True,
+        trunk: bool = False,
     ) -> Features:
         """Square roots of class posteriors, of the image and of each cell of the final grid, and
         the baseline's axis.
@@ -123,6 +125,7 @@ class NanoEncoder(nn.Module, EncoderBase):
             noise, alpha, sigma: predicted noise [B, C, H, W] and the levels [B]: the x0 estimate
                 (latents - sigma * noise) / alpha is read instead, computed in float32.
             tokens: whether the cells are wanted, too.
+            trunk: whether the trunk's 1,280 numbers stand behind, of norm 1 as well.
 
         Returns:
             pooled [B, 1008] and tokens [B, N, 1008] of unit norm, differentiable in latents.
@@ -142,6 +145,9 @@ class NanoEncoder(nn.Module, EncoderBase):
             # The image and its cells in one product: at batch 1 reading the classifier is the cost.
             rows = torch.cat([rows, places], 1)
         embedded = embed_logits(self.net.trunk.classifier(rows))
+        if trunk:
+            unit = torch.nn.functional.normalize(rows.float(), dim=-1).to(embedded.dtype)
+            embedded = torch.cat([embedded, unit], -1)
         return Features(pooled=embedded[:, 0], tokens=embedded[:, 1:], grid=grid)
 
     def encode_latents(self, latents: Latents) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,35 @@ def plot_thresholds(path: Path, rows: Sequence[Row], title: str) -> None:
             title=f"false-positive rate {rate:g}",
         )
         axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def plot_shares(
+    path: Path,
+    title: str,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[Mapping[str, Any] | None]],
+) -> None:
+    """Shares with their intervals: a bar for each group and series; None is a gap.
+
+    series: by name, for each group {"value", "interval": [low, high]}.
+    """
+    figure, (axis,) = _axes(1, title)
+    figure.set_size_inches(max(4.6, 0.9 * len(groups) + 1.5), 4.2)
+    width = 0.8 / max(len(series), 1)
+    for place, (name, shares) in enumerate(series.items()):
+        color, hatch = COLORS[place % len(COLORS)], "" if place < len(COLORS) else "//"
+        there = [(i, share) for i, share in enumerate(shares) if share is not None]
+        x = [i + (place - (len(series) - 1) / 2) * width for i, _ in there]
+        values = [share["value"] for _, share in there]
+        errors = [
+            [max(0.0, share["value"] - share["interval"][0]) for _, share in there],
+            [max(0.0, share["interval"][1] - share["value"]) for _, share in there],
+        ]
+        axis.bar(x, values, width, yerr=errors, capsize=2, color=color, hatch=hatch, label=name)
+    axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize=8)
+    axis.set(ylabel="share of images", ylim=(0, 1.01))
+    axis.legend(fontsize=8)
     _save(figure, path)
 
 

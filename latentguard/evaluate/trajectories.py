@@ -67,7 +67,7 @@ def read_trajectories(
     found: dict[str, dict[float, dict[tuple[Any, ...], float]]] = {}
     identity: dict[str, str] = {}
     levels: list[float] = []
-    prompts = {concept.id: concept.prompts for concept in policy.concepts}
+    prompts = {concept.id: policy.labels_of(concept) for concept in policy.concepts}
     images = set()
     for where, scored in _all(paths):
         for key, value in scored.identity.items():
@@ -198,8 +198,9 @@ def _one(session: Mapping[str, Any], item: Mapping[str, Any], where: str, index:
 
 
 def _refuse_action(item: Mapping[str, Any], where: str) -> None:
-    if item.get("action", "none") != "none":
+    done = item.get("action", item.get("outcome", "none"))
+    if done != "none":
         raise LatentsError(
-            f"{where}: an image was {item['action']}, so it is no longer what the model would have "
+            f"{where}: an image was {done}, so it is no longer what the model would have "
             "made: record harmless generations under a policy whose actions are `observe`"
         )

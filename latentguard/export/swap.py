@@ -9,6 +9,7 @@ import onnx
 
 from latentguard.atomic import replacing_all
 from latentguard.encoders import Encoder, load_encoder, needs_space
+from latentguard.encoders.examples import widened
 from latentguard.errors import ModelError, PolicyError
 from latentguard.export.graph import attach_bank
 from latentguard.export.metadata import describe
@@ -43,11 +44,19 @@ def swap_policy(
     before = artifact.metadata
     name = before["model"]["name"]
     encoder = model if isinstance(model, Encoder) else _encoder(model or name, before["space"])
+    if before["dim"] == widened(encoder).dim:
+        # A file that has a place for what was learned from examples takes prompts there, too.
+        encoder = widened(encoder)
     _check_model(artifact, encoder)
     rules = load_policy(policy)
     if rules.space not in (None, before["space"]):
         raise PolicyError(f"policy '{rules.name}' is for {rules.space}, not {before['space']}")
     scorer, out = Scorer(rules, encoder), Path(out)
+    if scorer.encoder.dim != before["dim"]:
+        raise ModelError(
+            f"{source}: was exported for policies of prompts alone, and policy '{rules.name}' has "
+            "concepts that were learned from examples: export it anew with this policy"
+        )
     if scorer.thorough is not scorer:
         raise ModelError(
             f"{source}: reads images whole, and policy '{rules.name}' asks for views: "

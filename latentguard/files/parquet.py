@@ -49,22 +49,8 @@ def read_parquet(
         LatentsError: no Parquet file, one over the limits, no pyarrow, or a table of which it is
             not said which column holds the latents.
     """
-    pa, pq = _pyarrow()
-    _check_footer(stream, size)
-    try:
-        file = pq.ParquetFile(
-            Window(stream, 0, size),
-            pre_buffer=False,
-            buffer_size=MIB,  # else a row group's column is read as a whole
-            thrift_string_size_limit=MAX_PARQUET_FOOTER,
-            thrift_container_size_limit=MAX_PARQUET_FOOTER,
-        )
-        schema = file.schema_arrow
-        _check_groups(file.metadata, size)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _damaged(error) from error
-    if len(set(schema.names)) != len(schema.names):
-        raise LatentsError("is a table with two columns of one name, of which readers take either")
+    file = open_parquet(stream, size)
+    pa, schema = pyarrow(), file.schema_arrow
     columns = [_column(pa, field) for field in schema]
     if set(schema.names) >= _LISTING and not any(c.readable or c.opaque for c in columns):
         if reading.strict:
@@ -81,7 +67,7 @@ def read_parquet(
     for group in range(file.metadata.num_row_groups):
         if reading.key is None:
             _check_heads(pa, file, group, table, schema)
-        for batch in _batches(pa, file, group, wanted):
+        for batch in batches(file, group, wanted):
             left -= batch.nbytes
             if left < 0:
                 raise LatentsError(
@@ -99,15 +85,41 @@ def read_parquet(
     table.check()
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def open_parquet(stream: BinaryIO, size: int) -> pq.ParquetFile:
+    """A Parquet file of `size` bytes, whose parts announce no more than it can hold.
+
+    Raises LatentsError: no Parquet file, one over the limits, two columns of a name, no pyarrow.
+    """
+    pa = pyarrow()
+    _check_footer(stream, size)
+    try:
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(
+            Window(stream, 0, size),
+            pre_buffer=False,
+            buffer_size=MIB,  # else a row group's column is read as a whole
+            thrift_string_size_limit=MAX_PARQUET_FOOTER,
+            thrift_container_size_limit=MAX_PARQUET_FOOTER,
+        )
+        names = file.schema_arrow.names
+        _check_groups(file.metadata, size)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damaged(error) from error
+    if len(set(names)) != len(names):
+        raise LatentsError("is a table with two columns of one name, of which readers take either")
+    return file
+
+
+def pyarrow() -> Any:
+    """The module. Raises LatentsError where it is not installed."""
     try:
         import pyarrow as pa
-        import pyarrow.parquet as pq
     except ImportError as error:
         raise LatentsError(
             "needs pyarrow, which is not installed: pip install 'latentguard[scale]'"
         ) from error
-    return pa, pq
+    return pa
 
 
 def _damaged(error: Exception) -> LatentsError:
@@ -162,10 +174,12 @@ def _check_groups(metadata: pq.FileMetaData, size: int) -> None:
         )
 
 
-def _batches(
-    pa: Any, file: pq.ParquetFile, group: int, columns: list[str]
-) -> Iterator[pa.RecordBatch]:
-    """Some rows of a row group at a time, as many as fit a bound of bytes."""
+def batches(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some rows of a row group at a time, as many as fit a bound of bytes.
+
+    Raises LatentsError for a damaged part.
+    """
+    pa = pyarrow()
     row_group = file.metadata.row_group(group)
     rows = max(1, row_group.num_rows)
     each = max(1, row_group.total_byte_size // rows)
@@ -182,7 +196,7 @@ def _check_heads(
     """LatentsError where a column of pictures or text begins a row group with what tensors are."""
     known = (table.latents, *table.unread)
     columns = [f.name for f in schema if _is_bytes(pa, f.type) and f.name not in known]
-    for batch in _batches(pa, file, group, columns):
+    for batch in batches(file, group, columns):
         for name in batch.schema.names if batch.num_rows else ():
             value = batch.column(name)[0].as_py()
             if value is not None and begins_as_numbers(value[:512]):

@@ -48,7 +48,7 @@ def save_latents(path: str | Path, latents: Latents, **metadata: Any) -> None:
         or latents.space.packed_order != latents.space.standard.packed_order
     ):
         latents = latents.to_spatial()  # a file cannot say in which order its tokens are
-    fields = {**_description(latents), **extra}
+    fields = {**description(latents), **extra}
     tensor = latents.tensor.detach().cpu().contiguous().clone()
     with replacing(target) as file:
         if suffix == ".safetensors":
@@ -57,7 +57,8 @@ def save_latents(path: str | Path, latents: Latents, **metadata: Any) -> None:
             _save_torch(file, tensor, fields)
 
 
-def _description(latents: Latents) -> dict[str, Any]:
+def description(latents: Latents) -> dict[str, Any]:
+    """What a file says beside these latents, of JSON's kinds: `Claims` reads it."""
     fields: dict[str, Any] = {
         "space": latents.space.name,
         "scaled": latents.scaled,

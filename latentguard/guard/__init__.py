@@ -9,20 +9,25 @@ from latentguard.deprecated import former_names
 
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
+    from latentguard.guard.answers import Blocked
     from latentguard.guard.audit import AuditLog
     from latentguard.guard.blocks import GuardBlock, guarded_blocks
     from latentguard.guard.noise import optimize_noise
     from latentguard.guard.output import GenerationBlocked
-    from latentguard.guard.record import Steering, StepRecord
+    from latentguard.guard.record import Attempt, CallRecord, Outcome, Steering, StepRecord
     from latentguard.guard.sessions import Budget, Session, StepResult, session
 
 # Sessions work where diffusers is not installed.
 _HOME = {
+    "Attempt": "record",
     "AuditLog": "audit",
+    "Blocked": "answers",
     "Budget": "sessions",
+    "CallRecord": "record",
     "GenerationBlocked": "output",
     "GuardBlock": "blocks",
     "LatentGuard": "adapter",
+    "Outcome": "record",
     "Session": "sessions",
     "StepRecord": "record",
     "StepResult": "sessions",
@@ -33,11 +38,15 @@ _HOME = {
 }
 
 __all__ = [
+    "Attempt",
     "AuditLog",
+    "Blocked",
     "Budget",
+    "CallRecord",
     "GenerationBlocked",
     "GuardBlock",
     "LatentGuard",
+    "Outcome",
     "Session",
     "Steering",
     "StepRecord",

@@ -17,14 +17,15 @@ from diffusers.callbacks import PipelineCallback
 from latentguard.denoised import check_scheduler
 from latentguard.deprecated import former_keywords
 from latentguard.encoders import Encoder
-from latentguard.errors import GuardError, LatentsError, PolicyError
+from latentguard.errors import GuardError, LatentsError
 from latentguard.guard import output as outputs
+from latentguard.guard.answers import Answers, Blocked
 from latentguard.guard.attachment import check_actions
 from latentguard.guard.audit import AuditLog
+from latentguard.guard.blur import check_blurs
 from latentguard.guard.install import install
 from latentguard.guard.layout import check_readable, layout_of, space_of
 from latentguard.guard.metrics import Metrics
-from latentguard.guard.output import GenerationBlocked
 from latentguard.guard.record import StepRecord
 from latentguard.guard.requests import Place, Request, add_to_request, here, opened, request_of
 from latentguard.guard.running import Marked
@@ -36,6 +37,7 @@ from latentguard.spaces import LatentSpace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 logger = logging.getLogger("latentguard.guard")
 
@@ -65,8 +67,10 @@ class LatentGuard(PipelineCallback, Marked):
         space: the latent space, where the pipeline's VAE does not tell it; one that is not the
             VAE's is refused.
         device: where the encoder runs; None is the device of the latents.
-        on_block: for `on_block: callback`: called with (index, verdict, blank image) for each
-            blocked image, returns what takes its place.
+        on_block: for `on_block: callback`: called for each blocked image with a `Blocked`, or with
+            (index, verdict, blank image) where it takes three arguments; returns what takes its
+            place.
+        placeholder: for `on_block: placeholder`: a PIL image, or the path of one.
         budget: the time, the scoring time and the steps of a call.
         audit: a path or AuditLog: one JSON line for each image and scored step.
         compile: a mode of torch.compile for the encoder ("default", "reduce-overhead" for CUDA
@@ -93,7 +97,8 @@ class LatentGuard(PipelineCallback, Marked):
         *,
         space: LatentSpace | str | Path | None = None,
         device: torch.device | str | None = None,
-        on_block: Callable[[int, Verdict, Any], Any] | None = None,
+        on_block: Callable[[Blocked], Any] | Callable[[int, Verdict, Any], Any] | None = None,
+        placeholder: Image | str | Path | None = None,
         budget: Budget | None = None,
         audit: AuditLog | str | Path | None = None,
         compile: str | None = None,
@@ -102,16 +107,10 @@ class LatentGuard(PipelineCallback, Marked):
         if compile is not None and compile not in (modes := _compile_modes()):
             raise ValueError(f"compile must be None or one of {', '.join(modes)}, got {compile!r}")
         self._policy = load_policy(policy)
-        if (self.policy.on_block == "callback") != (on_block is not None):
-            raise PolicyError(
-                f"policy '{self.policy.name}' says on_block: {self.policy.on_block}, and "
-                f"LatentGuard was given {'no' if on_block is None else 'an'} on_block function: "
-                "the two go together"
-            )
+        self._answers = Answers(self.policy, on_block, placeholder)
         self._model = model
         self._space = None if space is None else LatentSpace.of(space)
         self._device = device
-        self._on_block = on_block
         self._budget = budget
         self._audit = audit if audit is None or isinstance(audit, AuditLog) else AuditLog(audit)
         self._compile = compile
@@ -225,6 +224,7 @@ class LatentGuard(PipelineCallback, Marked):
         space = self._space_of(pipe)
         layout_of(pipe, space)
         check_actions(pipe, self.policy)
+        self._check_answers(pipe, space)
         self._scorer(space, pipe._execution_device)
 
     def _prepare_blocks(self, pipe: Any) -> None:
@@ -234,14 +234,27 @@ class LatentGuard(PipelineCallback, Marked):
         """
         if getattr(pipe, "scheduler", None) is not None:
             check_scheduler(pipe.scheduler)
-        self._scorer(self._space_of(pipe), pipe._execution_device)
+        space = self._space_of(pipe)
+        self._check_answers(pipe, space)
+        self._scorer(space, pipe._execution_device)
+
+    def _check_answers(self, pipe: Any, space: LatentSpace) -> None:
+        """Raises GuardError where `on_block` asks for what a pipeline's latents do not give."""
+        if self._answers.word == "blur":
+            check_blurs(space, type(pipe).__name__)
 
     def _session_for(self, pipe: Any, device: torch.device) -> Session:
         """The session of one call, which belongs to the request that it is made in."""
         scorer = self._scorer(self._space_of(pipe), device)
         request = request_of(self)
         name = None if request is None else request.id
-        return Session(scorer, name, budget=self._budget, on_record=self._recorded)
+        return Session(
+            scorer,
+            name,
+            budget=self._budget,
+            previews=self._answers.previews,
+            on_record=self._recorded,
+        )
 
     def _forget(self) -> None:
         """A call begins here: what the last one said is not asked for any more."""
@@ -259,22 +272,10 @@ class LatentGuard(PipelineCallback, Marked):
             self._kept[place] = session
 
     def _ended(self, session: Session) -> None:
-        """Nothing of a call is left to be judged: count its images."""
+        """Nothing of a call is left to be judged: count its images, and say what became of them."""
         self._metrics.ended(session)
-
-    def _answer(self, session: Session, images: Any, output: Any) -> Any:
-        """What the policy's `on_block` makes of an output whose blocked images are blank already.
-
-        Raises GenerationBlocked where it says `raise`.
-        """
-        blocked, verdicts = session.blocked, session.verdicts
-        if blocked and self.policy.on_block == "raise":
-            raise GenerationBlocked(verdicts, output)
-        if not blocked or self._on_block is None:
-            return output
-        answer, given = self._on_block, outputs.images_of(output)
-        instead = {row: answer(row, verdicts[row], images[row]) for row in blocked}
-        return outputs.with_images(output, outputs.replaced(given, blocked, instead.__getitem__))
+        if self._audit is not None:
+            self._audit.write_outcomes(session)
 
     def callback_fn(
         self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]

@@ -6,14 +6,17 @@ it would do nothing is an error.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from latentguard.errors import GuardError
+from latentguard.guard.arguments import bound, given, replaced
 from latentguard.guard.call import GuardedCall
 from latentguard.guard.outermost import Outermost
+from latentguard.guard.retry import Again, Draws, retried
 from latentguard.guard.running import CALLBACK, INPUTS, Marked, current, waiting
 
 if TYPE_CHECKING:
@@ -132,19 +135,20 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     guarded = attached is not None or inside or bool(_running(pipe))
     if not guarded and not holds_guard([*args, *kwargs.values()]):
         return original(pipe, *args, **kwargs)
-    for guard in [g for value in (attached, *args, *kwargs.values()) for g in guards_in(value)]:
-        guard._forget()
+    if not (isinstance(outer, Outermost) and outer.again):  # which repeats a call that is told of
+        for guard in [g for value in (attached, *args, *kwargs.values()) for g in guards_in(value)]:
+            guard._forget()
     signature = inspect.signature(original)
     if not _takes_callbacks(signature.parameters):
         _check_places(type(pipe).__name__, {k: v for k, v in kwargs.items() if k != CALLBACK})
         check_pipeline(pipe)
-        given = [guard for value in (*args, kwargs.get(CALLBACK)) for guard in guards_in(value)]
-        guards = [*guards_of(pipe), *given]
+        own = [guard for value in (*args, kwargs.get(CALLBACK)) for guard in guards_in(value)]
+        guards = [*guards_of(pipe), *own]
         return _handed_on(original, pipe, args, kwargs, guards)
-    bound = signature.bind(pipe, *args, **kwargs)
-    rest = {k: v for k, v in bound.arguments.items() if k not in (CALLBACK, "self")}
+    arguments = signature.bind(pipe, *args, **kwargs).arguments
+    rest = {k: v for k, v in arguments.items() if k not in (CALLBACK, "self")}
     _check_places(type(pipe).__name__, rest)
-    return _guarded(original, pipe, signature, bound.arguments, attached)
+    return _guarded(original, pipe, signature, arguments, attached)
 
 
 def _guarded(
@@ -165,7 +169,46 @@ def _guarded(
         )
     if guards:
         check_pipeline(pipe)
-    return GuardedCall(pipe, signature, arguments, guards, others).run(original)
+    outer = current.get()
+    within = outer if isinstance(outer, Outermost) and outer.pipe is pipe else None
+    if within is not None:  # which ends, and repeats, the whole of it
+        again = within.again
+        return GuardedCall(pipe, signature, arguments, guards, others, again).run(original)
+    draws = _draws(pipe, guards, signature, arguments)
+    call = GuardedCall(pipe, signature, arguments, guards, others)
+
+    def repeat(again: Again, generator: Any) -> tuple[GuardedCall, Any]:
+        own = replaced(signature, arguments, "generator", generator) or arguments
+        other = GuardedCall(pipe, signature, own, guards, others, again)
+        return other, _freed(pipe, lambda: other.run(original))
+
+    try:
+        output = call.run(original)
+        if draws is None:
+            return output
+        return call.recorded(retried(call, output, draws, repeat))
+    finally:
+        call.end()
+
+
+def _draws(
+    pipe: Any, guards: list[LatentGuard], signature: inspect.Signature, arguments: dict[str, Any]
+) -> Draws | None:
+    """What the seeds of repetitions follow from; None where no guard asks for any."""
+    if not any(guard._answers.retries for guard in guards):
+        return None
+    generator, latents = (given(signature, arguments, name) for name in ("generator", "latents"))
+    taken = replaced(signature, arguments, "generator", None) is not None
+    return Draws(generator, latents, pipe._execution_device, taken)
+
+
+def _freed(pipe: Any, run: Callable[[], Any]) -> Any:
+    """What a repetition gives; one that fails leaves the pipeline as one that returns."""
+    try:
+        return run()
+    except Exception:
+        pipe.maybe_free_model_hooks()
+        raise
 
 
 def _check_places(name: str, arguments: Mapping[str, Any]) -> None:
@@ -182,17 +225,39 @@ def _handed_on(
 ) -> Any:
     """A subclass's `__call__` that hands its arguments on: calls inside are the guarded ones."""
     signature, outer = inspect.signature(original), current.get()
-    within = isinstance(outer, Outermost) and outer.pipe is pipe
-    given = list(dict.fromkeys([*(outer.given if within else ()), *guards]))
-    here = Outermost(pipe, given, lambda: GuardedCall(pipe, signature, {}, given, []))
-    token = current.set(here)
+    within = outer if isinstance(outer, Outermost) and outer.pipe is pipe else None
+    known = list(dict.fromkeys([*(within.given if within is not None else ()), *guards]))
+    arguments = signature.bind(pipe, *args, **kwargs).arguments
+
+    def outermost(again: Again | None = None) -> Outermost:
+        judging = functools.partial(GuardedCall, pipe, signature, {}, known, [], again)
+        return Outermost(pipe, known, judging, again)
+
+    def run_in(here: Outermost, arguments: dict[str, Any]) -> Any:
+        handed, token = bound(signature, arguments), current.set(here)
+        try:
+            return here.finish(original(*handed.args, **handed.kwargs), guards)
+        finally:
+            current.reset(token)
+
+    def repeat(again: Again, generator: Any) -> tuple[GuardedCall | None, Any]:
+        again.rows = None  # calls within may have other images
+        own = replaced(signature, arguments, "generator", generator) or arguments
+        there = outermost(again)
+        made = _freed(pipe, lambda: run_in(there, own))
+        return there.judging, made
+
+    here = outermost(None if within is None else within.again)
+    draws = None if within is not None else _draws(pipe, known, signature, arguments)
     try:
-        output = here.finish(original(pipe, *args, **kwargs), guards)
+        output = run_in(here, arguments)
+        judging = here.judging
+        if draws is None or judging is None or judging.count != judging.count_in(output):
+            return output
+        return judging.recorded(retried(judging, output, draws, repeat))
     finally:
-        current.reset(token)
-        if within:
-            here.hand_up(outer)
+        if within is not None:
+            here.hand_up(within)
         else:
             for call in here.calls:
-                call.count()
-    return output
+                call.end()

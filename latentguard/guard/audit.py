@@ -8,13 +8,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from latentguard.guard.record import StepRecord
 from latentguard.guard.sessions import Session
-from latentguard.judge import SCHEMA_VERSION
+from latentguard.judge import SCHEMA_VERSION, Verdict
 from latentguard.regular import RefusedError, open_regular, regular_descriptor
 
 _PATIENCE = 10.0
@@ -25,10 +26,14 @@ class AuditLog:
     """Lines of JSON, appended to one file by any number of threads and processes.
 
     A line has: schema_version, time (UTC), request_id, policy, policy_version, policy_sha256,
-    model, model_sha256 (of a cascade's models the one that judged), space, image (its index), step,
-    final, how, action, seconds, `extra` and `prompt` if asked for, and the verdict (decision,
-    reason, error, noise_level, concepts). The prompts of concepts are the policy's; what a user
-    wrote is not in it unless you ask.
+    model, model_sha256 (of a cascade's models the one that judged), space, image (its index),
+    attempt, step, final, how, action, seconds, `extra` and `prompt` if asked for, and the verdict
+    (decision, reason, error, noise_level, concepts). The prompts of concepts are the policy's; what
+    a user wrote is not in it unless you ask.
+
+    When a pipeline's call has ended, one more line stands there for each of its images that did not
+    come out as it was generated first. In place of attempt, step, final, how, action and seconds it
+    has outcome, attempts (seed, decision, reason, error) and note, as `Outcome` has them.
 
     A line that cannot be written raises OSError, which ends the generation: what cannot be audited
     is not let through. A full disk may leave half a line, of that generation; the next line, by
@@ -77,33 +82,55 @@ class AuditLog:
 
     def write(self, session: Session, record: StepRecord) -> None:
         """Append the lines of one step."""
-        common: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            **session.identity,
+        how = {
+            "attempt": record.attempt,
             "step": record.step,
             "final": record.final,
             "how": record.estimate_source,
             "seconds": round(record.seconds, 6),
         }
-        if self._extra is not None:
-            common["extra"] = self._extra
-        lines = []
-        for index, (verdict, action) in enumerate(
-            zip(record.verdicts, record.actions, strict=True)
-        ):
-            if verdict is None:
-                continue
-            line = {**common, "image": index, "action": action, **verdict.to_dict()}
-            # Of a cascade's models, the one that judged this image at this step.
-            who = (common["model"], common["model_sha256"])
-            line["model"], line["model_sha256"] = verdict.model or who
-            if self._prompts:
-                known = index < len(session.prompts)
-                line["prompt"] = session.prompts[index] if known else None
-            lines.append(json.dumps(line, allow_nan=False) + "\n")
-        if lines:
-            self._append("".join(lines).encode())
+        self._write(
+            self._line(session, index, verdict, {**how, "action": action})
+            for index, (verdict, action) in enumerate(
+                zip(record.verdicts, record.actions, strict=True)
+            )
+            if verdict is not None
+        )
+
+    def write_outcomes(self, session: Session) -> None:
+        """Append what became of the images of a call, as far as it is not plainly `allowed`."""
+        self._write(
+            self._line(session, index, verdict, outcome.to_dict())
+            for index, (verdict, outcome) in enumerate(
+                zip(session.verdicts, session.outcomes, strict=True)
+            )
+            if outcome.kind != "allowed"
+        )
+
+    def _line(
+        self, session: Session, index: int, verdict: Verdict, more: dict[str, Any]
+    ) -> dict[str, Any]:
+        line: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **session.identity,
+            **({} if self._extra is None else {"extra": self._extra}),
+            "image": index,
+            **more,
+            **verdict.to_dict(),
+        }
+        # Of a cascade's models, the one that judged this image at this step.
+        who = (session.identity["model"], session.identity["model_sha256"])
+        line["model"], line["model_sha256"] = verdict.model or who
+        if self._prompts:
+            known = index < len(session.prompts)
+            line["prompt"] = session.prompts[index] if known else None
+        return line
+
+    def _write(self, lines: Iterable[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        if text:
+            self._append(text.encode())
 
     def _append(self, data: bytes) -> None:
         # One write to a file opened for appending: lines of several processes do not mix.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,16 @@ from latentguard.denoised import (
     level_before,
 )
 from latentguard.errors import LatentsError
+from latentguard.guard import arguments as named
 from latentguard.guard import output as outputs
+from latentguard.guard.answers import Blocked, blurred
 from latentguard.guard.components import decoder_of, wrap_components
 from latentguard.guard.decoding import Decoding
 from latentguard.guard.forms import SPATIAL
 from latentguard.guard.layout import Layout, decoded_layout, is_tiny, layout_of, pixels_in
 from latentguard.guard.outermost import Outermost
-from latentguard.guard.record import CallRecord
+from latentguard.guard.record import Attempt, CallRecord, Outcome
+from latentguard.guard.retry import Again, seed_of
 from latentguard.guard.running import CALLBACK, INPUTS, current, waiting
 from latentguard.guard.sessions import Session
 from latentguard.guard.tensors import equal, plain, private
@@ -68,19 +71,22 @@ class GuardedCall:
         arguments: dict[str, Any],
         guards: list[LatentGuard],
         callbacks: list[Callable[..., Any]],
+        again: Again | None = None,
     ) -> None:
         self.pipe = pipe
         self._signature = signature
         self._arguments = arguments
         self.guards = guards
         self._callbacks = callbacks
+        self._again = again
+        self.outcomes: list[Outcome] = []
         self._requested = self._user_inputs()
-        self._sessions: list[Session] = []
+        self.sessions: list[Session] = []
         self._space = guards[0]._space_of(pipe) if guards else None
         self._layout = None if self._space is None else self._layout_in(self._space)
         self._decoding = None if self._space is None else Decoding.of(pipe, self._space)
         self._pixels = self._size_asked()
-        self._count = 0
+        self.count = 0
         self._seen: StepCall | None = None
         self._latest: Denoised | None = None  # of the last step
         self._judged: Latents | None = None  # what was judged as final
@@ -88,6 +94,7 @@ class GuardedCall:
         self._decoded = False  # since the last step
         self._let_through: deque[Tensor] = deque(maxlen=_KEPT)  # what the VAE was given
         self._blank: Any = None
+        self._left = False  # the guard has made the pipeline skip the rest of its loop
         self._blanked: list[int] = []  # the images that are blank in what was returned
         self._running: list[Any] = []
 
@@ -108,31 +115,34 @@ class GuardedCall:
             if self.guards and name in allowed and name not in inputs:
                 inputs.append(name)
         arguments = {**self._arguments, CALLBACK: self.callback, INPUTS: inputs}
-        bound = inspect.BoundArguments(self._signature, self._ordered(arguments))
+        bound = named.bound(self._signature, arguments)
         outer = current.get()
         token = current.set(self)
         try:
             with self.entering(original):
                 output = original(*bound.args, **bound.kwargs)
-            output = self._recorded(self._finish(output))
+            output = self.recorded(self._finish(output))
         except Stop:
-            output = self._recorded(self._stopped_output())
+            output = self.recorded(self._stopped_output())
         finally:
             current.reset(token)
             within = isinstance(outer, Outermost) and outer.pipe is self.pipe
-            for guard, session in zip(self.guards, self._sessions, strict=False):
-                guard._keep(session)
-                if not within:
-                    guard._ended(session)
+            self._keep()
             if within:
                 outer.began(self)
         if within:
             outer.returned(self)
         return output
 
-    def count(self) -> None:
+    def _keep(self) -> None:
+        """The guards tell of this call, unless it repeats another one, of which they tell."""
+        if self._again is None:
+            for guard, session in zip(self.guards, self.sessions, strict=False):
+                guard._keep(session)
+
+    def end(self) -> None:
         """Nothing of this call is left to be judged."""
-        for guard, session in zip(self.guards, self._sessions, strict=False):
+        for guard, session in zip(self.guards, self.sessions, strict=False):
             guard._ended(session)
 
     def enters(self, original: Callable[..., Any]) -> bool:
@@ -150,10 +160,6 @@ class GuardedCall:
             yield
         finally:
             self._running.remove(original)
-
-    def _ordered(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        # BoundArguments takes them in the signature's order.
-        return {name: arguments[name] for name in self._signature.parameters if name in arguments}
 
     def _user_inputs(self) -> list[str]:
         """The tensors that the user's callbacks want, as diffusers would find them."""
@@ -319,7 +325,7 @@ class GuardedCall:
     def _step(self, tensor: Tensor, estimate: Denoised | None, error: str, last: bool) -> Latents:
         latents = self._read(tensor)
         self._begin(latents)
-        for session in self._sessions:
+        for session in self.sessions:
             if estimate is None:
                 latents = self._step_unseen(session, latents, error, last)
             else:
@@ -382,15 +388,17 @@ class GuardedCall:
         return pixels_in({side: self._argument(side) for side in ("height", "width")})
 
     def _begin(self, latents: Latents) -> None:
-        if self._sessions:
+        if self.sessions:
             return
         device = latents.tensor.device
         for guard in self.guards:
             session = guard._session_for(self.pipe, device)
             session.prompts = self._prompts(len(latents))
+            if self._again is not None:
+                self._again.add(guard, session)
             session.begin(len(latents))
-            self._sessions.append(session)
-        self._count = len(latents)
+            self.sessions.append(session)
+        self.count = len(latents)
 
     def _prompts(self, count: int) -> list[str]:
         """The prompt of each image; nothing where the call had none, or embeddings."""
@@ -425,17 +433,20 @@ class GuardedCall:
     # -- the end -----------------------------------------------------------------------------
 
     def _blocked(self) -> list[int]:
-        return sorted({row for session in self._sessions for row in session.blocked})
+        return sorted({row for session in self.sessions for row in session.blocked})
 
     def _all_blocked(self) -> bool:
-        """Whether each image is blocked, by whichever guard."""
-        return len(self._blocked()) == self._count
+        """Whether each image is blocked, by whichever guard; of those that a repetition is for."""
+        blocked = self._blocked()
+        if self._again is not None and self._again.rows is not None:
+            return bool(blocked) and self._again.rows <= set(blocked)
+        return len(blocked) == self.count
 
     def _blank_rows(self, tensor: Tensor) -> Tensor:
         rows = self._blocked()
         if not rows:
             return tensor
-        if len(tensor) != self._count:
+        if len(tensor) != self.count:
             return torch.zeros_like(tensor)  # which of them is blocked cannot be told
         tensor = tensor.clone()
         tensor[torch.tensor(rows, device=tensor.device)] = 0
@@ -446,7 +457,7 @@ class GuardedCall:
         self._blank = self._blank_output(latents)
         if self._blank is not None:
             raise Stop
-        pipe._interrupt = True
+        self._left = pipe._interrupt = True
 
     def _is_judged(self, tensor: Tensor) -> bool:
         """Whether a tensor is what was judged as final: packed, spatial, or as the VAE gets it."""
@@ -470,7 +481,7 @@ class GuardedCall:
     def _judge_end(self, latents: Latents) -> Latents:
         """Judge what the pipeline gives back, where no step has judged just that as final."""
         self._begin(latents)
-        for session in self._sessions:
+        for session in self.sessions:
             if self._latest is not None:  # a loop that was left early
                 self._step_noisy(session, self._latest)
             latents = session.step(latents, noise_level=0.0, final=True).latents
@@ -507,18 +518,12 @@ class GuardedCall:
 
     def _argument(self, name: str) -> Any:
         """An argument of the call, among its **kwargs too; its default where it was not given."""
-        parameters = self._signature.parameters
-        if name in self._arguments:
-            return self._arguments[name]
-        for parameter in parameters.values():
-            rest = self._arguments.get(parameter.name)
-            if parameter.kind is parameter.VAR_KEYWORD and rest is not None and name in rest:
-                return rest[name]
-        return parameters[name].default if name in parameters else None
+        return named.given(self._signature, self._arguments, name)
 
     def _stopped_output(self) -> Any:
         self.pipe.maybe_free_model_hooks()
-        return self._withheld(self._blank, outputs.images_of(self._blank))
+        latents = self._argument("output_type") == "latent"
+        return self._withheld(self._blank, outputs.images_of(self._blank), latents)
 
     def _finish(self, output: Any) -> Any:
         """Take blocked images out of what the pipeline returned."""
@@ -527,16 +532,16 @@ class GuardedCall:
         told = self._argument("output_type") == "latent"
         output, images, are_latents = self._with_judged_latents(output, told)
         unseen = not self._decoded and not self._is_untouched()
-        for session in self._sessions:
+        for session in self.sessions:
             if not are_latents and not session.stopped and (unseen or not session.finished):
                 session.fail("what was decoded was never seen", final=True)
-        if not self._sessions:
+        if not self.sessions:
             # Nothing was seen at all, not even how many images there are.
             raise LatentsError(
                 f"{type(self.pipe).__name__} returned without a single step or decoded latent that "
                 "could be judged, so its output is withheld"
             )
-        return self._withheld(output, images)
+        return self._withheld(output, images, are_latents)
 
     def finish_again(self, output: Any, touched: bool, stepped: bool) -> Any:
         """Take blocked images out of what a subclass made of what this call returned.
@@ -546,11 +551,11 @@ class GuardedCall:
         """
         output, images, are_latents = self._with_judged_latents(output, told=False)
         if stepped and not are_latents:
-            for session in self._sessions:
+            for session in self.sessions:
                 session.fail("what a subclass made of it was never seen", final=True)
         if touched or self._blocked() != self._blanked:
-            output = self._withheld(output, images)
-        return self._recorded(output)
+            output = self._withheld(output, images, are_latents)
+        return self.recorded(output)
 
     def _with_judged_latents(self, output: Any, told: bool) -> tuple[Any, Any, bool]:
         """An output, its images, and whether these are latents; those are judged, and a copy.
@@ -567,30 +572,161 @@ class GuardedCall:
         if latents is None:
             outputs.check_pixels(images, self.pipe)
             return output, images, False
-        if self._sessions and self._all_blocked():
+        if self.sessions and self._all_blocked():
             latents = torch.zeros_like(latents)
         else:
             latents = self._judged_latents(latents)
         images = outputs.in_form_of(images, latents)
         return outputs.with_images(output, images), images, True
 
-    def _recorded(self, output: Any) -> Any:
+    def recorded(self, output: Any) -> Any:
         """The output with the record of this call."""
-        if not self._sessions:
+        if not self.sessions:
             return output
-        return outputs.with_record(output, CallRecord.of(self._sessions))
+        return outputs.with_record(output, CallRecord.of(self.sessions))
 
-    def _withheld(self, output: Any, images: Any) -> Any:
+    def _withheld(self, output: Any, images: Any, latents: bool) -> Any:
         """The output with blanks for what any guard has blocked, or what guards give instead."""
         blocked = self._blanked = self._blocked()
-        if not blocked:
-            return output
-        images = outputs.blanked(images, blocked, [s.verdicts for s in self._sessions if s.blocked])
-        output = outputs.with_images(output, images)
-        output = outputs.flagged(output, blocked, self._count, outputs.output_class(self.pipe))
-        for guard, session in zip(self.guards, self._sessions, strict=True):
-            output = guard._answer(session, images, output)
+        if blocked:
+            by = [s.verdicts for s in self.sessions if s.blocked]
+            images = outputs.blanked(images, blocked, by)
+            output = outputs.with_images(output, images)
+        output = outputs.flagged(output, blocked, self.count, outputs.output_class(self.pipe))
+        return self._answered(output, images, latents)
+
+    def _answered(self, output: Any, images: Any, latents: bool) -> Any:
+        """The output with what the guards' `on_block` gives in the place of blanks.
+
+        images: with the blanks; None where there are none. latents: whether they are latents.
+        Raises GenerationBlocked where one says `raise`.
+        """
+        blocked = self._blocked()
+        self.outcomes = [Outcome("allowed")] * self.count
+        instead: dict[int, Any] = {}
+        # What is asked now may generate: that is a call of its own.
+        token, outer = current.set(None), waiting.set((*waiting.get(), self))
+        try:
+            for row in blocked:
+                blank = None if images is None else images[row]
+                instead[row], self.outcomes[row] = self._instead(row, blank, latents)
+        finally:
+            current.reset(token)
+            waiting.reset(outer)
+        if blocked and images is not None:
+            given = outputs.replaced(images, blocked, instead.__getitem__)
+            output = outputs.with_images(output, given)
+        raising = [one for guard, one in self._blocking() if guard._answers.word == "raise"]
+        if raising and self._again is None:
+            for row in blocked:
+                self.outcomes[row] = Outcome("raised")
+            self.told()
+            raise outputs.GenerationBlocked(raising[0].verdicts, output)
+        self.told()
         return output
+
+    def _blocking(self, row: int | None = None) -> list[tuple[LatentGuard, Session]]:
+        """The guards that block an image, or any, with their sessions."""
+        return [
+            (guard, session)
+            for guard, session in zip(self.guards, self.sessions, strict=True)
+            if (session.blocked if row is None else row in session.blocked)
+        ]
+
+    def _instead(self, row: int, blank: Any, latents: bool) -> tuple[Any, Outcome]:
+        """What takes the place of a blocked image, and how that is told.
+
+        Of several guards that give something the last one does; a blur, which shows something of
+        the image, is given only where all that block it say so.
+        """
+        blocking = self._blocking(row)
+        found = blank, Outcome("blanked")
+        if blank is None or self._again is not None:
+            return found
+        words = {guard._answers.word for guard, _ in blocking}
+        if words == {"retry"}:
+            return blank, Outcome("blanked", note="it was not generated anew")
+        preview = None if latents else self._preview(row, blank)
+        if words == {"blur"}:
+            if preview is not None:
+                return preview, Outcome("blurred")
+            why = "latents are returned" if latents else "nothing that can be shown was seen of it"
+            return blank, Outcome("blanked", note=why)
+        if "blur" in words and words <= {"blur", "blank", "retry"}:
+            return blank, Outcome("blanked", note="not every guard that blocks it says blur")
+        if latents and "placeholder" in words:
+            found = blank, Outcome("blanked", note="latents are returned")
+        for guard, session in blocking:
+            answers = guard._answers
+            if not latents or answers.word == "callback":
+                own = preview if answers.previews else None
+                answer = answers.instead(self._told_of(row, blank, own, session))
+                found = found if answer is None else answer
+        return found
+
+    def _preview(self, row: int, blank: Any) -> Any:
+        """The blur of an image, by whichever guard has seen it; None where none has."""
+        grids = [session.previews.get(row) for session in self.sessions]
+        return blurred(next((grid for grid in grids if grid is not None), None), blank)
+
+    def _told_of(self, row: int, blank: Any, preview: Any, session: Session) -> Blocked:
+        prompts, generator = session.prompts, self._argument("generator")
+        return Blocked(
+            row,
+            session.verdicts[row],
+            blank,
+            preview,
+            prompts[row] if row < len(prompts) else None,
+            seed_of(generator, row),
+            CallRecord.of(self.sessions),
+        )
+
+    def told(self) -> None:
+        """Let the sessions know what became of the images."""
+        for session in self.sessions:
+            session.tell(self.outcomes)
+
+    # -- generations that take the place of others --------------------------------------------
+
+    def wanted(self) -> dict[int, int]:
+        """How often each blocked image is to be generated anew: all guards that block it say so."""
+        found = {}
+        for row in self._blocked():
+            most = min(guard._answers.retries for guard, _ in self._blocking(row))
+            if most:
+                found[row] = most
+        return found
+
+    def by_guard(self) -> dict[LatentGuard, Session]:
+        """The sessions by their guards."""
+        return dict(zip(self.guards, self.sessions, strict=True))
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the caller has ended the loop early, and so wants no other one."""
+        return bool(getattr(self.pipe, "interrupt", False)) and not self._left
+
+    def count_in(self, output: Any) -> int | None:
+        """How many images an output has, None where that is not plain."""
+        return outputs.count_of(output)
+
+    def merged(self, output: Any, made: Any, rows: Sequence[int]) -> Any:
+        """An output with some images, and what is flagged in them, of another one."""
+        cls = outputs.output_class(self.pipe)
+        return outputs.with_rows(output, made, rows, self.count, cls)
+
+    def allows(self, row: int) -> bool:
+        """Whether every guard has judged an image to its end, and none has blocked it."""
+        verdicts = [session.verdicts[row] for session in self.sessions]
+        return bool(verdicts) and all(
+            verdict.decision != "block" and verdict.error is None for verdict in verdicts
+        )
+
+    def tried(self, row: int, seed: int | None) -> Attempt:
+        """What is told of an image of this call, which repeats another one."""
+        blocking = [session for _, session in self._blocking(row)]
+        verdict = CallRecord.of(blocking or self.sessions).verdicts[row]
+        return Attempt(seed, verdict, verdict.error)
 
     def _judged_latents(self, images: Tensor) -> Tensor:
         if self._is_judged(images):

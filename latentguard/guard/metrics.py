@@ -1,6 +1,7 @@
 """OpenTelemetry metrics, where that package is installed; nothing otherwise.
 
 latentguard.images     images of calls that ended, by decision, policy and model
+latentguard.outcomes   the same images, by what became of them (`Outcome.kind`)
 latentguard.steps      scored steps
 latentguard.matches    matches, by concept and action
 latentguard.errors     images that could not be judged
@@ -29,6 +30,7 @@ class Metrics:
         meter = metrics.get_meter("latentguard")
         self._instruments = {
             "images": meter.create_counter("latentguard.images", unit="{image}"),
+            "outcomes": meter.create_counter("latentguard.outcomes", unit="{image}"),
             "steps": meter.create_counter("latentguard.steps", unit="{step}"),
             "matches": meter.create_counter("latentguard.matches", unit="{match}"),
             "errors": meter.create_counter("latentguard.errors", unit="{image}"),
@@ -61,3 +63,5 @@ class Metrics:
         labels = {"policy": scorer.policy.name, "model": scorer.encoder.name}
         for verdict in session.verdicts:
             self._instruments["images"].add(1, {**labels, "decision": verdict.decision})
+        for outcome in session.outcomes:
+            self._instruments["outcomes"].add(1, {**labels, "outcome": outcome.kind})

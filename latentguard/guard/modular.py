@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from latentguard.guard.forms import FRAMED, SPATIAL, Form, patches
 from latentguard.guard.layout import Layout, pixels_in
 from latentguard.guard.output import GenerationBlocked
 from latentguard.guard.record import CallRecord
+from latentguard.guard.retry import Again, Draws, retried
 from latentguard.guard.running import INTO_BLOCKS, current
 from latentguard.guard.tensors import private
 from latentguard.spaces import LatentSpace
@@ -51,9 +52,38 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     wanted = bound.get("output")
     if not (wanted is None or isinstance(wanted, str | list | tuple)):
         raise ValueError(f"output must be None, a name or a list of names, got {wanted!r}")
-    call = GuardedBlocksCall(pipe, guards)
-    state = call.run_blocks(original, bound.get("state"), bound.get("kwargs", {}))
+    state = _generated(original, pipe, guards, bound.get("state"), bound.get("kwargs", {}))
     return state if wanted is None else state.get(wanted)
+
+
+def _generated(
+    original: Callable[..., Any],
+    pipe: Any,
+    guards: list[LatentGuard],
+    state: Any,
+    inputs: dict[str, Any],
+) -> Any:
+    """The state that a call ends with, what is blocked in it generated anew where a guard asks."""
+    call, draws = GuardedBlocksCall(pipe, guards), None
+    if any(guard._answers.retries for guard in guards):
+        known = {**({} if state is None else state.values), **inputs}
+        taken = "generator" in pipe._blocks.input_names
+        generator, latents = known.get("generator"), known.get("latents")
+        draws = Draws(generator, latents, pipe._execution_device, taken)
+
+    def repeat(again: Again, generator: Any) -> tuple[GuardedCall, Any]:
+        other = GuardedBlocksCall(pipe, guards, again)
+        return other, other.run_blocks(original, state, {**inputs, "generator": generator})
+
+    try:
+        ended = call.run_blocks(original, state, inputs)
+        if draws is None:
+            return ended
+        ended = retried(call, ended, draws, repeat)
+        ended.set(NAME, CallRecord.of(call.sessions))
+        return ended
+    finally:
+        call.end()
 
 
 class GuardedBlocksCall(GuardedCall):
@@ -62,9 +92,9 @@ class GuardedBlocksCall(GuardedCall):
     Raises LatentsError where a guard cannot judge this pipeline, with the components it has now.
     """
 
-    def __init__(self, pipe: Any, guards: list[LatentGuard]) -> None:
+    def __init__(self, pipe: Any, guards: list[LatentGuard], again: Again | None = None) -> None:
         self._blocks = pipe._blocks
-        super().__init__(pipe, inspect.Signature(), {}, guards, [])
+        super().__init__(pipe, inspect.Signature(), {}, guards, [], again)
         self._state: Any = None  # once a block of the guard has seen it
         self._before: dict[str, Any] = {}  # what was in it then
         self._steps: int | None = None
@@ -111,9 +141,7 @@ class GuardedBlocksCall(GuardedCall):
                 self._withhold(state)
         finally:
             current.reset(token)
-            for guard, session in zip(self.guards, self._sessions, strict=False):
-                guard._keep(session)
-                guard._ended(session)
+            self._keep()
         return state
 
     # -- what the blocks report ----------------------------------------------------------------
@@ -189,10 +217,10 @@ class GuardedBlocksCall(GuardedCall):
             given, images, are_latents = self._with_judged_latents({"images": images}, told)
             state.set("images", given["images"])
             unseen = not are_latents and not self._decoded
-            for session in self._sessions:
+            for session in self.sessions:
                 if not session.stopped and (unseen or not session.finished):
                     session.fail("what was decoded was never seen", final=True)
-        if not self._sessions:
+        if not self.sessions:
             raise LatentsError(
                 f"{type(self.pipe).__name__} returned without a single step or decoded latent that "
                 "could be judged, so what it returned is withheld"
@@ -222,23 +250,34 @@ class GuardedBlocksCall(GuardedCall):
 
     def _withhold(self, state: Any) -> None:
         """Put blanks where images are blocked, or what guards give instead, and say why."""
-        state.set(NAME, CallRecord.of(self._sessions))
         blocked, images = self._blocked(), state.get("images")
-        if not blocked:
-            return
-        if images is not None:
-            verdicts = [session.verdicts for session in self._sessions if session.blocked]
+        if blocked and images is not None:
+            verdicts = [session.verdicts for session in self.sessions if session.blocked]
             images = outputs.blanked(images, blocked, verdicts)
             state.set("images", images)
-        for guard, session in zip(self.guards, self._sessions, strict=True):
-            if images is None and guard.policy.on_block == "callback":
-                continue  # there is no image that another could take the place of
-            try:
-                given = guard._answer(session, images, {"images": state.get("images")})
-            except GenerationBlocked as error:
-                error.output = state
-                raise
+        try:
+            latents = self._argument("output_type") == "latent" and self._is_latents(images)
+            given = self._answered({"images": images}, images, latents)
+        except GenerationBlocked as error:
+            error.output = state
+            raise
+        finally:
+            state.set(NAME, CallRecord.of(self.sessions))
+        if blocked and images is not None:
             state.set("images", given["images"])
+
+    def count_in(self, output: Any) -> int | None:
+        """How many images, or latents, a state has."""
+        images = output.get("images")
+        return outputs.count_of(output.get("latents") if images is None else images)
+
+    def merged(self, output: Any, made: Any, rows: Sequence[int]) -> Any:
+        """A state with some images and latents of another one."""
+        for name in ("images", "latents"):
+            here, there = output.get(name), made.get(name)
+            if here is not None and there is not None and len(here) == len(there) == self.count:
+                output.set(name, outputs.replaced(here, rows, there.__getitem__))
+        return output
 
 
 def _undoes(block: Any, pipe: Any, space: LatentSpace, form: Form) -> bool | None:

@@ -13,6 +13,7 @@ from latentguard.guard.components import wrap_components
 if TYPE_CHECKING:
     from latentguard.guard.adapter import LatentGuard
     from latentguard.guard.call import GuardedCall
+    from latentguard.guard.retry import Again
 
 
 class Outermost:
@@ -24,14 +25,19 @@ class Outermost:
     any of those calls is judged by itself, each batch as a call of its own.
 
     given: the guards that it was called with. judging: makes a call of these, which judges what is
-    decoded before any guarded call.
+    decoded before any guarded call. again: where it repeats another one.
     """
 
     def __init__(
-        self, pipe: Any, given: list[LatentGuard], judging: Callable[[], GuardedCall]
+        self,
+        pipe: Any,
+        given: list[LatentGuard],
+        judging: Callable[[], GuardedCall],
+        again: Again | None = None,
     ) -> None:
         self.pipe = pipe
         self.given = given
+        self.again = again
         self.calls: list[GuardedCall] = []
         self._judging_before = judging
         self._before: GuardedCall | None = None  # that of the last batch that was decoded so
@@ -42,6 +48,11 @@ class Outermost:
         self._stepped = False  # since something was decoded
         self._touched = False  # since the last guarded call
         self._missed = False  # a call within was made without a guard that this was called with
+
+    @property
+    def judging(self) -> GuardedCall | None:
+        """The call that what is returned was judged by."""
+        return self._judging
 
     @property
     def guards(self) -> list[LatentGuard]:

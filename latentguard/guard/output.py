@@ -48,6 +48,14 @@ def images_of(output: Any) -> Any:
     return output.get(name) if _is_mapping(output) else getattr(output, name, None)
 
 
+def count_of(output: Any) -> int | None:
+    """How many images an output has, None where that is not plain."""
+    try:
+        return len(images_of(output))
+    except TypeError:
+        return None
+
+
 def with_images(output: Any, images: Any) -> Any:
     """The output with other images."""
     if isinstance(output, tuple):
@@ -170,26 +178,61 @@ def with_record(output: Any, record: CallRecord) -> Any:
 
 
 def flagged(output: Any, rows: Sequence[int], count: int, cls: Any) -> Any:
-    """The output with True in `nsfw_content_detected` for some of its images, where it has that.
+    """The output with a flag for each image in `nsfw_content_detected`, where it has that: True for
+    `rows`, and as they were for the others.
 
     cls: the output's class, which names what a tuple holds.
     """
-    names = list(getattr(cls, "__dataclass_fields__", {}))
-    if _NSFW not in names:
+    flags = flags_of(output, count, cls)
+    if flags is None:
         return output
-    index = names.index(_NSFW)
-    if isinstance(output, tuple):
-        found = output[index] if index < len(output) else None
-    else:
-        found = getattr(output, _NSFW, None)
-    flags = list(found) if isinstance(found, list) and len(found) == count else [False] * count
     for row in rows:
         flags[row] = True
+    return _with_flags(output, flags, cls)
+
+
+def flags_of(output: Any, count: int, cls: Any) -> list[Any] | None:
+    """A flag for each image as an output has them, False where it has none; None where it has no
+    place for them."""
     if isinstance(output, tuple):
+        index = _index_of_flags(cls)
+        if index is None or index >= len(output):
+            return None
+        found = output[index]
+    elif hasattr(output, _NSFW):
+        found = getattr(output, _NSFW)
+    else:
+        return None
+    return list(found) if isinstance(found, list) and len(found) == count else [False] * count
+
+
+def _with_flags(output: Any, flags: list[Any], cls: Any) -> Any:
+    if isinstance(output, tuple):
+        index = _index_of_flags(cls)
+        assert index is not None
         return (*output[:index], flags, *output[index + 1 :])
-    if cls is not None and isinstance(output, cls):
-        output[_NSFW] = flags
+    if isinstance(output, Mapping):  # diffusers' outputs, whose keys leave out what is None
+        output[_NSFW] = flags  # type: ignore[index]
+    else:
+        setattr(output, _NSFW, flags)
     return output
+
+
+def _index_of_flags(cls: Any) -> int | None:
+    names = list(getattr(cls, "__dataclass_fields__", {}))
+    return names.index(_NSFW) if _NSFW in names else None
+
+
+def with_rows(output: Any, other: Any, rows: Sequence[int], count: int, cls: Any) -> Any:
+    """The output with some images of another one of as many, and with their flags."""
+    images, others = images_of(output), images_of(other)
+    output = with_images(output, replaced(images, rows, lambda row: others[row]))
+    flags, found = flags_of(output, count, cls), flags_of(other, count, cls)
+    if flags is None or found is None:
+        return output
+    for row in rows:
+        flags[row] = found[row]
+    return _with_flags(output, flags, cls)
 
 
 def blank(image: Any) -> Any:

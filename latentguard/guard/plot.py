@@ -21,7 +21,8 @@ def plot(session: Session) -> Figure:
 
     The noise level runs from left (an infinite one is at the edge) to right (clean); the dashed
     line is the threshold, as a probability, where the concept is judged; a cross marks a match for
-    which an image was blocked, a triangle one for which it was steered.
+    which an image was blocked, a triangle one for which it was steered. An image that was generated
+    anew has the line of its last generation.
     Raises LatentsError where no step was scored, ModelError without matplotlib.
     """
     try:
@@ -54,8 +55,9 @@ def plot(session: Session) -> Figure:
 
 def _line(axes: Any, session: Session, concept: str, image: int) -> None:
     xs, ys, thresholds, marks = [], [], [], []
+    attempt = len(session.outcomes[image].attempts)
     for record in session.history:
-        verdict = record.verdicts[image]
+        verdict = record.verdicts[image] if record.attempt == attempt else None
         score = None if verdict is None else _score(verdict.concepts, concept)
         if score is None:
             continue

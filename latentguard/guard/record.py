@@ -31,6 +31,55 @@ class Steering:
     reached: bool
 
 
+Kind = Literal["allowed", "blanked", "blurred", "placeholder", "callback", "raised", "retried"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One more generation of an image that was blocked.
+
+    seed: of its generator; None where the pipeline takes none. verdict: on its image; None where
+    there is none. error: what kept it from being judged to its end.
+    """
+
+    seed: int | None
+    verdict: Verdict | None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        verdict = self.verdict
+        return {
+            "seed": self.seed,
+            "decision": None if verdict is None else verdict.decision,
+            "reason": None if verdict is None else verdict.reason,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image.
+
+    kind: `allowed` as it was generated; `retried`: blocked, and the last of `attempts` was allowed;
+    `blanked`: black, or zero latents; `blurred`, `placeholder`, `callback`: what took its place;
+    `raised`: nothing was returned.
+    attempts: those after the first generation. note: why it is not what `on_block` asks for.
+    """
+
+    kind: Kind
+    attempts: tuple[Attempt, ...] = ()
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        return {
+            "outcome": self.kind,
+            "attempts": [attempt.to_dict() for attempt in self.attempts],
+            "note": self.note,
+        }
+
+
 @former_keywords(how="estimate_source")
 @dataclass(frozen=True)
 class StepRecord:
@@ -45,6 +94,7 @@ class StepRecord:
     actions: one for each image.
     steering: one for each image, None where it was not steered.
     seconds: spent in the guard at this step.
+    attempt: 0, or which of the generations it belongs to that `on_block: retry` made.
     """
 
     step: int
@@ -55,12 +105,14 @@ class StepRecord:
     actions: tuple[Action, ...]
     steering: tuple[Steering | None, ...]
     seconds: float
+    attempt: int = 0
 
     how = Former("estimate_source")
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON-able data; an infinite noise level is null."""
         return {
+            "attempt": self.attempt,
             "step": self.step,
             "noise_level": self.noise_level if math.isfinite(self.noise_level) else None,
             "how": self.estimate_source,
@@ -85,11 +137,13 @@ class CallRecord:
 
     request_id: of its session. verdicts: one for each image; with several guards the strictest.
     history: every scored step; with several guards those of one after those of another.
+    outcomes: what became of each image.
     """
 
     request_id: str
     verdicts: tuple[Verdict, ...]
     history: tuple[StepRecord, ...]
+    outcomes: tuple[Outcome, ...] = ()
 
     @classmethod
     def of(cls, sessions: Sequence[Session]) -> CallRecord:
@@ -99,16 +153,22 @@ class CallRecord:
             sessions[0].request_id,
             tuple(max(some, key=lambda v: DECISIONS.index(v.decision)) for some in by_image),
             tuple(record for session in sessions for record in session.history),
+            sessions[0].outcomes,
         )
 
 
 def session_data(
-    identity: dict[str, Any], verdicts: Sequence[Verdict], history: Sequence[StepRecord]
+    identity: dict[str, Any],
+    verdicts: Sequence[Verdict],
+    history: Sequence[StepRecord],
+    outcomes: Sequence[Outcome],
 ) -> dict[str, Any]:
-    """A whole session as JSON-able data: who judged, the final verdicts, every scored step."""
+    """A whole session as JSON-able data: who judged, the final verdicts, what became of each image,
+    every scored step."""
     return {
         "schema_version": SCHEMA_VERSION,
         **identity,
         "verdicts": [verdict.to_dict() for verdict in verdicts],
+        "outcomes": [outcome.to_dict() for outcome in outcomes],
         "history": [record.to_dict() for record in history],
     }

@@ -26,7 +26,8 @@ from latentguard.deprecated import (
 )
 from latentguard.encoders import Encoder
 from latentguard.errors import LatentsError, ModelError, PolicyError
-from latentguard.guard.record import Action, Steering, StepRecord, session_data
+from latentguard.guard.blur import Grid, coarse
+from latentguard.guard.record import Action, Outcome, Steering, StepRecord, session_data
 from latentguard.guard.steering import Steerer
 from latentguard.judge import Verdict, failed
 from latentguard.policy import Policy, load_policy
@@ -107,6 +108,10 @@ class _State:
     waiting: list[tuple[int, float, str, Scores, float]] = field(default_factory=list)
     finished: bool = False
     unrecorded: bool = False
+    attempt: int = 0
+    taken: set[int] = field(default_factory=set)
+    previews: dict[int, Grid] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...] = ()
 
 
 class Session:
@@ -116,6 +121,7 @@ class Session:
         scorer: policy and encoder.
         request_id: a name for records and logs; a random one otherwise.
         budget: the time and the steps that it may take.
+        previews: keep the coarse colors of each image that is blocked, in `previews`.
         on_record: called with each StepRecord as it is made (audit logs, metrics). What it raises
             leaves the session: what cannot be recorded does not go on.
 
@@ -123,8 +129,8 @@ class Session:
     for review), scores of earlier steps stay on their device and become verdicts at the final step,
     so that no step waits for the device. Reading `history` or `verdicts` makes them at once.
 
-    What is blocked comes back as zeros, whatever the policy's `on_block` says: `raise` and
-    `callback` are about what a pipeline returns, and a loop looks at `verdicts` and `stopped`.
+    What is blocked comes back as zeros, whatever the policy's `on_block` says: that is about what a
+    pipeline returns, and a loop looks at `verdicts` and `stopped`.
 
     A session is not for several threads at a time; make one for each request.
     """
@@ -136,6 +142,7 @@ class Session:
         request_id: str | None = None,
         *,
         budget: Budget | None = None,
+        previews: bool = False,
         on_record: Callable[[Session, StepRecord], None] | None = None,
     ) -> None:
         if scorer.space is None:
@@ -149,6 +156,7 @@ class Session:
         """The text of each image, for audit logs that ask for it; nothing else reads it."""
         self.budget = budget or Budget()
         self._on_record = on_record
+        self._previews = previews
         actions = {concept.action for concept in scorer.policy.concepts}
         self.scores_only = "steer" not in actions
         """Whether nothing is ever done with a clean estimate but to score it."""
@@ -244,6 +252,7 @@ class Session:
             logger.exception("request %s: step %d could not be judged", self.request_id, index)
             self._resolve()
             verdicts = self._failed(error, level)
+        self._preview(judged, verdicts)
         self._settle(index, level, source, final, verdicts, steering, began)
         return self._result(self.blanked(latents), self._current())
 
@@ -293,12 +302,13 @@ class Session:
         """
         self._resolve()
         missing = failed("the final latents were never scored", self.scorer.rules)
-        done = self.finished
+        done, taken = self.finished, self._state.taken
         return [
             one
-            if one is not None and (done or one.error is not None or one.decision == "block")
+            if one is not None
+            and (done or i in taken or one.error is not None or one.decision == "block")
             else missing
-            for one in self._state.latest
+            for i, one in enumerate(self._state.latest)
         ]
 
     @property
@@ -341,7 +351,59 @@ class Session:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole session as JSON-able data."""
-        return session_data(self.identity, self.verdicts, self.history)
+        return session_data(self.identity, self.verdicts, self.history, self.outcomes)
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """What became of each image; where no pipeline said otherwise, those that are blocked are
+        zero."""
+        return self._state.outcomes or tuple(
+            Outcome("blanked" if verdict.decision == "block" else "allowed")
+            for verdict in self.verdicts
+        )
+
+    @property
+    def previews(self) -> dict[int, Grid]:
+        """The coarse colors of blocked images that could be judged, by their index (blur.py)."""
+        return dict(self._state.previews)
+
+    @property
+    def late(self) -> bool:
+        """Whether the timeout of its budget has passed."""
+        began, timeout = self._state.began, self.budget.timeout
+        return began is not None and timeout is not None and time.perf_counter() - began > timeout
+
+    # -- generations that take the place of others -------------------------------------------
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Say what became of the images."""
+        self._state.outcomes = tuple(outcomes)
+
+    def continues(self, first: Session, attempt: int) -> None:
+        """This is the session of one more generation of what `first` blocked: under its name, and
+        on its clock."""
+        self.request_id, self.prompts = first.request_id, first.prompts
+        state, before = self._state, first._state
+        state.count, state.latest = before.count, [None] * before.count
+        state.attempt, state.began, state.spent = attempt, before.began, before.spent
+
+    def adopt(self, other: Session, rows: Sequence[int]) -> None:
+        """Take some images from a session that continues this one, and all of its history."""
+        state, verdicts = self._state, other.verdicts
+        self._resolve()
+        state.history += other.history
+        state.spent = other._state.spent
+        state.unrecorded = state.unrecorded or other._state.unrecorded
+        for row in rows:
+            state.latest[row] = verdicts[row]
+            state.blocked.pop(row, None)
+            state.previews.pop(row, None)
+            state.taken.add(row)
+
+    @property
+    def unrecorded(self) -> bool:
+        """Whether a step could not be recorded: then nothing may come of this session."""
+        return self._state.unrecorded
 
     # -- judging -----------------------------------------------------------------------------
 
@@ -478,6 +540,17 @@ class Session:
                     found[i] = judged & names
         return found
 
+    def _preview(self, judged: Latents | Prediction, verdicts: Sequence[Verdict | None]) -> None:
+        """Keep the colors of what is blocked now; not of what could not be judged."""
+        rows = [i for i, v in enumerate(verdicts) if v and v.decision == "block" and not v.error]
+        if not self._previews or not rows or len(judged) != len(verdicts):
+            return
+        try:
+            grids = coarse(clean(judged.pick(rows)))
+        except LatentsError:  # of a space without a view
+            return
+        self._state.previews.update(zip(rows, grids, strict=True))
+
     def _settle(
         self,
         index: int,
@@ -506,7 +579,10 @@ class Session:
         seconds = time.perf_counter() - began
         state.spent += seconds
         record = StepRecord(
-            index, level, source, final, tuple(verdicts), tuple(actions), tuple(steering), seconds
+            *(index, level, source, final),
+            *(tuple(verdicts), tuple(actions), tuple(steering)),
+            seconds,
+            state.attempt,
         )
         state.history.append(record)
         if self._on_record is not None:

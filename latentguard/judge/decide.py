@@ -178,10 +178,10 @@ class _Batch:
         return sorted(matched, key=weight, reverse=True)
 
     def _unreadable(self, k: int, p: float, m: float, best: int) -> str | None:
-        name = self._rules.concepts[k].id
+        name, reach = self._rules.concepts[k].id, self._rules.concepts[k].reach
         if not (math.isfinite(p) and math.isfinite(m)):
             return f"the score of concept '{name}' is not finite (probability {p}, margin {m})"
-        if not (0 <= p <= 1 and abs(m) <= 2 + _SLACK):
+        if not (0 <= p <= 1 and abs(m) <= 2 + reach + _SLACK):
             return f"the score of concept '{name}' is impossible (probability {p}, margin {m})"
         begin = self._ends[k] - len(self._rules.concepts[k].prompts)
         if not begin <= best < self._ends[k]:

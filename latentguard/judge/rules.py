@@ -51,6 +51,8 @@ class Rule:
 
     noise_window: the noise levels at which it is judged before the end, both included.
     steer: only where the action is steer. taxonomy: its categories in published hazard schemes.
+    examples: its own examples' label, which is the last of the prompts; None without examples.
+    reach: how far beyond those of prompts its margins can be.
     """
 
     id: str
@@ -63,6 +65,8 @@ class Rule:
     noise_window: tuple[float, float]
     steer: Steer | None
     taxonomy: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    examples: str | None = None
+    reach: float = 0.0
 
     @classmethod
     def of(cls, concept: Mapping[str, Any]) -> Rule:
@@ -76,8 +80,14 @@ class Rule:
             raise ValueError(f"concept '{name}' has no known action: {action}")
         if severity not in SEVERITIES:
             raise ValueError(f"concept '{name}' has no known severity: {severity}")
-        if not concept["prompts"]:
+        learned = concept.get("examples") or {}
+        labels = [learned["label"]] if learned else []
+        prompts = tuple(str(text) for text in [*concept["prompts"], *labels])
+        if not prompts:
             raise ValueError(f"concept '{name}' has no prompts")
+        reach = float(learned.get("reach", 0.0))
+        if not 0 <= reach < math.inf:
+            raise ValueError(f"concept '{name}' has no readable reach: {reach}")
         low, high = concept["noise_window"]
         window = float(low), math.inf if high is None else float(high)
         if math.isnan(window[0]) or math.isnan(window[1]):
@@ -89,7 +99,7 @@ class Rule:
             description=str(concept.get("description") or ""),
             action=action,
             severity=severity,
-            prompts=tuple(str(prompt) for prompt in concept["prompts"]),
+            prompts=prompts,
             threshold=Threshold(kind, value),
             noise_window=window,
             steer=None if steer is None else Steer(float(steer["strength"]), steer["iterations"]),
@@ -97,6 +107,8 @@ class Rule:
                 scheme: tuple(categories)
                 for scheme, categories in (concept.get("taxonomy") or {}).items()
             },
+            examples=labels[0] if labels else None,
+            reach=reach,
         )
 
     def judged_at(self, noise_level: float) -> bool:

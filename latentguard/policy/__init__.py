@@ -27,11 +27,12 @@ from latentguard.policy.lock import (
     parse_lock,
     write_lock,
 )
-from latentguard.policy.models import Concept, Policy, Schedule, Steer, Threshold
+from latentguard.policy.models import BlockSettings, Concept, Policy, Schedule, Steer, Threshold
 from latentguard.policy.taxonomies import Scheme, schemes
 
 __all__ = [
     "SCHEMA_VERSION",
+    "BlockSettings",
     "CalibratedMargin",
     "Concept",
     "Lock",

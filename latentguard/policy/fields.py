@@ -3,7 +3,9 @@ not, and in JSON Schema for editors."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -79,6 +81,27 @@ def _window(value: Any) -> tuple[float, float | None]:
     return float(low), None if high is None else float(high)
 
 
+def _beneath(text: str) -> str:
+    """A path that leads nowhere but into the folder that it is taken from, on every system."""
+    for path in (PurePosixPath(text), PureWindowsPath(text)):
+        if path.drive or path.root or ".." in path.parts:
+            raise ValueError("must be the path of a file in the policy's folder or below it")
+    return text
+
+
+WORD, SETTINGS = "word", "settings"
+
+
+def tag_of(value: Any) -> Literal["word", "settings"]:
+    """Which form a value has that is a word, or a mapping of a word to its settings."""
+    return "settings" if isinstance(value, Mapping | BaseModel) else "word"
+
+
+def without_tags(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where an error is, without the form that pydantic puts behind the key of such a value."""
+    return (*loc[:1], *loc[2:]) if loc[:1] == ("on_block",) else loc
+
+
 def _filled(value: Any) -> Any:
     # Not pydantic's min_length: it also complains of lists whose items are all wrong.
     if isinstance(value, list | tuple) and not value:
@@ -123,6 +146,8 @@ Band = Annotated[float, Field(strict=True, ge=0, le=2)]
 Rate = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Strength = Annotated[float, Field(strict=True, gt=0, lt=100)]
 NoiseLevel = Annotated[float, Field(strict=True, ge=0, le=1e6)]
+Attempts = Annotated[int, Field(strict=True, ge=1, le=20)]
+PicturePath = Annotated[Label, AfterValidator(_beneath)]
 Every = Annotated[int, Field(strict=True, ge=1, le=1000)]
 Iterations = Annotated[int, Field(strict=True, ge=1, le=100)]
 NoiseWindow = Annotated[

@@ -9,10 +9,11 @@ from typing import Any
 
 from latentguard.errors import PolicyError
 from latentguard.policy.lock import Lock, lock_path, parse_lock
-from latentguard.policy.models import Policy
+from latentguard.policy.models import BlockSettings, Policy
+from latentguard.policy.picture import read_picture
 from latentguard.policy.problems import closest, validate
 from latentguard.policy.shipped import shipped_files
-from latentguard.yaml_nodes import clip, compose, line_of, problems_error, read_bytes
+from latentguard.yaml_nodes import Node, clip, compose, line_of, problems_error, read_bytes, show
 
 
 def parse_policy(
@@ -20,19 +21,62 @@ def parse_policy(
     source: str = "policy",
     lock: bytes | None = None,
     lock_source: str = "lock",
+    folder: str | Path = "",
 ) -> Policy:
     """A policy from the text of its YAML file, and of its lock file where there is one.
 
-    source, lock_source: the names of the two in messages.
+    source, lock_source: the names of the two in messages. folder: where the files lie that it
+    names: examples, and the placeholder of `on_block`.
     Raises PolicyError: one sentence with name, line and key for each thing that is wrong.
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    policy = validate(Policy, compose(raw, source), source, "a policy")
-    policy._file_sha256 = hashlib.sha256(raw if lock is None else raw + b"\0" + lock).hexdigest()
+    root = compose(raw, source)
+    policy = validate(Policy, root, source, "a policy")
+    policy._folder = Path(folder)
+    parts = [raw, *([] if lock is None else [lock]), *_learned(policy, raw, source)]
+    policy._picture = _picture(policy, root, source)
+    if policy.picture is not None:
+        parts.append(hashlib.sha256(policy.picture).hexdigest().encode("ascii"))
+    policy._file_sha256 = hashlib.sha256(b"\0".join(parts)).hexdigest()
     if lock is not None:
         policy._lock = parse_lock(lock, lock_source)
         _check_calibration(policy, policy._lock, lock, lock_source)
     return policy
+
+
+def _picture(policy: Policy, root: Node, source: str) -> bytes | None:
+    """The bytes of the placeholder, which has to be a picture that can be shown."""
+    named = policy.on_block.placeholder if isinstance(policy.on_block, BlockSettings) else None
+    if named is None:
+        return None
+    try:
+        return read_picture(policy._folder / named)
+    except PolicyError as error:
+        line = line_of(root, ["on_block", "placeholder"])
+        sentence = f"on_block.placeholder {show(named)}: {error}"
+        raise problems_error(source, [(line, sentence)]) from error
+
+
+def _learned(policy: Policy, data: bytes, source: str) -> list[bytes]:
+    """The digests of the files of examples, which are read now: what is loaded is complete."""
+    digests = []
+    for index, concept in enumerate(policy.concepts):
+        try:
+            file = policy.examples_of(concept)
+            labels = [text.casefold() for text in policy.labels_of(concept)]
+            if len(set(labels)) < len(labels) and file and file.label.casefold() in labels[:-1]:
+                raise PolicyError(
+                    f"it is called '{file.name}', and '{file.label}' is a prompt, too"
+                )
+        except PolicyError as error:
+            place: list[int | str] = ["concepts", index, "examples"]
+            problem = f"concepts[{index}].examples: {error}"
+            raise problems_error(
+                source, [(line_of(compose(data, source), place), problem)]
+            ) from error
+        if file is not None:
+            digests.append(file.sha256.encode("ascii"))
+    return digests
 
 
 def _check_calibration(policy: Policy, lock: Lock, data: bytes, source: str) -> None:
@@ -64,7 +108,7 @@ def load_policy(name_or_path: str | Path | Policy, *, use_lock: bool = True) -> 
 
     A shipped name wins over a file of that name; write ./default to mean the file. A Policy is
     returned as it is. NAME.lock.yaml beside the file is read with it, unless `use_lock` is false
-    (calibration reads a policy whose lock has gone stale).
+    (calibration reads a policy whose lock has gone stale), and so is the placeholder that it names.
     Raises PolicyError: one sentence with file, line and key for each thing that is wrong.
     """
     if isinstance(name_or_path, Policy):
@@ -77,6 +121,7 @@ def load_policy(name_or_path: str | Path | Policy, *, use_lock: bool = True) -> 
         str(path),
         read_bytes(lock) if use_lock and lock.exists() else None,
         str(lock),
+        path.parent,
     )
 
 
@@ -130,17 +175,21 @@ def json_schema() -> dict[str, Any]:
 
 
 def _tidied(schema: Any) -> Any:
-    """Without generated titles, line breaks in descriptions, and null for what may be left out."""
+    """Without generated titles, line breaks in descriptions, and what stands for a key that is left
+    out and may not be written so (null, an empty list)."""
     if isinstance(schema, list):
         return [_tidied(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     tidy: dict[str, Any] = {}
+    left_out: tuple[Any, ...] = (None, []) if schema.get("minItems") else (None,)
     for key, value in schema.items():
         if key == "anyOf" and {"type": "null"} in value and len(value) == 2:
             tidy |= _tidied(next(option for option in value if option != {"type": "null"}))
         elif key == "description" and isinstance(value, str):
             tidy[key] = " ".join(value.split())
-        elif not (key == "title" and isinstance(value, str)) and (key, value) != ("default", None):
+        elif not (key == "title" and isinstance(value, str)) and not (
+            key == "default" and value in left_out
+        ):
             tidy[key] = _tidied(value)
     return tidy

@@ -5,12 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from latentguard.deprecated import Former
+from latentguard.policy.examples import ConceptFile, load_concept
 from latentguard.policy.fields import (
+    SETTINGS,
+    WORD,
+    Attempts,
     Band,
     Description,
     Every,
@@ -20,6 +34,7 @@ from latentguard.policy.fields import (
     Label,
     Margin,
     NoiseWindow,
+    PicturePath,
     Probability,
     Prompt,
     Rate,
@@ -27,6 +42,7 @@ from latentguard.policy.fields import (
     Strength,
     Template,
     rule,
+    tag_of,
 )
 from latentguard.policy.lock import Lock
 from latentguard.policy.taxonomies import Taxonomy, schemes
@@ -34,6 +50,9 @@ from latentguard.yaml_nodes import show
 
 Action = Literal["observe", "review", "steer", "block"]
 ThresholdKind = Literal["probability", "margin", "fpr"]
+Answer = Literal["blank", "raise", "callback", "blur", "placeholder", "retry"]
+RETRIES = 3
+"""How often `on_block: retry` generates a blocked image anew, where it gives no number."""
 
 
 def _in_window(window: tuple[float, float | None], noise_level: float) -> bool:
@@ -93,14 +112,21 @@ class Steer(Frozen):
 class Concept(Frozen):
     """One thing to look for."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": [key]} for key in ("prompts", "examples")]}
+    )
+
     id: Slug
     """Short name, unique in the policy; it stands in verdicts, reports and lock files."""
     category: Slug
     """The group that reports put it in."""
     description: Description = ""
     """What is meant, for people."""
-    prompts: Filled[tuple[Prompt, ...]]
+    prompts: Filled[tuple[Prompt, ...]] = ()
     """Texts that name the concept; the best match counts. Short noun phrases work best."""
+    examples: Label | None = None
+    """A file of `latentguard concept learn`, seen from the policy's folder: the concept as it was
+    learned from examples. Beside prompts the better of both counts."""
     contrast: tuple[Prompt, ...] = ()
     """Harmless things that it could be taken for; the best of them is subtracted."""
     threshold: Threshold
@@ -117,6 +143,12 @@ class Concept(Frozen):
     denoising; null is no upper end. Final latents are always judged."""
     taxonomy: Taxonomy = Field(default_factory=dict)
     """The categories of published hazard schemes that it falls under, by the scheme's name."""
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Self:
+        if not self.prompts and self.examples is None:
+            raise rule("is missing, and there are no examples in its place", "prompts")
+        return self
 
     @model_validator(mode="after")
     def _contrast_differs(self) -> Self:
@@ -158,6 +190,47 @@ class Cascade(Frozen):
     """It is not sure of an image where a concept's margin is this close to its threshold."""
 
 
+class BlockSettings(Frozen):
+    """What a blocked generation gives, with its settings: exactly one of retry and placeholder."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": [kind]} for kind in ("retry", "placeholder")]}
+    )
+
+    retry: Attempts | None = None
+    """How often a blocked image is generated anew, each time with another seed; then it is
+    black."""
+    placeholder: PicturePath | None = None
+    """A PNG, JPEG or WebP file in the folder of the policy's own file or below it."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.retry is None) == (self.placeholder is None):
+            got = "neither" if self.retry is None else "both"
+            raise rule(f"must have exactly one of retry and placeholder, got {got}")
+        return self
+
+    @property
+    def answer(self) -> Answer:
+        """The word that these are settings of."""
+        return "placeholder" if self.retry is None else "retry"
+
+    @model_serializer
+    def _given(self) -> dict[str, int | str]:
+        value = self.placeholder if self.retry is None else self.retry
+        assert value is not None
+        return {self.answer: value}
+
+    def __str__(self) -> str:
+        return f"{self.answer} {self._given()[self.answer]}"
+
+
+OnBlock = Annotated[
+    Annotated[Answer, Tag(WORD)] | Annotated[BlockSettings, Tag(SETTINGS)], Discriminator(tag_of)
+]
+"""A word, or the word with its settings."""
+
+
 class Policy(Frozen):
     """A moderation policy, complete and frozen; read one with `load_policy`."""
 
@@ -189,14 +262,18 @@ class Policy(Frozen):
     """When latents are scored during denoising."""
     on_error: Literal["block", "review", "allow"] = "block"
     """The decision where latents cannot be judged (NaN, a wrong shape, an exception)."""
-    on_block: Literal["blank", "raise", "callback"] = "blank"
-    """What a blocked generation gives: a blank image, an exception, or what a callback returns."""
+    on_block: OnBlock = "blank"
+    """What a blocked generation gives: a blank image, an exception, what a callback returns, a
+    blur of its colors, a picture of your own, or another generation."""
     uncovered: Literal["error", "warn"] = "error"
     """A prompt that the model cannot see: refuse the pair of policy and model, or mark it in
     every verdict and report."""
 
     _file_sha256: str | None = PrivateAttr(None)
     _lock: Lock | None = PrivateAttr(None)
+    _picture: bytes | None = PrivateAttr(None)
+    _folder: Path = PrivateAttr(Path())
+    _learned: dict[str, ConceptFile] = PrivateAttr(default_factory=dict)
 
     @field_validator("concepts")
     @classmethod
@@ -221,21 +298,48 @@ class Policy(Frozen):
     @property
     def sha256(self) -> str:
         """Hex digest of the YAML file's bytes; where a lock file lies beside it, of the bytes of
-        both with a zero byte between. A policy made in Python has that of its canonical JSON."""
+        both with a zero byte between; concepts' files of examples follow with their digests, in
+        the same way, and then that of a placeholder which `on_block` names. A policy made in
+        Python has that of its canonical JSON."""
         if self._file_sha256 is not None:
             return self._file_sha256
-        return hashlib.sha256(_canonical(self.model_dump(mode="json"))).hexdigest()
+        files = (self.examples_of(concept) for concept in self.concepts)
+        digests = [file.sha256 for file in files if file is not None]
+        # What was there before there were examples keeps its digest.
+        plain = self.model_dump(mode="json", exclude={"concepts": {"__all__": {"examples"}}})
+        data = [plain, digests] if digests else plain
+        return hashlib.sha256(_canonical(data)).hexdigest()
 
     @property
     def lock(self) -> Lock | None:
         """Calibrated thresholds, where NAME.lock.yaml lies beside the policy."""
         return self._lock
 
+    @property
+    def answer(self) -> Answer:
+        """What a blocked generation gives, as a word."""
+        on_block = self.on_block
+        return on_block.answer if isinstance(on_block, BlockSettings) else on_block
+
+    @property
+    def retries(self) -> int:
+        """How often a blocked image is generated anew; 0 where `on_block` is not `retry`."""
+        if isinstance(self.on_block, BlockSettings):
+            return self.on_block.retry or 0
+        return RETRIES if self.on_block == "retry" else 0
+
+    @property
+    def picture(self) -> bytes | None:
+        """The bytes of the placeholder's file, where the policy names one and was read with it."""
+        return self._picture
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's; a copy that differs no longer has the file's digest."""
         copy = super().model_copy(update=update, deep=deep)
         if update:
             copy._file_sha256 = None
+        if copy.on_block != self.on_block:
+            copy._picture = None
         return copy
 
     def with_views(self, views: Literal["whole", "crops"]) -> Self:
@@ -252,22 +356,44 @@ class Policy(Frozen):
         """The concept's own contrast prompts, then the policy's; each once. May be empty."""
         return tuple(dict.fromkeys(concept.contrast + self.contrast))
 
+    def examples_of(self, concept: Concept) -> ConceptFile | None:
+        """What a concept was learned from; None where it has prompts alone.
+
+        Raises PolicyError where its file cannot be read. It is read once.
+        """
+        if concept.examples is None:
+            return None
+        if concept.examples not in self._learned:
+            self._learned[concept.examples] = load_concept(self._folder / concept.examples)
+        return self._learned[concept.examples]
+
+    def labels_of(self, concept: Concept) -> tuple[str, ...]:
+        """What verdicts may name as the best match: the prompts, then the examples."""
+        file = self.examples_of(concept)
+        return concept.prompts if file is None else (*concept.prompts, file.label)
+
     def prompts_sha256(self, concept: Concept) -> str:
-        """Hex digest of what makes the concept's scores: templates, prompts and contrast."""
+        """Hex digest of what makes the concept's scores: templates, prompts, contrast, and the
+        file of its examples."""
+        file = self.examples_of(concept)
+        learned = [] if file is None else [file.sha256]
         return hashlib.sha256(
-            _canonical([self.templates, concept.prompts, self.contrast_of(concept)])
+            _canonical([self.templates, concept.prompts, self.contrast_of(concept), *learned])
         ).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as JSON-able data, complete with `sha256`, `lock` and `taxonomies`.
 
         Each concept's `threshold` is {"kind", "value"}, and `steer` is {"strength", "iterations"}
-        exactly where the action is steer, else None. `taxonomies` has the schemes that a concept
-        is mapped to, with all of their categories.
+        exactly where the action is steer, else None. `examples` is {"file", "sha256", "label",
+        "reach"} or None: the label stands in verdicts, and margins go beyond those of prompts by
+        up to the reach. `taxonomies` has the schemes that a concept is mapped to, with all of their
+        categories.
         """
         data = self.model_dump(mode="json")
         for concept, model in zip(data["concepts"], self.concepts, strict=True):
             concept["threshold"] = {"kind": model.threshold.kind, "value": model.threshold.value}
+            concept["examples"] = self._examples(model)
             steered = model.action == "steer"
             concept["steer"] = (model.steer or Steer()).model_dump() if steered else None
         data["sha256"] = self.sha256
@@ -275,6 +401,13 @@ class Policy(Frozen):
         used = {name for concept in self.concepts for name in concept.taxonomy}
         data["taxonomies"] = {name: schemes()[name].to_dict() for name in sorted(used)}
         return data
+
+    def _examples(self, concept: Concept) -> dict[str, Any] | None:
+        file = self.examples_of(concept)
+        if file is None:
+            return None
+        about = {"file": concept.examples, "sha256": file.sha256}
+        return about | {"label": file.label, "reach": file.reach}
 
     plain = Former("to_dict")
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from latentguard.policy.fields import PATTERNS, SCHEMA_VERSION
+from latentguard.policy.fields import PATTERNS, SCHEMA_VERSION, without_tags
 from latentguard.yaml_nodes import Node, Problem, clip, line_of, problems_error, show
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -90,7 +90,7 @@ def _range(model: type[BaseModel], loc: Sequence[int | str]) -> str:
 
 def _problem(model: type[BaseModel], root: Node, what: str, detail: Any) -> Problem:
     """pydantic's description of one error as a line and a sentence."""
-    loc: tuple[int | str, ...] = detail["loc"]
+    loc: tuple[int | str, ...] = without_tags(detail["loc"])
     context = detail.get("ctx", {})
     loc += tuple(context.get("at", ()))
     name = _path(loc) or what

@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from latentguard.adapt import run
-from latentguard.adapt.autoencoders import load_autoencoder, tae_encoder
-from latentguard.adapt.cache import prepare
+from latentguard.adapt.cache import prepare, training_latents
 from latentguard.adapt.hold_out import held_out
-from latentguard.adapt.images import center_crop, find_images, random_crop
+from latentguard.adapt.images import center_crop, random_crop
 from latentguard.adapt.run import adapt, card, stored_prompts
 from latentguard.adapt.small_autoencoders import Design, fit_view, train_autoencoder
 from latentguard.adapt.teacher import class_definitions, class_names, class_table, load_teacher
 from latentguard.adapt.train import AdapterRecipe, Recipe, RgbRecipe, Trainer
 from latentguard.adapt.views import Errors, leaked
+from latentguard.encode.autoencoders import load_autoencoder
+from latentguard.encode.folders import find_pictures
+from latentguard.encode.tiny import tae_encoder
 from latentguard.encoders import load_encoder
 from latentguard.encoders.lite import Lite2
 from latentguard.encoders.nano import NEUTRAL_PROMPTS, WEIGHTS, NanoEncoder
@@ -56,7 +58,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As few of them as there can be for every stage to run."""
     folder = tmp_path_factory.mktemp("few")
-    for path in find_images([photos])[:5]:
+    for path in find_pictures([photos])[:5]:
         shutil.copy(path, folder)
     return folder
 
@@ -89,7 +91,7 @@ def texts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_crops_are_reproducible_and_the_same_at_any_size(photos: Path) -> None:
-    path = find_images([photos])[0]
+    path = find_pictures([photos])[0]
     first, again = random_crop(path, 3), random_crop(path, 3)
     assert first.shape == (256, 256, 3)
     assert (first == again).all()
@@ -101,9 +103,9 @@ def test_crops_are_reproducible_and_the_same_at_any_size(photos: Path) -> None:
 
 def test_no_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LatentsError, match="no images"):
-        find_images([tmp_path])
+        find_pictures([tmp_path])
     with pytest.raises(LatentsError, match="no such image folder"):
-        find_images([tmp_path / "missing"])
+        find_pictures([tmp_path / "missing"])
 
 
 def test_hold_out_takes_the_last_number() -> None:
@@ -163,7 +165,7 @@ def test_unknown_autoencoders_are_refused(tmp_path: Path, encoder_file: Path) ->
 def test_cache_goes_on_and_refuses_another_set(
     photos: Path, encoder_file: Path, tmp_path: Path
 ) -> None:
-    images = find_images([photos])[:6]
+    images = find_pictures([photos])[:6]
     autoencoder, teacher = load_autoencoder(encoder_file), load_teacher()
     prepare(tmp_path, images, autoencoder, teacher, space="flux2")
     description = tmp_path / "cache.json"
@@ -206,7 +208,7 @@ def test_adapter_recipe_end_to_end(
 
 
 def test_training_goes_on_where_it_stopped(few: Path, encoder_file: Path, tmp_path: Path) -> None:
-    images = find_images([few])
+    images = find_pictures([few])
     autoencoder, teacher = load_autoencoder(encoder_file), load_teacher()
     cache = prepare(tmp_path, images, autoencoder, teacher, space="flux2")
     recipe = Recipe(adapter_passes=12, joint_passes=0, batch_size=2, noise=0.0)
@@ -292,7 +294,7 @@ def test_a_reader_of_any_view_takes_no_space(photos: Path, tmp_path: Path) -> No
 
 
 def test_an_autoencoder_learns_and_goes_on(photos: Path, tmp_path: Path) -> None:
-    files, teacher = find_images([photos]), load_teacher()
+    files, teacher = find_pictures([photos]), load_teacher()
     design = Design(
         "x", 4, 8, "relu", False, 1e-4, 0.0, seed=0, crop=32, batch=4, steps=60, lr=5e-3
     )
@@ -343,7 +345,7 @@ def test_a_space_without_autoencoder_must_be_named(photos: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_training_lowers_the_loss(photos: Path, tmp_path: Path) -> None:
     """The rgb recipe on twelve pictures: fifty steps must fit them better than none."""
-    cache = prepare(tmp_path, find_images([photos]), None, load_teacher(), space="sdxl")
+    cache = prepare(tmp_path, find_pictures([photos]), None, load_teacher(), space="sdxl")
     recipe = Recipe(joint_passes=80, batch_size=4, view_cells=(32,), trunk_lr=5e-4)
     from latentguard.adapt.run import rgb_config
     from latentguard.spaces import SPACES
@@ -377,3 +379,20 @@ def test_shipped_prompts_are_stored() -> None:
     prompts = stored_prompts()
     assert "revolver" in prompts
     assert len(prompts) == len(set(prompts))
+
+
+def test_models_are_trained_on_scaled_latents(tmp_path: Path) -> None:
+    """As they read them, whatever the autoencoder gives; drawn, where it has a distribution."""
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+    diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        scaling_factor=0.13025,
+    ).save_pretrained(tmp_path)
+    encoder = load_autoencoder(tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    raw = encoder.encode(images, [3]).tensor
+    torch.testing.assert_close(training_latents(encoder, images, 3), raw * 0.13025)
+    assert (training_latents(encoder, images, 4) != raw * 0.13025).any()

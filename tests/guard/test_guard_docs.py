@@ -30,8 +30,8 @@ def block(having: str) -> str:
 
 def test_no_block_is_left_out() -> None:
     tried = (
-        *("pipe.callback_on_step_end = LatentGuard", "guard.plot", "output.latentguard"),
-        *("guard.request(", "guard.into(", "optimize_noise(", "session("),
+        *("pipe.callback_on_step_end = LatentGuard", "guard.plot", "output.latentguard.verdicts"),
+        *("outcome.kind", "guard.request(", "guard.into(", "optimize_noise(", "session("),
     )
     assert sorted(BLOCKS) == sorted(block(having) for having in tried)
 
@@ -53,7 +53,8 @@ def test_whose_verdicts() -> None:
     pipe = small.sdxl_with_text()
     found: dict[str, Any] = {"pipe": pipe}
     exec(block("pipe.callback_on_step_end = LatentGuard"), found)
-    exec(block("output.latentguard"), found)
+    exec(block("output.latentguard.verdicts"), found)
+    exec(block("outcome.kind"), found)
     assert len(found["output"].latentguard.verdicts) == 1
     found["guard"] = pipe.callback_on_step_end
     exec(block("guard.request("), found)

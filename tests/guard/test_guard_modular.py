@@ -26,6 +26,7 @@ from diffusers.modular_pipelines import (
 )
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from guard_helpers import ALWAYS, NEVER, LinearEncoder, policy
+from PIL import Image
 
 from latentguard import LatentGuard
 from latentguard.errors import LatentsError
@@ -186,6 +187,55 @@ def test_on_block_says_what_a_blocked_call_gives() -> None:
         on_block=lambda row, verdict, image: np.ones_like(image),
     )
     assert (_pipe("sdxl", ones)(output="images", **modular.inputs("sdxl")) == 1).all()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("word", ["blur", "placeholder"])
+def test_what_takes_the_place_of_what_is_blocked(family: str, word: str) -> None:
+    more = {"placeholder": Image.new("RGB", (9, 9), "red")} if word == "placeholder" else {}
+    guard = _guard(family, ALWAYS, extra=f"on_block: {word}", **more)
+    state = _pipe(family, guard)(**modular.inputs(family, 2))
+    assert state.images.any(axis=(1, 2, 3)).all()
+    assert not state.latents.any()
+    kinds = [outcome.kind for outcome in state.latentguard.outcomes]
+    assert kinds == [{"blur": "blurred"}.get(word, word)] * 2
+
+
+def test_what_is_blocked_is_generated_anew() -> None:
+    ends = "noise_window: [0.0, 0.001]"
+    probe = _guard("sdxl", ALWAYS, extra="on_block: {retry: 4}", concept=ends)
+    pipe = _pipe("sdxl", probe)
+    state = pipe(**modular.inputs("sdxl", steps=2))
+    assert not state.images.any()
+    (outcome,) = state.latentguard.outcomes
+    assert [one.verdict.decision for one in outcome.attempts if one.verdict] == ["block"] * 4
+    first = state.latentguard.history[1].verdicts[0].concepts[0].probability
+    found = [one.verdict.concepts[0].probability for one in outcome.attempts if one.verdict]
+    assert min(found) < first
+    middle = (first + min(found)) / 2
+    guard = _guard("sdxl", middle, extra="on_block: {retry: 4}", concept=ends)
+    state = _pipe("sdxl", guard)(**modular.inputs("sdxl", steps=2))
+    (outcome,) = state.latentguard.outcomes
+    assert outcome.kind == "retried"
+    assert guard.verdicts == list(state.latentguard.verdicts)
+    generator = torch.Generator().manual_seed(outcome.attempts[-1].seed or 0)
+    plain = _pipe("sdxl")(**{**modular.inputs("sdxl", steps=2), "generator": generator})
+    assert np.array_equal(plain.images, state.images)
+    assert torch.equal(plain.latents, state.latents)
+
+
+def test_in_a_batch_only_what_was_blocked_is_taken() -> None:
+    ends = "noise_window: [0.0, 0.001]"
+    threshold, matched = _threshold_between("sdxl", 4, steps=2)
+    plain = _pipe("sdxl")(**modular.inputs("sdxl", 4, steps=2))
+    guard = _guard("sdxl", threshold, extra="on_block: {retry: 2}", concept=ends)
+    state = _pipe("sdxl", guard)(**modular.inputs("sdxl", 4, steps=2))
+    kinds = [outcome.kind for outcome in state.latentguard.outcomes]
+    for row, blocked in enumerate(matched):
+        assert (kinds[row] == "allowed") != blocked
+        assert state.images[row].any() == (kinds[row] != "blanked")
+        assert state.latents[row].any() == (kinds[row] != "blanked")
+        assert np.array_equal(state.images[row], plain.images[row]) != blocked
 
 
 def test_the_record_is_among_the_outputs_that_blocks_name() -> None:

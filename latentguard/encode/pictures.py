@@ -1,0 +1,98 @@
+"""A picture's bytes to RGB: of few formats, bounded, upright, and the same on every machine.
+
+What becomes of what is not plain RGB: pictures are turned as their EXIF orientation says;
+transparency is laid on white; gray, palette and CMYK pictures become RGB by Pillow's formulas, and
+color profiles are not applied; 16 bits become 8; of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentguard import regular
+from latentguard.errors import LatentsError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+
+MAX_BYTES = 256 * 2**20
+"""Of a picture's file."""
+MAX_PIXELS = 128 * 2**20
+"""Of a picture as it is stored, told by its header: cameras have up to 100 million. In RGB with
+transparency that is half a gigabyte."""
+
+
+def read_picture(path: Path) -> bytes:
+    """A picture file's bytes. Raises LatentsError: not regular, not there, or over `MAX_BYTES`."""
+    try:
+        with regular.open_regular(path) as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise LatentsError(regular.problem(error, "opened")) from error
+    check_bytes(len(data))
+    return data
+
+
+def check_bytes(size: int) -> None:
+    """LatentsError for a picture of more bytes than `MAX_BYTES`."""
+    if size > MAX_BYTES:
+        raise LatentsError(f"is a picture of over {MAX_BYTES} bytes, which is the limit")
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """The picture as RGB, upright.
+
+    Raises LatentsError, one sentence without a name: no picture of a known format, damaged or
+    truncated, or over `MAX_PIXELS`.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit is below ours, and a warning.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+                _check_size(*opened.size)
+                opened.load()
+                return _rgb(ImageOps.exif_transpose(opened))
+    except LatentsError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise LatentsError(f"has more pixels than the limit of {MAX_PIXELS}") from error
+    except UnidentifiedImageError as error:
+        raise LatentsError(f"is no picture that is read ({', '.join(_FORMATS)})") from error
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        reason = str(error).split("\n", 1)[0][:200]
+        raise LatentsError(f"is a damaged picture ({type(error).__name__}: {reason})") from error
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A file's picture as RGB, upright. Raises LatentsError, which names the file."""
+    try:
+        return decode_picture(read_picture(path))
+    except LatentsError as error:
+        raise LatentsError(f"{path}: {error}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise LatentsError(f"has {width} x {height} pixels, over the limit of {MAX_PIXELS} in all")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        # 16 bits of gray. Pillow would cut off all above 255.
+        return image.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        above = image.convert("RGBA")
+        white = Image.new("RGBA", above.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, above).convert("RGB")
+    return image.convert("RGB")

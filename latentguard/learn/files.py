@@ -1,0 +1,35 @@
+"""What was learned, into files that may hold other models' entries already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from latentguard.errors import UsageError
+from latentguard.policy.examples import ConceptFile, Learned, load_concept, write_concept
+
+
+def put(path: Path, name: str, learned: Learned) -> tuple[ConceptFile, bool]:
+    """Write an entry, beside those of other models where the file is there already.
+
+    Returns the file, and whether an entry of this model was replaced.
+    Raises UsageError where the file is of another concept, PolicyError where it is none.
+    """
+    others: tuple[Learned, ...] = ()
+    if path.exists():
+        there = load_concept(path)
+        if there.name != name:
+            raise UsageError(f"{path} is of concept '{there.name}', not '{name}': give another -o")
+        others = there.entries
+    kept = [entry for entry in others if entry.key != learned.key]
+    return write_concept(path, name, [*kept, learned]), len(kept) < len(others)
+
+
+def common_name(concepts: Sequence[ConceptFile], name: str | None) -> str:
+    """The name of a merged file. Raises UsageError for one file, or names that differ."""
+    if len(concepts) < 2:
+        raise UsageError("merging needs two files or more")
+    names = list(dict.fromkeys(concept.name for concept in concepts))
+    if name is None and len(names) > 1:
+        raise UsageError(f"the files are of {' and '.join(names)}: say which name to give (--name)")
+    return name or names[0]
