@@ -6,6 +6,7 @@ Nothing heavy is imported here: `latentguard --help` must answer in well under h
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import typer
 
@@ -42,7 +43,9 @@ def _root(
     """Options that stand before a command."""
 
 
+@cache
 def _register() -> None:
+    """Add the commands to the application, once however often `main` is called."""
     import latentguard.cli.adapt as adapt
     import latentguard.cli.calibrate as calibrate
     import latentguard.cli.concept as concept
