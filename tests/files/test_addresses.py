@@ -335,23 +335,23 @@ def _scratch_folders(tmp_path: Path, together: Barrier, lost: SimpleQueue[int]) 
     """Make many, as processes do that begin at the same moment; say how many are gone."""
     tempfile.tempdir = str(tmp_path)
     together.wait()
-    made = [scratch_module._made.__wrapped__(os.getpid()) for _ in range(60)]
+    made = [scratch_module._made.__wrapped__(os.getpid()) for _ in range(30)]
     lost.put(sum(not (folder / "lock").exists() for folder in made))
     together.wait()
 
 
 def test_processes_that_begin_together_leave_each_others_copies_alone(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    together, lost = context.Barrier(6), context.SimpleQueue()
+    together, lost = context.Barrier(4), context.SimpleQueue()
     processes = [
-        context.Process(target=_scratch_folders, args=(tmp_path, together, lost)) for _ in range(6)
+        context.Process(target=_scratch_folders, args=(tmp_path, together, lost)) for _ in range(4)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert [lost.get() for _ in processes] == [0] * 6
+    assert [lost.get() for _ in processes] == [0] * 4
 
 
 def test_a_missing_extra_names_itself() -> None:
