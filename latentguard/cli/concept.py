@@ -101,8 +101,9 @@ def teach(
     """
     from latentguard.cli.concept_tables import lesson_table
     from latentguard.learn import learn
-    from latentguard.learn.files import put
+    from latentguard.learn.files import entries_there, put
 
+    entries_there(out, name)  # before the minutes that encoding may take
     pictures = Pictures(autoencoder, size, encoded, space, device)
     sides, encoder = _read([positives, negatives or []], pictures, model, space, scaled, device)
     lesson = learn(sides[0], sides[1] if negatives else None, encoder, seed=seed, sums=sums)
@@ -198,9 +199,10 @@ def put_together(
     """
     from latentguard.cli.concept_tables import concept_table
     from latentguard.learn import merge
-    from latentguard.learn.files import common_name
+    from latentguard.learn.files import check_ending, common_name
     from latentguard.policy.examples import load_concept, write_concept
 
+    check_ending(out)
     concepts = [load_concept(file) for file in files]
     chosen = common_name(concepts, name)
     concept_table(write_concept(out, chosen, merge(concepts)))

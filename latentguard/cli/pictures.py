@@ -30,6 +30,23 @@ EncodedOption = Annotated[
 ]
 
 
+def _refuse_pictures(paths: Sequence[Path]) -> None:
+    """Raises UsageError for a picture, or a folder of nothing but pictures.
+
+    A folder that holds other files, too, may hold latents with previews beside them.
+    """
+    from latentguard.encode.pictures import SUFFIXES
+    from latentguard.errors import UsageError
+
+    for path in paths:
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        if found and all(one.suffix.lower() in SUFFIXES for one in found):
+            raise UsageError(
+                f"{path}: {found[0].name} is a picture, and latents are read here: give "
+                "--autoencoder, which encodes pictures first"
+            )
+
+
 class Pictures:
     """What the options say of pictures. Raises UsageError where there are pictures' options alone.
 
@@ -66,9 +83,10 @@ class Pictures:
     def encoded(self, paths: Sequence[Path]) -> EncodedPictures | None:
         """The pictures that the paths lead to, encoded; None where the paths are of latents.
 
-        Raises LatentsError as `latents` does.
+        Raises LatentsError as `latents` does, and UsageError for pictures without an autoencoder.
         """
         if self._autoencoder is None:
+            _refuse_pictures(paths)
             return None
         from latentguard.encode import encode_pictures
         from latentguard.encoders.catalog import cache_dir

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentguard.errors import PolicyError
+from latentguard.errors import GuardError, PolicyError
 from latentguard.guard.blur import Grid, enlarged, painted, size_of
 from latentguard.guard.record import CallRecord, Outcome
 from latentguard.judge import Verdict
@@ -75,10 +75,19 @@ class Answers:
         return self.word == "blur" or self._takes_one
 
     def instead(self, blocked: Blocked) -> tuple[Any, Outcome] | None:
-        """What takes the place of a blank, and how that is told; None for the blank itself."""
+        """What takes the place of a blank, and how that is told; None for the blank itself.
+
+        Raises GuardError where the function returns nothing.
+        """
         if self._function is not None:
             given = (blocked,) if self._takes_one else _three(blocked)
-            return self._function(*given), Outcome("callback")
+            answer = self._function(*given)
+            if answer is None:
+                raise GuardError(
+                    f"the on_block function returned None for image {blocked.index}: it must "
+                    "return what takes the image's place, such as blocked.blank"
+                )
+            return answer, Outcome("callback")
         if self._placeholder is None:
             return None
         picture = fitted(self._placeholder, blocked.blank)

@@ -9,18 +9,33 @@ from latentguard.errors import UsageError
 from latentguard.policy.examples import ConceptFile, Learned, load_concept, write_concept
 
 
+def check_ending(path: Path) -> None:
+    """Raises UsageError for a name that would say that the file is of another kind."""
+    if path.suffix != ".safetensors":
+        raise UsageError(f"-o {path}: a concept's file ends in .safetensors")
+
+
+def entries_there(path: Path, name: str) -> tuple[Learned, ...]:
+    """What a concept's file holds already, nothing where there is none.
+
+    Raises UsageError where it could not be this concept's, PolicyError where it is none.
+    """
+    check_ending(path)
+    if not path.exists():
+        return ()
+    there = load_concept(path)
+    if there.name != name:
+        raise UsageError(f"{path} is of concept '{there.name}', not '{name}': give another -o")
+    return there.entries
+
+
 def put(path: Path, name: str, learned: Learned) -> tuple[ConceptFile, bool]:
     """Write an entry, beside those of other models where the file is there already.
 
     Returns the file, and whether an entry of this model was replaced.
-    Raises UsageError where the file is of another concept, PolicyError where it is none.
+    Raises UsageError and PolicyError as `entries_there` does.
     """
-    others: tuple[Learned, ...] = ()
-    if path.exists():
-        there = load_concept(path)
-        if there.name != name:
-            raise UsageError(f"{path} is of concept '{there.name}', not '{name}': give another -o")
-        others = there.entries
+    others = entries_there(path, name)
     kept = [entry for entry in others if entry.key != learned.key]
     return write_concept(path, name, [*kept, learned]), len(kept) < len(others)
 

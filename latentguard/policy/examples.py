@@ -149,9 +149,9 @@ def parse_concept(data: bytes, source: str = "concept") -> ConceptFile:
         about = json.loads(header["__metadata__"][_KEY])
         found = about["format"], about["schema_version"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"it has no {error} in it" if isinstance(error, KeyError) else first_line(error)
         raise PolicyError(
-            f"{source}: is not a concept's file, as `latentguard concept learn` writes it "
-            f"({first_line(error)})"
+            f"{source}: is not a concept's file, as `latentguard concept learn` writes it ({why})"
         ) from error
     if found != (FORMAT, SCHEMA_VERSION):
         raise PolicyError(

@@ -370,6 +370,13 @@ def test_a_callback_of_another_form_is_refused(function: Any) -> None:
         LatentGuard(policy(extra="on_block: callback"), XL, on_block=function)
 
 
+def test_a_callback_that_returns_nothing_is_told_so() -> None:
+    rule = policy(ALWAYS, extra="on_block: callback")
+    guard = LatentGuard(rule, XL, on_block=lambda blocked: None)
+    with pytest.raises(GuardError, match=r"returned None for image 0: .* blocked\.blank"):
+        small.sdxl()(**small.sdxl_arguments(1, 2), callback_on_step_end=guard)
+
+
 # -- another generation --------------------------------------------------------------------------
 
 

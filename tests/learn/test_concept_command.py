@@ -111,6 +111,7 @@ def test_pictures_are_encoded_first(command, tmp_path, monkeypatch):
     out = tmp_path / "cross.safetensors"
     ran = command("concept", "learn", "cross", *given, "-o", out)
     assert ran.code == 2
+    assert "00.png is a picture, and latents are read here: give --autoencoder" in ran.err
     assert len(ran.err.strip().splitlines()) == 1
     weights = tmp_path / "taef2_encoder.pth"
     torch.manual_seed(0)
@@ -132,3 +133,12 @@ def test_what_is_no_concept_is_one_sentence(command, files, tmp_path):
         assert ran.code == 2
         assert "is not a concept's file" in ran.err
         assert len(ran.err.strip().splitlines()) == 1
+    assert "it has no 'latentguard' in it" in ran.err
+
+
+def test_the_file_to_write_is_checked_before_anything_is_read(command, tmp_path):
+    given = ("--positives", tmp_path / "none", "-o", tmp_path / "cross.pt")
+    for arguments in (("learn", "cross", *given), ("merge", "a", "b", "-o", "cross.pt")):
+        ran = command("concept", *arguments)
+        assert ran.code == 2
+        assert "a concept's file ends in .safetensors" in ran.err
