@@ -70,6 +70,7 @@ def scan(args: argparse.Namespace) -> dict[str, Any]:
     from latentguard.scan.options import RunOptions
     from latentguard.scan.parts import collect
     from latentguard.scan.run import open_run
+    from latentguard.scan.told import ToldJudges
 
     options = RunOptions(
         load_policy(POLICY),
@@ -78,7 +79,7 @@ def scan(args: argparse.Namespace) -> dict[str, Any]:
         batch_size=args.batch,
         reading=Reading.of("flux2", True),
     )
-    judges = options.judges()
+    judges = ToldJudges(options) if args.engine == "ray" else options.judges()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.scratch) as place:
         run = open_run(place, options, judges, args.paths)

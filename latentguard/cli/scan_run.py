@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from latentguard.files import PassedOver
     from latentguard.scan import ScanRecord, Summary
     from latentguard.scan.entry import Entry
+    from latentguard.scan.judges import Judges
     from latentguard.scan.judging import Judging
+    from latentguard.scan.options import RunOptions
     from latentguard.scan.run import Run
 
 _SIZE = re.compile(r"(\d{1,12})\s*([kmgt]?)(i?b)?", re.IGNORECASE)
@@ -61,7 +63,7 @@ def scan_run(
             "keep": options["keep"],
         }
     )
-    judges = run_options.judges()
+    judges = engine.judges(run_options)
     passed = PassedOver()
     run = open_run(
         place,
@@ -115,9 +117,11 @@ def _work(
 
 @dataclass(frozen=True)
 class _Engine:
-    """work: called with the run, who judges, who shows it, and max_errors. readers: how many
-    processes read, where that is known."""
+    """judges: who judges, by a run's options, or what is known of them. work: called with the run,
+    who judges, who shows it, and max_errors. readers: how many processes read, where that is known.
+    """
 
+    judges: Callable[[RunOptions], Judges]
     work: Callable[..., None]
     readers: int | None
 
@@ -137,6 +141,7 @@ def _engine(options: Mapping[str, Any]) -> _Engine:
 
 def _local(options: Mapping[str, Any]) -> _Engine:
     from latentguard.scan.local import MAX_MEMORY, run_local
+    from latentguard.scan.options import RunOptions
     from latentguard.scan.reader import default_workers
 
     said, max_memory = options["workers"], _bytes(options["max_memory"])
@@ -153,11 +158,12 @@ def _local(options: Mapping[str, Any]) -> _Engine:
         )
         shown([])  # the last shard
 
-    return _Engine(work, max(readers, 1))
+    return _Engine(RunOptions.judges, work, max(readers, 1))
 
 
 def _ray(options: Mapping[str, Any]) -> _Engine:
     from latentguard.scan.ray_engine import Pool, need_ray, run_ray
+    from latentguard.scan.told import ToldJudges
 
     need_ray()
     cpus = options["cpus_per_actor"]
@@ -168,7 +174,7 @@ def _ray(options: Mapping[str, Any]) -> _Engine:
     def work(run: Run, judging: Judging, shown: _Shown, **how: Any) -> None:
         run_ray(run, judging, pool, noted=shown.note, **how)
 
-    return _Engine(work, None)
+    return _Engine(ToldJudges, work, None)
 
 
 class _Shown:

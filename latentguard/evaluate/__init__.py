@@ -3,6 +3,9 @@
 Reading order: metrics.py (numbers from scores) -> reading.py (latents, every one of them) ->
 zeroshot.py and detect.py (the two measurements) -> plots.py. The pixel-space ceiling beside them is
 measured in benchmarks/.
+
+Benchmarks that generate images first: generate/ (generators, arms, a run's folder) and judges/,
+then i2p/, geneval/, t2i_compbench/ and bias/.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def plot_shares(
         ]
         axis.bar(x, values, width, yerr=errors, capsize=2, color=color, hatch=hatch, label=name)
     axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize=8)
-    axis.set(ylabel="share of images", ylim=(0, 1.01))
+    axis.set(ylabel="share of images", xlim=(-0.6, len(groups) - 0.4), ylim=(0, 1.01))
     axis.legend(fontsize=8)
     _save(figure, path)
 

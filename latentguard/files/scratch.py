@@ -12,6 +12,7 @@ from pathlib import Path
 
 _PREFIX = "latentguard-copies-"
 _LOCK = "lock"
+_ATTEMPTS = 8
 
 
 def scratch_folder() -> Path:
@@ -26,8 +27,11 @@ def _made(pid: int) -> Path:
     if hasattr(os, "getuid"):  # elsewhere nobody can tell whose they are, and whether in use
         for left in root.glob(f"{_PREFIX}*"):
             _remove_if_left(left)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-    _lock(folder)
+    for _ in range(_ATTEMPTS):
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+        # Another process may have taken it for one that was left, before it was locked.
+        if _lock(folder) is not None:
+            break
     atexit.register(_remove, folder, pid)
     return folder
 
@@ -37,25 +41,30 @@ def _remove(folder: Path, pid: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock(folder: Path) -> bool:
-    """Hold a lock on a folder for as long as this process lives. False where another holds it."""
+def _lock(folder: Path) -> int | None:
+    """Hold a lock on a folder for as long as the descriptor is open. None where that cannot be, as
+    another process holds it or has removed it."""
     try:
         import fcntl
     except ImportError:  # Windows: nothing is left to be removed by others
-        return False
+        return None
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(folder / _LOCK, flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
     except OSError:
-        os.close(descriptor)
-        return False
-    return True
+        pass
+    os.close(descriptor)
+    return None
 
 
 def _remove_if_left(folder: Path) -> None:
     with suppress(OSError):
         # One without a lock has just been made.
         mine = os.lstat(folder).st_uid == os.getuid() and (folder / _LOCK).exists()
-        if mine and not folder.is_symlink() and _lock(folder):
+        descriptor = _lock(folder) if mine and not folder.is_symlink() else None
+        if descriptor is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)

@@ -84,8 +84,8 @@ class Answers:
             answer = self._function(*given)
             if answer is None:
                 raise GuardError(
-                    f"the on_block function returned None for image {blocked.index}: it must return "
-                    "what takes the image's place, such as blocked.blank"
+                    f"the on_block function returned None for image {blocked.index}: it must "
+                    "return what takes the image's place, such as blocked.blank"
                 )
             return answer, Outcome("callback")
         if self._placeholder is None:

@@ -8,7 +8,8 @@ untrusted text harmless in all of them.
 
 Runs of many shards: options.py -> shard.py (`scan_shard`, the core) -> schema.py, sinks.py and
 keep.py (what is written) -> store.py (where it lies, whole or not at all) -> entry.py and unit.py
-(one shard's output) -> run.py (the folder) -> reader.py and local.py (the local engine).
+(one shard's output) -> lease.py (who is at work), tidy.py and run.py (the folder) -> reader.py and
+local.py (the local engine), told.py and ray_engine.py (Ray).
 
 What adds up: bins.py, error_kinds.py and concept_tally.py -> tally.py (with tally_json.py) ->
 parts.py (what runs left, as one tally) -> run_report.py, which run_view.py lays out with axis.py

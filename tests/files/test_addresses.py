@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from remote_server import serving
 from latentguard.errors import LatentsError
 from latentguard.files import PassedOver, read_arrays
 from latentguard.files import remote as remote_module
+from latentguard.files import scratch as scratch_module
 from latentguard.files.addresses import Remote, _braces, found, shown
 from latentguard.files.lists import listed
 from latentguard.files.paths import Unreadable
@@ -324,6 +329,29 @@ def test_copies_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     ended = run()
     assert not killed.exists()
     assert not ended.exists()
+
+
+def _scratch_folders(tmp_path: Path, together: Barrier, lost: SimpleQueue[int]) -> None:
+    """Make many, as processes do that begin at the same moment; say how many are gone."""
+    tempfile.tempdir = str(tmp_path)
+    together.wait()
+    made = [scratch_module._made.__wrapped__(os.getpid()) for _ in range(60)]
+    lost.put(sum(not (folder / "lock").exists() for folder in made))
+    together.wait()
+
+
+def test_processes_that_begin_together_leave_each_others_copies_alone(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    together, lost = context.Barrier(6), context.SimpleQueue()
+    processes = [
+        context.Process(target=_scratch_folders, args=(tmp_path, together, lost)) for _ in range(6)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert [lost.get() for _ in processes] == [0] * 6
 
 
 def test_a_missing_extra_names_itself() -> None:

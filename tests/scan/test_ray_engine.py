@@ -48,7 +48,7 @@ def cluster(_own_cluster: None) -> Iterator[Any]:
 
 @pytest.mark.slow
 @needs_ray
-def test_both_engines_say_theassert_same(tmp_path: Path, calm: Path) -> None:
+def test_both_engines_say_the_same(tmp_path: Path, calm: Path) -> None:
     shards = write_shards(tmp_path / "shards", 4, 5)
     bad = tmp_path / "shards" / "bad.tar"
     bad.write_bytes(b"nothing of a tar" * 100)
