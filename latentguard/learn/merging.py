@@ -49,7 +49,8 @@ def _merged(parts: Sequence[tuple[ConceptFile, Learned]]) -> Learned:
     slope = float(weights @ [one.scale.slope for one in solved])
     offset = float(weights @ [one.scale.offset for one in solved])
     shrinkage = float(np.exp(weights @ np.log([one.shrinkage for one in solved])))
-    own = [one.own for one in solved if one.own is not None]
+    fresh = _fresh(solved)
+    own = [one.own for one, new in zip(solved, fresh, strict=True) if one.own is not None and new]
     background = next((one.background for one in solved if one.background is not None), None)
     together = Solved(
         reduce(Sums.__add__, [one.positives for one in solved]),
@@ -65,7 +66,7 @@ def _merged(parts: Sequence[tuple[ConceptFile, Learned]]) -> Learned:
         first,
         weight=weight.astype(np.float32),
         bias=float(np.float32(bias)),
-        joint=_joint([entry for _, entry in parts], solved, first),
+        joint=_joint([entry for _, entry in parts], solved, fresh),
         positives=together.positives.count,
         negatives=together.negatives.count,
         background=background is not None,
@@ -94,27 +95,44 @@ def _check_different(
 ) -> None:
     numbered = [(file, one.positives) for (file, _), one in zip(parts, solved, strict=True)]
     for (file, one), (other_file, other) in combinations(numbered, 2):
-        same = one.count == other.count
-        if same and np.allclose(one.mean, other.mean, rtol=0, atol=1e-7):
+        if _same(one, other):
             raise LatentsError(
                 f"{file.path} and {other_file.path} were learned from the same positives: give one "
                 "of them"
             )
 
 
+def _same(one: Sums, other: Sums) -> bool:
+    """Whether two sums are of the same examples."""
+    return one.count == other.count and np.allclose(one.mean, other.mean, rtol=0, atol=1e-7)
+
+
+def _fresh(solved: Sequence[Solved]) -> list[bool]:
+    """Of each part, whether its own negatives are none that a part before it has, as a whole."""
+    known: list[Sums] = []
+    found = []
+    for one in solved:
+        new = one.own is not None and not any(_same(one.own, other) for other in known)
+        if new and one.own is not None:
+            known.append(one.own)
+        found.append(new)
+    return found
+
+
 def _joint(
-    entries: Sequence[Learned], solved: Sequence[Solved], first: Learned
+    entries: Sequence[Learned], solved: Sequence[Solved], fresh: Sequence[bool]
 ) -> NDArray[np.float32]:
-    """The mean embedding of all negatives, those of a background once."""
-    total, number, shared = np.zeros(len(first.joint)), 0, None
-    for entry, one in zip(entries, solved, strict=True):
-        total += entry.negatives * entry.joint.astype(np.float64)
-        number += entry.negatives
-        if one.background is None:
-            continue
-        if shared is not None:
-            total -= one.background.count * shared
-            number -= one.background.count
-        else:
+    """The mean embedding of all negatives, each set once."""
+    total, number = np.zeros(len(entries[0].joint)), 0
+    of_background: tuple[int, NDArray[np.float64]] | None = None
+    for entry, one, new in zip(entries, solved, fresh, strict=True):
+        mine = entry.negatives * entry.joint.astype(np.float64)
+        if one.background is not None:
             shared = find_background(*entry.key).joint.astype(np.float64)
+            of_background = one.background.count, one.background.count * shared
+            mine = mine - of_background[1]
+        if new and one.own is not None:
+            total, number = total + mine, number + one.own.count
+    if of_background is not None:
+        number, total = number + of_background[0], total + of_background[1]
     return (total / number).astype(np.float32)

@@ -178,6 +178,17 @@ def test_a_background_counts_once_however_many_parts_have_it(tmp_path):
     np.testing.assert_allclose(merged.joint, wanted, atol=1e-6)
 
 
+def test_negatives_that_several_parts_share_count_once(tmp_path):
+    others = part(OTHERS, 0, 60)
+    files = [
+        load_concept(write(tmp_path / "a", part(BIKES, 0, 4), others)),
+        load_concept(write(tmp_path / "b", part(BIKES, 4), others)),
+    ]
+    (merged,) = merge(files)
+    assert (merged.positives, merged.negatives) == (8, 60)
+    np.testing.assert_allclose(merged.joint, others.joint, atol=1e-6)
+
+
 def test_parts_that_cannot_be_added_are_refused(tmp_path):
     given = part(BIKES, 0, 6), part(OTHERS, 0, 60)
     file = load_concept(write(tmp_path / "a", *given))
