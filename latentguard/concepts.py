@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentguard.coverage import Coverage, check_coverage
 from latentguard.encoders import Encoder, traits
-from latentguard.encoders.examples import Widened, whole
+from latentguard.encoders.examples import Widened, whole, widened
 from latentguard.errors import ModelError, PolicyError
 from latentguard.policy import Policy
 from latentguard.policy.examples import ConceptFile, Learned
@@ -106,26 +106,33 @@ def _learned_row(file: ConceptFile, encoder: Encoder, contrast: Tensor) -> Tenso
     entry, wide = _entry(file, encoder), whole(encoder)
     if not isinstance(wide, Widened):
         raise ModelError(f"{wide.name} has no place for what was learned from examples")
-    joint = torch.from_numpy(entry.joint).to(encoder.device)
-    try:
-        mean = wide.joint_row(joint)
-        # Of an image like the negatives, the head alone decides.
-        level = float((contrast.float() @ mean).max())
-        return wide.head_row(torch.from_numpy(entry.weight), entry.bias + level)
-    except ValueError as error:
-        raise PolicyError(f"{file.path}: {error}") from error
+    mean = wide.joint_row(torch.from_numpy(entry.joint).to(encoder.device))
+    # Of an image like the negatives, the head alone decides.
+    level = float((contrast.float() @ mean).max())
+    return wide.head_row(torch.from_numpy(entry.weight), entry.bias + level)
 
 
 def _entry(file: ConceptFile, encoder: Encoder) -> Learned:
-    """What was learned for an encoder. Raises ModelError where nothing was."""
+    """What was learned for an encoder.
+
+    Raises ModelError where nothing was, PolicyError where it is of other features.
+    """
     model = whole(encoder)
-    return file.entry(model.name, model.sha256, model.space)
+    entry, wide = file.entry(model.name, model.sha256, model.space), widened(model)
+    assert isinstance(wide, Widened)
+    try:
+        wide.joint_row(torch.from_numpy(entry.joint))
+        wide.head_row(torch.from_numpy(entry.weight), entry.bias)
+    except ValueError as error:
+        raise PolicyError(f"{file.path}: {error}") from error
+    return entry
 
 
 def coverage_of(policy: Policy, encoder: Encoder) -> list[Coverage]:
     """What the encoder sees of each concept, prompt by prompt; examples it sees.
 
-    Raises ModelError where a file of examples was not learned for this encoder.
+    Raises ModelError where a file of examples was not learned for this encoder, PolicyError where
+    it is of other features.
     """
     contrast = {concept.id: policy.contrast_of(concept) for concept in policy.concepts}
     texts = [text for concept in policy.concepts for text in concept.prompts]

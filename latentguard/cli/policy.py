@@ -216,7 +216,7 @@ def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
     """Name the prompts that a model cannot see; whether it may judge by the policy."""
     from latentguard.concepts import coverage_of
     from latentguard.coverage import check_coverage
-    from latentguard.errors import CoverageError, ModelError
+    from latentguard.errors import CoverageError, ModelError, PolicyError
     from latentguard.policy import lines_of
     from latentguard.text import visible
 
@@ -229,7 +229,7 @@ def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
         return False
     try:
         coverage = coverage_of(policy, encoder)
-    except ModelError as error:  # of a file of examples
+    except (ModelError, PolicyError) as error:  # of a file of examples
         typer.echo(visible(f"{name}: {error}", 4000), err=True)
         return False
     found: dict[tuple[int | str, ...], str] = {}

@@ -185,6 +185,8 @@ def test_a_head_of_other_features_is_refused(
     write_concept(file, "handguns", [replace(head, **change)])
     with pytest.raises(PolicyError, match=sentence):
         Scorer(policy, NANO)
+    with pytest.raises(PolicyError, match=sentence):
+        coverage_of(load_policy(policy), NANO)
 
 
 def test_a_bank_needs_a_widened_encoder(policy: Path) -> None:
