@@ -39,6 +39,18 @@ def same_draws() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_spaces() -> Iterator[None]:
+    """Latent spaces that a test makes known are forgotten after it: files are told apart by all
+    that are."""
+    spaces = sys.modules.get("latentguard.spaces.space")
+    before = set(spaces.SPACES) if spaces else set()
+    yield
+    spaces = sys.modules.get("latentguard.spaces.space")
+    for name in set(spaces.SPACES) - before - set(spaces.RECORDS) if spaces else ():
+        del spaces.SPACES[name]
+
+
 @pytest.fixture
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
