@@ -1,17 +1,31 @@
-"""What the commands share that generate images: options, the generator, the arms."""
+"""What the commands share that generate images: their options, stated once, and what they do.
+
+`@generating` adds the options to a command's own, which gets them as one `Generation`.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from latentguard.cli.bar import Bar
+from latentguard.cli.evaluate import Print
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from latentguard.evaluate.generate.arms import Arm
+    from latentguard.evaluate.generate.asked import Asked
+    from latentguard.evaluate.generate.folder import RunFolder
     from latentguard.evaluate.generate.generators import Generator
+    from latentguard.evaluate.generate.judging import Judge, Judgment
 
 Run = Annotated[Path, typer.Option(help="The run's folder; finished images are not made again.")]
 Resume = Annotated[bool, typer.Option(help="Go on with the run in that folder.")]
@@ -68,69 +82,175 @@ Sld = Annotated[
 ]
 
 
-def generator_of(
-    kind: str,
-    config: Path | None,
-    latents: Path | None,
-    labels: Path | None,
-    loop: str,
-    leak: float,
-    **settings: Any,
-) -> Generator:
-    """What the command line says. Raises UsageError where options do not go together."""
-    from latentguard.errors import UsageError
-    from latentguard.evaluate.generate.settings import read_settings
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The options of a run: a field is an option, its annotation what `--help` says of it."""
 
-    if kind == "diffusers":
-        from latentguard.evaluate.generate.generators import PipelineGenerator
+    run: Run
+    arm: ArmNames
+    policy: PolicyName
+    model: Model = "auto"
+    iterations: Iterations = 50
+    sld: Sld = "strong"
+    kind: Kind = "diffusers"
+    pipeline: Pipeline = None
+    config: Config = None
+    dtype: Dtype = None
+    variant: Variant = None
+    device: Device = None
+    offload: Offload = None
+    scheduler: Scheduler = None
+    steps: Steps = None
+    guidance: Guidance = None
+    height: Height = None
+    width: Width = None
+    latents: Latents = None
+    labels: Labels = None
+    loop: Loop = "sdxl"
+    leak: Leak = 0.0
+    resume: Resume = False
+    output: Print = "table"
 
-        if latents is not None or labels is not None:
-            raise UsageError("--latents and --labels are of --generator exact")
-        return PipelineGenerator(read_settings(config, settings))
-    from latentguard.evaluate.generate.exact_generator import ExactGenerator
+    @property
+    def where(self) -> str:
+        """Where judges run."""
+        return self.device or "cpu"
 
-    steps, guidance = settings.pop("steps"), settings.pop("guidance")
-    useless = [name for name, value in settings.items() if value is not None]
-    if useless or config is not None:
-        raise UsageError(
-            f"--generator exact takes no --{[*useless, 'config'][0]}: it has --latents, --labels, "
-            "--loop, --leak, --steps and --guidance"
+    @cached_property
+    def generator(self) -> Generator:
+        """What makes images. Raises UsageError where options do not go together."""
+        from latentguard.errors import UsageError
+        from latentguard.evaluate.generate.settings import read_settings
+
+        given = {name: getattr(self, name) for name in _SETTINGS}
+        if self.kind == "diffusers":
+            from latentguard.evaluate.generate.generators import PipelineGenerator
+
+            if self.latents is not None or self.labels is not None:
+                raise UsageError("--latents and --labels are of --generator exact")
+            return PipelineGenerator(read_settings(self.config, given))
+        from latentguard.evaluate.generate.exact_generator import ExactGenerator
+
+        given = {name: value for name, value in given.items() if name not in ("steps", "guidance")}
+        useless = [name for name, value in given.items() if value is not None]
+        if useless or self.config is not None:
+            raise UsageError(
+                f"--generator exact takes no --{[*useless, 'config'][0]}: it has --latents, "
+                "--labels, --loop, --leak, --steps and --guidance"
+            )
+        if self.latents is None:
+            raise UsageError("--generator exact needs --latents, such as examples/latents.pt")
+        return ExactGenerator(
+            self.latents,
+            self.labels,
+            loop=self.loop,
+            steps=self.steps,
+            guidance=self.guidance,
+            leak=self.leak,
         )
-    if latents is None:
-        raise UsageError("--generator exact needs --latents, such as examples/latents.pt")
-    return ExactGenerator(latents, labels, loop=loop, steps=steps, guidance=guidance, leak=leak)
 
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """The arms that are asked for, each once. Raises UsageError for one that there is not."""
+        return [self._arm(name) for name in dict.fromkeys(self.arm)]
 
-def arms_of(
-    names: Sequence[str],
-    generator: Generator,
-    policy: str,
-    model: str,
-    iterations: int,
-    sld: str,
-) -> list[Arm]:
-    from latentguard.errors import UsageError
-    from latentguard.evaluate.generate.arms import (
-        ARMS,
-        Guarded,
-        SafeLatentDiffusion,
-        SearchedNoise,
-        Unguarded,
-    )
-    from latentguard.policy import load_policy
+    @property
+    def names(self) -> list[str]:
+        """The arms' names."""
+        return [one.name for one in self.arms]
 
-    arms: list[Arm] = []
-    for name in dict.fromkeys(names):
+    def _arm(self, name: str) -> Arm:
+        from latentguard.errors import UsageError
+        from latentguard.evaluate.generate import arms
+        from latentguard.policy import load_policy
+
         if name == "none":
-            arms.append(Unguarded(generator))
-        elif name == "block":
-            arms.append(Guarded(generator, load_policy(policy), "block", model))
-        elif name == "steer":
-            arms.append(Guarded(generator, load_policy(policy), "steer", model))
-        elif name == "noise":
-            arms.append(SearchedNoise(generator, load_policy(policy), model, iterations))
-        elif name == "sld":
-            arms.append(SafeLatentDiffusion(generator, sld))
+            return arms.Unguarded(self.generator)
+        if name == "block":
+            return arms.Guarded(self.generator, load_policy(self.policy), "block", self.model)
+        if name == "steer":
+            return arms.Guarded(self.generator, load_policy(self.policy), "steer", self.model)
+        if name == "noise":
+            policy = load_policy(self.policy)
+            return arms.SearchedNoise(self.generator, policy, self.model, self.iterations)
+        if name == "sld":
+            return arms.SafeLatentDiffusion(self.generator, self.sld)
+        raise UsageError(f"there is no arm {name!r}: use {', '.join(arms.ARMS)}")
+
+    def folder(
+        self, benchmark: str, prompts: Mapping[str, Any], asked: Sequence[Asked]
+    ) -> RunFolder:
+        """The run's folder, begun or gone on with. prompts: what they are of, for its manifest."""
+        from latentguard.evaluate.generate.folder import RunFolder
+        from latentguard.evaluate.generate.run import manifest_of
+
+        manifest = manifest_of(benchmark, prompts, asked, self.generator)
+        _ = self.arms  # what is wrong with them is said before there is a folder
+        return RunFolder(self.run, manifest, self.resume)
+
+    def make(self, folder: RunFolder, asked: Sequence[Asked]) -> None:
+        """Make the images that are not there yet."""
+        from latentguard.evaluate.generate.run import make_images
+
+        with Bar("generating") as advance:
+            make_images(folder, self.arms, asked, advance)
+
+    def judge(
+        self, folder: RunFolder, judges: Sequence[Judge], asked: Sequence[Asked]
+    ) -> dict[tuple[str, str], dict[str, Judgment]]:
+        """What each judge says of each arm's images; see `judge_images`."""
+        from latentguard.evaluate.generate.judging import judge_images
+
+        with Bar("judging") as advance:
+            return judge_images(folder, judges, self.names, asked, advance)
+
+    def show(self, results: Mapping[str, Any]) -> None:
+        """Print what came out, as `--format` says."""
+        if self.output == "json":
+            typer.echo(json.dumps(results))
         else:
-            raise UsageError(f"there is no arm {name!r}: use {', '.join(ARMS)}")
-    return arms
+            typer.echo((self.run / "results.md").read_text("utf-8"))
+
+
+_SETTINGS = (
+    "pipeline", "dtype", "variant", "device", "offload", "scheduler", "steps", "guidance", "height",
+    "width",
+)  # fmt: skip
+"""The options that are settings of a pipeline, by the names of `Settings`."""
+
+
+def generating(
+    arm: str = "none", policy: str = "default"
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options of `Generation` to those of a command, whose first parameter gets them.
+
+    arm, policy: their defaults.
+    """
+    defaults: dict[str, Any] = {"arm": [arm], "policy": policy}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(Generation, include_extras=True)
+        shared = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(field.name, field.default),
+                annotation=hints[field.name],
+            )
+            for field in fields(Generation)
+        ]
+        shared[0] = shared[0].replace(default=inspect.Parameter.empty)  # run has none
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            options = {parameter.name: given.pop(parameter.name) for parameter in shared}
+            command(Generation(**options), **given)
+
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        every = [*own, *shared]
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in every}
+        return run
+
+    return decorate
