@@ -53,6 +53,17 @@ def read_whole(file: BufferedReader) -> bytes:
     return data
 
 
+def read_bounded(path: str | Path, limit: int) -> bytes:
+    """All bytes of a regular file of at most `limit` bytes, a whole number of MiB.
+
+    Raises RefusedError for a larger one, and OSErrors as `open_regular` does.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise RefusedError(f"is larger than {limit >> 20} MiB")
+        return read_whole(file)
+
+
 def sha256_of(file: BufferedReader) -> str:
     """Hex digest of an open file."""
     file.seek(0)

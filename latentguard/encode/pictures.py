@@ -31,12 +31,9 @@ transparency that is half a gigabyte."""
 def read_picture(path: Path) -> bytes:
     """A picture file's bytes. Raises LatentsError: not regular, not there, or over `MAX_BYTES`."""
     try:
-        with regular.open_regular(path) as file:
-            data = file.read(MAX_BYTES + 1)
+        return regular.read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise LatentsError(regular.problem(error, "opened")) from error
-    check_bytes(len(data))
-    return data
 
 
 def check_bytes(size: int) -> None:

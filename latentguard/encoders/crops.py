@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentguard.encoders.base import Encoder, EncoderBase, Features, Head, traits
+from latentguard.encoders.around import Around
+from latentguard.encoders.base import Encoder, Features, traits
 from latentguard.encoders.catalog import VIEWS
 from latentguard.errors import ModelError
-
-if TYPE_CHECKING:
-    from latentguard.spaces import Latents
 
 PER_AXIS = 5
 """Crops along a side at most: those of larger images are larger."""
@@ -30,7 +28,7 @@ _MEASURED, _GROWTH = 9, 0.1
 their logarithm: the largest of many margins grows about so. Measured at 9 and at 25."""
 
 
-class Crops(EncoderBase):
+class Crops(Around):
     """Another encoder over the whole image and its crops; an image's score is its best view's.
 
     Crops are squares of the encoder's trained side that overlap by half where at most `PER_AXIS`
@@ -43,11 +41,6 @@ class Crops(EncoderBase):
     Raises ModelError for an encoder whose crops were not measured (`EncoderBase.crop_lead`).
     """
 
-    fixed_size = True
-    reads_crops = True
-
-    pools = True
-
     def __init__(self, encoder: Encoder) -> None:
         kind = traits(encoder)
         if kind.crop_side is None:
@@ -55,37 +48,16 @@ class Crops(EncoderBase):
                 f"{encoder.name} is not read in crops: no lead was measured for it, as it is for "
                 "nano-flux2"
             )
-        self.whole = encoder
+        super().__init__(encoder)
         self.side, self._lead = kind.crop_side, kind.crop_lead
-        self.sha256, self.space = encoder.sha256, encoder.space
-        self.needs_scaled, self.dim = encoder.needs_scaled, encoder.dim
-        self.logit_scale = encoder.logit_scale
-        self.neutral_prompts = encoder.neutral_prompts
-        self.always_neutral = encoder.always_neutral
-        self.uses_templates = encoder.uses_templates
-        self.min_coverage = encoder.min_coverage
+        self.fixed_size = self.reads_crops = self.pools = True
+        self.unscales, self.crop_side = False, None
         self.notes = f"{encoder.notes} Read whole and in crops of {self.side} cells."
 
     @property
     def name(self) -> str:
         """The encoder's, with `+views=crops` behind it."""
-        return f"{self.whole.name}{VIEWS}crops"
-
-    @property
-    def module(self) -> nn.Module | None:
-        return traits(self.whole).module
-
-    @property
-    def head(self) -> Head:
-        return self.whole.head
-
-    @property
-    def device(self) -> torch.device:
-        return self.whole.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.whole.dtype
+        return f"{self.inner.name}{VIEWS}crops"
 
     def features(
         self,
@@ -98,14 +70,14 @@ class Crops(EncoderBase):
     ) -> Features:
         """As `Encoder.features`; `tiles` counts the views, `lead` is what a crop has to have."""
         boxes = boxes_of(latents.shape[-2], latents.shape[-1], self.side)
-        pools = traits(self.whole).pools
+        pools = traits(self.inner).pools
         wanted: dict[str, Any] = {"tokens": tokens} if pools else {}
         alone: dict[str, Any] = {"tokens": False} if pools else {}
-        whole = self.whole.features(latents, noise, alpha, sigma, **wanted)
+        whole = self.inner.features(latents, noise, alpha, sigma, **wanted)
         if not boxes:
             return whole
         count = len(boxes)
-        crops = self.whole.features(
+        crops = self.inner.features(
             _crops(latents, boxes),
             None if noise is None else _crops(noise, boxes),
             None if alpha is None else alpha.repeat_interleave(count),
@@ -119,20 +91,6 @@ class Crops(EncoderBase):
     def lead(self, count: int) -> float:
         """What the margin of one of so many crops has to have above what the whole needs."""
         return self._lead + _GROWTH * max(0.0, math.log(count / _MEASURED))
-
-    def encode_latents(self, latents: Latents) -> Tensor:
-        """The whole image's embedding; crops have their own."""
-        return self.whole.encode_latents(latents)
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        return self.whole.encode_text(texts)
-
-    def coverage(self, texts: Sequence[str]) -> Tensor:
-        return self.whole.coverage(texts)
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        self.whole.to(*args, **kwargs)
-        return self
 
 
 Box = tuple[int, int, int, int]

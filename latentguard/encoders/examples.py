@@ -8,15 +8,15 @@ and its bias stands at the constant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentguard.encoders.base import Encoder, EncoderBase, Features, Head, traits
+from latentguard.encoders.around import Around
+from latentguard.encoders.base import Encoder, Features, Head, traits
 from latentguard.encoders.crops import Crops
 from latentguard.errors import LatentsError
 
@@ -27,7 +27,7 @@ CONSTANT = 16
 """Columns of the constant: one is 1, the others are zero and keep rows aligned."""
 
 
-class Widened(EncoderBase):
+class Widened(Around):
     """Another encoder over [its embedding, its trunk's features, a constant], each of norm 1.
 
     Scores of prompts are the encoder's own up to rounding, and so are its name and digest. The
@@ -36,48 +36,15 @@ class Widened(EncoderBase):
     """
 
     def __init__(self, encoder: Encoder) -> None:
-        self.plain = encoder
-        kind = traits(encoder)
-        self.joint_dim, self.trunk = encoder.dim, kind.trunk_dim
-        self.dim = encoder.dim + kind.trunk_dim + CONSTANT
-        self.text_norm = float(2 + bool(kind.trunk_dim)) ** 0.5
-        self.name, self.sha256, self.space = encoder.name, encoder.sha256, encoder.space
-        self.needs_scaled = encoder.needs_scaled
-        self.logit_scale = encoder.logit_scale
-        self.neutral_prompts = encoder.neutral_prompts
-        self.always_neutral = encoder.always_neutral
-        self.uses_templates = encoder.uses_templates
-        self.min_coverage = encoder.min_coverage
-        self.notes = encoder.notes
-        self.head = Head()
-        self.fixed_size, self.pools, self.unscales = kind.fixed_size, kind.pools, kind.unscales
-        self.crop_side, self.crop_lead = kind.crop_side, kind.crop_lead
-        self.reads_crops, self.merges = kind.reads_crops, kind.merges
+        super().__init__(encoder)
+        self.joint_dim, self.trunk = encoder.dim, traits(encoder).trunk_dim
+        self.dim = self.joint_dim + self.trunk + CONSTANT
+        self.text_norm = float(2 + bool(self.trunk)) ** 0.5
 
     @property
-    def merge(self) -> float:  # type: ignore[override]
-        """The share of the encoder's tokens that merge."""
-        return traits(self.plain).merge
-
-    @property
-    def module(self) -> nn.Module | None:
-        return traits(self.plain).module
-
-    @property
-    def device(self) -> torch.device:
-        return self.plain.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.plain.dtype
-
-    def tokens_left(self, height: int, width: int) -> tuple[int, int]:
-        return traits(self.plain).tokens_left(height, width)
-
-    @contextmanager
-    def published(self) -> Iterator[None]:
-        with traits(self.plain).published():
-            yield
+    def head(self) -> Head:
+        """None: rows are embeddings already."""
+        return Head()
 
     def features(
         self,
@@ -89,14 +56,14 @@ class Widened(EncoderBase):
         tokens: bool = True,
     ) -> Features:
         """As the encoder's `features`, in rows [.., dim] before their norm."""
-        found = _own(self.plain, (latents, noise, alpha, sigma, *affine), tokens)
+        found = _own(self.inner, (latents, noise, alpha, sigma, *affine), tokens)
         return Features(
             self._wide(found.pooled), self._wide(found.tokens), found.grid, found.tiles, found.lead
         )
 
     def _wide(self, rows: Tensor) -> Tensor:
         if not self.trunk:
-            rows = self.plain.head.embed(rows).to(rows.dtype)
+            rows = self.inner.head.embed(rows).to(rows.dtype)
             return torch.cat([rows, F.pad(torch.ones_like(rows[..., :1]), (0, CONSTANT - 1))], -1)
         # A cell of which the trunk knows nothing has features of norm 0. Its row is no shorter.
         nothing = rows[..., self.joint_dim :].norm(dim=-1, keepdim=True) < 0.5
@@ -115,7 +82,7 @@ class Widened(EncoderBase):
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Rows [P, dim] of norm `text_norm`, so that cosines with images are the encoder's."""
-        rows = self.plain.encode_text(texts)
+        rows = self.inner.encode_text(texts)
         return F.pad(rows, (0, self.dim - self.joint_dim)) * self.text_norm
 
     def joint_row(self, embedding: Tensor) -> Tensor:
@@ -143,24 +110,17 @@ class Widened(EncoderBase):
         row[self.joint_dim + self.trunk] = bias
         return row * self.text_norm
 
-    def coverage(self, texts: Sequence[str]) -> Tensor:
-        return self.plain.coverage(texts)
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        self.plain.to(*args, **kwargs)
-        return self
-
 
 def widened(encoder: Encoder) -> Encoder:
     """An encoder whose space holds heads that were learned from examples, too."""
     if isinstance(encoder, Crops):
-        return Crops(widened(encoder.whole))
+        return Crops(widened(encoder.inner))
     return encoder if isinstance(encoder, Widened) else Widened(encoder)
 
 
 def whole(encoder: Encoder) -> Encoder:
     """The encoder whose crops another one reads, or that one itself: crops are as it sees them."""
-    return encoder.whole if isinstance(encoder, Crops) else encoder
+    return encoder.inner if isinstance(encoder, Crops) else encoder
 
 
 def example_features(encoder: Encoder, latents: Latents, *, tokens: bool = False) -> Features:

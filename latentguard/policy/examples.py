@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from latentguard.atomic import replacing
 from latentguard.errors import MissingExtraError, ModelError, PolicyError
-from latentguard.regular import open_regular, problem, read_whole
+from latentguard.regular import problem, read_bounded
 from latentguard.text import first_line
 
 FORMAT = "latentguard-concept"
@@ -120,11 +119,7 @@ class ConceptFile:
 def load_concept(path: str | Path) -> ConceptFile:
     """Read a concept's file. Raises PolicyError, one sentence, where it is none or was damaged."""
     try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                raise PolicyError(f"{path}: {size:,} bytes are too many for a concept's file")
-            data = read_whole(file)
+        data = read_bounded(path, MAX_BYTES)
     except FileNotFoundError as error:
         raise PolicyError(f"{path}: no such file") from error
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentguard.errors import PolicyError
-from latentguard.regular import open_regular, problem
+from latentguard.regular import problem, read_bounded
 from latentguard.yaml_nodes import clip
 
 if TYPE_CHECKING:
@@ -27,14 +27,11 @@ def read_picture(path: Path) -> bytes:
     Raises PolicyError: what is wrong with it, as what follows its name.
     """
     try:
-        with open_regular(path) as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_bounded(path, MAX_BYTES)
     except FileNotFoundError as error:
         raise PolicyError("there is no such file") from error
     except OSError as error:
         raise PolicyError(problem(error)) from error
-    if len(data) > MAX_BYTES:
-        raise PolicyError(f"is larger than {MAX_BYTES >> 20} MiB")
     if not _is_known(data):
         raise PolicyError("must be a PNG, JPEG or WebP file")
     if find_spec("PIL") is not None:

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +106,28 @@ def test_nothing_to_encode(tmp_path: Path) -> None:
         find_pictures([tmp_path / "missing"])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
-def test_a_folder_that_cannot_be_listed_is_a_problem(photos: Path) -> None:
-    (photos / "dog").chmod(0)
-    try:
-        assert problems(find_sources([photos]))[0].startswith("is a folder that cannot be listed")
-    finally:
-        (photos / "dog").chmod(0o755)
+@pytest.fixture
+def nobody() -> Iterator[Callable[[], None]]:
+    """Called, it takes root's right to list every folder, until the test ends."""
+    before = os.geteuid()
+    yield lambda: os.seteuid(65534) if before == 0 else None
+    os.seteuid(before)
+
+
+def test_a_folder_that_cannot_be_listed_is_a_problem(nobody: Callable[[], None]) -> None:
+    # Not below pytest's own folder, which is its user's alone.
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / "cat").mkdir()
+        (folder / "cat" / "a.png").write_bytes(photo_bytes(0))
+        (folder / "dog").mkdir(mode=0)
+        folder.chmod(0o755)
+        find_sources([folder])  # loads what it needs with all rights
+        nobody()
+        found = problems(find_sources([folder]))
+        os.seteuid(os.getuid())
+        (folder / "dog").chmod(0o755)
+    assert found[0].startswith("is a folder that cannot be listed")
 
 
 def test_captions_that_cannot_be_read(photos: Path) -> None:

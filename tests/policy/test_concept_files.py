@@ -174,7 +174,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     large = tmp_path / "large.safetensors"
     with large.open("wb") as out:
         out.truncate(MAX_BYTES + 1)
-    with pytest.raises(PolicyError, match="too many for a concept's file"):
+    with pytest.raises(PolicyError, match="is larger than 64 MiB"):
         load_concept(large)
 
 

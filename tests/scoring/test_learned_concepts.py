@@ -14,7 +14,7 @@ from exported import second, two_stages
 from learned import NANO, entry, is_gun, photos, write_policy
 
 from latentguard.concepts import ConceptBank, coverage_of
-from latentguard.encoders import load_encoder
+from latentguard.encoders import load_encoder, traits
 from latentguard.encoders.examples import example_features, joint_embedding, whole, widened
 from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.policy import load_policy
@@ -195,6 +195,8 @@ def test_a_bank_needs_a_widened_encoder(policy: Path) -> None:
     wide = widened(NANO)
     assert widened(wide) is wide
     assert whole(wide) is wide
+    crops = widened(load_encoder("nano-flux2+views=crops", "cpu"))
+    assert (crops.dim, traits(crops).text_norm) == (wide.dim, traits(wide).text_norm)
     assert ConceptBank.build(load_policy(policy), wide).embeddings.shape == (6, wide.dim)
 
 

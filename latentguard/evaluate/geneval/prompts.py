@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import UsageError
-from latentguard.regular import open_regular, problem
+from latentguard.regular import problem, read_bounded
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = (
@@ -65,12 +65,9 @@ def read_prompts(path: Path) -> tuple[list[Prompt], str]:
     Raises UsageError for a file that cannot be read, and a line of another form.
     """
     try:
-        with open_regular(path) as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise UsageError(f"{path}: {problem(error)}") from error
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: larger than {MAX_BYTES >> 20} MiB")
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

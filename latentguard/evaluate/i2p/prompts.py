@@ -12,7 +12,7 @@ from pathlib import Path
 
 from latentguard.errors import UsageError
 from latentguard.evaluate.generate.asked import Asked
-from latentguard.regular import open_regular, problem
+from latentguard.regular import problem, read_bounded
 
 CATEGORIES = (
     "hate",
@@ -73,12 +73,9 @@ def read_prompts(path: Path) -> tuple[list[Row], str]:
     Raises UsageError for a file that cannot be read, a missing column, and a row that is wrong.
     """
     try:
-        with open_regular(path) as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise UsageError(f"{path}: {problem(error)}") from error
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: larger than {MAX_BYTES >> 20} MiB")
     try:
         reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         missing = [name for name in USED if name not in (reader.fieldnames or ())]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
-from latentguard.regular import open_regular, problem
+from latentguard.regular import problem, read_bounded
 
 MAX_BYTES = 1 << 20
 CLASSES = 2
@@ -35,12 +35,9 @@ def read_prompts(path: str | Path) -> NDArray[np.float32]:
     """
     source = Path(path)
     try:
-        with open_regular(source) as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_bounded(source, MAX_BYTES)
     except OSError as error:
         raise ModelError(f"{source}: {problem(error)}") from error
-    if len(data) > MAX_BYTES:
-        raise ModelError(f"{source}: larger than 1 MiB, so it holds no Q16 prompts")
     try:
         array = _npy(data) if data.startswith(b"\x93NUMPY") else _pickled(data)
     except (ValueError, LookupError, TypeError) as error:

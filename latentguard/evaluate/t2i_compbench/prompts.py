@@ -12,7 +12,7 @@ from pathlib import Path
 
 from latentguard.errors import UsageError
 from latentguard.evaluate.generate.asked import Asked
-from latentguard.regular import open_regular, problem
+from latentguard.regular import problem, read_bounded
 from latentguard.text import unseen
 
 IMAGES = 10
@@ -29,15 +29,12 @@ def read_prompts(path: Path) -> tuple[list[str], str]:
     Raises UsageError for a file that cannot be read, and a prompt that cannot be a picture's name.
     """
     try:
-        with open_regular(path) as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_bounded(path, MAX_BYTES)
         lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UsageError(f"{path}: {problem(error)}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is not UTF-8: {error.reason}") from error
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: larger than {MAX_BYTES >> 20} MiB")
     prompts = []
     for number, line in enumerate(lines, 1):
         prompt = line.split("\t")[0].strip()
