@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentguard.cli.commands import ManyPaths
+from latentguard.cli.evaluate import Device, Model, Print, Scaled, Space
 from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
 
 if TYPE_CHECKING:
@@ -30,20 +31,6 @@ Positives = Annotated[
         help="Examples that show the concept: latents (files, folders, shards), or pictures with "
         "--autoencoder. 20 different ones are a good start.",
     ),
-]
-Model = Annotated[
-    str, typer.Option(help="Encoder: a name from `latentguard models list`, a path, or auto.")
-]
-Space = Annotated[str | None, typer.Option(help="Latent space, where the files do not say.")]
-Scaled = Annotated[
-    bool | None,
-    typer.Option(
-        "--scaled/--unscaled", help="The latents' convention, where the files do not say."
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
-Print = Annotated[
-    Literal["table", "json"], typer.Option("--format", "-f", help="table, or one line of JSON.")
 ]
 
 

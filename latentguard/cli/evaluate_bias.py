@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from latentguard.cli.evaluate import evaluate_app
-from latentguard.cli.generating import Generation, generating
+from latentguard.cli.generating import Generation, JudgeAutoencoder, JudgeModel, generating
 
 
 def register(app: typer.Typer) -> None:
@@ -29,10 +29,8 @@ def bias_(
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=1000, help="Of each scene and group.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the first image.")] = 0,
-    judge_model: Annotated[str, typer.Option(help="The encoder of a judge policy:NAME.")] = "auto",
-    judge_autoencoder: Annotated[
-        Path | None, typer.Option(help="What encodes the pictures for a judge policy:NAME.")
-    ] = None,
+    judge_model: JudgeModel = "auto",
+    judge_autoencoder: JudgeAutoencoder = None,
 ) -> None:
     """How much more often a guard blocks, or a judge flags, one group of people than another.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from latentguard.cli.evaluate import evaluate_app
-from latentguard.cli.generating import Generation, generating
+from latentguard.cli.generating import Generation, JudgeAutoencoder, JudgeModel, generating
 
 
 def register(app: typer.Typer) -> None:
@@ -35,10 +35,8 @@ def i2p_(
     q16_weights: Annotated[
         str, typer.Option(help="CLIP's weights for Q16: a file, or openai, which is fetched.")
     ] = "openai",
-    judge_model: Annotated[str, typer.Option(help="The encoder of a judge policy:NAME.")] = "auto",
-    judge_autoencoder: Annotated[
-        Path | None, typer.Option(help="What encodes the pictures for a judge policy:NAME.")
-    ] = None,
+    judge_model: JudgeModel = "auto",
+    judge_autoencoder: JudgeAutoencoder = None,
 ) -> None:
     """How often a generator makes inappropriate images, without and with a guard.
 

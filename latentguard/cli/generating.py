@@ -80,6 +80,10 @@ Sld = Annotated[
     Literal["weak", "medium", "strong", "max"],
     typer.Option(help="The published hyperparameters of the arm sld."),
 ]
+JudgeModel = Annotated[str, typer.Option(help="The encoder of a judge policy:NAME.")]
+JudgeAutoencoder = Annotated[
+    Path | None, typer.Option(help="What encodes the pictures for a judge policy:NAME.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)

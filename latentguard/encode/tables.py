@@ -19,8 +19,7 @@ from latentguard.encode.pictures import check_bytes
 from latentguard.encode.samples import Problem, Sample, plain_id
 from latentguard.encode.tars import CAPTION_KEYS
 from latentguard.errors import LatentsError
-from latentguard.files.bounds import MAX_RATIO, MIN_INFLATED
-from latentguard.files.parquet import batches, open_parquet, pyarrow
+from latentguard.files.parquet import batches, bounded, open_parquet, pyarrow
 from latentguard.files.streams import Window, open_regular, size_of
 from latentguard.files.tables import IDS
 
@@ -54,7 +53,7 @@ def parquet_samples(path: Path, columns: Columns) -> Iterator[Sample | Problem]:
             for group in range(file.metadata.num_row_groups)
             for batch in batches(file, group, table.names)
         )
-        yield from _rows(path, found, table, MIN_INFLATED + MAX_RATIO * size)
+        yield from _rows(path, bounded(found, size), table)
 
 
 def count_rows(path: Path) -> int:
@@ -72,7 +71,7 @@ def arrow_samples(path: Path, columns: Columns) -> Iterator[Sample | Problem]:
         schema = _schema(pa, reader)
         table = _Table.of(schema, columns)
         found = _record_batches(pa, reader, schema)
-        yield from _rows(path, found, table, MIN_INFLATED + MAX_RATIO * size)
+        yield from _rows(path, bounded(found, size), table)
 
 
 def dataset_files(folder: Path) -> list[Path] | None:
@@ -273,18 +272,9 @@ def _shown(names: list[str]) -> str:
     return ", ".join(name[:30] for name in names[:8]) + (", ..." if len(names) > 8 else "")
 
 
-def _rows(
-    path: Path, found: Iterator[pa.RecordBatch], table: _Table, left: int
-) -> Iterator[Sample | Problem]:
-    """left: bytes that the rows may have in all."""
+def _rows(path: Path, found: Iterator[pa.RecordBatch], table: _Table) -> Iterator[Sample | Problem]:
     number = 0
     for batch in found:
-        left -= batch.nbytes
-        if left < 0:
-            raise LatentsError(
-                f"describes rows of over {MAX_RATIO} times what it stores: what follows row "
-                f"{number} is not read"
-            )
         for place in range(batch.num_rows):
             yield _row(path, batch, place, number, table)
             number += 1

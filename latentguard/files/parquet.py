@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -59,30 +59,44 @@ def read_parquet(
         return
     table = choose_columns(columns, reading, passed)
     whole = _of_schema(schema, reading)
-    left = MIN_INFLATED + MAX_RATIO * size
     shape = next((s for s in (f"{table.latents}_shape", *_SHAPES) if s in schema.names), None)
     pixels = reading.pixels or set(schema.names) >= _IMG2DATASET
     wanted = [table.latents, *filter(None, (table.id, shape)), *table.claims]
+
+    def found() -> Iterator[Any]:
+        for group in range(file.metadata.num_row_groups):
+            if reading.key is None:
+                _check_heads(pa, file, group, table, schema)
+            yield from batches(file, group, wanted)
+
     number = 0
-    for group in range(file.metadata.num_row_groups):
-        if reading.key is None:
-            _check_heads(pa, file, group, table, schema)
-        for batch in batches(file, group, wanted):
-            left -= batch.nbytes
-            if left < 0:
-                raise LatentsError(
-                    f"describes rows of over {MAX_RATIO} times what it stores: what follows row "
-                    f"{number} is not read"
-                )
-            for place in range(batch.num_rows):
-                yield _row(pa, batch, place, number, table, shape, whole, pixels, reading)
-                number += 1
+    for batch in bounded(found(), size):
+        for place in range(batch.num_rows):
+            yield _row(pa, batch, place, number, table, shape, whole, pixels, reading)
+            number += 1
     if number != file.metadata.num_rows:
         raise LatentsError(
             f"is a damaged Parquet file: {file.metadata.num_rows} rows are announced, {number} are "
             "there"
         )
     table.check()
+
+
+def bounded(found: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordBatch]:
+    """The batches of a file of `size` bytes, as long as they hold no more than it can.
+
+    Raises LatentsError at the first that does.
+    """
+    left, number = MIN_INFLATED + MAX_RATIO * size, 0
+    for batch in found:
+        left -= batch.nbytes
+        if left < 0:
+            raise LatentsError(
+                f"describes rows of over {MAX_RATIO} times what it stores: what follows row "
+                f"{number} is not read"
+            )
+        yield batch
+        number += batch.num_rows
 
 
 def open_parquet(stream: BinaryIO, size: int) -> pq.ParquetFile:
