@@ -282,9 +282,10 @@ def _spread(values: NDArray[np.float64]) -> str:
 
 
 def promise_table(found: list[dict[str, object]]) -> list[str]:
-    """How often what was promised held."""
-    head = ("positives", "trials", "AUROC promised", "found", "intervals overlap")
-    head += ("recall promised at 1 %", "found", "intervals overlap", "false positives found")
+    """How often what was promised held: the figure lies in the interval, the intervals overlap."""
+    held = ("within the interval", "intervals overlap")
+    head = ("positives", "trials", "AUROC promised", "found", *held)
+    head += ("recall promised at 1 %", "found", *held, "false positives found")
     head += ("recall found at probability 0.5", "false positives found there")
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for number in NUMBERS[1:]:
@@ -296,12 +297,11 @@ def promise_table(found: list[dict[str, object]]) -> list[str]:
         cells = [number, len(rows)]
         for key, promised in (("auroc", said), ("recall", caught)):
             real = [r[key] for r in rows]
-            held = [
-                p["low"] <= x["high"] and x["low"] <= p["high"]
-                for p, x in zip(promised, real, strict=True)
-            ]
+            both = list(zip(promised, real, strict=True))
+            within = [p["low"] <= x["value"] <= p["high"] for p, x in both]
+            overlap = [p["low"] <= x["high"] and x["low"] <= p["high"] for p, x in both]
             cells += [f"{np.mean([one['value'] for one in s]):.3f}" for s in (promised, real)]
-            cells.append(f"{np.mean(held):.2f}")
+            cells += [f"{np.mean(within):.2f}", f"{np.mean(overlap):.2f}"]
         cells += [f"{np.mean([r[key] for r in rows]):.4f}" for key in ("fpr",)]
         cells += [f"{np.mean([r['recall_at_half'] for r in rows]):.3f}"]
         cells += [f"{np.mean([r['fpr_at_half'] for r in rows]):.4f}"]
