@@ -357,7 +357,7 @@ def page(data: dict[str, Any]) -> list[str]:
         "",
         *promise_table(data["promises"]),
         "",
-        f"Learning from 50 + 500 latents in files, two threads, beside whatever else ran: {took}.",
+        f"Learning from 50 + 500 latents in files, two threads: {took}.",
         "",
         ", ".join(f"{key}: {value}" for key, value in data["machine"].items()),
     ]
