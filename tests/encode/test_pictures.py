@@ -90,10 +90,10 @@ def test_a_picture_of_too_many_pixels(side: int) -> None:
 
 
 def test_a_file_of_too_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_BYTES", 100)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 1 << 20)
     path = tmp_path / "a.png"
-    path.write_bytes(photo_bytes())
-    with pytest.raises(LatentsError, match="over 100 bytes"):
+    path.write_bytes(photo_bytes() + bytes(1 << 20))
+    with pytest.raises(LatentsError, match="larger than 1 MiB"):
         read_picture(path)
 
 

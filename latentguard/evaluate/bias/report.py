@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentguard.atomic import replacing
 from latentguard.evaluate.bias.measure import Treated, measure_arm
 from latentguard.evaluate.bias.prompts import Scenes, cells_of
 from latentguard.evaluate.generate.asked import Asked
-from latentguard.evaluate.generate.cost import write_cost
-from latentguard.evaluate.generate.folder import RunFolder, write_json
+from latentguard.evaluate.generate.folder import RunFolder
 from latentguard.evaluate.generate.judging import Judgment
+from latentguard.evaluate.generate.results import write_results
 from latentguard.evaluate.generate.tables import cell
 from latentguard.evaluate.plots import plot_shares
 
@@ -38,18 +37,12 @@ def report(
             images.append(Treated(*cells[one.row], outcomes))
         found[arm] = measure_arm(images, ["blocked", *judges])
         seconds[arm] = [float(record["seconds"]) for record in records]
-    results = {
-        "schema_version": 1,
-        "benchmark": "bias",
-        "manifest_sha256": folder.sha256,
+    figures = {
         "name": scenes.name,
         "scenes": len(scenes.scenes),
         "images_per_scene_and_group": len(asked) // len(cells),
         "arms": found,
     }
-    write_json(folder.path / "results.json", results)
-    with replacing(folder.path / "results.md") as file:
-        file.write(_page(results).encode())
     groups = [(axis, group) for axis, some in scenes.axes.items() for group in some]
     series = {
         arm: [axes[axis]["blocked"]["rates"][group] for axis, group in groups]
@@ -58,8 +51,7 @@ def report(
     plot_shares(
         folder.path / "results.png", "Blocked images", [f"{a}: {g}" for a, g in groups], series
     )
-    write_cost(folder, seconds)
-    return results
+    return write_results(folder, "bias", figures, _page, seconds)
 
 
 def _page(results: Mapping[str, Any]) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 from latentguard.atomic import replacing
 from latentguard.evaluate.generate.asked import Asked
-from latentguard.evaluate.generate.cost import write_cost
-from latentguard.evaluate.generate.folder import RunFolder, write_json
+from latentguard.evaluate.generate.folder import RunFolder
 from latentguard.evaluate.generate.judging import Judgment
+from latentguard.evaluate.generate.results import write_results
 from latentguard.evaluate.generate.tables import Published, cell, markdown
 from latentguard.evaluate.geneval.measure import Seen, measure_arm
 from latentguard.evaluate.geneval.prompts import TAGS, Prompt
@@ -63,25 +63,19 @@ def report(
         found[arm] = measure_arm(prompts, images)
         if arm in said:
             _write_lines(folder, arm, prompts, asked, said[arm])
-    results = {
-        "schema_version": 1,
-        "benchmark": "geneval",
-        "manifest_sha256": folder.sha256,
+    figures = {
         "prompts": len(prompts),
         "images_per_prompt": len(asked) // len(prompts),
         "evaluator": "built-in, not the official one" if said else None,
         "arms": found,
     }
-    write_json(folder.path / "results.json", results)
-    with replacing(folder.path / "results.md") as file:
-        file.write(_page(results).encode())
     series = {
         arm: [figures["overall"], *(figures["by_tag"].get(tag) for tag in TAGS)]
         for arm, figures in found.items()
     }
     plot_shares(folder.path / "results.png", "Right images", ("overall", *TAGS), series)
-    write_cost(folder, {arm: [float(r["seconds"]) for r in some] for arm, some in records.items()})
-    return results
+    seconds = {arm: [float(r["seconds"]) for r in some] for arm, some in records.items()}
+    return write_results(folder, "geneval", figures, _page, seconds)
 
 
 def _write_lines(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentguard.atomic import replacing
 from latentguard.evaluate.generate.asked import Asked
-from latentguard.evaluate.generate.cost import write_cost
-from latentguard.evaluate.generate.folder import RunFolder, write_json
+from latentguard.evaluate.generate.folder import RunFolder
 from latentguard.evaluate.generate.judging import Judgment
+from latentguard.evaluate.generate.results import write_results
 from latentguard.evaluate.generate.tables import Published, cell, markdown
 from latentguard.evaluate.i2p.measure import Judged, measure_arm
 from latentguard.evaluate.i2p.prompts import CATEGORIES, Row
@@ -55,18 +54,12 @@ def report(
         ]
         found[arm] = measure_arm(rows, images, judges)
         seconds[arm] = [float(record["seconds"]) for record in records]
-    results = {
-        "schema_version": 1,
-        "benchmark": "i2p",
-        "manifest_sha256": folder.sha256,
+    figures = {
         "rows": len(rows),
         "images_per_row": len(asked) // len(rows),
         "judges": judges,
         "arms": found,
     }
-    write_json(folder.path / "results.json", results)
-    with replacing(folder.path / "results.md") as file:
-        file.write(_page(results).encode())
     series = {
         arm: [figures["inappropriate"], *(figures["by_category"].get(c) for c in CATEGORIES)]
         for arm, figures in found.items()
@@ -74,8 +67,7 @@ def report(
     plot_shares(
         folder.path / "results.png", "Inappropriate images", ("overall", *CATEGORIES), series
     )
-    write_cost(folder, seconds)
-    return results
+    return write_results(folder, "i2p", figures, _page, seconds)
 
 
 def _page(results: Mapping[str, Any]) -> str:

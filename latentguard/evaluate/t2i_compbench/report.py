@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentguard.atomic import replacing
 from latentguard.evaluate.generate.asked import Asked
-from latentguard.evaluate.generate.cost import write_cost
-from latentguard.evaluate.generate.folder import RunFolder, write_json
+from latentguard.evaluate.generate.folder import RunFolder
+from latentguard.evaluate.generate.results import write_results
 from latentguard.evaluate.generate.shares import interval_dict, share
 from latentguard.evaluate.generate.tables import Published, cell, markdown
 
@@ -30,25 +29,17 @@ def report(folder: RunFolder, asked: Sequence[Asked], arms: Sequence[str]) -> di
         blocked = share([bool(r["blocked"]) for r in records], [one.row for one in asked])
         found[arm] = {"images": len(records), "blocked": interval_dict(blocked)}
         seconds[arm] = [float(record["seconds"]) for record in records]
-    results = {
-        "schema_version": 1,
-        "benchmark": "t2i-compbench",
-        "manifest_sha256": folder.sha256,
-        "evaluator": None,
-        "arms": found,
-    }
-    write_json(folder.path / "results.json", results)
+    figures = {"evaluator": None, "arms": found}
+    return write_results(folder, "t2i-compbench", figures, _page, seconds)
+
+
+def _page(results: Mapping[str, Any]) -> str:
     measured = [
         (arm, {"images": str(one["images"]), "blocked": cell(one["blocked"])})
-        for arm, one in found.items()
+        for arm, one in results["arms"].items()
     ]
-    with replacing(folder.path / "results.md") as file:
-        file.write(
-            (
-                "# T2I-CompBench\n\nNothing was evaluated here: `images/ARM` is the folder that "
-                "the benchmark's own evaluators take (`--out_dir`). Blocked images are black.\n\n"
-                + markdown(COLUMNS, measured, PUBLISHED)
-            ).encode()
-        )
-    write_cost(folder, seconds)
-    return results
+    return (
+        "# T2I-CompBench\n\nNothing was evaluated here: `images/ARM` is the folder that the "
+        "benchmark's own evaluators take (`--out_dir`). Blocked images are black.\n\n"
+        + markdown(COLUMNS, measured, PUBLISHED)
+    )
