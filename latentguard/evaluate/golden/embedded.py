@@ -148,7 +148,8 @@ class Embedded:
         found = self._embed(self.latents.pick(rows), other)
         own = self.pictures[list(rows)]
         cosines = (found * own).sum(-1) / (found.norm(dim=-1) * own.norm(dim=-1))
-        return cosines.double().cpu().numpy()
+        agreement: NDArray[np.float64] = cosines.double().cpu().numpy()
+        return agreement
 
     @torch.inference_mode()
     def _embed(self, latents: Latents, encoder: Encoder | None = None) -> Tensor:
