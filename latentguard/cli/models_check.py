@@ -46,8 +46,9 @@ def check(
 ) -> None:
     """Check a model on pictures that nobody could mistake: is it what it should be?
 
-    Finds wrong or damaged weights, latents read in a wrong scaling, and precision that does not
-    do. Ends with 0 where all checks pass, and with 1 where one does not.
+    Finds wrong or damaged weights, latents read in a wrong scaling, and precision that is too low.
+
+    Ends with 0 where no check fails, and with 1 where one does.
 
     Example: latentguard models check latent-clip-b4-plus --autoencoder path/to/sdxl-vae
     """

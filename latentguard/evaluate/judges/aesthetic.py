@@ -16,7 +16,6 @@ from latentguard.evaluate.generate.generators import module_sha256
 from latentguard.evaluate.generate.judging import Judgment
 from latentguard.evaluate.judges.clip import ClipPictures
 from latentguard.regular import problem, read_bounded
-from latentguard.text import first_line
 
 MAX_BYTES = 64 << 20
 HIDDEN = (1024, 128, 64, 16)
@@ -75,9 +74,11 @@ def _read(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
             found = safetensors.torch.load(data)
         else:
             found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception as error:  # whatever a damaged file makes of it
+    except Exception as error:
+        # What torch says of such files advises to unpickle them.
         raise ModelError(
-            f"{path}: not the weights of an aesthetic predictor ({first_line(error)})"
+            f"{path}: not the weights of an aesthetic predictor: the file is damaged, or holds "
+            "something else than tensors, which is not unpickled"
         ) from error
     names = {
         f"layers.{number}.{part}": f"{place}.{part}"

@@ -52,8 +52,8 @@ class BlipVqa:
                 "the evaluator blip-vqa needs transformers: pip install 'latentguard[diffusers]'"
             ) from error
         try:
-            model = BlipForQuestionAnswering.from_pretrained(source)
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
+            model: Any = BlipForQuestionAnswering.from_pretrained(source)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except Exception as error:  # files, networks, configurations: all kinds
             raise ModelError(
                 f"the evaluator blip-vqa needs a BLIP model for question answering, such as "
@@ -111,7 +111,8 @@ class BlipVqa:
         start = torch.full((1, 1), self._start, device=self._device)
         answer = self._model.text_decoder(input_ids=start, encoder_hidden_states=states)
         # Of the shares of the whole vocabulary, these two alone.
-        return answer.logits[:, 0, self._answers].float().softmax(-1)[:, 0]
+        shares: Tensor = answer.logits[:, 0, self._answers].float().softmax(-1)
+        return shares[:, 0]
 
     def _pixels(self, picture: Path) -> Tensor:
         """[1, 3, S, S], as the benchmark's code has it but for the number of pixels."""
@@ -120,8 +121,8 @@ class BlipVqa:
         size = (self._side, self._side)
         with Image.open(picture) as opened:
             rgb = opened.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-        values = (np.asarray(rgb, np.float32) / 255 - np.float32(_MEAN)) / np.float32(_STD)
-        return torch.from_numpy(values).permute(2, 0, 1)[None].to(self._device)
+        values = (np.asarray(rgb, np.float64) / 255 - np.array(_MEAN)) / np.array(_STD)
+        return torch.from_numpy(values).float().permute(2, 0, 1)[None].to(self._device)
 
 
 def question_of(phrase: str) -> str:
