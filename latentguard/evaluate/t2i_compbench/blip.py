@@ -61,12 +61,12 @@ class BlipVqa:
             ) from error
         self._model = model.eval().to(device)
         self._start = int(model.decoder_start_token_id)
-        answers = self._tokenizer.convert_tokens_to_ids(["yes", "no"])
+        words = self._tokenizer.get_vocab()
         vocabulary = int(model.config.text_config.vocab_size)
         # [DEC] begins an answer and [ENC], the next one, a question.
-        if self._tokenizer.unk_token_id in answers or self._start + 1 >= vocabulary:
+        if not {"yes", "no"} <= set(words) or self._start + 1 >= vocabulary:
             raise ModelError(f"{source}: its vocabulary has no yes, no, [DEC] and [ENC] as BLIP's")
-        self._answers = torch.tensor(answers, device=device)
+        self._answers = torch.tensor([words["yes"], words["no"]], device=device)
         self._phrases = dict(phrases)
         self._sha256 = module_sha256(model)
         self._device = device
