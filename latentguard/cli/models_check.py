@@ -41,6 +41,9 @@ def check(
         str | None, typer.Option(help="Of a model that reads several: which of them.")
     ] = None,
     size: Annotated[str | None, typer.Option(help="With --autoencoder: pixels; else 512.")] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch an --autoencoder of the hub.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
     output: Annotated[Format, typer.Option("--format", help="Lines or one JSON object.")] = "table",
 ) -> None:
@@ -61,10 +64,10 @@ def check(
     encoder = load_encoder(name, device, space)
     if autoencoder is None:
         given = _bundled(encoder, latents)
-        if size is not None:
-            raise UsageError("--size is of pictures: give --autoencoder, too")
+        if size is not None or download:
+            raise UsageError("--size and --download are of pictures: give --autoencoder, too")
     else:
-        given = _encoded(Pictures(autoencoder, size, None, encoder.space, device))
+        given = _encoded(Pictures(autoencoder, size, None, encoder.space, device, download))
     found = check_model(encoder, *given)
     if output == "json":
         typer.echo(json.dumps(found.to_dict(), indent=2))
