@@ -74,6 +74,7 @@ def test_a_run_has_the_folder_that_the_evaluators_read(command, tmp_path):
         ),
         ("a red book, a green cup, and a blue vase", ("a red book", "a green cup", "a blue vase")),
         ("a cubic Rubik's cube and a pentagonal box", ("a cubic Rubik's cube", "a pentagonal box")),
+        ("a cat and a green pagoda", ("a cat", "a green pagoda")),
         # Sentences, whose phrases a parser would have to find.
         ("A black and white cat sits in a white sink.", None),
         ("a black gold and white vase sitting on a counter", None),
@@ -188,6 +189,13 @@ def test_questions_of_other_lengths_do_not_change_an_answer(blip, picture):
     alone = judge.probabilities(picture, ["cat?"])
     beside = judge.probabilities(picture, ["cat?", "a red blue red blue cat?"])
     assert float(beside[0]) == pytest.approx(float(alone[0]), abs=1e-6)
+
+
+def test_a_model_that_is_not_there_is_an_error():
+    from latentguard.evaluate.t2i_compbench.blip import BlipVqa
+
+    with pytest.raises(ModelError, match="no BLIP model at /nowhere: give a folder"):
+        BlipVqa("/nowhere", PHRASES)
 
 
 def test_a_run_that_is_scored(command, tmp_path, blip):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentguard.encode.diffusers_vae import is_hub_name
 from latentguard.errors import LatentsError, MissingExtraError, ModelError
 from latentguard.evaluate.generate.generators import module_sha256
 from latentguard.evaluate.generate.judging import Judgment
@@ -51,6 +52,11 @@ class BlipVqa:
             raise MissingExtraError(
                 "the evaluator blip-vqa needs transformers: pip install 'latentguard[diffusers]'"
             ) from error
+        if not Path(source).is_dir() and not is_hub_name(source):
+            raise ModelError(
+                f"no BLIP model at {source}: give a folder that transformers' save_pretrained "
+                f"wrote, or OWNER/NAME of the Hugging Face hub, such as {OFFICIAL}"
+            )
         try:
             model: Any = BlipForQuestionAnswering.from_pretrained(source)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)

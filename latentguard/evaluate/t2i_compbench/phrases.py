@@ -37,8 +37,9 @@ def phrases_of(prompt: str) -> tuple[str, ...] | None:
     split = [half for part in parts for half in part.split(" of ", 1)]
     if not 1 < len(split) <= MAX_PHRASES or not all(map(_plain, split)):
         return None
-    # "a black and white cat" is one thing: all of several things have a word besides an article.
-    return None if any(_words(part) < 2 for part in parts) else tuple(split)
+    # "a black and white cat" is one thing, "a black cat and a cat" are two.
+    several = all(_words(part) > 1 for part in parts) or all(map(_begins, parts))
+    return tuple(split) if several else None
 
 
 def _plain(phrase: str) -> bool:
@@ -46,6 +47,10 @@ def _plain(phrase: str) -> bool:
     return 0 < len(words) <= MAX_WORDS and not (
         set(words[1:]) & _ARTICLES or set(words) & _SENTENCE
     )
+
+
+def _begins(phrase: str) -> bool:
+    return phrase.lower().split()[0] in _ARTICLES and _words(phrase) > 0
 
 
 def _words(phrase: str) -> int:
