@@ -20,7 +20,7 @@ from latentguard.encode.tiny import tae_encoder  # noqa: E402
 from latentguard.encoders import checkpoint  # noqa: E402
 from latentguard.encoders.catalog import LatentClipConfig  # noqa: E402
 from latentguard.encoders.latent_clip import LatentCLIP  # noqa: E402
-from latentguard.errors import ModelError  # noqa: E402
+from latentguard.errors import MissingExtraError, ModelError  # noqa: E402
 from latentguard.evaluate.golden import (  # noqa: E402
     Case,
     bundled_cases,
@@ -273,3 +273,9 @@ def test_what_cannot_be_asked_for(command, nano, bundled, tmp_path):
         ran = command("models", "check", *arguments)
         assert ran.code == 2
         assert said in ran.err
+
+
+def test_without_the_packages_that_have_pictures_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("latentguard.evaluate.golden.cases.find_spec", lambda package: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'latentguard\[eval\]'"):
+        picture_cases()
