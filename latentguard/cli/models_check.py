@@ -38,7 +38,8 @@ def check(
         typer.Option(help="examples/latents.pt, where this is no checkout that has it."),
     ] = None,
     space: Annotated[
-        str | None, typer.Option(help="Of a model that reads several: which of them.")
+        str | None,
+        typer.Option(help="Of a model that reads several: which of them, or a file of your own."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="With --autoencoder: pixels; else 512.")] = None,
     download: Annotated[
@@ -58,10 +59,12 @@ def check(
     from latentguard.encoders import load_encoder
     from latentguard.errors import UsageError
     from latentguard.evaluate.golden import check_model
+    from latentguard.spaces import LatentSpace
 
     if autoencoder is not None and latents is not None:
         raise UsageError("--latents are encoded already: give them or --autoencoder")
-    encoder = load_encoder(name, device, space)
+    # A space of one's own is known by its name from here on.
+    encoder = load_encoder(name, device, None if space is None else LatentSpace.of(space))
     if autoencoder is None:
         given = _bundled(encoder, latents)
         if size is not None or download:
