@@ -58,6 +58,7 @@ def register() -> None:
     import latentguard.cli.evaluate_t2i_compbench as evaluate_t2i_compbench
     import latentguard.cli.export as export
     import latentguard.cli.models as models
+    import latentguard.cli.models_check as models_check
     import latentguard.cli.policy as policy
     import latentguard.cli.scan as scan
     import latentguard.cli.scan_report as scan_report
@@ -68,6 +69,7 @@ def register() -> None:
         scan_report,
         policy,
         models,
+        models_check,
         spaces,
         concept,
         encode,
