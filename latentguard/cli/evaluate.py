@@ -248,7 +248,9 @@ def _table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), caption="[low, high]: 95 % interval", show_header=False)
+    table = Table(
+        title=escape(title), caption=escape("[low, high]: 95 % interval"), show_header=False
+    )
     for name, value in rows:
         table.add_row(escape(name), escape(value))
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -104,6 +105,17 @@ def test_templates_as_people_have_them(tmp_path):
     assert read_templates(as_python) == (
         "a bad photo of a {}.", "the plastic {}.", "itap of my {}.",
     )  # fmt: skip
+
+
+def test_the_list_of_clip_as_open_clip_writes_it(tmp_path):
+    zero_shot = pytest.importorskip("open_clip.zero_shot_metadata", reason="has CLIP's templates")
+    source = inspect.getsource(zero_shot)
+    cut = source[source.index("OPENAI_IMAGENET_TEMPLATES") :]
+    file = _write(tmp_path / "templates.txt", cut[: cut.index("\n)") + 2] + "\n")
+    every = [template("{}") for template in zero_shot.OPENAI_IMAGENET_TEMPLATES]
+    assert len(every) == 80
+    assert list(read_templates(file)) == every
+    assert list(read_templates(_write(file, "\n".join(every)))) == every
 
 
 @pytest.mark.parametrize(

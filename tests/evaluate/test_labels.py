@@ -21,7 +21,13 @@ from PIL import Image  # noqa: E402
 from latentguard.encode.tiny import tae_encoder  # noqa: E402
 from latentguard.errors import LatentsError, ModelError  # noqa: E402
 from latentguard.evaluate.classes import Classes  # noqa: E402
-from latentguard.evaluate.labels import Told, resolve, told_of_file, told_of_latents  # noqa: E402
+from latentguard.evaluate.labels import (  # noqa: E402
+    Told,
+    resolve,
+    told_of_file,
+    told_of_latents,
+    told_of_pictures,
+)
 from latentguard.files import save_latents  # noqa: E402
 from latentguard.files.labels import Label  # noqa: E402
 from latentguard.spaces import Latents  # noqa: E402
@@ -272,6 +278,25 @@ def test_every_layout_is_the_same_measurement(command, imagenet, tiny):
     }
     assert len(found) == 1
     assert json.loads(found.pop())["n"] == 3
+
+
+def test_a_dataset_of_hugging_face(imagenet):
+    pa = pytest.importorskip("pyarrow", reason="tables need pyarrow")
+    import pyarrow.parquet as pq
+
+    pictures = [path.read_bytes() for path in sorted((imagenet / "flat").iterdir())]
+    rows = {"image": [{"bytes": data, "path": None} for data in pictures], "label": [1, 0, 1]}
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": ["goldfish", "great white shark"], "_type": "ClassLabel"},
+    }
+    said = json.dumps({"info": {"features": features}})
+    pq.write_table(pa.table(rows).replace_schema_metadata({"huggingface": said}), "a.parquet")
+    told = told_of_pictures(["a.parquet"])
+    assert resolve(told, CLASSES) == [2, 1, 2]
+    assert resolve(told, CLASSES, by_number=True) == [1, 0, 1]
+    with pytest.raises(ModelError, match=r"a\.parquet::row 1: its label 0 stands for 'goldfish'"):
+        resolve(told, Classes("names.txt", ("tench", "great white shark")))
 
 
 def test_what_is_wrong_is_said_before_anything_is_encoded(command, imagenet, tiny):

@@ -38,7 +38,7 @@ def report(
     """
     arms: dict[str, Any] = {}
     seconds = {}
-    series = {}
+    series: dict[str, Any] = {}
     for arm, every in measured.items():
         records = [folder.record(arm, one) or {} for one in asked]
         blocked = [bool(record["blocked"]) for record in records]
