@@ -77,9 +77,12 @@ def generated_(
     Example: latentguard evaluate zeroshot --generate stabilityai/sdxl-turbo --names
     imagenet_class_index.json --run runs/generated --steps 1 --guidance 0 --model latent-clip-b8
     """
+    from latentguard.errors import UsageError
     from latentguard.evaluate.classes import read_classes
     from latentguard.evaluate.generated import asked_of, measure_arm, report
 
+    if "sld" in given.arm:
+        raise UsageError("the arm sld gives pictures alone, and final latents are measured here")
     classes = read_classes(names)
     texts = templates_of(template, templates)
     asked = asked_of(classes.names[:limit], images, seed, prompt_template)

@@ -106,10 +106,13 @@ class Pictures:
         from latentguard.encoders.catalog import cache_dir
 
         with Bar("encoding pictures") as advance:
-            return encode_pictures(
+            found = encode_pictures(
                 paths,
                 self._autoencoder,
                 cache=self._encoded or cache_dir() / "encoded",
                 size=self._size,
                 progress=advance,
             )
+        if found.passed:
+            typer.echo(f"passed over, as they are no pictures: {found.passed}", err=True)
+        return found

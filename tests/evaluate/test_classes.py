@@ -6,6 +6,8 @@ import inspect
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from latentguard.errors import ModelError
 from latentguard.evaluate.classes import read_classes, read_names
@@ -130,3 +132,29 @@ def test_the_list_of_clip_as_open_clip_writes_it(tmp_path):
 def test_a_template_that_is_wrong_says_where(tmp_path, text, said):
     with pytest.raises(ModelError, match=said):
         read_templates(_write(tmp_path / "templates.txt", text))
+
+
+LINES = st.lists(
+    st.sampled_from(["n01440764 tench", "crane", "{}", "{c}", "f'{c}'", "[", "]", "{", '"0":'])
+    | st.text(max_size=6),
+    max_size=4,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=LINES)
+def test_any_text_is_names_and_templates_or_an_error(tmp_path, lines):
+    for name, read in (
+        ("a.txt", read_classes),
+        ("a.json", read_classes),
+        ("b.txt", read_templates),
+    ):
+        try:
+            found = read(_write(tmp_path / name, "\n".join(lines)))
+        except ModelError:
+            continue
+        if read is read_templates:
+            assert all(one.count("{}") == 1 for one in found)
+        else:
+            assert all(found.names)
+            assert found.synsets is None or len(found.synsets) == len(found)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="pictures are encoded with torch")
@@ -28,8 +28,9 @@ from latentguard.evaluate.labels import (  # noqa: E402
     told_of_latents,
     told_of_pictures,
 )
-from latentguard.files import save_latents  # noqa: E402
-from latentguard.files.labels import Label  # noqa: E402
+from latentguard.files import Record, save_latents  # noqa: E402
+from latentguard.files.labels import LABELS, FileLabels, Label  # noqa: E402
+from latentguard.files.labels import NAMES as KEYS  # noqa: E402
 from latentguard.spaces import Latents  # noqa: E402
 
 SYNSETS = ("n01440764", "n01443537", "n01484850")
@@ -221,6 +222,29 @@ def test_shards_of_latents(tmp_path):
         _numbers(_tar(tmp_path / "a.tar", members))
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=st.dictionaries(st.sampled_from([*LABELS, *KEYS, "space"]), JSON, max_size=4),
+    cls=st.none() | st.binary(max_size=4),
+)
+def test_labels_of_any_shard_are_numbers_or_names_or_an_error(tmp_path, values, cls):
+    members = {"1.json": json.dumps(values).encode()} | ({} if cls is None else {"1.cls": cls})
+    path = _tar(tmp_path / "a.tar", members)
+    try:
+        found = FileLabels(path).of(Record(f"{path}::1.latent.npy", 0, "1", None, "x"))
+    except LatentsError:
+        return
+    assert found.value is None or type(found.value) in (int, str)
+    assert found.name is None or isinstance(found.name, str)
+
+
 # -- the command -----------------------------------------------------------------------------
 
 
@@ -278,6 +302,12 @@ def test_every_layout_is_the_same_measurement(command, imagenet, tiny):
     }
     assert len(found) == 1
     assert json.loads(found.pop())["n"] == 3
+    (imagenet / "flat" / "notes.md").write_text("of these pictures")
+    ran = command(
+        "evaluate", "zeroshot", "flat", "--names", "names.txt", "--labels", "labels.txt", *encoding
+    )
+    assert ran.code == 0
+    assert "passed over, as they are no pictures: 1 .md" in ran.err
 
 
 def test_a_dataset_of_hugging_face(imagenet):
