@@ -39,13 +39,23 @@ class _OfLatents(Generation):
         return LatentsGenerator(settings)
 
     def encoders(self, names: list[str]) -> list[Encoder]:
-        """Encoders of the generator's latents, each once, where the generator runs."""
+        """Encoders of the generator's latents, each once, where the generator runs.
+
+        Raises UsageError for one that reads others, before anything is generated.
+        """
+        from latentguard.errors import UsageError
         from latentguard.evaluate.zeroshot import encoder_for
         from latentguard.guard.layout import space_of
 
         pipe = self.generator.pipe
         space = space_of(pipe, self.generator.space).name
         found = [encoder_for(name, space, str(pipe._execution_device)) for name in names]
+        for encoder in found:
+            if encoder.space != space:
+                raise UsageError(
+                    f"{encoder.name} reads {encoder.space} latents, and the generator makes "
+                    f"latents of {space}"
+                )
         return list({encoder.name: encoder for encoder in found}.values())
 
 

@@ -153,6 +153,8 @@ def test_what_cannot_be_generated_says_so(command, tmp_path):
         (("--generate", "exact", "--arm", "sld"), "the arm sld gives pictures alone"),
         (("--generate", "exact"), "--generator exact needs --latents"),
         (("--generate", tmp_path / "none.yaml"), "none.yaml: there is no such file"),
+        (("--generate", "exact", "--latents", LATENTS, "--encoder", "nano-sdxl"),
+         "reads sdxl latents, and the generator makes latents of flux2"),
         (("--generate", "exact", "--latents", LATENTS, "--steps", 2),
          "this one names no class of its set: 'a photo of a tench.'"),
     ):  # fmt: skip
