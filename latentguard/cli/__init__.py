@@ -44,7 +44,7 @@ def _root(
 
 
 @cache
-def _register() -> None:
+def register() -> None:
     """Add the commands to the application, once however often `main` is called."""
     import latentguard.cli.adapt as adapt
     import latentguard.cli.calibrate as calibrate
@@ -90,7 +90,7 @@ def main() -> None:
     """Entry point: expected errors become one line on stderr and exit code 2, never a traceback."""
     from latentguard.cli.console import abandon, prepare
 
-    _register()
+    register()
     prepare()
     try:
         try:
