@@ -55,6 +55,7 @@ def _register() -> None:
     import latentguard.cli.evaluate_bias as evaluate_bias
     import latentguard.cli.evaluate_geneval as evaluate_geneval
     import latentguard.cli.evaluate_i2p as evaluate_i2p
+    import latentguard.cli.evaluate_reno as evaluate_reno
     import latentguard.cli.evaluate_t2i_compbench as evaluate_t2i_compbench
     import latentguard.cli.export as export
     import latentguard.cli.models as models
@@ -75,6 +76,7 @@ def _register() -> None:
         evaluate_bias,
         evaluate_geneval,
         evaluate_i2p,
+        evaluate_reno,
         evaluate_t2i_compbench,
         calibrate,
         adapt,
