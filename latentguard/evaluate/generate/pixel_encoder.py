@@ -105,10 +105,10 @@ class PixelEncoder(EncoderBase):
     def prepared(self, pictures: Tensor) -> Tensor:
         """RGB [B, 3, H, W] of 0 to 1 as the CLIP takes it, [B, 3, side, side]."""
         height, width = pictures.shape[2:]
-        factor = self._side / min(height, width)
-        size = [max(self._side, round(side * factor)) for side in (height, width)]
+        # Whole numbers as torchvision rounds them: of the longer side down, of the cut to even.
+        size = [self._side * side // min(height, width) for side in (height, width)]
         resized = F.interpolate(pictures, size, mode="bicubic", align_corners=False, antialias=True)
-        top, left = ((side - self._side) // 2 for side in size)
+        top, left = (round((side - self._side) / 2) for side in size)
         cut = resized[:, :, top : top + self._side, left : left + self._side]
         return (cut - self._mean) / self._std
 

@@ -73,7 +73,7 @@ def means(
     counts = np.bincount(group).astype(np.float64)
     rng = np.random.default_rng(seed)
     found = []
-    for number in _batches(resamples, max(sums.shape)):
+    for number in batches(resamples, max(sums.shape)):
         drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), number)
         found.append((drawn @ sums) / (drawn @ counts)[:, None])
     low, high = np.percentile(np.concatenate(found), [2.5, 97.5], axis=0)
@@ -96,7 +96,7 @@ def expected_maximum(
     count = min(prompts, len(numbers))
     rng = np.random.default_rng(seed)
     found = []
-    for number in _batches(resamples, len(numbers)):
+    for number in batches(resamples, len(numbers)):
         # The first of a random order are a draw without replacement.
         order = rng.random((number, len(numbers)))
         drawn = np.argpartition(order, count - 1, axis=1)[:, :count]
@@ -111,6 +111,7 @@ def interval_dict(interval: Interval) -> dict[str, Any]:
     return {"value": round(interval.value, 6), "interval": bounds}
 
 
-def _batches(resamples: int, width: int) -> list[int]:
+def batches(resamples: int, width: int) -> list[int]:
+    """How many of `resamples` draws of `width` numbers are made at once: `BATCH` numbers."""
     size = max(1, min(resamples, BATCH // max(width, 1)))
     return [min(size, resamples - start) for start in range(0, resamples, size)]

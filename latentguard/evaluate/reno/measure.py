@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latentguard.evaluate.generate.shares import RESAMPLES, interval_dict, mean, means
+from latentguard.evaluate.generate.shares import RESAMPLES, batches, interval_dict, mean, means
 from latentguard.evaluate.metrics import Interval
 
 Record = Mapping[str, Any]
@@ -79,6 +79,9 @@ def saved(
         shares.setdefault(int(one["row"]), []).append(share)
     prompts = np.array([statistics.fmean(some) for some in shares.values()])
     rng = np.random.default_rng(seed)
-    drawn = [np.median(rng.choice(prompts, len(prompts))) for _ in range(resamples)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    drawn = [
+        np.median(rng.choice(prompts, (number, len(prompts))), axis=1)
+        for number in batches(resamples, len(prompts))
+    ]
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
     return interval_dict(Interval(float(np.median(prompts)), float(low), float(high)))
