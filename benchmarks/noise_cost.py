@@ -27,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -191,9 +192,10 @@ class Clocked:
 
 
 def search(pipe: Any, encoder: Encoder) -> tuple[list[dict[str, float]], float]:
-    """One iteration of the search: seconds by part, and the peak of the process's memory, GB."""
+    """One iteration of the search: seconds by part, and the most memory that it added, GB."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
     clocked = Clocked(pipe, encoder)
     try:
         optimize_noise(
@@ -211,9 +213,14 @@ def search(pipe: Any, encoder: Encoder) -> tuple[list[dict[str, float]], float]:
         )
     finally:
         clocked.close()
+    return clocked.iterations(), memory("VmHWM") - before
+
+
+def memory(name: str) -> float:
+    """GB of this process: VmRSS now, VmHWM at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    (peak,) = (line for line in lines if line.startswith("VmHWM:"))
-    return clocked.iterations(), int(peak.split()[1]) * 1024 / 1e9
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def flops(run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float]:
@@ -231,7 +238,7 @@ def flops(run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float]:
 
 
 def counted(encoders: dict[str, Encoder]) -> dict[str, dict[str, float]]:
-    """Tera-FLOPs of the parts; U-Nets and decoder on no device at all, so they come last."""
+    """Tera-FLOPs of the parts; U-Nets and decoder on no device at all."""
     found = {
         "U-Net measured here": flops_of_unet(sdxl_layout, HALF),
         "SDXL's U-Net": flops_of_unet(sdxl_layout, WHOLE),
@@ -263,7 +270,7 @@ def flops_of_latents(encoder: Encoder) -> dict[str, float]:
 
 
 def flops_of_pixels(name: str, encoder: PixelEncoder) -> dict[str, dict[str, float]]:
-    vae = encoder._decode._vae.to("meta")
+    vae = deepcopy(encoder._decode._vae).to("meta")
     latents = torch.randn(1, 4, CELLS, CELLS, device="meta")
     image, side = encoder._clip.visual, encoder._side
     decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
@@ -290,12 +297,12 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         f"One image of 512 px, one step, float32, {m['cores']} cores of {m['cpu']}, torch "
         f"{m['torch']}; medians of {results['rounds']} rounds in which the rewards took turns. The "
-        f"load of the machine was {results['load'][0]:.1f} before and {results['load'][1]:.1f} "
-        "after; this process alone makes up to 2 of it.",
+        f"load of the machine was {min(results['load']):.1f} to {max(results['load']):.1f}; this "
+        "process alone makes up to 2 of it.",
         "",
         "Seconds an iteration:",
         "",
-        "| reward | " + " | ".join(PARTS) + " | iteration | peak memory, GB |",
+        "| reward | " + " | ".join(PARTS) + " | iteration | memory above the weights, GB |",
         "| --- " * (len(PARTS) + 3) + "|",
     ]
     for name, one in measured.items():
@@ -360,7 +367,6 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    load = [os.getloadavg()[0]]
     pipe = pipeline()
     with tempfile.TemporaryDirectory() as folder:
         encoders: dict[str, Encoder] = {
@@ -369,6 +375,8 @@ def main() -> None:
             "Latent-CLIP B/4-plus": LatentCLIP.random("latent-clip-b4-plus"),
             PIXEL: pixel_encoder(pipe, Path(folder)),
         }
+    tera = counted(encoders)
+    load = [os.getloadavg()[0]]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in encoders}
     peaks = dict.fromkeys(encoders, 0.0)
     for number in range(arguments.rounds):
@@ -377,26 +385,38 @@ def main() -> None:
             runs[name] += found
             peaks[name] = max(peaks[name], peak)
             print(number, name, found, f"{peak:.1f} GB", flush=True)
-    load.append(os.getloadavg()[0])
+        load.append(os.getloadavg()[0])
+        write(results_of(runs, peaks, load, tera))
+
+
+def results_of(
+    runs: dict[str, list[dict[str, float]]],
+    peaks: dict[str, float],
+    load: list[float],
+    tera: dict[str, dict[str, float]],
+) -> dict[str, Any]:
     measured = {}
     for name, some in runs.items():
         measured[name] = {part: statistics.median(one[part] for one in some) for part in PARTS}
         measured[name]["iteration"] = statistics.median(sum(one.values()) for one in some)
         measured[name]["peak_gb"] = peaks[name]
-    tera = counted(encoders)
-    results = {
+    return {
         "machine": machine(),
-        "rounds": arguments.rounds,
+        "rounds": len(load) - 1,
         "load": load,
         "seconds": measured,
         "tera_flops": tera,
         "left_out": left_out(measured, tera),
         "runs": runs,
     }
+
+
+def write(results: dict[str, Any]) -> None:
+    """After each round, so that a run that is cut short has what it measured."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "noise_cost.json").write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "noise_cost.md").write_text(page(results))
-    print(page(results))
+    print(page(results), flush=True)
 
 
 if __name__ == "__main__":
