@@ -62,6 +62,15 @@ def bare(args: argparse.Namespace) -> dict[str, Any]:
     return {"images": rounds * args.batch, "seconds": seconds, "threads": torch.get_num_threads()}
 
 
+def bare_rate(batch: int) -> float:
+    """Images/s of the bare encoder, measured in a process of its own."""
+    args = argparse.Namespace(
+        images=2000, bare_images=2000, cells=24, batch=batch, scratch=".", actors=1
+    )
+    said = contender(args, "--work=bare")
+    return float(said["images"] / said["seconds"])
+
+
 def scan(args: argparse.Namespace) -> dict[str, Any]:
     """A run of an engine: what its manifest says it took."""
     from latentguard.files import Reading
@@ -119,16 +128,17 @@ def contender(args: argparse.Namespace, *more: str) -> dict[str, Any]:
     command = [sys.executable, __file__, *own, *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     most = [0]
-    watch = threading.Thread(target=_watch, args=(process, most), daemon=True)
-    watch.start()
+    watching = threading.Thread(target=watch, args=(process, most), daemon=True)
+    watching.start()
     said, _ = process.communicate()
-    watch.join()
+    watching.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     return {**json.loads(said.splitlines()[-1]), "memory": most[0]}
 
 
-def _watch(process: subprocess.Popen[str], most: list[int]) -> None:
+def watch(process: subprocess.Popen[Any], most: list[int]) -> None:
+    """Note the most memory that a process and those below it have, as long as it lives."""
     while process.poll() is None:
         try:
             own = psutil.Process(process.pid)

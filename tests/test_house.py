@@ -83,6 +83,9 @@ WALLS = {
     "encode": {"encode", "files", "spaces"},
     "encoders": {"encoders", "ops", "spaces"},
     "runtime": {"judge", "runtime", "spaces"},
+    "bank": {"bank", "coverage", "policy"},
+    "bundled": {"bank", "bundled", "coverage", "encoders", "judge", "ops", "policy", "runtime"}
+    | {"spaces"},
 }
 """What a room may reach, by whatever way and however late."""
 
@@ -159,7 +162,9 @@ def test_files_are_opened_and_replaced_in_one_place(name: str) -> None:
     assert users == SYSTEM[name]
 
 
-@pytest.mark.parametrize("room", ["judge", "policy", "runtime", "files", "spaces", "scan"])
+@pytest.mark.parametrize(
+    "room", ["judge", "policy", "runtime", "files", "spaces", "scan", "bank", "bundled"]
+)
 def test_rooms_that_work_without_torch(room: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import latentguard.{room}"
     subprocess.run([sys.executable, "-c", code], check=True)

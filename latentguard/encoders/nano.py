@@ -21,11 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from latentguard.atomic import replacing
+from latentguard.encoders.any_view import of_space
 from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
-from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path, readable_view
-from latentguard.encoders.class_text import MIN_COVERAGE, ClassText, normalize
+from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path
+from latentguard.encoders.class_text import (
+    CLASSES,
+    DIM,
+    LOGIT_SCALE,
+    MIN_COVERAGE,
+    NEUTRAL_PROMPTS,
+    ClassText,
+    normalize,
+    similarities,
+)
 from latentguard.encoders.header import opened, read_header
-from latentguard.encoders.lite import CLASSES, HEAD_CHANNELS, fuse
+from latentguard.encoders.lite import HEAD_CHANNELS, fuse
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
 from latentguard.errors import LatentsError, ModelError
 from latentguard.regular import read_whole
@@ -40,20 +50,10 @@ MAX_BYTES = 64 << 20
 MAX_SIZE = 4096
 """Channels or pixels that a nano model's configuration may ask for."""
 
-LOGIT_SCALE = 10.0
-"""From margins of Bhattacharyya coefficients to log odds: 0.22 more like the concept than like its
-contrast is a probability of 0.9. Fixed, not fitted, so that numbers compare across nano models."""
-
-NEUTRAL_PROMPTS = ("anything else",)
-"""Names no class, so it is embedded as the baseline (see `encode_text`)."""
-
 BASELINE = 0.2
 """Cosine of every image with the neutral prompts: a concept has to hold about 4 % of the posterior
 to reach it. A baseline that depends on the image (the uniform distribution) ranks pictures of two
 things below pictures of one: AUROC 0.35 to 0.94 instead of 0.87 to 1.00, see docs/nano.md."""
-
-DIM = 1008
-"""1,000 classes, the baseline's axis, and zeros up to a multiple of 16 numbers (aligned rows)."""
 
 
 class NanoEncoder(nn.Module, EncoderBase):
@@ -164,15 +164,11 @@ class NanoEncoder(nn.Module, EncoderBase):
 
         A text that no class is near to (coverage below `min_coverage`) lies on the baseline's axis.
         """
-        embedded = torch.nn.functional.pad(self.text.embed(texts), (0, DIM - CLASSES))
-        neutral = torch.zeros(DIM)
-        neutral[CLASSES] = 1.0
-        embedded[self.text.coverage(texts) < MIN_COVERAGE] = neutral
-        return embedded.to(self.device, self.dtype)
+        return torch.from_numpy(self.text.encode(texts)).to(self.device, self.dtype)
 
     def coverage(self, texts: Sequence[str]) -> Tensor:
         """How near [P] the nearest class is to each text, 0 to 1."""
-        return self.text.coverage(texts)
+        return torch.from_numpy(self.text.coverage(texts))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         super().to(*args, **kwargs)
@@ -243,7 +239,7 @@ def load_nano(
         ) from error
     try:
         if several:
-            metadata = metadata | _of_space(metadata, space)
+            metadata = metadata | of_space(metadata, space)
         encoder = _build(metadata, tensors, hashlib.sha256(data).hexdigest())
     except (ModelError, LatentsError):
         raise
@@ -266,32 +262,6 @@ def load(
     return encoder
 
 
-def _of_space(metadata: dict[str, str], given: str | LatentSpace | None) -> dict[str, str]:
-    """What the file of a model of several spaces says once its space is known.
-
-    Raises ModelError where no space is given, or one whose view cannot be read.
-    """
-    name = metadata["name"]
-    if given is None:
-        raise ModelError(
-            f"model {name} reads the RGB view of several latent spaces: say of which (space=..., "
-            "--space)"
-        )
-    # The view is of latents in the space's usual scaling, to which they are brought.
-    space = LatentSpace.get(given).standard
-    found = space.rgb_view
-    if found is None or not readable_view(space):
-        raise ModelError(
-            f"model {name} reads linear RGB views, and space {space.name} has none that is fine "
-            "enough to be read"
-        )
-    view = {"factors": found.factors, "bias": found.bias}
-    card = f"{metadata['card']} Here it reads {space.name} latents."
-    config = json.loads(metadata["config"]) | view
-    scaled = "yes" if found.scaled else "no"
-    return {"space": space.name, "card": card, "config": json.dumps(config), "scaled": scaled}
-
-
 def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) -> NanoEncoder:
     weights = {k[4:]: v.float() for k, v in tensors.items() if k.startswith("net.")}
     config = json.loads(metadata["config"])
@@ -306,11 +276,11 @@ def _build(metadata: dict[str, str], tensors: dict[str, Tensor], sha256: str) ->
     net.eval().requires_grad_(False)
     net.to(memory_format=torch.channels_last)
     prompts = json.loads(metadata["prompts"])
-    stored = dict(zip(prompts, tensors["text.prompts"], strict=True))
+    stored = dict(zip(prompts, tensors["text.prompts"].numpy(), strict=True))
     names = json.loads(metadata["class_names"])
     return NanoEncoder(
         net,
-        ClassText(tensors["text.table"], stored, names),
+        ClassText(tensors["text.table"].numpy(), stored, names),
         name=metadata["name"],
         sha256=sha256,
         space=metadata["space"],
@@ -366,7 +336,6 @@ def save_nano(
 
     import safetensors.torch
 
-    from latentguard.encoders.class_text import similarities
     from latentguard.encoders.minilm import minilm
 
     fused = fuse(copy.deepcopy(net).eval())
@@ -377,7 +346,8 @@ def save_nano(
         config = {k: v for k, v in config.items() if k not in ("factors", "bias")}
     tensors = {f"net.{k}": v.half().contiguous() for k, v in weights.items()}
     tensors["text.table"] = table.half().contiguous()
-    tensors["text.prompts"] = similarities(minilm().encode(keys), table).half().contiguous()
+    placed = similarities(minilm().encode(keys).numpy(), table.float().numpy())
+    tensors["text.prompts"] = torch.from_numpy(placed).half().contiguous()
     metadata = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,

@@ -87,8 +87,11 @@ class LatentAdapter(nn.Module):
             # In float32, as not every device has this in bfloat16.
             shrunk = F.interpolate(x.float(), size=size, mode="bilinear", antialias=ratio < 1)
             x = shrunk.to(x.dtype)
-        x = self.large(x) if big else self.small(x)
-        y: Tensor = self.out(self.blocks(x))
+        return self.read(x, big)
+
+    def read(self, x: Tensor, big: bool = False) -> Tensor:
+        """Features of a grid that has its size and its mean already."""
+        y: Tensor = self.out(self.blocks(self.large(x) if big else self.small(x)))
         return y
 
 
@@ -121,6 +124,10 @@ class NanoNet(nn.Module):
     def feature_map(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> [B, 1280, ~8, ~8] before pooling."""
         return self.trunk.feature_map(self.adapter(latents))
+
+    def read(self, grid: Tensor) -> Tensor:
+        """The same of a grid that the adapter has brought to its size."""
+        return self.trunk.feature_map(self.adapter.read(grid))
 
 
 OCTAVES = (0.056, 0.068, 0.079, 0.09)
@@ -200,8 +207,11 @@ class RgbViewNet(nn.Module):
         size = tuple(max(32, round(n * ratio / 32) * 32) for n in rgb.shape[-2:])
         if size != tuple(rgb.shape[-2:]):
             rgb = F.interpolate(rgb, size=size, mode="bicubic", antialias=ratio < 1)
-        x = Lite2.normalize(rgb.clamp(0, 1))
-        return self.trunk.feature_map(self.stem(x))
+        return self.read(rgb)
+
+    def read(self, rgb: Tensor) -> Tensor:
+        """The same of a view that has its size already."""
+        return self.trunk.feature_map(self.stem(Lite2.normalize(rgb.clamp(0, 1))))
 
     def feature_map(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> [B, 1280, ~size/32, ~size/32] before pooling."""

@@ -70,20 +70,33 @@ class _Moderator(torch.nn.Module):
 
 
 def build(
-    scorer: Scorer, height: int, width: int, *, scaled: bool, heatmaps: bool, dynamic: bool
+    scorer: Scorer,
+    height: int,
+    width: int,
+    *,
+    scaled: bool,
+    heatmaps: bool,
+    dynamic: bool,
+    channels: int | None = None,
+    smallest: int = 8,
 ) -> onnx.ModelProto:
     """The graph in float32, with `latents` and the bank (`BANK`) as inputs.
 
     The number of images, prompts, contrast prompts and concepts is open; with `dynamic` the height
-    and width are, too. Raises ModelError where the model cannot be exported so.
+    and width are, too, from `smallest` on. channels: of `latents`; None is those of the space.
+    Raises ModelError where the model cannot be exported so.
     """
     encoder = scorer.encoder
-    latents = torch.zeros(2, LatentSpace.get(encoder.space).channels, height, width)
+    channels = channels or LatentSpace.get(encoder.space).channels
+    latents = torch.zeros(2, channels, height, width)
     # Example sizes of 1 would be taken for constants.
     arguments = (latents, *(_at_least_two(tensor) for tensor in _tensors(scorer)))
     sides: dict[int, Any] = {0: torch.export.Dim("images", min=1)}
     if dynamic:
-        sides |= {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
+        sides |= {
+            2: torch.export.Dim("height", min=smallest),
+            3: torch.export.Dim("width", min=smallest),
+        }
     shapes = (
         sides,
         {0: torch.export.Dim("prompts", min=1)},

@@ -45,7 +45,7 @@ class Network:
         self._lock = threading.Lock()
         self._batcher: Batcher | None = None
         if warm_up:
-            self._check_run()
+            self.check()
 
     @property
     def model(self) -> ModelId:
@@ -127,11 +127,13 @@ class Network:
         return self._run_for(array, (*OUTPUTS, HEATMAP))
 
     def _run_for(self, array: NDArray[np.float32], names: Sequence[str]) -> Outputs:
+        inputs = self._inputs(array)
         if not self._bind:
-            values = self._session.run(list(names), {INPUT: array})
+            values = self._session.run(list(names), inputs)
         else:
             binding = self._session.io_binding()
-            binding.bind_cpu_input(INPUT, array)
+            for name, value in inputs.items():
+                binding.bind_cpu_input(name, value)
             for name in names:
                 binding.bind_output(name)
             # Two runs at a time would share the stream, and the memory of a captured graph.
@@ -139,6 +141,10 @@ class Network:
                 self._session.run_with_iobinding(binding)
             values = binding.copy_outputs_to_cpu()
         return dict(zip(names, values, strict=True))
+
+    def _inputs(self, array: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """What the graph reads of [B, C, H, W]."""
+        return {INPUT: array}
 
     def _decide(
         self, outputs: Outputs, noise_level: float = 0.0, final: bool = True
@@ -152,7 +158,7 @@ class Network:
             final,
         )
 
-    def _check_run(self) -> None:
+    def check(self) -> None:
         """Raise ModelError where the network does not run, or its scores are not the policy's.
 
         A size that the file states is run only where it is no more than one run of small images;

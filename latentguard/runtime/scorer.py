@@ -22,7 +22,7 @@ from latentguard.judge import (
     Verdict,
     failed,
 )
-from latentguard.runtime.artifact import open_artifact
+from latentguard.runtime.artifact import Artifact, open_artifact
 from latentguard.runtime.batching import Batching, Outputs, Overloaded
 from latentguard.runtime.names import HEATMAP
 from latentguard.runtime.network import Network
@@ -76,6 +76,35 @@ class Guard:
         max_cells: int = MAX_CELLS,
     ) -> None:
         artifact = open_artifact(path, sha256)
+        _check_size(artifact, max_cells)
+        main = Network(artifact, providers, threads, spin, warm_up)
+        first: Network | None = None
+        if artifact.first is not None:
+            first = Network(artifact.first, providers, threads, spin, warm_up)
+        self._set(artifact, main, first, batching, max_cells)
+
+    @classmethod
+    def over(
+        cls,
+        artifact: Artifact,
+        network: Network,
+        *,
+        batching: Batching | None = None,
+        max_cells: int = MAX_CELLS,
+    ) -> Self:
+        """A Guard over a network that is there already; `artifact` is what it was made of."""
+        guard = cls.__new__(cls)
+        guard._set(artifact, network, None, batching, max_cells)
+        return guard
+
+    def _set(
+        self,
+        artifact: Artifact,
+        main: Network,
+        first: Network | None,
+        batching: Batching | None,
+        max_cells: int,
+    ) -> None:
         self.path = artifact.path
         self.sha256 = artifact.sha256
         self.metadata = artifact.metadata
@@ -84,20 +113,10 @@ class Guard:
             LatentSpace.get(self.metadata["space"]) if own is None else LatentSpace.from_dict(own)
         )
         self._max_cells = max_cells
-        sides = (self.metadata["height"] or 1, self.metadata["width"] or 1)
-        if sides[0] * sides[1] > max_cells:
-            raise ModelError(
-                f"{self.path}: was exported for {sides[0]}x{sides[1]} latent cells, over the limit "
-                f"of {max_cells} (max_cells)"
-            )
-        self._main = Network(artifact, providers, threads, spin, warm_up)
-        self.providers: tuple[str, ...] = self._main.providers
-        self._judge: Judge[Array] = self._main
-        self._first: Network | None = None
-        if artifact.first is not None:
-            self._first = Network(artifact.first, providers, threads, spin, warm_up)
-            self._judge = self._cascade(self._first)
-        self._networks = [self._main] if self._first is None else [self._first, self._main]
+        self._main, self._first = main, first
+        self.providers: tuple[str, ...] = main.providers
+        self._judge: Judge[Array] = main if first is None else self._cascade(first)
+        self._networks = [main] if first is None else [first, main]
         if batching is not None:
             for network in self._networks:
                 network.gather(batching)
@@ -293,3 +312,13 @@ class Guard:
             return CascadeJudge(first, self._main, cascade.unsure, lambda array, rows: array[rows])
         except ModelError as error:
             raise ModelError(f"{self.path}: {error}") from error
+
+
+def _check_size(artifact: Artifact, max_cells: int) -> None:
+    """Raise ModelError where a file is for images over the limit."""
+    sides = (artifact.metadata["height"] or 1, artifact.metadata["width"] or 1)
+    if sides[0] * sides[1] > max_cells:
+        raise ModelError(
+            f"{artifact.path}: was exported for {sides[0]}x{sides[1]} latent cells, over the limit "
+            f"of {max_cells} (max_cells)"
+        )

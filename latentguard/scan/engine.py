@@ -53,7 +53,7 @@ def scan_files(
     batch_size: int = 16,
     previews: bool = False,
     heatmaps: bool = False,
-    runtime: Runtime = "torch",
+    runtime: Runtime = "auto",
     sha256: str | None = None,
     views: Views | None = None,
     taxonomies: Sequence[str] = (),
@@ -66,7 +66,7 @@ def scan_files(
             runtime the policy that was exported.
         model: an Encoder, its name or path, or "auto": the policy's own `model`, else for
             each latent space that occurs the best model on this machine. With the onnx runtime
-            the exported file.
+            the exported file, or a packaged model.
         space, scaled: what files do not say of themselves; one that says otherwise is an error. A
             space is a name, a file of one's own, or a LatentSpace.
         layout, height, width: the same, for arrays whose shape leaves it open.
@@ -74,7 +74,8 @@ def scan_files(
         batch_size: images that are scored together, at least 1.
         device: where the model runs; None is CUDA where there is one, else the CPU.
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
-        runtime: "torch", or "onnx" for a file that `latentguard export onnx` wrote, without torch.
+        runtime: "torch"; "onnx" for a file that `latentguard export onnx` wrote, or a packaged
+            model, without torch; "auto" is onnx for such a file and where torch is not installed.
         sha256: of that file, which must have it.
         views: "whole", or "crops" to read an image in overlapping crops besides, which finds small
             objects in large images; None is what the policy says.
@@ -151,7 +152,7 @@ class Scan:
     device: torch.device | str | None = None
     previews: bool = False
     heatmaps: bool = False
-    runtime: Runtime = "torch"
+    runtime: Runtime = "auto"
     sha256: str | None = None
     views: Views | None = None
     taxonomies: Sequence[str] = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from latentguard.runtime import Guard
     from latentguard.spaces import LatentArray, LatentSpace
 
-Runtime = Literal["torch", "onnx"]
+Runtime = Literal["auto", "torch", "onnx"]
 Views = Literal["whole", "crops"]
 
 
@@ -64,6 +65,16 @@ class Judges(ABC):
         if judge.info.space == space:
             return judge
         return f"model {judge.info.id.name} reads {judge.info.space} latents, not {space}"
+
+    def _note_bundled(self, name: str, space: str) -> None:
+        """Say that the packaged model was taken, and what would be better."""
+        from latentguard.encoders.catalog import CATALOG
+
+        if name not in CATALOG or not CATALOG[name].bundled:
+            return
+        better = next((e.name for e in CATALOG.values() if e.reads(space) and not e.bundled), "")
+        hint = f"; for a stronger one: latentguard models get {better}" if better else ""
+        self.notes.append(f"{space} latents are judged by the bundled model {name}{hint}")
 
     def _joined(self, info: ModelInfo, judge: Callable[[LatentArray, bool], Judged]) -> SpaceJudge:
         """Remember a model."""
@@ -140,14 +151,71 @@ class TorchJudges(Judges):
         self._note_bundled(name, space)
         return self._load(name, space)
 
-    def _note_bundled(self, name: str, space: str) -> None:
+
+class BundledJudges(Judges):
+    """Judges with the packaged models, without torch: the one that is named, or (`auto`) the one
+    that the policy names, or the best one for each space.
+
+    Raises as `latentguard.bundled.bundled_guard` does.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        model: str,
+        device: str | None,
+        space: str | Path | LatentSpace | None,
+    ) -> None:
         from latentguard.encoders.catalog import CATALOG
 
-        if name not in CATALOG or not CATALOG[name].bundled:
-            return
-        better = next((e.name for e in CATALOG.values() if e.reads(space) and not e.bundled), "")
-        hint = f"; for a stronger one: latentguard models get {better}" if better else ""
-        self.notes.append(f"{space} latents are judged by the bundled model {name}{hint}")
+        super().__init__(Rules.of(policy.to_dict()))
+        self._policy, self._providers = policy, _providers(device)
+        self._model = policy.model if model == "auto" and policy.model is not None else model
+        self._judges: dict[str, SpaceJudge | str] = {}
+        entry = CATALOG.get(self._model)
+        self._named: SpaceJudge | None = None
+        if space is not None or (self._model != "auto" and (entry is None or entry.space)):
+            named = None if space is None else _name(space)
+            judge = self._load(named)
+            self._judges[judge.info.space] = judge
+            self._named = judge if self._model != "auto" else None
+
+    def of(self, space: str) -> SpaceJudge | str:
+        if self._named is not None:
+            return self._reading(self._named, space)
+        if space not in self._judges:
+            self._judges[space] = self._choose(space)
+        return self._judges[space]
+
+    def _choose(self, space: str) -> SpaceJudge | str:
+        from latentguard.bundled.guard import chosen
+
+        try:
+            chosen(self._policy, self._model, space)
+        except ModelError as error:
+            return str(error)
+        return self._load(space)
+
+    def _load(self, space: str | None) -> SpaceJudge:
+        from latentguard.bundled import bundled_guard
+        from latentguard.files.bounds import MAX_IMAGE_CELLS
+
+        begun = perf_counter()
+        guard = bundled_guard(
+            self._policy,
+            self._model,
+            space=space,
+            providers=self._providers,
+            max_cells=MAX_IMAGE_CELLS,
+        )
+        said = guard.metadata
+        info = _info(guard.bound, said["model"]["notes"], said["unseen_contrast"])
+        if "views" not in self._policy.model_fields_set:
+            info = replace(info, crop_side=said["crop_side"])
+        if self._model == "auto":
+            self._note_bundled(guard.model.name, guard.space)
+        self.loading += perf_counter() - begun
+        return self._joined(info, _judging(guard))
 
 
 class OnnxJudges(Judges):
@@ -296,22 +364,36 @@ def make_judges(
     *,
     space: str | Path | LatentSpace | None = None,
     device: torch.device | str | None = None,
-    runtime: Runtime = "torch",
+    runtime: Runtime = "auto",
     sha256: str | None = None,
     views: Views | None = None,
 ) -> Judges:
     """The judges of a scan. Options and errors are those of `scan_files`."""
-    if runtime == "onnx":
-        if views is not None:
-            raise ModelError("an exported file has its own views: leave --views out")
-        if not isinstance(model, (str, Path)) or str(model) == "auto":
-            raise ModelError("the onnx runtime needs --model FILE.onnx, an exported file")
-        return OnnxJudges(model, policy, None if device is None else str(device), space, sha256)
+    where = None if device is None else str(device)
+    if resolved(runtime, model) == "onnx":
+        if not isinstance(model, (str, Path)):
+            raise ModelError("an Encoder is judged with torch: runtime='torch'")
+        if str(model).endswith(".onnx"):
+            if views is not None:
+                raise ModelError("an exported file has its own views: leave --views out")
+            return OnnxJudges(model, policy, where, space, sha256)
+    elif isinstance(model, (str, Path)) and str(model).endswith(".onnx"):
+        raise ModelError(f"{model} is an exported file: give --runtime onnx, or leave it out")
     if sha256 is not None:
-        raise ModelError("--sha256 pins an exported file: give --runtime onnx, too")
-    if isinstance(model, (str, Path)) and str(model).endswith(".onnx"):
-        raise ModelError(f"{model} is an exported file: give --runtime onnx, too")
+        raise ModelError("--sha256 pins an exported file: give --model FILE.onnx, too")
     policy = load_policy("default" if policy is None else policy)
     if views is not None:
         policy = policy.with_views(views)
+    if resolved(runtime, model) == "onnx":
+        return BundledJudges(policy, str(model), where, space)
     return TorchJudges(policy, model, device, space)
+
+
+def resolved(runtime: Runtime, model: Encoder | str | Path) -> Literal["torch", "onnx"]:
+    """What `auto` is: the ONNX runtime for an exported file and where there is no torch."""
+    if runtime != "auto":
+        return runtime
+    named = isinstance(model, (str, Path))
+    if named and (str(model).endswith(".onnx") or find_spec("torch") is None):
+        return "onnx"
+    return "torch"

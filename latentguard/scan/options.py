@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from latentguard.errors import UsageError
 from latentguard.files import Reading
 from latentguard.policy import Policy
-from latentguard.scan.judges import Judges, Runtime, Views, check_schemes, make_judges
+from latentguard.scan.judges import Judges, Runtime, Views, check_schemes, make_judges, resolved
 from latentguard.scan.judging import Judging
 from latentguard.scan.sampling import Draw
 
@@ -33,7 +33,7 @@ class RunOptions:
 
     policy: Policy | None = None
     model: str = "auto"
-    runtime: Runtime = "torch"
+    runtime: Runtime = "auto"
     sha256: str | None = None
     views: Views | None = None
     device: str | None = None
@@ -45,6 +45,8 @@ class RunOptions:
     sample: Draw | None = None
 
     def __post_init__(self) -> None:
+        # Every process of a run does the same, whatever is installed where it is.
+        object.__setattr__(self, "runtime", resolved(self.runtime, self.model))
         if self.batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.sink not in get_args(SinkName):

@@ -349,7 +349,7 @@ def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 
 def _folder(run: Run) -> str | None:
     names: Iterable[str] = (name for shard in run.shards for name in shard.files)
-    given = [run.place, *([run.options.model] if run.options.runtime == "onnx" else [])]
+    given = [run.place, *([run.options.model] if run.options.model.endswith(".onnx") else [])]
     for name in (*given, *names):
         if not is_address(name) and not Path(name).is_absolute():
             return os.getcwd()

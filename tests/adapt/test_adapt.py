@@ -28,8 +28,9 @@ from latentguard.encode.autoencoders import load_autoencoder
 from latentguard.encode.folders import find_pictures
 from latentguard.encode.tiny import tae_encoder
 from latentguard.encoders import load_encoder
+from latentguard.encoders.class_text import NEUTRAL_PROMPTS
 from latentguard.encoders.lite import Lite2
-from latentguard.encoders.nano import NEUTRAL_PROMPTS, WEIGHTS, NanoEncoder
+from latentguard.encoders.nano import WEIGHTS, NanoEncoder
 from latentguard.errors import LatentsError, ModelError
 from latentguard.spaces import SPACES, Latents
 
