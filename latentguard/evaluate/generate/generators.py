@@ -86,7 +86,7 @@ class PipelineGenerator:
         return {
             "kind": "diffusers",
             "pipeline": settings.pipeline,
-            "vae": settings.vae,
+            **({} if settings.vae is None else {"vae": settings.vae}),
             "class": type(self.pipe).__name__,
             "weights_sha256": self._sha256,
             "dtype": settings.dtype,
