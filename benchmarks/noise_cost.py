@@ -6,15 +6,16 @@
 The real search runs through StableDiffusionXLPipeline, one step at 512 px (latents of 64 x 64
 cells), without guidance, from prompt embeddings. All weights are random, which changes no cost.
 
-- Generator: a U-Net of SDXL's own layout, with three tenths of its channels, so that two cores
+- Generator: a U-Net of SDXL's own layout, with three tenths of its channels, so that one core
   can run it.
 - Decoder: SDXL's own shape (49.5 M parameters).
 - Rewards: Latent-CLIP B/8 and B/4-plus, nano-view; CLIP ViT-B/16 at 224 px behind the decoder.
 
 Clocks hang on the search itself: where the U-Net begins, where the reward begins and ends, and
-where the gradient reaches pixels and latents. The rewards take turns, and medians are told. Beside
-the seconds stand the FLOPs of each part, counted by torch, and those of SDXL's full U-Net, which
-needs no weights to be counted. Results go to benchmarks/results/noise_cost.*
+where the gradient reaches pixels and latents. They count the seconds of this process on its one
+core, so that others on the machine do not add to them. The rewards take turns, and medians are
+told. Beside the seconds stand the FLOPs of each part, counted by torch, and those of SDXL's full
+U-Net, which needs no weights to be counted. Results go to benchmarks/results/noise_cost.*
 """
 
 from __future__ import annotations
@@ -196,10 +197,10 @@ class Clocked:
     def _watch(self, tensor: Tensor, name: str) -> None:
         marks = self.marks[-1]
         if tensor.requires_grad:
-            tensor.register_hook(lambda _: marks.__setitem__(name, time.perf_counter()))
+            tensor.register_hook(lambda _: marks.__setitem__(name, time.process_time()))
 
     def _note(self, name: str) -> None:
-        self.marks[-1][name] = time.perf_counter()
+        self.marks[-1][name] = time.process_time()
 
 
 def search(pipe: Any, encoder: Encoder) -> tuple[list[dict[str, float]], float]:
@@ -306,11 +307,13 @@ def share(measured: dict[str, Any], name: str) -> float:
 def page(results: dict[str, Any]) -> str:
     measured, tera = results["seconds"], results["tera_flops"]
     m = results["machine"]
+    count = results["rounds"]
+    rounds = "one round" if count == 1 else f"medians of {count} rounds"
     lines = [
-        f"One image of 512 px, one step, float32, {m['cores']} cores of {m['cpu']}, torch "
-        f"{m['torch']}; medians of {results['rounds']} rounds in which the rewards took turns. The "
-        f"load of the machine was {min(results['load']):.1f} to {max(results['load']):.1f}; this "
-        "process alone makes up to 2 of it.",
+        f"One image of 512 px, one step, float32, {m['cpu']}, torch {m['torch']}; {rounds} in "
+        "which the rewards took turns. Seconds are of the process on one core. The load of the machine "
+        f"was {min(results['load']):.1f} to {max(results['load']):.1f}, of which this process makes "
+        "1: more than that fills caches and memory's bandwidth, and lengthens these seconds, too.",
         "",
         "Seconds an iteration:",
         "",
@@ -379,6 +382,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     pipe = pipeline()
     with tempfile.TemporaryDirectory() as folder:
         encoders: dict[str, Encoder] = {
