@@ -24,8 +24,10 @@ install: $(BIN)/python ## the environment, and this checkout in it
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-demo: install ## scan the bundled latents, print verdicts, write report.html
+demo: $(BIN)/python ## scan the bundled latents, write report.html; TORCH=1 also guards a generation
+	@PYTHON=$(BIN)/python scripts/install.sh $(if $(TORCH),all,onnx)
 	@$(BIN)/latentguard scan examples/latents.pt --policy family --report report.html --heatmap --fail-on never
+	$(if $(TORCH),@$(BIN)/python -W ignore examples/generate.py)
 
 test: install ## the tests that take minutes together
 	$(PYTEST) -m "not slow"

@@ -13,7 +13,7 @@ import typer
 from latentguard import __version__
 from latentguard.cli.commands import Commands
 from latentguard.cli.exit_codes import EXIT_USAGE
-from latentguard.errors import LatentGuardError
+from latentguard.errors import LatentGuardError, missing_extra
 from latentguard.text import visible
 
 app = typer.Typer(
@@ -102,6 +102,13 @@ def main() -> None:
         first, *more = str(error).splitlines() or [""]
         for line in (f"latentguard: {first}", *more):
             typer.echo(visible(line, 4000), err=True)
+        sys.exit(EXIT_USAGE)
+    except ModuleNotFoundError as error:
+        missing = missing_extra("this command", error)
+        if missing is None:
+            raise
+        abandon()
+        typer.echo(f"latentguard: {missing}", err=True)
         sys.exit(EXIT_USAGE)
     except OSError as error:
         abandon()
