@@ -311,9 +311,9 @@ def page(results: dict[str, Any]) -> str:
     rounds = "one round" if count == 1 else f"medians of {count} rounds"
     lines = [
         f"One image of 512 px, one step, float32, {m['cpu']}, torch {m['torch']}; {rounds} in "
-        "which the rewards took turns. Seconds are of the process on one core. The load of the machine "
-        f"was {min(results['load']):.1f} to {max(results['load']):.1f}, of which this process makes "
-        "1: more than that fills caches and memory's bandwidth, and lengthens these seconds, too.",
+        "which the rewards took turns. Seconds are of the process on one core. The machine's load "
+        f"was {min(results['load']):.1f} to {max(results['load']):.1f}, of which this process "
+        "makes 1: what is above shares caches and memory, and lengthens these seconds, too.",
         "",
         "Seconds an iteration:",
         "",
