@@ -44,7 +44,7 @@ def _root(
 
 
 @cache
-def _register() -> None:
+def register() -> None:
     """Add the commands to the application, once however often `main` is called."""
     import latentguard.cli.adapt as adapt
     import latentguard.cli.calibrate as calibrate
@@ -59,6 +59,7 @@ def _register() -> None:
     import latentguard.cli.evaluate_t2i_compbench as evaluate_t2i_compbench
     import latentguard.cli.export as export
     import latentguard.cli.models as models
+    import latentguard.cli.models_check as models_check
     import latentguard.cli.policy as policy
     import latentguard.cli.scan as scan
     import latentguard.cli.scan_report as scan_report
@@ -69,6 +70,7 @@ def _register() -> None:
         scan_report,
         policy,
         models,
+        models_check,
         spaces,
         concept,
         encode,
@@ -90,7 +92,7 @@ def main() -> None:
     """Entry point: expected errors become one line on stderr and exit code 2, never a traceback."""
     from latentguard.cli.console import abandon, prepare
 
-    _register()
+    register()
     prepare()
     try:
         try:
