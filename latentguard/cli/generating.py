@@ -78,8 +78,8 @@ PolicyName = Annotated[
 Model = Annotated[
     str,
     typer.Option(
-        help="The encoder that the arms judge with; pixel:ARCHITECTURE:WEIGHTS is a CLIP of "
-        "open_clip on decoded pictures."
+        help="The encoder that the arms judge with; of the arm noise also "
+        "pixel:ARCHITECTURE:WEIGHTS, a CLIP of open_clip on decoded pictures."
     ),
 ]
 Rewards = Annotated[

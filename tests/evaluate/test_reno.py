@@ -18,7 +18,7 @@ from tiny_clip import tiny_clip  # noqa: E402
 
 from latentguard import Latents, optimize_noise  # noqa: E402
 from latentguard.errors import LatentsError, ModelError, UsageError  # noqa: E402
-from latentguard.evaluate.generate.arms import SearchedNoise, Unguarded  # noqa: E402
+from latentguard.evaluate.generate.arms import Guarded, SearchedNoise, Unguarded  # noqa: E402
 from latentguard.evaluate.generate.asked import Asked  # noqa: E402
 from latentguard.evaluate.generate.generators import PipelineGenerator  # noqa: E402
 from latentguard.evaluate.generate.reno import Reno  # noqa: E402
@@ -116,6 +116,8 @@ def test_a_policy_is_a_negative_reward_on_pixels_too(generator, pixel):
     assert arm.describe()["model"]["name"] == pixel
     made = arm.make(CAT)
     assert made.facts["reward"] >= made.facts["reward_before"]
+    with pytest.raises(UsageError, match="the arm block needs a model of latents"):
+        Guarded(generator, load_policy("weapons"), "block", pixel)
 
 
 def test_without_a_policy_there_is_a_reward_and_there_are_no_verdicts(generator):

@@ -89,11 +89,17 @@ class Guarded:
 
     action: what concepts do that block or steer in the policy: all of them block, or all of them
         steer. Those that observe or ask for review are left as they are.
+    Raises UsageError for a model of pixels.
     """
 
     def __init__(
         self, generator: Generator, policy: Policy, action: Literal["block", "steer"], model: str
     ) -> None:
+        if model.startswith("pixel:"):  # its decodings would be judged, too, and so on
+            raise UsageError(
+                f"the arm {action} needs a model of latents, and {model} reads decoded pictures: "
+                "pixel: is of the arms noise and reno"
+            )
         self.name: str = action
         self._generator = generator
         self._policy = policy
