@@ -53,6 +53,7 @@ def register() -> None:
     import latentguard.cli.encode as encode
     import latentguard.cli.evaluate as evaluate
     import latentguard.cli.evaluate_bias as evaluate_bias
+    import latentguard.cli.evaluate_generated as evaluate_generated
     import latentguard.cli.evaluate_geneval as evaluate_geneval
     import latentguard.cli.evaluate_i2p as evaluate_i2p
     import latentguard.cli.evaluate_reno as evaluate_reno
@@ -76,6 +77,7 @@ def register() -> None:
         encode,
         evaluate,
         evaluate_bias,
+        evaluate_generated,
         evaluate_geneval,
         evaluate_i2p,
         evaluate_reno,

@@ -10,8 +10,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="generators need torch")
 diffusers = pytest.importorskip("diffusers", reason="the generators are pipelines of diffusers")
 
-from small_pipeline import save_pipeline  # noqa: E402
-
 from latentguard.errors import ModelError, UsageError  # noqa: E402
 from latentguard.evaluate.generate.arms import (  # noqa: E402
     Guarded,
@@ -75,9 +73,9 @@ def test_every_concept_that_acts_does_what_the_arm_does():
         with_action(load_policy("observe"), "block")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+@pytest.fixture
+def folder(small_pipeline):
+    return small_pipeline
 
 
 def test_a_pipeline_by_its_folder_with_settings_from_yaml_and_options(folder, tmp_path):

@@ -13,7 +13,6 @@ pytest.importorskip("diffusers", reason="the generators are pipelines of diffuse
 
 import open_clip  # noqa: E402
 from PIL import Image  # noqa: E402
-from small_pipeline import save_pipeline  # noqa: E402
 from tiny_clip import tiny_clip  # noqa: E402
 
 from latentguard import Latents, optimize_noise  # noqa: E402
@@ -39,10 +38,9 @@ def pixel(tmp_path_factory):
     return "pixel:{}:{}".format(*tiny_clip(tmp_path_factory.mktemp("clip")))
 
 
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory):
-    folder = save_pipeline(tmp_path_factory.mktemp("pipeline"))
-    return PipelineGenerator(Settings(str(folder), device="cpu", steps=1))
+@pytest.fixture
+def generator(small_pipeline):
+    return PipelineGenerator(Settings(str(small_pipeline), device="cpu", steps=1))
 
 
 def clean(generator, asked=CAT):
