@@ -117,6 +117,13 @@ def tensor_like(latents: Latents, held: Held, like: Tensor) -> Tensor:
     return tensor.reshape(like.shape).to(like)
 
 
+def empty(tensor: Tensor) -> list[int]:
+    """The images [B, C, ...] in which every channel has one value: what a sampler guard leaves of
+    a blocked one, and what was never sampled."""
+    flat = tensor.flatten(2)
+    return (flat == flat[..., :1]).flatten(1).all(1).nonzero().flatten().tolist()
+
+
 def read(latent: Any, space: str = "auto", model: Any = None) -> tuple[Latents, Tensor]:
     """The latents of a LATENT, and the tensor that they were read from, a copy of its own.
 

@@ -11,7 +11,7 @@ from latentguard import LatentGuardError, load_policy
 from latentguard.encoders.catalog import entries
 from latentguard.policy import shipped_policies
 
-from .conventions import SPACE_CHOICES, read
+from .conventions import SPACE_CHOICES, empty, read
 from .heat import heat, painted
 from .loaded import Loaded
 from .sampling import SamplerGuard
@@ -110,16 +110,19 @@ class CheckNode:
             raise LatentGuardError(f"on_block must be stop, blank or pass, got {on_block!r:.60}")
         latents, tensor = read(samples, space, model)
         verdicts = guard.scorer(latents.space).verdicts(latents)
-        if on_block == "stop":
-            stop(verdicts)
         found = blocked(verdicts)
+        if on_block == "stop":
+            stop(verdicts, found)
+        gone = [index for index in empty(tensor) if index not in found]
         if on_block == "blank":
             tensor[found] = 0
         text = told(verdicts)
+        if gone:
+            text += f"\nblank, as blocked before or never sampled: {', '.join(map(str, gone))}"
         # The copy that was judged: whoever else holds the given tensor cannot change it.
         return {
             "ui": {"text": [text]},
-            "result": ({**samples, "samples": tensor}, text, bool(found)),
+            "result": ({**samples, "samples": tensor}, text, bool(found or gone)),
         }
 
 

@@ -186,8 +186,8 @@ class Run:
         return denoised * self._mask + self._latent_image * (1 - self._mask)
 
     def _stop(self) -> None:
-        if self._stops and self.session.blocked:
-            stop(self.session.verdicts)
+        if self._stops:
+            stop(self.session.verdicts, self.session.blocked)
 
 
 def noise_level(sampling: Any, sigma: Tensor) -> float:

@@ -11,10 +11,12 @@ class BlockedError(LatentGuardError):
     """Raised where a node is to stop the workflow; the message is why."""
 
 
-def told(verdicts: Sequence[Verdict]) -> str:
-    """A line for each image, and one below it for each concept that matched."""
+def told(verdicts: Sequence[Verdict], rows: Sequence[int] | None = None) -> str:
+    """A line for each image, or for those of `rows`, and one below it for each concept that
+    matched."""
     lines = []
-    for index, verdict in enumerate(verdicts):
+    for index in range(len(verdicts)) if rows is None else rows:
+        verdict = verdicts[index]
         lines.append(f"image {index}: {verdict.reason}")
         lines += [
             f"  {concept.id} ({concept.action}): '{concept.prompt}', {concept.unit} "
@@ -29,7 +31,7 @@ def blocked(verdicts: Sequence[Verdict]) -> list[int]:
     return [index for index, verdict in enumerate(verdicts) if verdict.decision == "block"]
 
 
-def stop(verdicts: Sequence[Verdict]) -> None:
-    """Raise BlockedError where an image is blocked."""
-    if blocked(verdicts):
-        raise BlockedError(f"stopped by LatentGuard\n{told(verdicts)}")
+def stop(verdicts: Sequence[Verdict], rows: Sequence[int]) -> None:
+    """Raise BlockedError where there are `rows`: the images that are blocked."""
+    if rows:
+        raise BlockedError(f"stopped by LatentGuard\n{told(verdicts, rows)}")

@@ -44,11 +44,12 @@ UNET = {
 
 @dataclass
 class Ran:
-    """What a workflow gave: each node's `ui`, and the error that ended it, or None."""
+    """What a workflow gave: each node's `ui`, the error that ended it or None, and the latents that
+    came to a TestKeep, by its name."""
 
     ui: dict[str, Any]
     error: dict[str, Any] | None
-    sampled: dict[str, Any]
+    kept: dict[str, Tensor]
 
 
 class Server:
@@ -84,7 +85,9 @@ class ComfyUI:
         self.nodes = nodes
         self._execution = execution
         extras = Path(checkout) / "comfy_extras"
-        asyncio.run(self._load(FOLDER, extras / "nodes_custom_sampler.py"))
+        asyncio.run(
+            self._load(FOLDER, extras / "nodes_custom_sampler.py", extras / "nodes_mask.py")
+        )
         self.kept: dict[str, Any] = {}
         self._add_test_nodes()
         self._executor = execution.PromptExecutor(Server())
@@ -202,6 +205,9 @@ def patcher(kind: str, target: Tensor | None) -> Any:
                 "unknown": comfy.latent_formats.SC_B,
             }[kind]()
             model = comfy.model_base.BaseModel(config)
+            # ComfyUI leaves weights as they come: they are those of a checkpoint that follows.
+            for weight in model.parameters():
+                torch.nn.init.normal_(weight, std=0.05)
         if target is not None:
             scaled = model.process_latent_in(target)
             model.diffusion_model = Exact(scaled, flow=kind == "flux")
@@ -219,10 +225,9 @@ class Exact(torch.nn.Module):
         super().__init__()
         self.register_buffer("target", target)
         self.flow = flow
-        self.sigmas: Tensor | None = None
 
     def forward(self, x: Tensor, timestep: Tensor, **options: Any) -> Tensor:
-        sigma = options["transformer_options"]["sigmas"].view(-1, 1, 1, 1)
+        sigma = options["transformer_options"]["sigmas"].max()
         target = self.target.repeat(len(x) // len(self.target), 1, 1, 1).to(x)
         if self.flow:
             signal = 1 - sigma

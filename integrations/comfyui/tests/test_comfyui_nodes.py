@@ -178,6 +178,15 @@ def test_flux2_is_judged_by_its_own_model(family: Loaded) -> None:
     assert family.scorer("flux2").encoder.name == "nano-flux2"
 
 
+def test_what_a_sampler_guard_blanked_is_told_and_flagged(family: Loaded) -> None:
+    given = raw("sdxl", "cat", "pagoda")
+    given[1] = torch.tensor([0.1, 0.0, -0.2, 0.3]).view(4, 1, 1)
+    out, text, flag = check(family, given, "stop", space="sdxl")
+    assert torch.equal(out["samples"], given)
+    assert flag
+    assert text.endswith("blank, as blocked before or never sampled: 1")
+
+
 @pytest.mark.parametrize("on_block", ["stop", "blank", "pass"])
 def test_what_cannot_be_read_stops_whatever_was_chosen(family: Loaded, on_block: str) -> None:
     with pytest.raises(LatentsError, match="is not certain"):
