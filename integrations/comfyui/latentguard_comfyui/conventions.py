@@ -41,6 +41,7 @@ FORMATS = {
     "Wan21": Held("wan21", frames=True),
     "Wan22": Held("wan22", frames=True),
     "HunyuanVideo": Held("hunyuan-video", frames=True),
+    "HunyuanVideo15": Held("hunyuan-video-1.5", frames=True),
     "HunyuanImage21": Held("hunyuan-image-2.1"),
     "Mochi": Held("mochi", frames=True),
 }

@@ -7,6 +7,7 @@ model classes and files.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import sys
@@ -39,7 +40,10 @@ UNET = {
     "use_temporal_attention": False,
     "dtype": torch.float32,
 }
-"""A UNet of Stable Diffusion 1's form, with 0.4 million weights."""
+"""A UNet of Stable Diffusion 1's form."""
+
+FLOW = {"flux1": "Flux", "flux2": "Flux2", "wan21": "Wan21"}
+"""Spaces of models by flow matching, and the names of their latent formats."""
 
 
 @dataclass
@@ -90,7 +94,10 @@ class ComfyUI:
         )
         self.kept: dict[str, Any] = {}
         self._add_test_nodes()
-        self._executor = execution.PromptExecutor(Server())
+        # Newer ones must be told how much the cache keeps, as their own server does.
+        new = "cache_args" in inspect.signature(execution.PromptExecutor).parameters
+        options = {"cache_args": {"lru": 0, "ram": 0.0}} if new else {}
+        self._executor = execution.PromptExecutor(Server(), **options)
 
     async def _load(self, *paths: Path) -> None:
         for path in paths:
@@ -180,7 +187,8 @@ class ComfyUI:
 
 
 def patcher(kind: str, target: Tensor | None) -> Any:
-    """A MODEL of a small model class of ComfyUI's: sd1 or sdxl by epsilon, flux by flow matching.
+    """A MODEL of ComfyUI's classes with a space's latents: a small UNet that predicts noise for sd1
+    and sdxl, flow matching without a network for the others.
 
     target: raw latents. With them the network is replaced by the exact denoiser of pictures that
     scatter around the target; without, its weights are random.
@@ -192,9 +200,10 @@ def patcher(kind: str, target: Tensor | None) -> Any:
 
     torch.manual_seed(0)
     with torch.inference_mode(False):
-        if kind == "flux":
+        if flow := kind in FLOW:
             config = comfy.supported_models.FluxSchnell({"disable_unet_model_creation": True})
             config.set_inference_dtype(torch.float32, None)
+            config.latent_format = getattr(comfy.latent_formats, FLOW[kind])()
             model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.FLOW)
         else:
             config = comfy.supported_models.SD15(dict(UNET))
@@ -210,7 +219,7 @@ def patcher(kind: str, target: Tensor | None) -> Any:
                 torch.nn.init.normal_(weight, std=0.05)
         if target is not None:
             scaled = model.process_latent_in(target)
-            model.diffusion_model = Exact(scaled, flow=kind == "flux")
+            model.diffusion_model = Exact(scaled, flow=flow)
         model.eval()
         device = torch.device("cpu")
         return comfy.model_patcher.ModelPatcher(model, device, device)
@@ -228,7 +237,7 @@ class Exact(torch.nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, **options: Any) -> Tensor:
         sigma = options["transformer_options"]["sigmas"].max()
-        target = self.target.repeat(len(x) // len(self.target), 1, 1, 1).to(x)
+        target = torch.cat([self.target] * (len(x) // len(self.target))).to(x)
         if self.flow:
             signal = 1 - sigma
             noisy = x

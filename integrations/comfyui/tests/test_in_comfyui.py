@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_headless import ComfyUI, Ran
-from comfy_pictures import policy_file, raw
+from comfy_headless import FLOW, ComfyUI, Ran
+from comfy_pictures import bundled, policy_file, raw
 from latentguard_comfyui.conventions import FORMATS, empty, held_by, read
 
-from latentguard import LatentsError, scan_files
+from latentguard import LatentsError, LatentSpace, scan_files
 
 CHECKOUT = os.environ.get("LATENTGUARD_COMFYUI")
 pytestmark = pytest.mark.skipif(
@@ -28,16 +28,20 @@ Workflow = dict[str, Any]
 def comfyui(tmp_path_factory: pytest.TempPathFactory) -> ComfyUI:
     assert CHECKOUT is not None
     found = ComfyUI(CHECKOUT, tmp_path_factory.mktemp("comfyui"))
-    for space in ("sd1", "sdxl", "flux1"):
-        for name in ("cat", "revolver"):
+    import comfy.latent_formats
+
+    patchify = LatentSpace.get("flux2").patchify
+    for name in ("cat", "revolver"):
+        for space in ("sd1", "sdxl", "flux1"):
             found.given[f"{space} {name}"] = raw(space, name)
+        found.given[f"wan21 {name}"] = raw("wan21", name)[:, :, None]
+        if hasattr(comfy.latent_formats, "Flux2"):
+            found.given[f"flux2 {name}"] = patchify(bundled(name).tensor)
     for space in ("sdxl", "flux1"):
         found.given[f"{space} both"] = raw(space, "cat", "revolver")
     found.given["sdxl four"] = raw("sdxl", "revolver", "cat", "rocket", "pagoda")
-    found.given["sd1 empty"] = found.given["sdxl empty"] = torch.zeros(1, 4, 32, 32)
-    found.given["sdxl empty both"] = torch.zeros(2, 4, 32, 32)
-    found.given["flux1 empty"] = torch.zeros(1, 16, 32, 32)
-    found.given["flux1 empty both"] = torch.zeros(2, 16, 32, 32)
+    for key, latents in list(found.given.items()):
+        found.given[key.replace(" ", " empty ").replace(" cat", "")] = torch.zeros_like(latents)
     return found
 
 
@@ -72,14 +76,13 @@ def sampling(
     kind: str, key: str, path: str | None, on_block: str = "blank", **options: Any
 ) -> Workflow:
     """A KSampler over a tiny model, with a guard where a policy is given."""
-    space = "flux1" if kind == "flux" else kind
-    empty = f"{space} empty both" if "both" in key else f"{space} empty"
+    empty = f"{kind} empty both" if "both" in key else f"{kind} empty"
     settings = {
         "seed": 7,
         "steps": 6,
         "cfg": 2.0,
         "sampler_name": "euler",
-        "scheduler": "simple" if kind == "flux" else "normal",
+        "scheduler": "simple" if kind in FLOW else "normal",
         "denoise": 1.0,
         **options,
     }
@@ -162,7 +165,7 @@ def test_a_check_asks_for_the_space_or_takes_the_models(comfyui: ComfyUI, tmp_pa
     assert "choose it in `space`, or connect the model" in asked.error["exception_message"]
     assert asked.kept == {}
     workflow = checking("flux1 revolver", path, "blank", model=["model", 0])
-    workflow["model"] = node("TestModel", kind="flux", key="flux1 cat")
+    workflow["model"] = node("TestModel", kind="flux1", key="flux1 cat")
     assert not out(comfyui.run(workflow)).any()
 
 
@@ -190,17 +193,18 @@ def test_what_comfyui_saves_is_scanned_to_the_same_verdicts(
 # -- samplers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl", "flux"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", *FLOW])
 def test_a_sampler_is_guarded(comfyui: ComfyUI, tmp_path: Path, kind: str) -> None:
+    if f"{kind} cat" not in comfyui.given:
+        pytest.skip(f"this ComfyUI has no latent format {FLOW[kind]}")
     path = policy_file(tmp_path)
-    space = "flux1" if kind == "flux" else kind
-    free = out(comfyui.run(sampling(kind, f"{space} cat", None)))
-    assert torch.equal(out(comfyui.run(sampling(kind, f"{space} cat", path))), free)
-    gun = out(comfyui.run(sampling(kind, f"{space} revolver", None)))
-    assert read({"samples": gun}, space)[0].space.name == space
-    blank = out(comfyui.run(sampling(kind, f"{space} revolver", path)))
+    free = out(comfyui.run(sampling(kind, f"{kind} cat", None)))
+    assert torch.equal(out(comfyui.run(sampling(kind, f"{kind} cat", path))), free)
+    gun = out(comfyui.run(sampling(kind, f"{kind} revolver", None)))
+    assert read({"samples": gun}, kind)[0].space.name == kind
+    blank = out(comfyui.run(sampling(kind, f"{kind} revolver", path)))
     assert empty(blank) == [0]
-    stopped = comfyui.run(sampling(kind, f"{space} revolver", path, "stop"))
+    stopped = comfyui.run(sampling(kind, f"{kind} revolver", path, "stop"))
     assert stopped.error is not None
     assert stopped.error["node_id"] == "sampler"
     assert "concept 'guns' matched 'revolver'" in stopped.error["exception_message"]
@@ -240,18 +244,17 @@ def test_a_network_of_random_weights(comfyui: ComfyUI, tmp_path: Path) -> None:
     assert not out(comfyui.run(sampling("sd1", "none", always))).any()
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "flux"])
+@pytest.mark.parametrize("kind", ["sdxl", "flux1"])
 def test_steering_moves_an_image_away(comfyui: ComfyUI, tmp_path: Path, kind: str) -> None:
-    space = "flux1" if kind == "flux" else kind
     path = policy_file(tmp_path, "steer")
-    key, options = f"{space} both", {"steps": 12}
+    key, options = f"{kind} both", {"steps": 12}
     free = out(comfyui.run(sampling(kind, key, None, **options)))
     found = out(comfyui.run(sampling(kind, key, path, **options)))
     assert torch.equal(found[0], free[0])
     assert empty(found) == []
     assert not torch.equal(found[1], free[1])
     comfyui.given["steered"] = found
-    after = comfyui.run(checking("steered", policy_file(tmp_path), "pass", space=space))
+    after = comfyui.run(checking("steered", policy_file(tmp_path), "pass", space=kind))
     assert "block" not in after.ui["check"]["text"][0]
 
 
