@@ -159,7 +159,7 @@ class ComfyUI:
                 return {}
 
         class Model(Node):
-            """A tiny model of random weights, or one that denoises towards a given picture."""
+            """A tiny model of random weights, or one that denoises toward a given picture."""
 
             RETURN_TYPES = ("MODEL",)
 
