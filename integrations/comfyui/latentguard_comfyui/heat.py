@@ -12,6 +12,8 @@ from latentguard.spaces import rgb_preview
 HOT = (1.0, 0.2, 0.0)
 DIMMED = 0.6
 """How bright the view is under the heat."""
+OPAQUE = 0.75
+"""How much of the view the strongest heat hides."""
 
 
 def heat(scorer: Scorer, latents: Latents, concept: str = "") -> tuple[Tensor, list[str]]:
@@ -52,8 +54,8 @@ def painted(latents: Latents, heats: Tensor, view: bool) -> tuple[Tensor, Tensor
     ground = torch.zeros(len(latents), *size, 3)
     if view and latents.space.standard.rgb_view is not None:
         ground = torch.from_numpy(rgb_preview(latents, factor)).float() / 255
-    share = mask[..., None]
-    return (ground * DIMMED * (1 - share) + torch.tensor(HOT) * share), mask
+    share = OPAQUE * mask[..., None]
+    return ground * DIMMED * (1 - share) + torch.tensor(HOT) * share, mask
 
 
 def _threshold(scorer: Scorer, k: int) -> float:

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from comfy_pictures import bundled, raw
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from latentguard_comfyui.conventions import (
     BY_SPACE,
     FORMATS,
+    SPACE_CHOICES,
     held_by,
     latents_of,
     read,
@@ -122,6 +125,23 @@ def test_what_is_no_image_of_the_space_is_refused(tensor: torch.Tensor, says: st
 def test_a_space_that_comfyui_holds_in_an_unknown_way_is_refused() -> None:
     with pytest.raises(LatentsError, match="`space` must be one of auto"):
         read({"samples": torch.zeros(1, 32, 8, 8)}, "sana")
+
+
+SHAPES = st.lists(st.integers(0, 6) | st.sampled_from([4, 16, 128]), max_size=6)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool]
+
+
+@settings(deadline=None, max_examples=300)
+@given(SHAPES, st.sampled_from([*DTYPES, torch.complex64]), st.sampled_from(SPACE_CHOICES))
+def test_any_tensor_is_read_or_refused(shape: list[int], dtype: torch.dtype, space: str) -> None:
+    tensor = torch.zeros(shape, dtype=dtype)
+    try:
+        latents, copy = read({"samples": tensor}, space)
+    except LatentsError:
+        return
+    assert latents.tensor.numel() == copy.numel() == tensor.numel()
+    assert latents.space.name in space
+    assert len(latents) == len(tensor)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -169,6 +169,15 @@ def test_the_same_picture_is_judged_alike_in_each_space(family: Loaded, space: s
     assert torch.equal(out["samples"][1], given[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_judged_and_kept(family: Loaded, dtype: torch.dtype) -> None:
+    given = raw("sdxl", "revolver", "cat").to(dtype)
+    out, _, _ = check(family, given, "blank", space="sdxl")
+    assert out["samples"].dtype == dtype
+    assert not out["samples"][0].any()
+    assert torch.equal(out["samples"][1], given[1])
+
+
 def test_flux2_is_judged_by_its_own_model(family: Loaded) -> None:
     given = LatentSpace.get("flux2").patchify(bundled("revolver", "cat").tensor)
     out, text, _ = check(family, given, "blank")

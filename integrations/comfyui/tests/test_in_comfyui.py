@@ -236,6 +236,18 @@ def test_a_sampler_that_chooses_its_steps_by_the_whole_batch(
     assert not found[1].any()
 
 
+def test_two_guards_on_one_model_both_judge(comfyui: ComfyUI, tmp_path: Path) -> None:
+    mild = policy(policy_file(tmp_path, "observe"))
+    for first, second in (("policy", "mild"), ("mild", "policy")):
+        workflow = sampling("sdxl", "sdxl both", policy_file(tmp_path))
+        workflow["mild"] = mild
+        workflow["guarded"]["inputs"] |= {"model": ["inner", 0], "guard": [second, 0]}
+        workflow["inner"] = node(
+            "LatentGuardSamplerGuard", model=["model", 0], guard=[first, 0], on_block="blank"
+        )
+        assert empty(out(comfyui.run(workflow))) == [1]
+
+
 def test_a_network_of_random_weights(comfyui: ComfyUI, tmp_path: Path) -> None:
     free = out(comfyui.run(sampling("sd1", "none", None)))
     never = policy_file(tmp_path, threshold=1.0)
