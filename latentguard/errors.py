@@ -59,7 +59,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "onnx",
-    "PIL": "nano",
+    "PIL": "eval",
     "matplotlib": "eval",
     "pyarrow": "scale",
     "fsspec": "scale",

@@ -53,11 +53,13 @@ def register() -> None:
     import latentguard.cli.encode as encode
     import latentguard.cli.evaluate as evaluate
     import latentguard.cli.evaluate_bias as evaluate_bias
+    import latentguard.cli.evaluate_generated as evaluate_generated
     import latentguard.cli.evaluate_geneval as evaluate_geneval
     import latentguard.cli.evaluate_i2p as evaluate_i2p
     import latentguard.cli.evaluate_t2i_compbench as evaluate_t2i_compbench
     import latentguard.cli.export as export
     import latentguard.cli.models as models
+    import latentguard.cli.models_check as models_check
     import latentguard.cli.policy as policy
     import latentguard.cli.scan as scan
     import latentguard.cli.scan_report as scan_report
@@ -68,11 +70,13 @@ def register() -> None:
         scan_report,
         policy,
         models,
+        models_check,
         spaces,
         concept,
         encode,
         evaluate,
         evaluate_bias,
+        evaluate_generated,
         evaluate_geneval,
         evaluate_i2p,
         evaluate_t2i_compbench,
