@@ -130,7 +130,8 @@ class Run:
         self._latent_image, self._mask = latent_image, mask
         self._clean = float(sigmas[-1]) == 0
         """Whether it ends without noise. Otherwise another sampler goes on with what it gives."""
-        self._last = float(sigmas[-2]) if self._clean and len(sigmas) > 1 else -1.0
+        # Some samplers compute a sigma back from its logarithm.
+        self._last = float(sigmas[-2]) * 1.0001 if self._clean and len(sigmas) > 1 else -1.0
         self._estimate: Latents | None = None
         self._level = 0.0
         self.session: Session = session(loaded.policy, loaded.scorer(self._held.space))

@@ -17,6 +17,7 @@ from latentguard_comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from latentguard_comfyui.conventions import BY_SPACE
 from latentguard_comfyui.loaded import Loaded
 from latentguard_comfyui.told import BlockedError
+from safetensors.torch import save_file
 
 from latentguard import LatentGuardError, LatentsError, LatentSpace, PolicyError, scan_files
 
@@ -223,16 +224,30 @@ def test_an_answer_that_does_not_exist_is_an_error(family: Loaded) -> None:
         check(family, raw("sdxl", "cat"), "ignore", space="sdxl")
 
 
-def test_a_file_of_latents_is_scanned_to_the_same_verdicts(family: Loaded, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    given = raw("sdxl", *NAMES)
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        *(("sdxl", {}), ("flux2", {})),
+        *((space, {"space": space}) for space in ("sd1", "sd3", "flux1", "wan21", "hunyuan-video")),
+        *((s, {"space": s, "scaled": False}) for s in ("wan22", "hunyuan-video-1.5", "mochi")),
+    ],
+)
+def test_a_file_of_latents_is_scanned_to_the_same_verdicts(
+    family: Loaded, tmp_path: Path, space: str, said: dict[str, Any]
+) -> None:
+    if space == "flux2":
+        given = LatentSpace.get(space).patchify(bundled(*NAMES).tensor)
+    else:
+        given = raw(space, *NAMES)
+    if BY_SPACE[space].frames:
+        given = given[:, :, None]
     path = tmp_path / "ComfyUI_00001_.latent"
     save_file({"latent_tensor": given, "latent_format_version_0": torch.tensor([])}, path)
-    _, text, _ = check(family, given, "pass")
-    records = list(scan_files([path], policy="family"))
+    _, text, _ = check(family, given, "pass", space=said.get("space", "auto"))
+    records = list(scan_files([path], policy="family", **said))
     reasons = [line for line in text.splitlines() if line.startswith("image")]
     assert reasons == [f"image {i}: {record.verdict.reason}" for i, record in enumerate(records)]
+    assert [record.verdict.decision for record in records] == ["block", "allow", "allow", "allow"]
 
 
 # -- heat maps -----------------------------------------------------------------------------------
