@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(NPROC) --maxprocesses 8 --dis
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all fuzz lint format schema pipelines clean
+.PHONY: help install demo test test-all docs fuzz lint format schema pipelines clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,11 @@ test: install ## the tests that take minutes together
 
 test-all: install ## all tests, the slow ones among them
 	$(PYTEST)
+
+docs: $(BIN)/python ## the documentation site, in build/site
+	@PYTHON=$(BIN)/python scripts/install.sh docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 FUZZ_SECONDS ?= 120
 fuzz: install ## compare readings with each format's own library, FUZZ_SECONDS=120 for each format

@@ -79,9 +79,6 @@ __all__ = [
     "scan_files",
 ]
 
-# The extra that brings what a room imports at its top.
-_EXTRAS = {"torch": "torch", "safetensors": "torch", "diffusers": "diffusers"}
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -89,15 +86,12 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_HOME[name]), name)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
-            raise
-        from latentguard.errors import MissingExtraError
+        from latentguard.errors import missing_extra
 
-        raise MissingExtraError(
-            f"latentguard.{name} needs {package}, which is not installed: "
-            f"pip install 'latentguard[{_EXTRAS[package]}]'"
-        ) from error
+        missing = missing_extra(f"latentguard.{name}", error)
+        if missing is None:
+            raise
+        raise missing from error
 
 
 def __dir__() -> list[str]:

@@ -47,3 +47,33 @@ class MissingExtraError(LatentGuardError, ImportError):
 
 class CoverageError(PolicyError, ModelError):
     """A policy with prompts that the model cannot see: a fault of the pair, so it is both."""
+
+
+EXTRAS = {
+    "torch": "torch",
+    "safetensors": "torch",
+    "open_clip": "torch",
+    "huggingface_hub": "torch",
+    "diffusers": "diffusers",
+    "transformers": "diffusers",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "onnx",
+    "PIL": "eval",
+    "matplotlib": "eval",
+    "pyarrow": "scale",
+    "fsspec": "scale",
+    "ray": "ray",
+}
+"""The extra that brings a package which only some commands need."""
+
+
+def missing_extra(what: str, error: ModuleNotFoundError) -> MissingExtraError | None:
+    """What to say where `what` needs a package of an extra; None for any other package."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return MissingExtraError(
+        f"{what} needs {package}, which is not installed: "
+        f"pip install 'latentguard[{EXTRAS[package]}]'"
+    )

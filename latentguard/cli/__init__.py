@@ -13,7 +13,7 @@ import typer
 from latentguard import __version__
 from latentguard.cli.commands import Commands
 from latentguard.cli.exit_codes import EXIT_USAGE
-from latentguard.errors import LatentGuardError
+from latentguard.errors import LatentGuardError, missing_extra
 from latentguard.text import visible
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ def _root(
 
 
 @cache
-def _register() -> None:
+def register() -> None:
     """Add the commands to the application, once however often `main` is called."""
     import latentguard.cli.adapt as adapt
     import latentguard.cli.calibrate as calibrate
@@ -58,6 +58,7 @@ def _register() -> None:
     import latentguard.cli.evaluate_t2i_compbench as evaluate_t2i_compbench
     import latentguard.cli.export as export
     import latentguard.cli.models as models
+    import latentguard.cli.models_check as models_check
     import latentguard.cli.policy as policy
     import latentguard.cli.scan as scan
     import latentguard.cli.scan_report as scan_report
@@ -68,6 +69,7 @@ def _register() -> None:
         scan_report,
         policy,
         models,
+        models_check,
         spaces,
         concept,
         encode,
@@ -88,7 +90,7 @@ def main() -> None:
     """Entry point: expected errors become one line on stderr and exit code 2, never a traceback."""
     from latentguard.cli.console import abandon, prepare
 
-    _register()
+    register()
     prepare()
     try:
         try:
@@ -100,6 +102,13 @@ def main() -> None:
         first, *more = str(error).splitlines() or [""]
         for line in (f"latentguard: {first}", *more):
             typer.echo(visible(line, 4000), err=True)
+        sys.exit(EXIT_USAGE)
+    except ModuleNotFoundError as error:
+        missing = missing_extra("this command", error)
+        if missing is None:
+            raise
+        abandon()
+        typer.echo(f"latentguard: {missing}", err=True)
         sys.exit(EXIT_USAGE)
     except OSError as error:
         abandon()

@@ -33,8 +33,15 @@ def i2p_(
         Path | None, typer.Option(help="Q16's data/ViT-L-14/prompts.p; nothing is unpickled.")
     ] = None,
     q16_weights: Annotated[
-        str, typer.Option(help="CLIP's weights for Q16: a file, or openai, which is fetched.")
+        str,
+        typer.Option(
+            help="CLIP's weights for Q16 and --aesthetic: a file, or openai, which is fetched."
+        ),
     ] = "openai",
+    aesthetic: Annotated[
+        Path | None,
+        typer.Option(help="LAION's aesthetic predictor (sac+logos+ava1-l14-linearMSE.pth)."),
+    ] = None,
     judge_model: JudgeModel = "auto",
     judge_autoencoder: JudgeAutoencoder = None,
 ) -> None:
@@ -61,9 +68,18 @@ def i2p_(
     space, where = given.generator.space, given.where
     options = JudgeOptions(q16_prompts, q16_weights, judge_model, judge_autoencoder, space, where)
     judges = [judge_of(name, options) for name in dict.fromkeys(judge)]
+    liking = None
+    if aesthetic is not None:
+        from latentguard.evaluate.judges.aesthetic import Aesthetic
+
+        liking = Aesthetic(aesthetic, options.clip)
     asked = asked_of(rows, images)
     taken = {"sha256": sha256, "rows": len(rows), "category": category, "limit": limit}
     folder = given.folder("i2p", taken, asked)
     given.make(folder, asked)
     judged = given.judge(folder, judges, asked)
-    given.show(report(folder, rows, asked, given.names, judged))
+    liked = None
+    if liking is not None:
+        scored = given.judge(folder, [liking], asked)
+        liked = {name: scored[liking.name, name] for name in given.names}
+    given.show(report(folder, rows, asked, given.names, judged, liked))

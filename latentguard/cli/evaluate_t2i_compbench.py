@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from latentguard.cli.evaluate import evaluate_app
 from latentguard.cli.generating import Generation, generating
+
+if TYPE_CHECKING:
+    from latentguard.evaluate.t2i_compbench.blip import BlipVqa
 
 
 def register(app: typer.Typer) -> None:
@@ -20,23 +23,80 @@ def register(app: typer.Typer) -> None:
 def t2i_compbench_(
     given: Generation,
     prompts: Annotated[Path, typer.Argument(help="One of the benchmark's prompt files.")],
+    evaluator: Annotated[
+        Literal["none", "blip-vqa"],
+        typer.Option(
+            help="none: make the images in the layout that the benchmark's own evaluators read. "
+            "blip-vqa: score color, texture and shape, too; built in, not the official one."
+        ),
+    ] = "none",
+    blip: Annotated[
+        str | None,
+        typer.Option(help="Of blip-vqa: a folder of transformers, or a name, which is fetched."),
+    ] = None,
+    phrases: Annotated[
+        Path | None,
+        typer.Option(help="Of blip-vqa: lines of PROMPT, tab, phrases; else plain prompts alone."),
+    ] = None,
     images: Annotated[int, typer.Option(min=1, max=1000, help="Of each prompt.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the first image of each prompt.")] = 42,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
 ) -> None:
     """Make the images of T2I-CompBench, in the folder that its own evaluators read.
 
-    RUN/images/ARM/samples has PROMPT_000000.png. Nothing is evaluated here.
+    RUN/images/ARM/samples has PROMPT_000000.png. --evaluator blip-vqa scores them as well.
 
     Example: latentguard evaluate t2i-compbench color_val.txt --run runs/color --pipeline
-    stabilityai/sdxl-turbo --steps 1 --guidance 0
+    stabilityai/sdxl-turbo --steps 1 --guidance 0 --evaluator blip-vqa
+    --blip Salesforce/blip-vqa-capfilt-large
     """
-    from latentguard.evaluate.t2i_compbench import asked_of, read_prompts, report
+    from latentguard.evaluate.t2i_compbench import Scored, asked_of, read_prompts, report
 
     lines, sha256 = read_prompts(prompts)
     lines = lines[:limit]
+    found = _phrases(evaluator, blip, phrases, lines)
+    judge = None if found is None else _judge(str(blip), found, given.where)
     asked = asked_of(lines, images, seed)
     taken = {"sha256": sha256, "prompts": len(lines), "limit": limit, "seed": seed}
     folder = given.folder("t2i-compbench", taken, asked)
     given.make(folder, asked)
-    given.show(report(folder, asked, given.names))
+    scored = None
+    if judge is not None and found is not None:
+        those = [one for one in asked if one.prompt in found]
+        judged = given.judge(folder, [judge], those)
+        how = "found by splitting plain prompts" if phrases is None else f"those of {phrases.name}"
+        scored = Scored(how, those, {name: judged[judge.name, name] for name in given.names})
+    given.show(report(folder, asked, given.names, prompts.name, scored))
+
+
+def _phrases(
+    evaluator: str, blip: str | None, file: Path | None, prompts: list[str]
+) -> dict[str, tuple[str, ...]] | None:
+    """What is asked of each prompt; None where nothing is evaluated.
+
+    Raises UsageError for options that do not go together, and where no prompt has phrases.
+    """
+    from latentguard.errors import UsageError
+    from latentguard.evaluate.t2i_compbench.phrases import phrases_of_all, read_phrases
+
+    if evaluator == "none":
+        if blip is not None or file is not None:
+            raise UsageError("--blip and --phrases are of --evaluator blip-vqa")
+        return None
+    if blip is None:
+        raise UsageError(
+            "--evaluator blip-vqa needs --blip: a folder that transformers wrote, or "
+            "Salesforce/blip-vqa-capfilt-large, which is fetched"
+        )
+    found = phrases_of_all(prompts) if file is None else read_phrases(file, prompts)
+    if not found:
+        raise UsageError(
+            "no prompt is things joined by 'and', whose phrases could be told: give --phrases"
+        )
+    return found
+
+
+def _judge(blip: str, phrases: dict[str, tuple[str, ...]], device: str) -> BlipVqa:
+    from latentguard.evaluate.t2i_compbench.blip import BlipVqa
+
+    return BlipVqa(blip, phrases, device)

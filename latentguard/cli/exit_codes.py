@@ -11,6 +11,8 @@ FailOn = Literal["block", "review", "never"]
 """The mildest decision that makes the exit code 1."""
 
 EXIT_MATCH = 1
+EXIT_FAILED = 1
+"""Of a check that did not pass."""
 EXIT_USAGE = 2
 EXIT_UNREADABLE = 3
 EXIT_INTERRUPTED = 130

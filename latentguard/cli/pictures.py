@@ -50,7 +50,8 @@ def _refuse_pictures(paths: Sequence[Path]) -> None:
 class Pictures:
     """What the options say of pictures. Raises UsageError where there are pictures' options alone.
 
-    autoencoder: None where the paths are of latents.
+    autoencoder: None where the paths are of latents. download: whether its name on the hub may be
+    fetched.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Pictures:
         encoded: Path | None,
         space: str | None,
         device: str | None,
+        download: bool = False,
     ) -> None:
         from latentguard.errors import UsageError
 
@@ -68,7 +70,9 @@ class Pictures:
         if autoencoder is not None:
             from latentguard.encode import load_autoencoder
 
-            self._autoencoder = load_autoencoder(autoencoder, space, device=device)
+            self._autoencoder = load_autoencoder(
+                autoencoder, space, device=device, download=download
+            )
         elif size is not None or encoded is not None:
             raise UsageError("--size and --encoded are of pictures: give --autoencoder, too")
 

@@ -373,7 +373,7 @@ def make_judges(
     if resolved(runtime, model) == "onnx":
         if not isinstance(model, (str, Path)):
             raise ModelError("an Encoder is judged with torch: runtime='torch'")
-        if str(model).endswith(".onnx"):
+        if _exported(model):
             if views is not None:
                 raise ModelError("an exported file has its own views: leave --views out")
             return OnnxJudges(model, policy, where, space, sha256)
@@ -387,6 +387,14 @@ def make_judges(
     if resolved(runtime, model) == "onnx":
         return BundledJudges(policy, str(model), where, space)
     return TorchJudges(policy, model, device, space)
+
+
+def _exported(model: str | Path) -> bool:
+    """Whether the onnx runtime is to take a model for an exported file, and not for a name."""
+    from latentguard.encoders.catalog import CATALOG
+
+    name = str(model)
+    return not (name == "auto" or name in CATALOG or name.endswith(".safetensors"))
 
 
 def resolved(runtime: Runtime, model: Encoder | str | Path) -> Literal["torch", "onnx"]:

@@ -17,10 +17,20 @@ from latentguard.errors import UsageError  # noqa: E402
 from latentguard.evaluate.generate.arms import Guarded, Unguarded  # noqa: E402
 from latentguard.evaluate.generate.exact_generator import ExactGenerator  # noqa: E402
 from latentguard.evaluate.generate.folder import RunFolder  # noqa: E402
+from latentguard.evaluate.generate.judging import judge_images  # noqa: E402
 from latentguard.evaluate.generate.run import make_images, manifest_of  # noqa: E402
 from latentguard.evaluate.generate.shares import expected_maximum, share  # noqa: E402
-from latentguard.evaluate.i2p import Judged, Row, asked_of, measure_arm, read_prompts  # noqa: E402
+from latentguard.evaluate.i2p import (  # noqa: E402
+    Judged,
+    Row,
+    asked_of,
+    measure_arm,
+    read_prompts,
+    report,
+)
+from latentguard.evaluate.i2p.measure import mean_score  # noqa: E402
 from latentguard.evaluate.i2p.prompts import COLUMNS  # noqa: E402
+from latentguard.evaluate.judges.aesthetic import Aesthetic  # noqa: E402
 from latentguard.evaluate.metrics import wilson  # noqa: E402
 from latentguard.policy import load_policy  # noqa: E402
 
@@ -268,3 +278,44 @@ def test_options_that_do_not_go_together(command, prompts, tmp_path):
     ran = command("evaluate", "i2p", prompts, "--run", run, *exact, "--judge", "nobody")
     assert "there is no judge 'nobody'" in ran.err
     assert not run.exists()
+
+
+def test_the_mean_score_knows_which_images_share_a_prompt():
+    rows = [Row(text, ("hate",), 1, 7, 512, 512) for text in ("a", "b", "a")]
+    found = mean_score(rows, [(0, 5.0), (1, 6.0), (2, 7.0)])
+    assert found["value"] == 6.0
+    # Rows 0 and 2 are one prompt: no draw has a mean beyond theirs and b's, which agree.
+    assert found["interval"] == [6.0, 6.0]
+    assert found["images"] == 3
+    assert mean_score(rows, []) is None
+
+
+def test_aesthetic_scores_of_the_images_that_were_not_blocked(
+    prompts, tmp_path, exact, clip, predictor
+):
+    rows, sha256 = read_prompts(prompts)
+    asked = asked_of(rows)
+    folder = RunFolder(tmp_path / "run", manifest_of("i2p", {"sha256": sha256}, asked, exact))
+    arms = [Unguarded(exact), Guarded(exact, load_policy("weapons"), "block", "auto")]
+    make_images(folder, arms, asked)
+    judge = Aesthetic(predictor(tmp_path)[0], clip)
+    names = [arm.name for arm in arms]
+    judged = judge_images(folder, [judge], names, asked)
+    liked = {name: judged["aesthetic", name] for name in names}
+    results = report(folder, rows, asked, names, {}, liked)
+    none, block = (results["arms"][name]["aesthetic"] for name in names)
+    assert (none["images"], block["images"]) == (3, 2)
+    scores = [judge.judge(folder.picture("none", one), None).score for one in asked]
+    assert none["value"] == pytest.approx(sum(scores) / 3, abs=1e-6)
+    assert block["value"] == pytest.approx(sum(scores[1:]) / 2, abs=1e-6)
+    page = (folder.path / "results.md").read_text("utf-8")
+    assert "| 5.82 | arXiv 2503.08455 |" in page
+    assert f"| {none['value']:.3f} [" in page
+
+
+def test_a_predictor_that_is_not_there_is_said_before_anything_is_made(command, prompts, tmp_path):
+    ran = command(*_arguments(prompts, tmp_path / "run"), "--q16-weights", tmp_path / "none.pt",
+                  "--aesthetic", tmp_path / "none.pth")  # fmt: skip
+    assert ran.code == 2
+    assert "judging needs the weights of CLIP ViT-L-14-quickgelu" in ran.err
+    assert not (tmp_path / "run").exists()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,15 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="judges need torch")
 
-from latentguard.errors import LatentsError, ModelError, UsageError  # noqa: E402
+from latentguard.errors import (  # noqa: E402
+    LatentsError,
+    MissingExtraError,
+    ModelError,
+    UsageError,
+)
+from latentguard.evaluate.judges.aesthetic import Aesthetic  # noqa: E402
 from latentguard.evaluate.judges.catalog import JudgeOptions, judge_of  # noqa: E402
+from latentguard.evaluate.judges.clip import ClipPictures  # noqa: E402
 from latentguard.evaluate.judges.q16 import Q16, probability  # noqa: E402
 from latentguard.evaluate.judges.q16_prompts import read_prompts  # noqa: E402
 from latentguard.files import load_latents, save_latents  # noqa: E402
@@ -145,34 +153,83 @@ def test_q16_compares_with_the_inappropriate_prompt():
     assert probability(images, prompts).tolist() == pytest.approx([0, 1, 0.5], abs=1e-6)
 
 
-def test_q16_on_a_photo_with_a_small_clip(photo, tmp_path):
-    open_clip = pytest.importorskip("open_clip", reason="Q16 is CLIP of open_clip")
-    config = {
-        "embed_dim": 16,
-        "quick_gelu": True,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32,
-                       "patch_size": 16},
-        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 1, "layers": 1},
-    }  # fmt: skip
-    name = "latentguard-test-clip"
-    (tmp_path / f"{name}.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / f"{name}.json")
-    weights = tmp_path / "clip.pt"
-    model = open_clip.create_model(name)
-    torch.save(model.state_dict(), weights)
-    with torch.no_grad():
-        _, _, prepare = open_clip.create_model_and_transforms(name)
-        from PIL import Image
-
-        own = model.encode_image(prepare(Image.open(photo).convert("RGB"))[None])[0]
+def test_q16_on_a_photo_with_a_small_clip(photo, tmp_path, clip):
+    own = clip.embed(photo)[0]
     harmless = torch.randn(16)
     for prompts, flagged in (((harmless, own), True), ((own, harmless), False)):
         path = tmp_path / "prompts.p"
         path.write_bytes(_published(torch.stack(prompts)[None].numpy()))
-        judge = Q16(path, weights, name)
+        judge = Q16(path, clip)
         assert judge.judge(photo, None).flagged == flagged
+        assert judge.describe()["clip"] == clip.name
     path.write_bytes(_published(np.ones((1, 2, 8), "<f2")))
     with pytest.raises(ModelError, match="prompts of 8 numbers do not belong to CLIP"):
-        Q16(path, weights, name)
+        Q16(path, clip)
     with pytest.raises(ModelError, match="needs the weights of CLIP"):
-        Q16(path, tmp_path / "nothing.pt", name)
+        ClipPictures(tmp_path / "nothing.pt", clip.name)
+
+
+def test_an_embedding_is_open_clips_own(photo, clip, tmp_path):
+    import open_clip
+    from PIL import Image
+
+    model, _, prepare = open_clip.create_model_and_transforms(clip.name)
+    with torch.no_grad():
+        model.visual.load_state_dict(clip._visual.state_dict())
+        own = model.eval().encode_image(prepare(Image.open(photo).convert("RGB"))[None])
+    assert torch.equal(clip.embed(photo), own)
+
+
+def test_the_aesthetic_score_is_that_of_plain_arithmetic(photo, clip, predictor, tmp_path):
+    from safetensors.torch import save_file
+
+    file, state = predictor(tmp_path)
+    judge = Aesthetic(file, clip)
+    said = judge.judge(photo, None)
+    x = clip.embed(photo)[0].double().numpy()
+    x = x / np.sqrt((x * x).sum())
+    for key in (0, 2, 4, 6, 7):
+        weight, bias = (state[f"layers.{key}.{part}"].double() for part in ("weight", "bias"))
+        x = weight.numpy() @ x + bias.numpy()
+    assert said.score == pytest.approx(float(x[0]), abs=1e-4)
+    assert not said.flagged
+    save_file(state, tmp_path / "predictor.safetensors")
+    other = Aesthetic(tmp_path / "predictor.safetensors", clip)
+    assert other.judge(photo, None) == said
+    assert other.describe() == judge.describe()
+
+
+def test_predictors_that_are_none(photo, clip, predictor, tmp_path):
+    file, state = predictor(tmp_path)
+    wrong = tmp_path / "wrong.pth"
+    for change, said in (
+        (
+            {"layers.7.weight": torch.zeros(2, 16)},
+            r"layers.7.weight must be \[1, 16\], got \[2, 16\]",
+        ),
+        ({"layers.7.weight": None}, "must have the keys layers.0.weight"),
+        ({"more": torch.zeros(1)}, "must have the keys layers.0.weight"),
+        ({"layers.7.bias": torch.tensor([math.nan])}, "layers.7.bias is not finite"),
+    ):
+        changed = {key: value for key, value in (state | change).items() if value is not None}
+        torch.save(changed, wrong)
+        with pytest.raises(ModelError, match=said):
+            Aesthetic(wrong, clip)
+    predictor(tmp_path, 768)
+    with pytest.raises(
+        ModelError, match=r"layers.0.weight must be \[1024, 16\], got \[1024, 768\]"
+    ):
+        Aesthetic(file, clip)
+    folder = tmp_path / "made"
+    torch.save({"layers": Hostile(folder)}, wrong)
+    for path in (wrong, photo, tmp_path / "none.pth"):
+        with pytest.raises(ModelError):
+            Aesthetic(path, clip)
+    assert not folder.exists()
+
+
+def test_nudenet_that_is_missing_says_what_its_license_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    with pytest.raises(MissingExtraError, match="AGPL v3") as raised:
+        judge_of("nudenet", JudgeOptions())
+    assert "pip install 'latentguard[nudenet]'" in str(raised.value)

@@ -230,7 +230,8 @@ def test_exit_codes(artifact: Path, tmp_path: Path, with_torch: Any, arrays: np.
     assert with_torch(*scan, armed, *says, "--fail-on", "never")[0] == 0
     assert with_torch(*scan, calm, bad, *says)[0] == 3
     assert with_torch(*scan, calm, "--space", "sdxl")[0] == 2
-    assert with_torch("scan", "--runtime", "onnx", calm)[0] == 2
+    assert with_torch("scan", "--runtime", "onnx", calm, *says)[0] == 0
+    assert with_torch("scan", "--runtime", "onnx", calm, *says, "--model", "latent-clip-b8")[0] == 2
     assert with_torch("scan", "--runtime", "onnx", "--model", bad, calm)[0] == 2
 
 
@@ -267,12 +268,16 @@ def test_another_policy_is_named_with_the_way_to_it(artifact: Path) -> None:
 
 
 def test_wrong_options_raise_at_once(artifact: Path) -> None:
-    with pytest.raises(ModelError, match=r"needs --model FILE\.onnx"):
-        Scan(EXAMPLES, runtime="onnx")
-    with pytest.raises(ModelError, match=r"--sha256 pins an exported file: give --runtime onnx"):
-        Scan(EXAMPLES, sha256="0" * 64)
+    for runtime in ("onnx", "torch"):
+        with pytest.raises(ModelError, match=r"--sha256 pins an exported file: give --model FILE"):
+            Scan(EXAMPLES, sha256="0" * 64, runtime=runtime)
     with pytest.raises(ModelError, match=r"is an exported file: give --runtime onnx"):
-        Scan(EXAMPLES, model=artifact)
+        Scan(EXAMPLES, model=artifact, runtime="torch")
+    for model in ("latent-clip-b8", "own.safetensors"):
+        with pytest.raises(ModelError, match=f"model {model} needs torch"):
+            Scan(EXAMPLES, model=model, runtime="onnx")
+    with pytest.raises(ModelError, match="nothing: is not a file; give one that"):
+        Scan(EXAMPLES, model="nothing", runtime="onnx")
     with pytest.raises(ModelError, match="reads flux2 latents, not sdxl"):
         Scan(EXAMPLES, model=artifact, runtime="onnx", space="sdxl")
     with pytest.raises(LatentsError, match="sdxxl"):

@@ -18,7 +18,8 @@ from latentguard.evaluate.generate.folder import RunFolder
 class Judgment:
     """What a judge says of one picture.
 
-    flagged: whether there is what it looks for. score: its own, higher is worse. why: for people.
+    flagged: whether there is what it looks for. score: its own, which it says how to read; of what
+    flags, higher is worse. why: for people.
     """
 
     flagged: bool

@@ -53,8 +53,7 @@ def measure_arm(
     blocked images; the expected maximum; the share of denoising steps that were saved. Rows of the
     same text are one prompt, as in the benchmark's own evaluation.
     """
-    texts = {text: number for number, text in enumerate(dict.fromkeys(r.prompt for r in rows))}
-    groups = [texts[rows[image.row].prompt] for image in images]
+    groups = _prompts(rows, [image.row for image in images])
     bad = [image.inappropriate for image in images]
 
     def of(hits: Sequence[bool], where: Sequence[int] | None = None) -> dict[str, Any] | None:
@@ -79,6 +78,27 @@ def measure_arm(
         ).to_dict(),
         "steps_saved": _saved(images, groups, seed, resamples),
     }
+
+
+def mean_score(
+    rows: Sequence[Row],
+    scores: Sequence[tuple[int, float]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """The mean of (row, score) pairs over images, JSON-able, with an interval by drawing prompts;
+    None where there is none."""
+    if not scores:
+        return None
+    where, values = zip(*scores, strict=True)
+    found = mean(values, _prompts(rows, where), seed, resamples)
+    return {**interval_dict(found), "images": len(values)}
+
+
+def _prompts(rows: Sequence[Row], where: Sequence[int]) -> list[int]:
+    """A number for the prompt of each of these rows."""
+    texts = {text: number for number, text in enumerate(dict.fromkeys(r.prompt for r in rows))}
+    return [texts[rows[row].prompt] for row in where]
 
 
 def _shares(bad: Sequence[bool], groups: Sequence[int]) -> list[float]:

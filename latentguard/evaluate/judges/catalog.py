@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentguard.errors import UsageError
 from latentguard.evaluate.generate.judging import Judge
+
+if TYPE_CHECKING:
+    from latentguard.evaluate.judges.clip import ClipPictures
 
 JUDGES = ("nudenet", "q16", "open_nsfw", "policy:NAME")
 
@@ -16,7 +21,7 @@ class JudgeOptions:
     """What judges are told.
 
     q16_prompts: Q16's prompts.p. q16_weights: CLIP's weights, a file or "openai".
-    model, autoencoder, space: of a policy as the judge. device: of Q16.
+    model, autoencoder, space: of a policy as the judge. device: of CLIP.
     """
 
     q16_prompts: Path | None = None
@@ -25,6 +30,13 @@ class JudgeOptions:
     autoencoder: Path | None = None
     space: str | None = None
     device: str = "cpu"
+
+    @cached_property
+    def clip(self) -> ClipPictures:
+        """CLIP, loaded once for all judges that read its embeddings."""
+        from latentguard.evaluate.judges.clip import ClipPictures
+
+        return ClipPictures(self.q16_weights, device=self.device)
 
 
 def judge_of(name: str, options: JudgeOptions) -> Judge:
@@ -45,7 +57,7 @@ def judge_of(name: str, options: JudgeOptions) -> Judge:
                 "the judge q16 needs --q16-prompts: data/ViT-L-14/prompts.p of "
                 "github.com/ml-research/Q16; --judge names other judges"
             )
-        return Q16(options.q16_prompts, options.q16_weights, device=options.device)
+        return Q16(options.q16_prompts, options.clip)
     if name.startswith("policy:"):
         from latentguard.evaluate.judges.policy import PolicyJudge
 

@@ -40,7 +40,8 @@ class NudeNet:
             import nudenet
         except ImportError as error:
             raise MissingExtraError(
-                "the judge nudenet needs the package nudenet: pip install 'latentguard[judges]'"
+                "the judge nudenet needs the package nudenet, whose wheel has the AGPL v3 as its "
+                "license file: pip install 'latentguard[nudenet]', or name other judges (--judge)"
             ) from error
         self._detector = nudenet.NudeDetector()
         self._weights = Path(nudenet.__file__).with_name("320n.onnx")
