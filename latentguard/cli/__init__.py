@@ -53,6 +53,7 @@ def register() -> None:
     import latentguard.cli.encode as encode
     import latentguard.cli.evaluate as evaluate
     import latentguard.cli.evaluate_bias as evaluate_bias
+    import latentguard.cli.evaluate_generated as evaluate_generated
     import latentguard.cli.evaluate_geneval as evaluate_geneval
     import latentguard.cli.evaluate_i2p as evaluate_i2p
     import latentguard.cli.evaluate_t2i_compbench as evaluate_t2i_compbench
@@ -75,6 +76,7 @@ def register() -> None:
         encode,
         evaluate,
         evaluate_bias,
+        evaluate_generated,
         evaluate_geneval,
         evaluate_i2p,
         evaluate_t2i_compbench,

@@ -6,6 +6,8 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from latentguard.errors import UsageError
+
 
 class Commands(TyperGroup):
     """Finds a command by its first two words, else by its first.
@@ -18,6 +20,36 @@ class Commands(TyperGroup):
         if len(args) > 1 and two in self.commands:
             return two, self.commands[two], args[2:]
         return super().resolve_command(ctx, args)
+
+
+class Evaluations(TyperGroup):
+    """`zeroshot --generate PIPELINE` is the command `generated`, which has the options for that.
+
+    PIPELINE is what --pipeline takes, a .yaml as --config does, or the word exact.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        spread = [part for arg in args for part in _parted(arg, "--generate")]
+        if args[0] != "zeroshot" or "--generate" not in spread:
+            return super().resolve_command(ctx, args)
+        place = spread.index("--generate")
+        value = "".join(spread[place + 1 : place + 2])
+        if not value or value.startswith("--"):
+            raise UsageError(
+                "--generate needs a pipeline (a folder of diffusers, or a name on the hub), a "
+                ".yaml of settings, or the word exact"
+            )
+        if value == "exact":
+            option = "--generator"
+        else:
+            option = "--config" if value.endswith((".yaml", ".yml")) else "--pipeline"
+        spread[place] = option
+        return super().resolve_command(ctx, ["generated", *spread[1:]])
+
+
+def _parted(arg: str, option: str) -> list[str]:
+    """`--option=value` as two."""
+    return [option, arg[len(option) + 1 :]] if arg.startswith(f"{option}=") else [arg]
 
 
 class ManyPaths(TyperCommand):

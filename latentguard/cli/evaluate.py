@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from latentguard.cli.bar import Bar
-from latentguard.cli.commands import ManyPaths
+from latentguard.cli.commands import Evaluations, ManyPaths
 from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
 
+if TYPE_CHECKING:
+    from latentguard.evaluate.labels import Told
+
 evaluate_app = typer.Typer(
-    no_args_is_help=True, help="Measure a model or a policy on latents whose content is known."
+    cls=Evaluations,
+    no_args_is_help=True,
+    help="Measure a model or a policy on latents whose content is known.",
 )
 
 
@@ -35,6 +40,34 @@ Print = Annotated[
 ]
 
 
+Names = Annotated[
+    Path,
+    typer.Option(
+        help="Class names: one a line, LOC_synset_mapping.txt, or imagenet_class_index.json."
+    ),
+]
+TemplateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text around a class name, {} for the name; may be repeated. Models whose text side "
+        "names things (nano) take the bare name."
+    ),
+]
+TemplatesOption = Annotated[
+    Path | None,
+    typer.Option(help="A file of them, one a line; also a list of Python's as CLIP has it."),
+]
+
+
+def templates_of(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    """What --template and --templates say. Raises ModelError for a file with another line."""
+    from latentguard.evaluate.templates import read_templates
+    from latentguard.evaluate.zeroshot import TEMPLATES
+
+    found = (*(given or ()), *(() if file is None else read_templates(file)))
+    return found or TEMPLATES
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.add_typer(evaluate_app, name="evaluate")
@@ -43,19 +76,28 @@ def register(app: typer.Typer) -> None:
 @evaluate_app.command("zeroshot", no_args_is_help=True)
 def zeroshot_(
     latents: Annotated[list[Path], typer.Argument(help="Latents: files, folders, shards.")],
-    names: Annotated[Path, typer.Option(help="Class names, one a line.")],
+    names: Names,
     labels: Annotated[
-        Path,
-        typer.Option(help="Each image's class, in the latents' order: a line of --names, from 0."),
-    ],
-    model: Model = "auto",
-    template: Annotated[
-        list[str] | None,
+        Path | None,
         typer.Option(
-            help="Text around a class name, {} for the name; may be repeated. Models whose text "
-            "side names things (nano) take the bare name."
+            help="Each image's class, in the latents' order: a number (a line of --names, from 0), "
+            "a synset or a name a line; or Kaggle's LOC_val_solution.csv. Without it images bring "
+            "their labels: in a shard, a table, or by their folder."
         ),
     ] = None,
+    synsets: Annotated[
+        Path | None,
+        typer.Option(help="Where --names has names alone: the synset of each, in a file of both."),
+    ] = None,
+    match: Annotated[
+        Literal["auto", "number"],
+        typer.Option(
+            help="auto: what labels are called counts over their numbers. number: their numbers."
+        ),
+    ] = "auto",
+    model: Model = "auto",
+    template: TemplateOption = None,
+    templates: TemplatesOption = None,
     space: Space = None,
     scaled: Scaled = None,
     batch_size: BatchSize = 16,
@@ -68,25 +110,47 @@ def zeroshot_(
 ) -> None:
     """How often the most similar class name is the right one.
 
-    Example: latentguard evaluate zeroshot photos.pt --names names.txt --labels labels.txt
+    With --generate PIPELINE the images are generated first, and the command is
+    `latentguard evaluate generated`, whose --help has its options. PIPELINE may be the settings in
+    a .yaml, or the word exact.
+
+    Example: latentguard evaluate zeroshot imagenet/val --autoencoder sdxl-vae/ --names
+    LOC_synset_mapping.txt --templates templates.txt
     """
     from latentguard.errors import UsageError
     from latentguard.evaluate import zeroshot as run
+    from latentguard.evaluate.classes import read_classes
+    from latentguard.evaluate.labels import resolve, told_of_file
     from latentguard.evaluate.plots import check_plot_path, plot_zeroshot
-    from latentguard.evaluate.zeroshot import TEMPLATES, read_labels, read_names
 
     if plot:
         check_plot_path(plot)
-    classes = read_names(names)
-    found = Pictures(autoencoder, size, encoded, space, device).latents(latents)
+    classes = read_classes(names)
+    if synsets is not None:
+        classes = classes.with_synsets(read_classes(synsets))
+    texts = templates_of(template, templates)
+    pictures = Pictures(autoencoder, size, encoded, space, device)
+
+    def told() -> list[Told]:
+        from latentguard.evaluate.labels import told_of_latents, told_of_pictures
+
+        if autoencoder is not None:
+            return told_of_pictures(latents)
+        with Bar("reading labels") as advance:
+            return told_of_latents(pictures.latents(latents), space, scaled, advance)
+
+    # Before anything is encoded, which takes hours for all of ImageNet.
+    images = told() if labels is None else told_of_file(labels, told)
+    right = resolve(images, classes, match == "number")
+    found = pictures.latents(latents)
     with Bar("encoding") as advance:
         try:
             result = run(
                 found,
-                classes,
-                read_labels(labels, len(classes)),
+                classes.names,
+                right,
                 model,
-                templates=tuple(template) if template else TEMPLATES,
+                templates=texts,
                 space=space,
                 scaled=scaled,
                 batch_size=batch_size,
@@ -184,7 +248,9 @@ def _table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), caption="[low, high]: 95 % interval", show_header=False)
+    table = Table(
+        title=escape(title), caption=escape("[low, high]: 95 % interval"), show_header=False
+    )
     for name, value in rows:
         table.add_row(escape(name), escape(value))
     Console().print(table)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from latentguard.evaluate.generate.folder import RunFolder
     from latentguard.evaluate.generate.generators import Generator
     from latentguard.evaluate.generate.judging import Judge, Judgment
+    from latentguard.evaluate.generate.settings import Settings
 
 Run = Annotated[Path, typer.Option(help="The run's folder; finished images are not made again.")]
 Resume = Annotated[bool, typer.Option(help="Go on with the run in that folder.")]
@@ -128,11 +129,9 @@ class Generation:
 
         given = {name: getattr(self, name) for name in _SETTINGS}
         if self.kind == "diffusers":
-            from latentguard.evaluate.generate.generators import PipelineGenerator
-
             if self.latents is not None or self.labels is not None:
                 raise UsageError("--latents and --labels are of --generator exact")
-            return PipelineGenerator(read_settings(self.config, given))
+            return self._of_diffusers(read_settings(self.config, given))
         from latentguard.evaluate.generate.exact_generator import ExactGenerator
 
         given = {name: value for name, value in given.items() if name not in ("steps", "guidance")}
@@ -152,6 +151,11 @@ class Generation:
             guidance=self.guidance,
             leak=self.leak,
         )
+
+    def _of_diffusers(self, settings: Settings) -> Generator:
+        from latentguard.evaluate.generate.generators import PipelineGenerator
+
+        return PipelineGenerator(settings)
 
     @cached_property
     def arms(self) -> list[Arm]:
@@ -224,11 +228,11 @@ _SETTINGS = (
 
 
 def generating(
-    arm: str = "none", policy: str = "default"
+    arm: str = "none", policy: str = "default", gives: type[Generation] = Generation
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add the options of `Generation` to those of a command, whose first parameter gets them.
 
-    arm, policy: their defaults.
+    arm, policy: their defaults. gives: what the command gets, of the same options.
     """
     defaults: dict[str, Any] = {"arm": [arm], "policy": policy}
 
@@ -249,7 +253,7 @@ def generating(
         @wraps(command)
         def run(**given: Any) -> None:
             options = {parameter.name: given.pop(parameter.name) for parameter in shared}
-            command(Generation(**options), **given)
+            command(gives(**options), **given)
 
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         every = [*own, *shared]

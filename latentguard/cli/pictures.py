@@ -30,6 +30,10 @@ EncodedOption = Annotated[
 ]
 
 
+_DEEP = 4
+"""Folders within one another, as ImageNet's splits and classes are."""
+
+
 def _refuse_pictures(paths: Sequence[Path]) -> None:
     """Raises UsageError for a picture, or a folder of nothing but pictures.
 
@@ -39,12 +43,22 @@ def _refuse_pictures(paths: Sequence[Path]) -> None:
     from latentguard.errors import UsageError
 
     for path in paths:
-        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = _files(path)
         if found and all(one.suffix.lower() in SUFFIXES for one in found):
             raise UsageError(
                 f"{path}: {found[0].name} is a picture, and latents are read here: give "
                 "--autoencoder, which encodes pictures first"
             )
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or what a folder holds; of folders of folders alone, what the first one holds."""
+    for _ in range(_DEEP):
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        if not found or not all(one.is_dir() for one in found):
+            return found
+        path = found[0]
+    return []
 
 
 class Pictures:
@@ -96,10 +110,13 @@ class Pictures:
         from latentguard.encoders.catalog import cache_dir
 
         with Bar("encoding pictures") as advance:
-            return encode_pictures(
+            found = encode_pictures(
                 paths,
                 self._autoencoder,
                 cache=self._encoded or cache_dir() / "encoded",
                 size=self._size,
                 progress=advance,
             )
+        if found.passed:
+            typer.echo(f"passed over, as they are no pictures: {found.passed}", err=True)
+        return found

@@ -42,10 +42,15 @@ class EncodedPicture:
 
 @dataclass(frozen=True)
 class EncodedPictures:
-    """Pictures in the order of their sources. problems: those that could not be encoded."""
+    """Pictures in the order of their sources.
+
+    problems: those that could not be encoded. passed: how many files of which kinds are no
+    pictures, for people; empty where there are none.
+    """
 
     pictures: tuple[EncodedPicture, ...]
     problems: tuple[Problem, ...]
+    passed: str = ""
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -116,4 +121,4 @@ def encode_pictures(
             progress(done, total)
     if not found:
         raise LatentsError(f"no picture in {', '.join(map(str, paths))} could be encoded")
-    return EncodedPictures(tuple(found), tuple(problems))
+    return EncodedPictures(tuple(found), tuple(problems), str(sources.passed))

@@ -17,6 +17,7 @@ from latentguard.encode.pictures import SUFFIXES, check_bytes
 from latentguard.encode.samples import Problem, Sample, plain_id
 from latentguard.errors import LatentsError
 from latentguard.files.bounds import MAX_METADATA
+from latentguard.files.labels import Label
 from latentguard.files.streams import open_regular, read_exactly, size_of
 from latentguard.files.tar import Member, printable, read_members
 
@@ -84,7 +85,7 @@ def _samples(path: Path, stream: BinaryIO, group: _Group) -> Iterator[Sample | P
         return
     try:
         metadata = _metadata(stream, group)
-        caption, label = _caption(stream, group, metadata), _label(stream, group)
+        caption, label = _caption(stream, group, metadata), _label(stream, group, metadata)
     except LatentsError as error:
         for ending, _ in group.pictures:
             yield Problem(
@@ -98,7 +99,8 @@ def _samples(path: Path, stream: BinaryIO, group: _Group) -> Iterator[Sample | P
             source=f"{path}::{name}",
             read=partial(_read, stream, member),
             caption=caption,
-            label=label,
+            label=label.value,
+            label_name=None if label.name is None else plain_id(label.name),
             source_metadata=metadata,
         )
 
@@ -144,8 +146,9 @@ def _caption(stream: BinaryIO, group: _Group, metadata: dict[str, Any] | None) -
     return next((text for text in found if isinstance(text, str)), None)
 
 
-def _label(stream: BinaryIO, group: _Group) -> int | str | None:
+def _label(stream: BinaryIO, group: _Group, metadata: dict[str, Any] | None) -> Label:
+    """What KEY.cls says, and KEY.json where that says nothing."""
+    said = Label() if metadata is None else Label.of_metadata(metadata)
     if "cls" not in group.beside:
-        return None
-    text = _text(stream, group, "cls").strip()
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text[:1000]
+        return said
+    return Label.parse(_text(stream, group, "cls")).merged(said)

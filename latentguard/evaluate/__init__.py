@@ -1,11 +1,12 @@
 """Measuring encoders and policies on latents whose content is known.
 
 Reading order: metrics.py (numbers from scores) -> reading.py (latents, every one of them) ->
+classes.py, labels.py and templates.py (names, which one an image is of, texts around them) ->
 zeroshot.py and detect.py (the two measurements) -> plots.py. The pixel-space ceiling beside them is
 measured in benchmarks/.
 
 Benchmarks that generate images first: generate/ (generators, arms, a run's folder) and judges/,
-then i2p/, geneval/, t2i_compbench/ and bias/.
+then i2p/, geneval/, t2i_compbench/, bias/ and generated/ (class names, for zero-shot accuracy).
 """
 
 from __future__ import annotations

@@ -160,6 +160,36 @@ def plot_shares(
     _save(figure, path)
 
 
+def plot_classes(
+    path: Path, title: str, series: Mapping[str, Sequence[Mapping[str, Any]]], most: int = 15
+) -> None:
+    """Accuracy of the classes from the best to the worst, and what is most often mistaken.
+
+    series: by name, for each class {"name", "top1", "taken_for": [{"name", "images"}]}; the
+    mistakes are those of the first series, `most` at most.
+    """
+    figure, (accuracy, mistakes) = _axes(2, title)
+    figure.set_size_inches(11, 4.6)
+    for (name, classes), color in zip(series.items(), _colors(len(series)), strict=True):
+        values = sorted((one["top1"] for one in classes), reverse=True)
+        accuracy.step(np.arange(1, len(values) + 1), values, where="mid", color=color, label=name)
+    accuracy.set(xlabel="classes, best first", ylabel="top-1 accuracy", ylim=(-0.01, 1.01))
+    accuracy.legend(loc="lower left", fontsize=8)
+    first = next(iter(series.values()))
+    pairs = [
+        (other["images"], f"{one['name'][:24]}: {other['name'][:24]}")
+        for one in first
+        for other in one["taken_for"]
+    ]
+    pairs = sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:most]
+    mistakes.barh(range(len(pairs)), [count for count, _ in pairs], color=COLORS[1])
+    mistakes.set_yticks(range(len(pairs)), [shown for _, shown in pairs], fontsize=7)
+    mistakes.invert_yaxis()
+    mistakes.xaxis.get_major_locator().set_params(integer=True)
+    mistakes.set(xlabel="images", title=f"class: taken for ({next(iter(series))})")
+    _save(figure, path)
+
+
 def check_plot_path(path: Path) -> None:
     """ModelError, before the measuring starts, where a plot could not be written afterward."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):

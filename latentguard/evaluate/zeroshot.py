@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,15 +16,10 @@ from latentguard.encoders import Encoder, best_encoder, load_encoder, needs_spac
 from latentguard.errors import LatentsError, ModelError
 from latentguard.evaluate.metrics import Interval, ranks_of, wilson
 from latentguard.evaluate.reading import batches
-
-if TYPE_CHECKING:
-    from latentguard.spaces import Latents
+from latentguard.evaluate.templates import check_templates
 
 TEMPLATES = ("a photo of a {}",)
 """What a class name is put into, where the encoder reads captions (`uses_templates`)."""
-
-MAX_LINES = 1 << 20
-"""Lines of a names or labels file that are read at most."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +27,7 @@ class ZeroShot:
     """What was measured.
 
     ranks: [n] the place of the right class among all, 0 is first.
+    predicted: [n] the class that comes first.
     similarities: [n] cosine with the right class, and best_wrong [n] with the best of the others.
     """
 
@@ -40,6 +35,7 @@ class ZeroShot:
     sha256: str
     classes: int
     ranks: NDArray[np.int64]
+    predicted: NDArray[np.int64]
     similarities: NDArray[np.float64]
     best_wrong: NDArray[np.float64]
 
@@ -94,10 +90,10 @@ def zeroshot(
         raise ModelError(f"zero-shot classification needs at least two names, got {len(names)}")
     encoder: Encoder | None = None
     classes: Tensor | None = None
-    ranks, own, wrong, done = [], [], [], 0
+    ranks, predicted, own, wrong, done = [], [], [], [], 0
     for batch in batches(latents, space, scaled, batch_size):
         if encoder is None:
-            encoder = _encoder(model, batch, device)
+            encoder = encoder_for(model, batch.space.name, device)
             classes = class_embeddings(encoder, names, templates)
         assert classes is not None
         right = np.asarray(labels[done : done + len(batch)])
@@ -109,6 +105,7 @@ def zeroshot(
         if not np.isfinite(similarity).all():
             raise ModelError(f"model {encoder.name} gave similarities that are not finite")
         ranks.append(ranks_of(similarity, right))
+        predicted.append(similarity.argmax(1))  # of equals the first, as `ranks_of` has it
         own.append(similarity[np.arange(len(right)), right])
         similarity[np.arange(len(right)), right] = -np.inf
         wrong.append(similarity.max(1))
@@ -121,6 +118,7 @@ def zeroshot(
         encoder.sha256,
         len(names),
         np.concatenate(ranks),
+        np.concatenate(predicted),
         np.concatenate(own),
         np.concatenate(wrong),
     )
@@ -129,55 +127,21 @@ def zeroshot(
 @torch.inference_mode()
 def class_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Unit-norm embeddings [C, dim] float32: the normalized mean over the templates."""
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"a template must have one {{}} for the class name, got {template!r}")
+    check_templates(templates)
     if not encoder.uses_templates:
         return encoder.encode_text(names).float()
-    if not templates:
-        raise ValueError("templates must not be empty")
     parts = []
     for template in templates:
         parts.append(encoder.encode_text([template.replace("{}", name) for name in names]).float())
     return F.normalize(torch.stack(parts).mean(0), dim=-1)
 
 
-def read_names(path: Path) -> list[str]:
-    """Class names, one a line. Raises ModelError for an unreadable file or an empty line."""
-    names = [line.strip() for line in _lines(path)]
-    for number, name in enumerate(names, 1):
-        if not name:
-            raise ModelError(f"{path}, line {number}: a class name must not be empty")
-    return names
+def encoder_for(model: Encoder | str | Path, space: str, device: str | None = None) -> Encoder:
+    """An encoder, by name or path, for latents of a space; "auto" is the best one that is here.
 
-
-def read_labels(path: Path, classes: int) -> list[int]:
-    """Class indices, one a line. Raises ModelError naming the line that is not one."""
-    labels = []
-    for number, line in enumerate(_lines(path), 1):
-        text = line.strip()
-        if not (text.isascii() and text.isdigit()) or int(text) >= classes:
-            raise ModelError(
-                f"{path}, line {number}: a label must be a whole number from 0 to {classes - 1} "
-                f"(the line of its name, from 0), got {text[:40]!r}"
-            )
-        labels.append(int(text))
-    return labels
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: cannot be read as text: {error}") from error
-    if not 0 < len(lines) <= MAX_LINES:
-        raise ModelError(f"{path}: must have 1 to {MAX_LINES} lines, got {len(lines)}")
-    return lines
-
-
-def _encoder(model: Encoder | str | Path, first: Latents, device: str | None) -> Encoder:
+    Raises ModelError as `load_encoder` does.
+    """
     if isinstance(model, Encoder):
         return model if device is None else model.to(device)
-    space = first.space.name
     name = best_encoder(space) if model == "auto" else model
     return load_encoder(name, device, space if needs_space(name) else None)

@@ -6,7 +6,8 @@ Reading order: bounds.py (what is refused for its size) -> claims.py (what a fil
 compressed.py (bytes and archives) -> one reader per format (numpy_files.py, safetensors_files.py,
 torch_files.py, and tar.py with shards.py), with signatures.py and explain.py for what a file is
 instead -> passed_over.py (what is not read) -> paths.py (folders and patterns) -> reading.py (paths
-to records) -> writing.py. No reader unpickles anything, or needs torch.
+to records) -> writing.py, and labels.py (classes of images). No reader unpickles anything, or needs
+torch.
 """
 
 from __future__ import annotations

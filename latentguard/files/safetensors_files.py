@@ -53,11 +53,7 @@ def open_safetensors(
     metadata keys. A .latent of ComfyUI is one."""
     check_start(stream, size, "a safetensors file")
     header, start = _header(stream, size)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(v, str) and _is_text(v) and _is_text(k) for k, v in metadata.items()
-    ):
-        raise LatentsError("has damaged metadata: every value must be text")
+    metadata = _metadata(header)
     declared = Claims.parse(_own(metadata), text=True, pixels=reading.pixels)
     claims = declared.merged(claims, "the file", "what is said beside it")
     tensors = _tensors(header, size - start)
@@ -96,6 +92,21 @@ def open_safetensors(
     counts = [(name, a[1].count) for name, a in zip(choice.names, arrays, strict=True)]
     twofold = not choice.moments and any(is_twofold(tensors[name][1]) for name in choice.names)
     return Payload(claims, images, twofold, others, tuple(counts) if choice.several else ())
+
+
+def read_metadata(stream: BinaryIO, size: int) -> dict[str, str]:
+    """What a file says beside its tensors. Raises LatentsError for no safetensors file."""
+    return _metadata(_header(stream, size)[0])
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    """The metadata, which are taken out of the header."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(v, str) and _is_text(v) and _is_text(k) for k, v in metadata.items()
+    ):
+        raise LatentsError("has damaged metadata: every value must be text")
+    return metadata
 
 
 def _candidates(tensors: Iterable[str]) -> list[str]:

@@ -73,6 +73,11 @@ def open_torch(
     return Payload(claims, images, twofold, others, parts if found.several else ())
 
 
+def read_value(stream: BinaryIO, size: int) -> Any:
+    """What a file of torch.save holds, with tensors as descriptions; nothing is unpickled."""
+    return _read(stream, size)[0]
+
+
 @dataclass(frozen=True)
 class _Found:
     """The latents of a file: `tensors` with the names that they have there, in order.

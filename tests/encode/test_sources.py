@@ -169,6 +169,29 @@ def test_a_shard(tmp_path: Path) -> None:
     assert [one.label for one in samples(find_sources([shard], "none"))] == [None] * 4
 
 
+def test_labels_of_a_shard_in_json(tmp_path: Path) -> None:
+    good = photo_bytes()
+    said = [
+        {"label": 3, "class_name": "n01491361", "width": 5},
+        {"cls": "n01491361"},
+        {"label": [3], "synset": "n01491361"},
+        {"label": True},
+        {"label": "3"},
+        {"label": "shark"},
+        {"label": 4},
+    ]
+    members = {f"{n}.json": json.dumps(values).encode() for n, values in enumerate(said)}
+    members |= {f"{n}.png": good for n in range(len(said))} | {"5.cls": b"3", "6.cls": b"3"}
+    shard = write_tar(tmp_path / "a.tar", dict(sorted(members.items())))
+    assert [(one.label, one.label_name) for one in samples(find_sources([shard]))] == [
+        (3, "n01491361"), ("n01491361", None), ("n01491361", None), (None, None), (3, None),
+        (3, "shark"),
+    ]  # fmt: skip
+    assert problems(find_sources([shard])) == [
+        "its .cls and its .json say different labels, 3 and 4"
+    ]
+
+
 def test_what_is_wrong_in_a_shard(tmp_path: Path) -> None:
     deep = b"[" * 100_000
     good = photo_bytes()

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="scoring needs torch")
 from typer.testing import CliRunner  # noqa: E402
 
 from latentguard import Scorer  # noqa: E402
-from latentguard.cli import _register, app  # noqa: E402
+from latentguard.cli import app, register  # noqa: E402
 from latentguard.encoders.catalog import bundled_path  # noqa: E402
 from latentguard.errors import LatentGuardError, LatentsError, ModelError, PolicyError  # noqa: E402
 from latentguard.evaluate.calibrate import measure  # noqa: E402
@@ -57,7 +57,7 @@ def policy_path(tmp_path):
 @pytest.fixture(scope="module", autouse=True)
 def _commands():
     if not any(command.name == "calibrate" for command in app.registered_commands):
-        _register()
+        register()
 
 
 def _run(*arguments):

@@ -17,7 +17,7 @@ from latentguard.encoders.catalog import bundled_path  # noqa: E402
 from latentguard.errors import LatentsError, ModelError, PolicyError  # noqa: E402
 from latentguard.evaluate import detect, zeroshot  # noqa: E402
 from latentguard.evaluate.plots import plot_detection, plot_zeroshot  # noqa: E402
-from latentguard.evaluate.zeroshot import class_embeddings, read_labels, read_names  # noqa: E402
+from latentguard.evaluate.zeroshot import class_embeddings  # noqa: E402
 from latentguard.files import save_latents  # noqa: E402
 from latentguard.policy import load_policy  # noqa: E402
 from latentguard.spaces import Latents  # noqa: E402
@@ -113,6 +113,7 @@ def test_zeroshot_counts(classified, tmp_path):
     assert result.to_dict() == {"top1": 5 / 6, "top5": result.top(5).value, "n": 6}
     assert seen == [(2, 6), (3, 6), (5, 6), (6, 6)]
     assert (result.similarities[[0, 1, 2, 3, 5]] > 0.9).all()
+    assert result.predicted.tolist() == [0, 1, 2, 0, 2, 2]
     assert result.best_wrong[4] > 0.9 > result.similarities[4]
     plot_zeroshot(tmp_path / "plot.png", result)
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
@@ -159,28 +160,6 @@ def test_templates_are_averaged_and_only_where_they_are_used():
     )
     with pytest.raises(ValueError, match=r"one \{\} for the class name"):
         class_embeddings(encoder, ["channel 0"], ["a photo"])
-
-
-def test_names_and_labels_files(tmp_path):
-    names, labels = tmp_path / "names.txt", tmp_path / "labels.txt"
-    names.write_text("tench\ngreat white shark\n")
-    assert read_names(names) == ["tench", "great white shark"]
-    names.write_text("tench\n\n")
-    with pytest.raises(ModelError, match=r"names\.txt, line 2: .* must not be empty"):
-        read_names(names)
-    names.write_text("tench\nshark\n", encoding="utf-8-sig")  # as some editors save it
-    assert read_names(names) == ["tench", "shark"]
-    labels.write_text("0\n1\n")
-    assert read_labels(labels, 2) == [0, 1]
-    for bad in ("2", "-1", "x", "1.0", "²"):
-        labels.write_text(f"0\n{bad}\n")
-        with pytest.raises(ModelError, match=r"labels\.txt, line 2: .* from 0 to 1"):
-            read_labels(labels, 2)
-    labels.write_bytes(b"\xff\xfe")
-    with pytest.raises(ModelError, match="cannot be read as text"):
-        read_labels(labels, 2)
-    with pytest.raises(ModelError, match="cannot be read as text"):
-        read_names(tmp_path / "none.txt")
 
 
 def _sides(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import UsageError
+from latentguard.evaluate.classes import read_names
 from latentguard.evaluate.exact import (
     exact_flux2_pipeline,
     exact_sdxl_pipeline,
@@ -17,7 +18,6 @@ from latentguard.evaluate.exact import (
 )
 from latentguard.evaluate.generate.asked import Asked
 from latentguard.evaluate.generate.generators import Shown
-from latentguard.evaluate.zeroshot import read_names
 from latentguard.files import load_latents
 from latentguard.guard.layout import layout_of, space_of
 from latentguard.spaces import Latents, LatentSpace
