@@ -39,14 +39,14 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class OptimizedNoise:
-    """What `optimize_noise` found.
+    """The result of `optimize_noise`.
 
-    noise: as the pipeline's argument `latents` takes it; with the same seed it gives `latents`.
-    latents: the clean latents that it leads to, and `verdicts` on them; without a policy nothing
-        judged them, and there are none.
-    first: the clean latents of the noise it began with.
-    reward: [B], of the best iterate; rewards: [iterations + 1, B], of all, that of the noise it
-        began with first. seed: of the pipeline's generator in each iteration.
+    noise: in the form of the pipeline's argument `latents`. With the same seed it gives `latents`.
+    latents: the clean latents that it leads to, and `verdicts` on them. Without a policy there are
+        no verdicts.
+    first: the clean latents of the initial noise.
+    reward: [B], of the best iterate. rewards: [iterations + 1, B], of all iterates, that of the
+        initial noise first. seed: of the pipeline's generator in each iteration.
     """
 
     noise: Tensor
@@ -59,10 +59,11 @@ class OptimizedNoise:
 
 
 class Safety:
-    """The policy as a reward: minus what the concepts' margins have above their thresholds.
+    """The policy as a reward: minus the amount by which the concepts' margins exceed their
+    thresholds.
 
-    Times the encoder's logit scale; 0 where nothing matches. Concepts that only observe or ask for
-    review are left out. slack: by how much margins have to stay below.
+    This is multiplied by the encoder's logit scale, and is 0 if nothing matches. Concepts that only
+    observe or ask for review are left out. slack: how far margins have to stay below.
     """
 
     def __init__(self, scorer: Scorer, slack: float = 0.02) -> None:
@@ -109,31 +110,32 @@ def optimize_noise(
     space: LatentSpace | str | None = None,
     **call: Any,
 ) -> OptimizedNoise:
-    """Search for an initial noise whose image the policy allows, and that a reward likes.
+    """Search for an initial noise whose image the policy allows and the reward favors.
 
-    Meant for models of one to four steps (SDXL-Turbo: num_inference_steps=1, guidance_scale=0.0):
-    each iteration runs the pipeline once, with gradients.
+    This is meant for models of one to four steps (SDXL-Turbo: num_inference_steps=1,
+    guidance_scale=0.0). Each iteration runs the pipeline once, with gradients.
 
     Args:
         pipe: a pipeline that takes `latents` and gives `output_type="latent"`.
         prompt: as the pipeline takes it. With prompt embeddings in `call` it is not given to the
             pipeline, and may be None; `agreement` still reads it.
         policy: concepts that block or steer give a negative reward while they match. None leaves
-            them out, with every verdict; `reward` is needed then.
-        reward: one of your own, added to the policy's.
-        agreement: weight of the prompt's own agreement with the image (a positive reward; one
-            prompt, given as text).
-        iterations: at most; fewer once nothing matches and there is no positive reward.
-        learning_rate: of SGD with Nesterov momentum 0.9; each image's gradient is clipped to an L2
-            norm of 0.1 before.
+            the policy out, and with it every verdict; `reward` is required then.
+        reward: a function of your own, added to the policy's reward.
+        agreement: weight of a positive reward for the image's agreement with its prompt, which must
+            be a single text.
+        iterations: the most; it stops earlier if nothing matches and there is no positive reward.
+        learning_rate: of SGD with Nesterov momentum 0.9. Before that, each image's gradient is
+            clipped to an L2 norm of 0.1.
         seed: of the generator given to the pipeline in each iteration, and of the first noise.
-        noise: to begin with, in the form that the pipeline's `latents` has.
+        noise: the noise to begin with, in the form of the pipeline's `latents`.
         height, width: of the image in pixels; the pipeline's own size by default.
         call: further arguments of the pipeline.
 
     Raises:
-        LatentsError: a guard is attached to the pipeline, or given in `call`; the pipeline's space
-            is not known, or it cannot be run with gradients; neither a policy nor a reward.
+        LatentsError: a guard is attached to the pipeline or given in `call`; the pipeline's space
+            is unknown; the pipeline cannot be run with gradients; or there is neither a policy nor
+            a reward.
         ValueError: iterations below 0.
         ModelError, PolicyError: as `Scorer` does.
     """
