@@ -38,10 +38,12 @@ def main() -> None:
     """Generate one picture a prompt, and say what the guard did."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", nargs="*", default=PROMPTS, help="ids of bundled pictures")
-    parser.add_argument("--policy", default="family")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, default=Path("guard.png"))
+    parser.add_argument("--policy", default="family", help="a shipped policy, or a file")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps of each picture")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("guard.png"), help="where scores are drawn over noise"
+    )
     options = parser.parse_args()
 
     latents = bundled()

@@ -22,7 +22,7 @@ install() { "$PYTHON" -m pip install -q --disable-pip-version-check -c constrain
 if [ "$extent" != all ] && [ "${had%% *}" != "$requirements" ]; then
     extras=onnx
     [ "$extent" = onnx ] || extras=onnx,docs
-    echo "Installing latentguard[$extras] into $prefix (about 250 MB) ..."
+    echo "Installing latentguard[$extras] into $prefix (about 200 MB) ..."
     LATENTGUARD_CPP=0 install -e ".[$extras]"
     echo "$extent $wanted" > "$stamp"
     exit 0

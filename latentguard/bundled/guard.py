@@ -120,10 +120,16 @@ def chosen(
     packaged = [entry for entry in CATALOG.values() if entry.bundled]
     if model == "auto":
         if wanted is None:
-            raise ModelError("say which latent space: space=..., --space")
+            raise ModelError(
+                "say which latent space, by space=... or --space, or name a model: the best one "
+                "depends on the space"
+            )
         found = next((entry for entry in packaged if entry.reads(wanted)), None)
         if found is None:
-            raise ModelError(f"no packaged model reads latents of space {wanted}")
+            raise ModelError(
+                f"no packaged model reads latents of space {wanted}: it has no RGB view that is "
+                "fine enough to be read"
+            )
     else:
         found = next((entry for entry in packaged if entry.name == model), None)
         if found is None:

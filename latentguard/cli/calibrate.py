@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -126,6 +127,18 @@ def calibrate(
     write_lock(path, merge(load_lock(path) if path.exists() else None, chosen, new))
     load_policy(policy)
     typer.echo(f"wrote {path}")
+    for sentence in _unread(chosen, rates):
+        typer.echo(f"note: {sentence}", err=True)
+
+
+def _unread(policy: Policy, rates: list[float]) -> Iterator[str]:
+    """Which concepts do not look into the lock, as their thresholds are of another kind."""
+    others = [concept.id for concept in policy.concepts if concept.threshold.kind != "fpr"]
+    if others:
+        yield (
+            f"the thresholds of {', '.join(others)} are not false-positive rates, so these margins "
+            f"change nothing for them; write `threshold: {{fpr: {rates[0]:g}}}` to use one"
+        )
 
 
 def _from_records(
@@ -136,8 +149,9 @@ def _from_records(
     if model == "auto":
         return read_trajectories(paths, policy)
     from latentguard.encoders import load_encoder
+    from latentguard.spaces import LatentSpace
 
-    encoder = load_encoder(model, device, space)
+    encoder = load_encoder(model, device, None if space is None else LatentSpace.of(space))
     return read_trajectories(paths, policy, (encoder.name, encoder.sha256), encoder.space)
 
 

@@ -151,7 +151,7 @@ def onnx_(
     if space is not None:
         from latentguard.spaces import LatentSpace
 
-        LatentSpace.of(space)  # known by its name from here on
+        space = LatentSpace.of(space).name  # a file's space is known by its name from here on
     encoder = load_encoder(model, "cpu", space if needs_space(model) else None)
     result = export_onnx(
         policy,

@@ -30,12 +30,15 @@ def check(
     autoencoder: Annotated[
         str | None,
         typer.Option(
-            help="Encodes pictures that lie in scikit-image and others (see `latentguard encode`)."
+            help="Encodes the pictures, which scikit-image and others bring; given as for "
+            "`latentguard encode`."
         ),
     ] = None,
     latents: Annotated[
         Path | None,
-        typer.Option(help="examples/latents.pt, where this is no checkout that has it."),
+        typer.Option(
+            help="The path of examples/latents.pt, where the package does not lie in a checkout."
+        ),
     ] = None,
     space: Annotated[
         str | None,

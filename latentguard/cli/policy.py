@@ -137,7 +137,9 @@ def check(
         None, help="A model's name or file: name each prompt that it cannot see, with its coverage."
     ),
     space: str | None = typer.Option(
-        None, help="Latent space, where the model reads several (nano-view) and policies name none."
+        None,
+        help="Latent space, where the model reads several (nano-view) and policies name none; of "
+        "your own, a file (.yaml, .json).",
     ),
     taxonomy: list[str] = typer.Option(
         [],
@@ -156,8 +158,9 @@ def check(
     encoder = None
     if model is not None:
         from latentguard.encoders import load_encoder
+        from latentguard.spaces import LatentSpace
 
-        encoder = load_encoder(model, "cpu", space)
+        encoder = load_encoder(model, "cpu", None if space is None else LatentSpace.of(space))
     failed = False
     for name in files:
         try:
@@ -178,6 +181,8 @@ def check(
             except PolicyError as error:
                 failed = True
                 typer.echo(visible(f"{name}: {error}", 4000), err=True)
+        for sentence in _strange_names(policy):
+            typer.echo(visible(f"{name}: note: {sentence}", 4000), err=True)
         for concept in policy.concepts:
             if concept.threshold.kind == "fpr" and not _is_calibrated(policy, concept):
                 typer.echo(
@@ -188,6 +193,23 @@ def check(
                 )
     if failed:
         raise typer.Exit(EXIT_USAGE)
+
+
+def _strange_names(policy: Policy) -> Iterator[str]:
+    """A space and a model of the policy that nothing here knows. Elsewhere they may be known."""
+    from pathlib import Path
+
+    from latentguard.encoders.catalog import known
+    from latentguard.spaces.space import guess, known_names
+
+    if policy.space is not None and policy.space not in known_names():
+        yield (
+            f"space '{policy.space}' is not known here{guess(policy.space)}; one of your own is "
+            "given with --space FILE where the policy is used"
+        )
+    model = (policy.model or "").split("+")[0]
+    if model and known(model) is None and not Path(model).is_file():
+        yield f"model '{policy.model}' is not known here: see `latentguard models list`"
 
 
 def _taxonomy_notes(policy: Policy, name: str, encoder: Encoder | None) -> Iterator[str]:

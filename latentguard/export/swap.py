@@ -18,6 +18,7 @@ from latentguard.policy import Policy, load_policy
 from latentguard.runtime import Guard
 from latentguard.runtime.artifact import Artifact, open_artifact
 from latentguard.scorer import Scorer
+from latentguard.spaces import LatentSpace
 
 
 def swap_policy(
@@ -36,12 +37,16 @@ def swap_policy(
     model of a cascade is the policy's.
     sha256: the pinned digest of `source`.
 
+    A latent space of one's own, which `source` carries, is known by its name afterward.
+
     Raises ModelError where `source` is not an export, or `model` is not the one in it (another
     name, digest or dimension), or the policy has a cascade whose first model `source` lacks, or
     views that it does not read; PolicyError for a policy that cannot be used.
     """
     artifact = open_artifact(source, sha256)
     before = artifact.metadata
+    if before["own_space"] is not None:
+        LatentSpace.of(LatentSpace.from_dict(before["own_space"]))  # known by its name from here on
     name = before["model"]["name"]
     encoder = model if isinstance(model, Encoder) else _encoder(model or name, before["space"])
     if before["dim"] == widened(encoder).dim:

@@ -32,6 +32,8 @@ from latentguard.files.streams import open_regular
 SUFFIXES = (
     ".pt", ".pth", ".safetensors", ".latent", ".npy", ".npz", ".tar", ".parquet", *SHARDS,
 )  # fmt: skip
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+"""Files for `latentguard encode`, whose error says so."""
 MISSING = "does not exist"
 """The error of a path that leads nowhere."""
 COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -22,7 +22,7 @@ from latentguard.files.numpy_files import open_npy, open_npz
 from latentguard.files.options import Options, Reading
 from latentguard.files.parquet import read_parquet
 from latentguard.files.passed_over import PassedOver
-from latentguard.files.paths import COMPRESSED_SHARDS, SUFFIXES, Unreadable
+from latentguard.files.paths import COMPRESSED_SHARDS, PICTURES, SUFFIXES, Unreadable
 from latentguard.files.remote import Noted, copied, state_of_path
 from latentguard.files.safetensors_files import open_safetensors
 from latentguard.files.shards import Sample, member_window, read_samples, sample_claims
@@ -221,6 +221,8 @@ def _file(path: Path, reading: Reading, passed: PassedOver) -> Iterator[ArrayRec
     name = path.name.lower()
     if name.endswith(COMPRESSED_SHARDS):
         raise LatentsError("is a compressed archive, whose size nothing bounds: unpack it to .tar")
+    if name.endswith(PICTURES):
+        raise LatentsError("is a picture, not latents: `latentguard encode` makes latents of it")
     if not name.endswith(SUFFIXES):
         raise LatentsError(f"is of an unknown type: known are {', '.join(SUFFIXES)}")
     with open_regular(path) as stream:

@@ -76,9 +76,11 @@ class StepCallback:
             vars(pipe).pop(CALLBACK, None)
             return
         if not callable(callback) or isinstance(callback, type):
+            got = type(callback).__name__
+            if isinstance(callback, type):
+                got = f"the class {callback.__name__}: make one of it, {callback.__name__}(...)"
             raise TypeError(
-                f"{CALLBACK} must be a LatentGuard, another callback or None, got "
-                f"{callback.__name__ if isinstance(callback, type) else type(callback).__name__}"
+                f"{CALLBACK} must be a LatentGuard, another callback or None, got {got}"
             )
         check_pipeline(pipe)
         for guard in guards_in(callback):

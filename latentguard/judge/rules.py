@@ -371,7 +371,10 @@ class BoundRules:
         """
         rule, asked = self.rules.concepts[k], self._asked(k)
         if self.rules.locked is None:
-            raise ValueError(f"{asked}, but the policy has no lock file with calibrated margins")
+            raise ValueError(
+                f"{asked}, but the policy has no lock file with calibrated margins: "
+                "`latentguard calibrate` makes one"
+            )
         if self.model is None or self.space is None:
             raise ValueError(f"{asked}, but the model and latent space of the scores are not given")
         found = self.rules.locked.get((*self.model, self.space, rule.id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,11 @@ def _find(name_or_path: str | Path) -> Path:
     shipped = shipped_policies()
     if isinstance(name_or_path, str) and name_or_path in shipped:
         return shipped[name_or_path]
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise PolicyError(
+            "a policy is given as the name of a shipped one, the path of a YAML file or a Policy, "
+            f"got {type(name_or_path).__name__}"
+        )
     path = Path(name_or_path)
     text = str(name_or_path)
     try:

@@ -6,6 +6,7 @@ own is a file of the same kind, JSON or YAML (docs/spaces.md has every key).
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -134,6 +135,14 @@ class _WrongError(Exception):
         self.keys = keys
 
 
+class _ItemError(ValueError):
+    """An item of a list is not what it must be."""
+
+    def __init__(self, index: int, value: Any, reason: Exception) -> None:
+        super().__init__(value)
+        self.index, self.value, self.reason = index, value, reason
+
+
 @dataclass
 class _Mapping:
     """A mapping whose keys are taken one by one; what is left over is an error."""
@@ -153,13 +162,25 @@ class _Mapping:
         value = self.values.get(key)
         if value is None:
             if default is ...:
-                raise _WrongError(self.keys, f"`{self._path(key)}` is missing: it must be {wanted}")
+                strange = [given for given in map(str, self.values) if given not in self._known]
+                near = difflib.get_close_matches(key, strange, n=1)
+                hint = f" (`{visible(near[0], 40)}` is no key: was it meant?)" if near else ""
+                raise _WrongError(
+                    self.keys, f"`{self._path(key)}` is missing{hint}: it must be {wanted}"
+                )
             return default
         try:
             return kind(value)
         except (ValueError, TypeError) as error:
+            at: Keys = ()
+            reason: Exception = error
+            while isinstance(reason, _ItemError):
+                at, value, reason = (*at, reason.index), reason.value, reason.reason
+            place = "".join(f"[{index}]" for index in at)
+            where = f" at `{self._path(key)}{place}`" if at else ""
             raise _WrongError(
-                (*self.keys, key), f"`{self._path(key)}` must be {wanted}, got {_shown(value)}"
+                (*self.keys, key, *at),
+                f"`{self._path(key)}` must be {wanted}, got {_shown(value)}{where}",
             ) from error
 
     def mapping(self, key: str) -> _Mapping | None:
@@ -333,9 +354,16 @@ def _list_of(count: int, item: Callable[[Any], Any]) -> Callable[[Any], tuple[An
     def kind(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list) or len(value) != count:
             raise ValueError(value)
-        return tuple(item(one) for one in value)
+        return tuple(_item(item, index, one) for index, one in enumerate(value))
 
     return kind
+
+
+def _item(kind: Callable[[Any], Any], index: int, value: Any) -> Any:
+    try:
+        return kind(value)
+    except (ValueError, TypeError) as error:
+        raise _ItemError(index, value, error) from error
 
 
 def _numbers(*counts: int) -> Callable[[Any], float | tuple[float, ...]]:

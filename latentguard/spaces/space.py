@@ -7,6 +7,7 @@ channel of the 2x2 packing. Each shipped space is one file in `data/` (records.p
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -215,8 +216,8 @@ class LatentSpace:
         found = _known(name) if isinstance(name, str) else None
         if found is None:
             raise LatentsError(
-                f"unknown latent space {name!r:.60}: use one of {', '.join(known_names())}, or a "
-                f"file of your own ({', '.join(SUFFIXES)})"
+                f"unknown latent space {name!r:.60}{guess(name)}: use one of "
+                f"{', '.join(known_names())}, or a file of your own ({', '.join(SUFFIXES)})"
             )
         return found
 
@@ -588,6 +589,12 @@ def register(space: LatentSpace) -> LatentSpace:
 def known_names() -> list[str]:
     """Every name that `LatentSpace.get` takes, except aliases."""
     return list(dict.fromkeys([*SPACES, *SCALINGS, *plugins.names(plugins.SPACES)]))
+
+
+def guess(name: object) -> str:
+    """The known name that an unknown one is likely meant to be, as words in brackets, or ""."""
+    near = difflib.get_close_matches(str(name)[:60], known_names(), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def all_spaces() -> Iterator[LatentSpace]:

@@ -102,6 +102,17 @@ def test_rates_default_to_the_policy_and_dry_run_writes_nothing(policy_path):
 
 
 @needs_nano
+def test_it_says_which_thresholds_do_not_read_the_lock(policy_path):
+    text = policy_path.read_text()
+    given = (EXAMPLES, "--policy", policy_path, "--model", "nano-flux2", "--fpr", 0.1)
+    assert "note:" not in _run(*given)
+    policy_path.write_text(text.replace("{fpr: 0.1}", "{probability: 0.5}", 1))
+    out = _run(*given)
+    assert "the thresholds of handguns are not false-positive rates" in out
+    assert "write `threshold: {fpr: 0.1}`" in out
+
+
+@needs_nano
 def test_wiener_uses_disjoint_halves(policy_path):
     found = measure([EXAMPLES], policy_path, "nano-flux2", noise_levels=[0, 1], estimate="wiener")
     assert {len(v) for by in found.values.values() for v in by.values()} == {12}

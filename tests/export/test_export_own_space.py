@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,3 +48,26 @@ def test_a_file_of_an_own_space_runs_where_nobody_knows_it(tmp_path: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == expected
+
+
+@pytest.mark.slow
+def test_a_space_is_given_by_its_file(command: Callable[..., Any], tmp_path: Path) -> None:
+    """With the model that reads the RGB view of any space, and then under another policy."""
+    space, out, other = tmp_path / "own-four.yaml", tmp_path / "a.onnx", tmp_path / "b.onnx"
+    rows = ", ".join(["[0.1, 0.2, 0.3]"] * 4)
+    space.write_text(
+        "schema_version: 1\nchannels: 4\nfactor: 8\nscaling: {scale: 0.5}\n"
+        f"rgb_view: {{acts_on: scaled, factors: [{rows}]}}\n"
+    )
+    given = ("--model", "nano-view", "--policy", "family", "--height", 64, "--width", 64)
+    try:
+        ran = command("export", "onnx", *given, "--space", space, "-o", out)
+        assert ran.code == 0, ran.err
+        SPACES.pop("own-four")
+        ran = command("export", "swap", out, "--policy", "weapons", "-o", other)
+        assert ran.code == 0, ran.err
+    finally:
+        SPACES.pop("own-four", None)
+    with Guard(other) as guard:
+        assert guard.space == "own-four"
+        assert len(guard.scan(np.ones((2, 4, 64, 64), np.float32))) == 2

@@ -266,6 +266,8 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     assert only_error(f"{tmp_path}/*.npy") == "matches no file"
     assert "folder without latents files (.pt, .pth" in only_error(tmp_path / "empty")
     assert "unknown type: known are .pt" in only_error(tmp_path / "a.txt")
+    (tmp_path / "a.JPG").touch()
+    assert "is a picture, not latents: `latentguard encode`" in only_error(tmp_path / "a.JPG")
     assert only_error(tmp_path / "a.pt") == "is an empty file"
     assert only_error(tmp_path / "pipe.pt") == "is not a regular file"
     assert "cannot be opened" in only_error(tmp_path / "dangling.pt")

@@ -149,6 +149,12 @@ def test_a_callback_of_ones_own_gets_what_it_asked_for(inputs: list[str] | None)
     assert seen == [(i, inputs or ["latents"]) for i in range(4)]
 
 
+def test_the_class_in_the_place_of_a_guard_is_told_so() -> None:
+    pipe = small.sdxl()
+    with pytest.raises(TypeError, match=r"got the class LatentGuard: make one of it, LatentGuard"):
+        pipe.callback_on_step_end = LatentGuard
+
+
 def test_a_callback_that_returns_no_dict_is_told_so() -> None:
     pipe = small.sdxl()
     pipe.callback_on_step_end = guard_for("sdxl")

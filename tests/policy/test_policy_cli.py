@@ -198,3 +198,35 @@ def test_check_names_what_a_taxonomy_leaves_out(tmp_path: Path) -> None:
         "default: policy 'default' maps no concept to the taxonomy 'openai'; those that it maps "
         "to: azure, rekognition"
     ]
+
+
+def test_check_names_a_space_and_a_model_that_nothing_knows(tmp_path: Path) -> None:
+    path = tmp_path / "slips.yaml"
+    path.write_text(
+        "schema_version: 1\nname: slips\nversion: '1'\nspace: sdxll\nmodel: nano-flx\nconcepts:\n"
+        "  - {id: a, category: b, prompts: [revolver], threshold: {margin: 0}, action: block}\n"
+    )
+    result = runner.invoke(app, ["policy", "check", str(path), "default"])
+    assert result.exit_code == 0, result.output
+    assert "note: space 'sdxll' is not known here (did you mean sdxl?)" in result.stderr
+    assert "note: model 'nano-flx' is not known here" in result.stderr
+    assert "default: note" not in result.stderr
+
+
+def test_check_takes_a_space_by_its_file(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="models need torch")
+    from latentguard.spaces import SPACES
+
+    path = tmp_path / "own-four.yaml"
+    rows = ", ".join(["[0.1, 0.2, 0.3]"] * 4)
+    path.write_text(
+        "schema_version: 1\nchannels: 4\nfactor: 8\nscaling: {scale: 0.5}\n"
+        f"rgb_view: {{acts_on: scaled, factors: [{rows}]}}\n"
+    )
+    try:
+        result = runner.invoke(
+            app, ["policy", "check", "default", "--model", "nano-view", "--space", str(path)]
+        )
+    finally:
+        SPACES.pop("own-four", None)
+    assert result.exit_code == 0, result.output

@@ -227,6 +227,12 @@ def test_unknown_name_suggests_and_lists() -> None:
     assert all(name in message for name in NAMES)
 
 
+@pytest.mark.parametrize("given", [{"name": "family"}, 3, None])
+def test_what_is_no_policy(given: Any) -> None:
+    with pytest.raises(PolicyError, match=f"or a Policy, got {type(given).__name__}"):
+        load_policy(given)
+
+
 @pytest.mark.parametrize("name", ["", "\0", "x" * 5000, "../\0.yaml", "no/such/file.yaml"])
 def test_unusable_names(name: str) -> None:
     with pytest.raises(PolicyError):

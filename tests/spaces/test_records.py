@@ -98,7 +98,11 @@ def test_flux2_with_its_statistics_gives_itself_back() -> None:
         ({"schema_version": 2}, r"mine.json:2: `schema_version` must be 1, got 2"),
         ({"channels": 0}, r"mine.json:3: `channels` must be a number from 1 to 4096, got 0"),
         ({"channels": True}, "`channels` must be"),
-        ({"channels": None}, "`channels` is missing"),
+        ({"channels": None}, "`channels` is missing: it must be"),
+        (
+            {"factor": None, "faktor": 8},
+            "`factor` is missing .`faktor` is no key: was it meant.*: it must be a number",
+        ),
         ({"factor": "8"}, "`factor` must be a number of pixels from 1 to 256, got '8'"),
         ({"tint": 1}, "`tint` is no key of a latent space: there are schema_version, name"),
         ({"scaling": None}, "`scaling` is missing"),
@@ -120,6 +124,10 @@ def test_flux2_with_its_statistics_gives_itself_back() -> None:
         (
             {"rgb_view": {"acts_on": "scaled", "factors": [[0.1] * 3] * 2}},
             "`rgb_view.factors` must be 3 lists of 3 finite numbers, got a list of 2",
+        ),
+        (
+            {"rgb_view": {"acts_on": "scaled", "factors": [[0.1] * 3, [0.1] * 3, [0.1, "x", 0]]}},
+            r"`rgb_view.factors` must be 3 lists .*, got 'x' at `rgb_view.factors\[2\]\[1\]`",
         ),
         ({"name": "Mine"}, "`name` must be a name of small letters"),
         ({"of": "sd9"}, "`of` must be one of sdxl"),
@@ -190,6 +198,11 @@ def test_a_name_never_opens_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LatentsError, match=r"unknown latent space 'mine\.json'"):
         LatentSpace.get("mine.json")
+
+
+def test_a_name_with_a_slip_is_guessed() -> None:
+    with pytest.raises(LatentsError, match=r"'sdxll' \(did you mean sdxl\?\): use one of sdxl"):
+        LatentSpace.get("sdxll")
 
 
 def test_other_names_of_a_space() -> None:
