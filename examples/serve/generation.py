@@ -80,9 +80,9 @@ class Generation:
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         generator = torch.Generator().manual_seed(seed)
         picture = None
-        with self.guard.request(request_id) as request:
-            with suppress(GenerationBlocked):  # on_block: raise
-                (picture,) = self._by.pipe(**arguments, generator=generator).images
+        # A policy with `on_block: raise` gives no image, and the request still has its verdict.
+        with self.guard.request(request_id) as request, suppress(GenerationBlocked):
+            (picture,) = self._by.pipe(**arguments, generator=generator).images
         (call,) = request.calls
         return self._answer(call, picture, seed)
 
