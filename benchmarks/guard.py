@@ -434,23 +434,8 @@ def sdxl_unet() -> Any:
     The same million of random numbers again and again: drawing them all would take minutes, and
     what a step costs does not depend on them.
     """
-    from diffusers import UNet2DConditionModel
-
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        unet = sdxl_layout((320, 640, 1280), (5, 10, 20))
     unet.to_empty(device="cpu").eval().requires_grad_(False)
     pattern = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     for parameter in unet.parameters():
@@ -458,6 +443,26 @@ def sdxl_unet() -> Any:
         for part in flat.split(len(pattern)):
             part.copy_(pattern[: len(part)])
     return unet
+
+
+def sdxl_layout(channels: tuple[int, ...], heads: tuple[int, ...]) -> Any:
+    """A U-Net of SDXL's configuration, of these channels and heads at its three levels."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=channels,
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=heads,
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
 
 
 def unet_step(unet: Any, x: torch.Tensor) -> Callable[[], Any]:

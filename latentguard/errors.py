@@ -1,4 +1,6 @@
-"""The errors that reach users: one clear sentence each; what is wrong, where, what is right."""
+"""The errors that reach users. Each is one clear sentence: what is wrong, where, what would be
+right.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ class LatentsError(LatentGuardError, ValueError):
 
 
 class GuardError(LatentsError):
-    """A guard that cannot be attached, or would do nothing where it was put."""
+    """A guard that cannot be attached, or that would have no effect where it was put."""
 
 
 class ModelError(LatentGuardError, ValueError):
@@ -33,11 +35,11 @@ class ModelError(LatentGuardError, ValueError):
 
 
 class UsageError(ModelError):
-    """Options of the command line that do not go together, or cannot be used."""
+    """Options of the command line that do not fit together or cannot be used."""
 
 
 class TooManyErrorsError(LatentGuardError):
-    """A run that was stopped, as more could not be read or judged than it was allowed."""
+    """A run that was stopped because more could not be read or judged than was allowed."""
 
 
 class MissingExtraError(LatentGuardError, ImportError):
@@ -46,7 +48,10 @@ class MissingExtraError(LatentGuardError, ImportError):
 
 
 class CoverageError(PolicyError, ModelError):
-    """A policy with prompts that the model cannot see: a fault of the pair, so it is both."""
+    """A policy with prompts that the model cannot see.
+
+    It is a fault of the pair, so it is a PolicyError and a ModelError.
+    """
 
 
 EXTRAS = {

@@ -1,4 +1,4 @@
-"""Scorer: a policy bound to an encoder; the one place where latents become scores."""
+"""Scorer: a policy bound to an encoder. This is the one place where latents become scores."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one batch scored.
+    """The scores of one batch.
 
-    probability, margin: [B, K] float32, a column for each concept of the policy.
+    probability, margin: [B, K] float32, one column for each concept of the policy.
     best_prompt: [B, K] int64, an index into the bank's prompts.
     noise_level: noise-to-signal ratio of the latents.
     """
@@ -68,14 +68,14 @@ class Scorer:
         policy: a Policy, the name of a shipped one, or a path.
         model: an Encoder, its name or path, or "auto": the policy's own `model`, else the best
             encoder of `space` that is on this machine, else the bundled one.
-        space: the latent space. With "auto" and with a model of several spaces (`nano-view`), where
-            the policy does not name it either, it is that of the first latents, and the model is
-            loaded with them.
-        device: where the encoder runs; None is CUDA where there is one, else the CPU.
+        space: the latent space. With "auto", and with a model of several spaces (`nano-view`), it
+            may be left out. If the policy does not name it either, the model is loaded with the
+            first latents, for their space.
+        device: where the encoder runs; None is CUDA if there is one, else the CPU.
 
     Raises:
         PolicyError: the policy cannot be used.
-        ModelError: no such model, or one that reads another space than the policy or `space` say.
+        ModelError: no such model, or a model of another space than the policy or `space` name.
         CoverageError (both of them): the model cannot see all of the policy's prompts.
     """
 
@@ -163,12 +163,15 @@ class Scorer:
 
     @property
     def space(self) -> str | None:
-        """The latent space that it reads; None as long as no latents have told it."""
+        """The latent space that it reads; None before the first latents have determined it."""
         return self.encoder.space if "encoder" in vars(self) else None
 
     def compile(self, mode: str = "default") -> None:
-        """Compile the encoder with torch.compile: `mode` as there ("reduce-overhead" records CUDA
-        graphs). The first batch of each shape takes the time to compile."""
+        """Compile the encoder with torch.compile.
+
+        `mode` is that of torch.compile ("reduce-overhead" records CUDA graphs). The first batch of
+        each shape takes the time to compile.
+        """
         self._features = torch.compile(self.encoder.features, mode=mode)
         if self.thorough is not self:
             self.thorough.compile(mode)
@@ -185,9 +188,9 @@ class Scorer:
     def verdicts(
         self, latents: Latents | Prediction, noise_level: float = 0.0, final: bool = True
     ) -> list[Verdict]:
-        """One verdict for each image; what cannot be judged gets the policy's `on_error`.
+        """One verdict for each image. An image that cannot be judged gets the policy's `on_error`.
 
-        As `judge`, without the rest of what that tells.
+        Takes the same arguments as `judge`, and returns only its verdicts.
         """
         return list(self.judge(latents, noise_level, final).verdicts)
 
@@ -199,13 +202,13 @@ class Scorer:
         final: bool = True,
         heatmaps: bool = False,
     ) -> Judged:
-        """Verdicts, and heat maps from the same pass through the encoder where they are asked for.
+        """Verdicts and, if asked for, heat maps from the same pass through the encoder.
 
-        With a `cascade` in the policy its first model judges, and this one what that is unsure of.
-        With `views: crops` final latents are read in crops besides.
-        `noise_level` is the noise-to-signal ratio (0 is clean); `final` says that nothing follows
-        these latents. Raises LatentsError when they are of another space than the encoder's, and
-        when final packed ones are of another size than they say (`Latents.check_size`).
+        With a `cascade` in the policy its first model judges, and this one judges the images of
+        which the first is not sure. With `views: crops` final latents are also read in crops.
+        `noise_level` is the noise-to-signal ratio (0 is clean). `final` says that no further step
+        follows. Raises LatentsError if the latents are of another space than the encoder's, and if
+        final packed latents have another size than they say (`Latents.check_size`).
         """
         self._know(latents)
         if final and isinstance(latents, Latents):
@@ -214,7 +217,7 @@ class Scorer:
         return judge.judge(latents, noise_level, final, heatmaps)
 
     def decide(self, scores: Scores, final: bool = True) -> list[Verdict]:
-        """The verdicts that the policy gives scores of this model."""
+        """The policy's verdicts on scores of this model."""
         return decide(
             scores.probability.cpu().numpy(),
             scores.margin.cpu().numpy(),
@@ -228,8 +231,8 @@ class Scorer:
     def heatmaps(self, latents: Latents) -> NDArray[np.float32]:
         """Margins over the encoder's grid, [B, K, h, w] float32: where each concept is.
 
-        Each cell is scored as if it were the image, so values compare with margins. Not available
-        (LatentsError) where an encoder reads the image in tiles.
+        Each cell is scored as if it were the image, so values compare with margins. Raises
+        LatentsError if the encoder reads the image in tiles.
         """
         return self._heatmaps(self._seen(latents))
 

@@ -34,7 +34,7 @@ FOUND = re.compile(f"(?!.*is[mt]s?$){BEFORE}(?:{BRITISH})", re.VERBOSE)  # no sp
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 # Others' names, and former ones of this project.
-QUOTED = re.compile(r"\.cancelled\(\)|\brecognise\b.*\brecognize\b")
+QUOTED = re.compile(r"primary: blue grey|\.cancelled\(\)|\brecognise\b.*\brecognize\b")
 ELSEWHERE = {
     "LICENSE",
     "constraints.txt",

@@ -47,16 +47,17 @@ def bundled_guard(
     """A Guard over a packaged model, for latents of any size.
 
     Args:
-        policy: a Policy, the name of a shipped one, or a path. A prompt that the package does not
-            know is placed by the sentence encoder of the extra `nano`.
+        policy: a Policy, the name of a shipped one, or a path. Prompts that are in no table of the
+            package need the sentence encoder of the extra `nano`.
         model: `nano-flux2`, `nano-view`, or "auto": the best packaged model of `space`.
-        space: the latent space, where neither the policy nor the model says it.
+        space: the latent space, if neither the policy nor the model names it.
         providers, threads, spin, batching, warm_up, max_cells: as in `Guard`.
 
     Raises:
         PolicyError: the policy cannot be used.
-        ModelError: no packaged model of that name or space, ONNX Runtime is missing, or the policy
-            asks for what only torch does: another model, a cascade, crops, learned examples.
+        ModelError: no packaged model has that name or space, ONNX Runtime is missing, or the
+            policy asks for something that needs torch: another model, a cascade, crops, learned
+            examples.
         CoverageError (both of them): the model cannot see all of the policy's prompts.
     """
     loaded = load_policy(policy)

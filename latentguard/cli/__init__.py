@@ -56,6 +56,7 @@ def register() -> None:
     import latentguard.cli.evaluate_generated as evaluate_generated
     import latentguard.cli.evaluate_geneval as evaluate_geneval
     import latentguard.cli.evaluate_i2p as evaluate_i2p
+    import latentguard.cli.evaluate_reno as evaluate_reno
     import latentguard.cli.evaluate_t2i_compbench as evaluate_t2i_compbench
     import latentguard.cli.export as export
     import latentguard.cli.models as models
@@ -79,6 +80,7 @@ def register() -> None:
         evaluate_generated,
         evaluate_geneval,
         evaluate_i2p,
+        evaluate_reno,
         evaluate_t2i_compbench,
         calibrate,
         adapt,

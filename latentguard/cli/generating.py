@@ -69,14 +69,29 @@ Leak = Annotated[
     typer.Option(min=0, max=1, help="What the exact generator's prompts leave to other classes."),
 ]
 ArmNames = Annotated[
-    list[str], typer.Option("--arm", help="none, block, steer, noise or sld; may be repeated.")
+    list[str],
+    typer.Option("--arm", help="none, block, steer, noise, reno or sld; may be repeated."),
 ]
 PolicyName = Annotated[
     str,
     typer.Option(help="Of block, steer and noise: a shipped policy's name, or a path."),
 ]
-Model = Annotated[str, typer.Option(help="The encoder that the arms judge with.")]
-Iterations = Annotated[int, typer.Option(min=0, help="Of the arm noise.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="The encoder that the arms judge with; of the arm noise also "
+        "pixel:ARCHITECTURE:WEIGHTS, a CLIP of open_clip on decoded pictures."
+    ),
+]
+Rewards = Annotated[
+    list[str],
+    typer.Option(
+        "--reward",
+        help="Of the arm reno: latent:MODEL, or pixel:ARCHITECTURE:WEIGHTS for a CLIP of open_clip "
+        "on decoded pictures. Each one is an arm; may be repeated.",
+    ),
+]
+Iterations = Annotated[int, typer.Option(min=0, help="Of the arms noise and reno.")]
 Sld = Annotated[
     Literal["weak", "medium", "strong", "max"],
     typer.Option(help="The published hyperparameters of the arm sld."),
@@ -94,6 +109,7 @@ class Generation:
     run: Run
     arm: ArmNames
     policy: PolicyName
+    reward: Rewards
     model: Model = "auto"
     iterations: Iterations = 50
     sld: Sld = "strong"
@@ -160,12 +176,36 @@ class Generation:
     @cached_property
     def arms(self) -> list[Arm]:
         """The arms that are asked for, each once. Raises UsageError for one that there is not."""
-        return [self._arm(name) for name in dict.fromkeys(self.arm)]
+        from latentguard.errors import UsageError
+
+        if bool(self.reward) is not ("reno" in self.arm):
+            raise UsageError("the arm reno needs --reward, and --reward is of the arm reno alone")
+        found: list[Arm] = []
+        for name in dict.fromkeys(self.arm):
+            found += self._renos() if name == "reno" else [self._arm(name)]
+        return found
 
     @property
     def names(self) -> list[str]:
         """The arms' names."""
         return [one.name for one in self.arms]
+
+    def _renos(self) -> list[Arm]:
+        """An arm for each reward; all of the rewards' models measure all of them."""
+        from latentguard.errors import UsageError
+        from latentguard.evaluate.generate.reno import Reno
+        from latentguard.evaluate.generate.rewards import arm_name, encoder_named
+
+        named: dict[str, str] = {}
+        for reward in dict.fromkeys(self.reward):
+            other = named.setdefault(arm_name(reward), reward)
+            if other != reward:
+                raise UsageError(
+                    f"--reward {other} and --reward {reward} would share the folder "
+                    f"{arm_name(reward)}: give one of the files another name"
+                )
+        encoders = {name: encoder_named(name, self.generator) for name in named.values()}
+        return [Reno(self.generator, name, encoders, self.iterations) for name in named.values()]
 
     def _arm(self, name: str) -> Arm:
         from latentguard.errors import UsageError
@@ -196,12 +236,12 @@ class Generation:
         _ = self.arms  # what is wrong with them is said before there is a folder
         return RunFolder(self.run, manifest, self.resume)
 
-    def make(self, folder: RunFolder, asked: Sequence[Asked]) -> None:
-        """Make the images that are not there yet."""
+    def make(self, folder: RunFolder, asked: Sequence[Asked], in_turn: bool = False) -> None:
+        """Make the images that are not there yet; in_turn: see `make_images`."""
         from latentguard.evaluate.generate.run import make_images
 
         with Bar("generating") as advance:
-            make_images(folder, self.arms, asked, advance)
+            make_images(folder, self.arms, asked, advance, in_turn)
 
     def judge(
         self, folder: RunFolder, judges: Sequence[Judge], asked: Sequence[Asked]
@@ -234,7 +274,7 @@ def generating(
 
     arm, policy: their defaults. gives: what the command gets, of the same options.
     """
-    defaults: dict[str, Any] = {"arm": [arm], "policy": policy}
+    defaults: dict[str, Any] = {"arm": [arm], "policy": policy, "reward": []}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(Generation, include_extras=True)

@@ -10,7 +10,7 @@ import typer
 
 from latentguard.cli.exit_codes import EXIT_FAILED
 from latentguard.cli.models import Format, models_app
-from latentguard.cli.pictures import Pictures
+from latentguard.cli.pictures import DownloadOption, Pictures
 
 if TYPE_CHECKING:
     from latentguard.encoders import Encoder
@@ -42,9 +42,7 @@ def check(
         typer.Option(help="Of a model that reads several: which of them, or a file of your own."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="With --autoencoder: pixels; else 512.")] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch an --autoencoder of the hub.")
-    ] = False,
+    download: DownloadOption = False,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
     output: Annotated[Format, typer.Option("--format", help="Lines or one JSON object.")] = "table",
 ) -> None:

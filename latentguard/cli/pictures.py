@@ -28,6 +28,9 @@ EncodedOption = Annotated[
         "--encoded", help="With --autoencoder: the folder of what was encoded; else the cache's."
     ),
 ]
+DownloadOption = Annotated[
+    bool, typer.Option("--download", help="Fetch an --autoencoder of the hub if need be.")
+]
 
 
 _DEEP = 4

@@ -183,9 +183,9 @@ def traits(encoder: Encoder) -> EncoderBase:
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Latents and prompts to unit vectors of one space, whose inner product is the score.
+    """Turns latents and prompts into unit vectors of one space, whose inner product is the score.
 
-    What an encoder may say besides, for exports, stands in `EncoderBase`.
+    `EncoderBase` has what an encoder may add for exports.
     """
 
     @property
@@ -222,7 +222,9 @@ class Encoder(Protocol):
 
     @property
     def always_neutral(self) -> bool:
-        """Whether the neutral prompts join every concept's contrast, not only an empty one."""
+        """Whether the neutral prompts are added to every concept's contrast, or only to an empty
+        one.
+        """
 
     @property
     def uses_templates(self) -> bool:
@@ -251,12 +253,12 @@ class Encoder(Protocol):
         alpha: Tensor | None = None,
         sigma: Tensor | None = None,
     ) -> Features:
-        """Features of latents [B, C, H, W], in the convention that `needs_scaled` names.
+        """Features of latents [B, C, H, W], in the scaling that `needs_scaled` names.
 
         With the predicted `noise` (the shape of latents), `alpha` [B] and `sigma` [B] it reads the
-        estimate of the clean latents, (latents - sigma * noise) / alpha; `alpha` alone divides.
-        Differentiable in latents. Raises LatentsError for some of them without the others, and for
-        sizes that do not fit together (see `check_prediction`).
+        estimate of the clean latents, (latents - sigma * noise) / alpha. `alpha` alone divides.
+        Differentiable in latents. Raises LatentsError if only some of them are given, and for sizes
+        that do not fit together (see `check_prediction`).
         """
 
     def encode_latents(self, latents: Latents) -> Tensor:
@@ -266,7 +268,7 @@ class Encoder(Protocol):
         """Unit-norm float32 embeddings [P, dim]."""
 
     def coverage(self, texts: Sequence[str]) -> Tensor:
-        """How much of each text [P] this encoder can see, 0 (nothing) to 1."""
+        """How well this encoder can see each text [P], from 0 (not at all) to 1."""
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights to a device, in place; returns the encoder."""

@@ -51,13 +51,14 @@ def load_encoder(
     """An encoder by name (`latentguard models list`) or from a file.
 
     A path is an official Latent-CLIP checkpoint (.pt, .pth, .ckpt) or a .safetensors file that
-    latentguard wrote, whose metadata says what it is. `+merge=SHARE` behind either makes a
-    Latent-CLIP merge that share of its tokens (see `LatentCLIP.merge`); `+views=crops` makes a nano
-    model read crops besides the whole (see `crops.Crops`). `device` None is CUDA where
-    there is one, else the CPU. `space` is the latent space that it is to read: needed for a model
-    of several spaces (`needs_space`). Raises ModelError for an unknown name, a model that is not on
-    this machine (it says how to get it), one that reads another space, and a file that cannot be
-    loaded.
+    latentguard wrote, whose metadata says what it is. After a name or a path, `+merge=SHARE` makes
+    a Latent-CLIP merge that share of its tokens (see `LatentCLIP.merge`), and `+views=crops` makes
+    a nano model also read crops (see `crops.Crops`). `device` None is CUDA if there is one, else
+    the CPU. `space` is the latent space that it is to read, which a model of several spaces needs
+    (`needs_space`).
+
+    Raises ModelError for an unknown name, for a model that is not on this machine (it says how to
+    get it) or that reads another space, and for a file that cannot be loaded.
     """
     device = _device(device)
     plain, found, views = str(name_or_path).rpartition(VIEWS)
@@ -82,7 +83,7 @@ def load_encoder(
 def needs_space(model: str | Path) -> bool:
     """Whether the latent space must be known before a model can be loaded.
 
-    So it is of `auto`, and of a model that reads the RGB view of several spaces.
+    This holds for `auto`, and for a model that reads the RGB view of several spaces.
     """
     plain = str(model).split(VIEWS)[0].split(MERGE)[0]
     entry = known(plain) if isinstance(model, str) else None
@@ -120,7 +121,7 @@ def _merging(encoder: Encoder, share: str) -> Encoder:
 def best_encoder(space: str) -> str:
     """The name that `--model auto` stands for: the best encoder of a space on this machine.
 
-    Raises ModelError where there is none; it says which spaces have one, or how to get it.
+    Raises ModelError if there is none; it says which spaces have one, or how to get it.
     """
     everything = entries()
     of_space = [entry for entry in everything if entry.reads(space)]

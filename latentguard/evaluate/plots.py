@@ -160,6 +160,24 @@ def plot_shares(
     _save(figure, path)
 
 
+def plot_curves(
+    path: Path, title: str, ylabel: str, series: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Means over iterations with their intervals, a panel for each series.
+
+    series: by name, for each iteration {"value", "interval": [low, high]}.
+    """
+    figure, axes = _axes(len(series), title)
+    for axis, (name, points), color in zip(axes, series.items(), _colors(len(axes)), strict=True):
+        x = range(len(points))
+        axis.plot(x, [point["value"] for point in points], color=color)
+        low, high = zip(*(point["interval"] for point in points), strict=True)
+        axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.set_title(name, fontsize=9)
+        axis.set(xlabel="iteration", ylabel=ylabel)
+    _save(figure, path)
+
+
 def plot_classes(
     path: Path, title: str, series: Mapping[str, Sequence[Mapping[str, Any]]], most: int = 15
 ) -> None:

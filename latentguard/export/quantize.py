@@ -1,11 +1,13 @@
 """From a float32 .onnx file to a float16 or 8-bit one, in standard operators.
 
-What becomes 8-bit: convolutions (int8 only), what joins them, and products with constant matrices.
-Attention's own products, normalizations and the comparison with the concepts stay float32: they
-cost little and decide.
+Three kinds of nodes become 8-bit: convolutions (with int8 only), the clips and additions between
+them, and products with constant matrices. Attention's own products, normalizations and the
+comparison with the concepts stay float32: they cost little, and small differences decide there.
 
-Weights keep to 7 bits, one scale a channel: a CPU without VNNI adds two 8-bit products in 16 bits,
-which saturates otherwise. On B/4-plus that is the difference between cosines 0.993 and 0.9998.
+A CPU without VNNI adds two 8-bit products in 16 bits, which may saturate. So the weights of
+convolutions keep to 7 bits (`reduce_range`), and those of products get scales that rule saturation
+out (rounding.py). In ONNX Runtime's dynamic quantization of B/4-plus, saturation was the difference
+between cosines of 0.993 and 0.9998.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from latentguard.export.matrices import Batch, observe, replace
 
 Precision = Literal["fp16", "int8", "int8-dynamic"]
 
-# Where these start, values leave the range that half precision holds (sums of squares), or a
-# small difference decides.
+# From these operators on everything stays float32: values leave the range of half precision (sums
+# of squares), or small differences decide.
 COMPARISON = ("ReduceL2", "ReduceSumSquare", "LpNormalization", "LogSoftmax")
 CLIPS = ("Clip", "Relu")
 
@@ -40,15 +42,15 @@ def convert(
     """Write `source` (float32) as `target` in another precision; the metadata is kept.
 
     Args:
-        source: a float32 .onnx file, with its external data beside it where it has some.
+        source: a float32 .onnx file, with its external data next to it if it has some.
         target: the file to write; it holds the weights itself.
-        precision: fp16 keeps inputs and outputs in float32; int8 has fixed ranges of activations,
-            calibrated on `batches`; int8-dynamic takes them from each input, and leaves
-            convolutions alone.
-        batches: inputs by name, for int8: like what the model will read, and nothing that it will
-            be judged on. 32 to 256 images do.
-        keep: names of initializers or inputs (a concept bank) which, with all that is computed
-            from them, stay float32.
+        precision: fp16 keeps inputs and outputs in float32. int8 has fixed ranges of activations,
+            calibrated on `batches`. int8-dynamic takes the ranges from each input, and leaves
+            convolutions in float32.
+        batches: inputs by name, which int8 needs: images like those that the model will read, but
+            not those on which the result is measured. 32 to 256 images are enough.
+        keep: names of initializers or inputs (a concept bank) that stay float32, together with
+            everything that is computed from them.
 
     Raises:
         ModelError: int8 without batches, an unknown precision, or nothing to quantize.
@@ -75,14 +77,14 @@ def convert(
 
 
 class _Choice(NamedTuple):
-    """Node names by what happens to them."""
+    """Names of nodes, by what happens to the nodes."""
 
     products: list[str]
     """MatMuls of activations with a constant matrix."""
     convolutions: list[str]
-    """Convolutions, the clips behind them and the additions that join them."""
+    """Convolutions, the clips after them and the additions that join two of them."""
     compared: list[str]
-    """What depends on `keep`, or follows the normalization of the embedding."""
+    """Nodes that depend on `keep` or on an operator of COMPARISON, and these operators."""
 
 
 def _choose(graph: onnx.GraphProto, keep: set[str]) -> _Choice:
@@ -91,7 +93,7 @@ def _choose(graph: onnx.GraphProto, keep: set[str]) -> _Choice:
     products: list[str] = []
     convolutions: list[str] = []
     compared: list[str] = []
-    after: set[str] = set(keep)  # values that are kept
+    after: set[str] = set(keep)  # values that stay float32
     integer: set[str] = set()  # values of quantized convolutions
     readers: dict[str, int] = {}
     for node in graph.node:
@@ -111,7 +113,7 @@ def _choose(graph: onnx.GraphProto, keep: set[str]) -> _Choice:
         if (
             (node.op_type == "Conv" and node.input[1] in constants)
             or (node.op_type == "Add" and len(joined) == 2)
-            # A clip that alone reads a convolution becomes part of its rounding.
+            # A clip that is the only reader of a convolution becomes part of its rounding.
             or (node.op_type in CLIPS and joined and readers[node.input[0]] == 1)
         ):
             convolutions.append(node.name)
@@ -185,10 +187,10 @@ def _half(model: onnx.ModelProto, compared: list[str]) -> onnx.ModelProto:
 
 
 def _without_detours(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Float32 values that go to half precision only to come back stay as they are.
+    """Remove casts of float32 values to half precision and back.
 
-    The converter casts between each two nodes that it leaves alone; a margin would keep three
-    digits. It also writes nodes in an order that the standard does not allow.
+    The converter puts such casts between every two nodes that it leaves in float32, and a margin
+    would keep only three digits. It also writes nodes in an order that the standard forbids.
     """
     from onnx_ir.passes import common
 
@@ -206,13 +208,13 @@ def _without_detours(model: onnx.ModelProto) -> onnx.ModelProto:
     common.RemoveUnusedNodesPass()(graph)
     common.TopologicalSortPass()(graph)
     straight: onnx.ModelProto = ir.to_proto(graph)
-    # The types that it noted of values between nodes are not all true, and nobody needs them.
+    # The types that the converter notes for intermediate values are partly wrong, and not needed.
     del straight.graph.value_info[:]
     return straight
 
 
 def _cast_input(node: ir.Node, to: ir.DataType) -> ir.Value | None:
-    """What a node casts to a type, None where it is no such cast."""
+    """The value that a node casts to the type `to`; None if the node is not such a cast."""
     if node.op_type != "Cast" or node.domain != "" or node.attributes.get_int("to") != to:
         return None
     return node.inputs[0]

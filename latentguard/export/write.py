@@ -100,7 +100,7 @@ def export_onnx(
 ) -> Exported:
     """Write a policy and a model as an .onnx file of standard operators.
 
-    The first model of a policy's `cascade` is written beside it, as NAME.first.onnx.
+    The first model of a policy's `cascade` is written next to it, as NAME.first.onnx.
 
     Args:
         policy, model: as for `Scorer`.
@@ -109,18 +109,18 @@ def export_onnx(
         first_precision: of the first model of a cascade; None is that of the second.
         size: height and width in latent cells; None leaves them open.
         scaled: whether the file reads latents as a pipeline denoises them, or raw ones.
-        space: the model's latent space, where it is one of your own: a LatentSpace or its file.
-        heatmaps: give heat maps, too.
-        check: latents to compare with PyTorch on; None takes the bundled ones where they are of
-            the model's space, and else draws some with the space's statistics.
-        calibrate: latents that int8 finds its ranges on, and rounds weights by.
+        space: the model's latent space, if it is one of your own: a LatentSpace or its file.
+        heatmaps: also give heat maps.
+        check: latents on which to compare with PyTorch; None takes the bundled ones if they are of
+            the model's space, and otherwise draws some with the space's statistics.
+        calibrate: latents on which int8 finds its ranges and rounds weights.
         progress: called with a line before each step.
 
     Raises:
-        ModelError: the model cannot be exported so, int8 without latents to calibrate on, or the
-            export differs too much from PyTorch (see `LARGEST` and `LEAST_COSINE`); a model that
-            needs a size and is given none; a `first_precision` where the policy has no cascade.
-        LatentsError: latents of another space or size, or a space whose statistics are not known.
+        ModelError: the model cannot be exported like this; int8 has no latents to calibrate on; the
+            export differs too much from PyTorch (see `LARGEST` and `LEAST_COSINE`); a model needs a
+            size and is given none; or a `first_precision` is given without a cascade.
+        LatentsError: latents of another space or size, or a space whose statistics are unknown.
     """
     scorer, out = Scorer(policy, model, space=space, device="cpu").thorough, Path(out)
     if first_precision is not None and scorer.first is None:

@@ -100,25 +100,26 @@ def read_arrays(
     passed: PassedOver | None = None,
     **options: Unpack[Options],
 ) -> Iterator[ArrayRecord]:
-    """Read latents files one image at a time, in a stable order; at most one image is in memory
-    besides what a .pt inside a shard holds. Without torch.
+    """Read latents files one image at a time, in a stable order, without torch.
+
+    At most one image is in memory, plus the contents of a .pt inside a shard.
 
     Args:
         paths: files (`paths.SUFFIXES`), folders (searched recursively, sorted by name), glob
             patterns, ranges `{000..099}`, and addresses of other file systems (`s3://...`).
-        space, scaled: what the files do not say themselves. A file that says otherwise is an
-            error, and one that says nothing is recognized by its statistics or is an error. A
-            scaling that is not the space's usual one comes with `space` alone: a file that declares
-            one of its own is an error.
-        passed: counts what folders and shards hold besides, which cannot be latents.
-        options: everything else that `Reading` says of the files.
+        space, scaled: what the files do not state themselves. A file that contradicts this is an
+            error. A file that states nothing is recognized by its statistics or is an error. A
+            scaling other than the usual one of the space can only be given by `space`; a file that
+            declares one is an error.
+        passed: counts the files and members that cannot be latents.
+        options: everything else in `Reading`.
 
     Yields:
-        ArrayRecords. Whatever is wrong with a file or an image becomes a record with an error, and
-        the rest is read. So does what could hold latents but is of a type that is not read.
+        ArrayRecords. Every problem with a file or an image becomes a record with an error, and the
+        rest is read. So does a file that could hold latents but has a type that cannot be read.
 
     Raises:
-        LatentsError: the space is unknown, or an option cannot be.
+        LatentsError: the space is unknown, or an option is impossible.
     """
     return read_records(paths, Reading.of(space, scaled, **options), passed)
 
@@ -139,7 +140,7 @@ def load_latents(
 ) -> Latents:
     """All images of one file as one batch, spatial, with its ids if every image has one.
 
-    options: as `read_arrays`.
+    options: as for `read_arrays`.
 
     Raises:
         LatentsError: anything in the file cannot be read, or its images differ in size.

@@ -56,35 +56,35 @@ class LatentGuard(PipelineCallback, Marked):
 
         pipe.callback_on_step_end = LatentGuard(policy)
 
-    `pipe(..., callback_on_step_end=guard)` and `MultiPipelineCallbacks` work too; your own callback
+    `pipe(..., callback_on_step_end=guard)` and `MultiPipelineCallbacks` work too. Your own callback
     runs first, and the guard sees the latents last. `None` detaches. Modular pipelines are guarded
-    by `into(blocks)`. One guard serves any number of pipelines and threads: each call has a session
-    of its own.
+    by `into(blocks)`. One guard serves any number of pipelines and threads, and each call has a
+    session of its own.
 
     Args:
         policy: a Policy, the name of a shipped one, or a path.
         model: an Encoder, its name or path, or "auto" for the best one of the pipeline's space.
-        space: the latent space, where the pipeline's VAE does not tell it; one that is not the
-            VAE's is refused.
+        space: the latent space, if it cannot be found from the pipeline's VAE. A space that
+            contradicts the VAE is refused.
         device: where the encoder runs; None is the device of the latents.
-        on_block: for `on_block: callback`: called for each blocked image with a `Blocked`, or with
-            (index, verdict, blank image) where it takes three arguments; returns what takes its
-            place.
+        on_block: for `on_block: callback`: a function that is called for each blocked image with a
+            `Blocked`, or with (index, verdict, blank image) if it takes three arguments. It returns
+            the replacement.
         placeholder: for `on_block: placeholder`: a PIL image, or the path of one.
         budget: the time, the scoring time and the steps of a call.
         audit: a path or AuditLog: one JSON line for each image and scored step.
         compile: a mode of torch.compile for the encoder ("default", "reduce-overhead" for CUDA
             graphs, ...), None for eager.
 
-    After a call, `verdicts` has the verdict on each image and `history` every scored step, asked
-    where the call was made; the pipeline's output carries both as `output.latentguard`, and
-    `request` collects them from calls in other threads and tasks.
+    After a call, `verdicts` has the verdict on each image and `history` has every scored step, for
+    the thread and task that made the call. The pipeline's output carries both as
+    `output.latentguard`. `request` collects them from calls in other threads and tasks.
 
     Raises:
         PolicyError, ModelError: policy or model cannot be used, here or when it is attached.
-        ValueError: `compile` is no mode of torch.compile.
-        GuardError: when it is attached: the pipeline's latent space is not known, or it has no
-            step callback.
+        ValueError: `compile` is not a mode of torch.compile.
+        GuardError: when it is attached: the pipeline's latent space is unknown, or it has no step
+            callback.
     """
 
     tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers reads it as a class attribute)
@@ -139,12 +139,12 @@ class LatentGuard(PipelineCallback, Marked):
 
     @property
     def policy(self) -> Policy:
-        """What it judges by, from beginning to end: for another policy make another guard."""
+        """The policy by which it judges. For another policy make another guard."""
         return self._policy
 
     @property
     def config(self) -> dict[str, Any]:
-        """Policy (by name, version and digest), model and space; what diffusers calls a config."""
+        """Policy (by name, version and digest), model and space, as a config of diffusers."""
         model = self._model if isinstance(self._model, (str, Path)) else self._model.name
         return {
             "policy": PolicyId(self.policy.name, self.policy.version, self.policy.sha256).to_dict(),
@@ -164,7 +164,7 @@ class LatentGuard(PipelineCallback, Marked):
         )
 
     def into(self, blocks: Any) -> Any:
-        """A copy of a modular pipeline's blocks with this guard in them: see `guarded_blocks`.
+        """A copy of a modular pipeline's blocks with this guard in them, see `guarded_blocks`.
 
         pipe = guard.into(blocks).init_pipeline(...)
         """
@@ -280,7 +280,7 @@ class LatentGuard(PipelineCallback, Marked):
     def callback_fn(
         self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Where diffusers would call a callback; a guarded call never gets here."""
+        """Stands where diffusers would call a callback; a guarded call never gets here."""
         raise GuardError(
             f"LatentGuard was called outside of a guarded call of {type(pipeline).__name__}: only "
             "classes derived from diffusers.DiffusionPipeline can be guarded this way; in a loop "
@@ -290,24 +290,24 @@ class LatentGuard(PipelineCallback, Marked):
     # -- what came of it ---------------------------------------------------------------------
 
     def request(self, id: str | None = None) -> AbstractContextManager[Request]:
-        """The verdicts of the calls of one request, whichever thread or task they run in.
+        """The verdicts of the calls of one request, in any threads and tasks.
 
             with guard.request(id) as record:
                 output = await asyncio.to_thread(pipe, prompt)
             record.verdicts
 
-        Calls of this guard belong to it that run in this context or in a copy of it, as
-        `asyncio.to_thread` and new tasks make them. `id` names the request in records and audit
-        lines; a random one by default.
+        A call of this guard belongs to the request if it runs in this context or in a copy of it,
+        which `asyncio.to_thread` and new tasks make. `id` names the request in records and audit
+        lines; it is random by default.
         """
         return opened(Request(self, id))
 
     @property
     def last(self) -> Session | None:
-        """The session of the last call that was made here: in this thread, task and context.
+        """The session of the last call that was made in this thread, task and context.
 
-        None before the first call of this guard. Raises LatentsError where its calls were made
-        elsewhere, and where the last one here ended before anything was judged.
+        None before the first call of this guard. Raises LatentsError if its calls were made
+        elsewhere, or if the last one here ended before anything was judged.
         """
         if not self._called:
             return None
@@ -341,8 +341,8 @@ class LatentGuard(PipelineCallback, Marked):
     def to_json(self, path: str | Path | None = None) -> str:
         """The last call as JSON (policy and model by digest, verdicts, every scored step).
 
-        Written to `path` too where one is given. Raises LatentsError before the first call, and as
-        `last` does.
+        It is also written to `path` if one is given. Raises LatentsError before the first call, and
+        as `last` does.
         """
         text = json.dumps(self._told().to_dict(), indent=1)
         if path is not None:
@@ -350,10 +350,11 @@ class LatentGuard(PipelineCallback, Marked):
         return text
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Scores against thresholds over the noise level of the last call, one line an image.
+        """A plot of scores and thresholds over the noise level of the last call, one line for each
+        image.
 
-        Saved to `path` too where one is given. Raises LatentsError before the first call, and as
-        `last` does.
+        It is also saved to `path` if one is given. Raises LatentsError before the first call, and
+        as `last` does.
         """
         from latentguard.guard.plot import plot
 

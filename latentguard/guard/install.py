@@ -23,6 +23,7 @@ from typing import Any
 
 from latentguard.errors import GuardError
 from latentguard.guard.attachment import check_pipeline, guards_in, guards_of, holds_guard, run
+from latentguard.guard.probe import check_diffusers
 from latentguard.guard.running import CALLBACK, INTO_BLOCKS, current
 from latentguard.guard.wrapping import MARK, lock, wrap
 
@@ -124,9 +125,14 @@ def _refuse(owner: Any, value: Any) -> None:
 
 
 def install() -> None:
-    """Teach every pipeline class, loaded or to come, about guards. Once is enough."""
+    """Teach every pipeline class, loaded or to come, about guards. Once is enough.
+
+    Raises GuardError where this diffusers lacks a place that a guard hooks into.
+    """
     import diffusers
     from diffusers.configuration_utils import ConfigMixin
+
+    check_diffusers(diffusers)
 
     # Any: it gets attributes that its class does not declare.
     DiffusionPipeline: Any = diffusers.DiffusionPipeline

@@ -39,12 +39,14 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class OptimizedNoise:
-    """What `optimize_noise` found.
+    """The result of `optimize_noise`.
 
-    noise: as the pipeline's argument `latents` takes it; with the same seed it gives `latents`.
-    latents: the clean latents that it leads to, and `verdicts` on them.
-    reward: [B], of the best iterate; rewards: [iterations + 1, B], of all, that of the noise it
-        began with first. seed: of the pipeline's generator in each iteration.
+    noise: in the form of the pipeline's argument `latents`. With the same seed it gives `latents`.
+    latents: the clean latents that it leads to, and `verdicts` on them. Without a policy there are
+        no verdicts.
+    first: the clean latents of the initial noise.
+    reward: [B], of the best iterate. rewards: [iterations + 1, B], of all iterates, that of the
+        initial noise first. seed: of the pipeline's generator in each iteration.
     """
 
     noise: Tensor
@@ -53,13 +55,15 @@ class OptimizedNoise:
     reward: Tensor
     rewards: Tensor
     seed: int
+    first: Latents
 
 
 class Safety:
-    """The policy as a reward: minus what the concepts' margins have above their thresholds.
+    """The policy as a reward: minus the amount by which the concepts' margins exceed their
+    thresholds.
 
-    Times the encoder's logit scale; 0 where nothing matches. Concepts that only observe or ask for
-    review are left out. slack: by how much margins have to stay below.
+    This is multiplied by the encoder's logit scale, and is 0 if nothing matches. Concepts that only
+    observe or ask for review are left out. slack: how far margins have to stay below.
     """
 
     def __init__(self, scorer: Scorer, slack: float = 0.02) -> None:
@@ -92,7 +96,7 @@ class Agreement:
 def optimize_noise(
     pipe: Any,
     prompt: str | list[str] | None,
-    policy: Policy | str | Path = "default",
+    policy: Policy | str | Path | None = "default",
     reward: Reward | None = None,
     *,
     model: Encoder | str | Path = "auto",
@@ -106,30 +110,32 @@ def optimize_noise(
     space: LatentSpace | str | None = None,
     **call: Any,
 ) -> OptimizedNoise:
-    """Search for an initial noise whose image the policy allows, and that a reward likes.
+    """Search for an initial noise whose image the policy allows and the reward favors.
 
-    Meant for models of one to four steps (SDXL-Turbo: num_inference_steps=1, guidance_scale=0.0):
-    each iteration runs the pipeline once, with gradients.
+    This is meant for models of one to four steps (SDXL-Turbo: num_inference_steps=1,
+    guidance_scale=0.0). Each iteration runs the pipeline once, with gradients.
 
     Args:
         pipe: a pipeline that takes `latents` and gives `output_type="latent"`.
         prompt: as the pipeline takes it. With prompt embeddings in `call` it is not given to the
             pipeline, and may be None; `agreement` still reads it.
-        policy: concepts that block or steer give a negative reward while they match.
-        reward: one of your own, added to the policy's.
-        agreement: weight of the prompt's own agreement with the image (a positive reward; one
-            prompt, given as text).
-        iterations: at most; fewer once nothing matches and there is no positive reward.
-        learning_rate: of SGD with Nesterov momentum 0.9; each image's gradient is clipped to an L2
-            norm of 0.1 before.
+        policy: concepts that block or steer give a negative reward while they match. None leaves
+            the policy out, and with it every verdict; `reward` is required then.
+        reward: a function of your own, added to the policy's reward.
+        agreement: weight of a positive reward for the image's agreement with its prompt, which must
+            be a single text.
+        iterations: the most; it stops earlier if nothing matches and there is no positive reward.
+        learning_rate: of SGD with Nesterov momentum 0.9. Before that, each image's gradient is
+            clipped to an L2 norm of 0.1.
         seed: of the generator given to the pipeline in each iteration, and of the first noise.
-        noise: to begin with, in the form that the pipeline's `latents` has.
+        noise: the noise to begin with, in the form of the pipeline's `latents`.
         height, width: of the image in pixels; the pipeline's own size by default.
         call: further arguments of the pipeline.
 
     Raises:
-        LatentsError: a guard is attached to the pipeline, or given in `call`; the pipeline's space
-            is not known, or it cannot be run with gradients.
+        LatentsError: a guard is attached to the pipeline or given in `call`; the pipeline's space
+            is unknown; the pipeline cannot be run with gradients; or there is neither a policy nor
+            a reward.
         ValueError: iterations below 0.
         ModelError, PolicyError: as `Scorer` does.
     """
@@ -138,14 +144,16 @@ def optimize_noise(
     _check_unguarded(pipe, call)
     found = space_of(pipe, space)
     layout = layout_of(pipe, found)
-    scorer = Scorer(policy, model, space=found, device=pipe._execution_device)
-    rewards: list[Reward] = [Safety(scorer)]
+    scorer = None
+    if policy is not None:
+        scorer = Scorer(policy, model, space=found, device=pipe._execution_device)
+    rewards: list[Reward] = [] if scorer is None else [Safety(scorer)]
     if reward is not None:
         rewards.append(reward)
     if agreement:
-        if not isinstance(prompt, str):
-            raise LatentsError("agreement needs one prompt, given as text")
-        rewards.append(Agreement(scorer.encoder, prompt, agreement))
+        rewards.append(_agreement(scorer, prompt, agreement))
+    if not rewards:
+        raise LatentsError("there is nothing to search for: give a policy, a reward, or both")
     size = _size(pipe, height, width)
     if noise is None:
         noise = _noise(pipe, layout, size, _count(prompt, call), seed)
@@ -154,6 +162,17 @@ def optimize_noise(
     generate = _Generate(pipe, layout, arguments, seed)
     with _frozen(pipe), torch.inference_mode(False), torch.enable_grad():
         return _ascend(generate, scorer, rewards, noise, iterations, learning_rate, seed)
+
+
+def _agreement(scorer: Scorer | None, prompt: str | list[str] | None, weight: float) -> Agreement:
+    if not isinstance(prompt, str):
+        raise LatentsError("agreement needs one prompt, given as text")
+    if scorer is None:
+        raise LatentsError(
+            "agreement is measured with the policy's model: give a policy, or "
+            "reward=Agreement(encoder, prompt)"
+        )
+    return Agreement(scorer.encoder, prompt, weight)
 
 
 def _check_unguarded(pipe: Any, call: Mapping[str, Any]) -> None:
@@ -169,7 +188,7 @@ def _check_unguarded(pipe: Any, call: Mapping[str, Any]) -> None:
 
 def _ascend(
     generate: _Generate,
-    scorer: Scorer,
+    scorer: Scorer | None,
     rewards: list[Reward],
     noise: Tensor,
     iterations: int,
@@ -181,16 +200,20 @@ def _ascend(
     best = torch.full((len(current),), -torch.inf, device=current.device)
     best_noise = current.detach().clone()
     history = []
+    # A policy is satisfied once nothing matches; a reward of another kind never is.
+    bounded = all(isinstance(reward, Safety) for reward in rewards)
     with generate.pipe.progress_bar(total=iterations) as bar, generate.quiet():
         for iteration in range(iterations + 1):
             latents = generate(current.to(noise.dtype))
+            if iteration == 0:
+                first = _detached(latents)
             value = torch.stack([reward(latents).float() for reward in rewards]).sum(0)
             history.append(value.detach())
             # A reward that is not a number is never the best.
             better = value.detach() > best
             best = torch.where(better, value.detach(), best)
             best_noise[better] = current.detach()[better]
-            satisfied = len(rewards) == 1 and bool((best >= 0).all())
+            satisfied = bounded and bool((best >= 0).all())
             if iteration == iterations or satisfied:
                 break
             optimizer.zero_grad()
@@ -205,8 +228,22 @@ def _ascend(
             bar.update()
         with torch.no_grad():
             final = generate(best_noise.to(noise.dtype))
+    verdicts = [] if scorer is None else scorer.verdicts(final)
     return OptimizedNoise(
-        best_noise.to(noise.dtype), final, scorer.verdicts(final), best, torch.stack(history), seed
+        best_noise.to(noise.dtype), final, verdicts, best, torch.stack(history), seed, first
+    )
+
+
+def _detached(latents: Latents) -> Latents:
+    """A copy that keeps no graph alive."""
+    return Latents(
+        latents.tensor.detach().clone(),
+        latents.space,
+        latents.scaled,
+        latents.layout,
+        latents.height,
+        latents.width,
+        latents.ids,
     )
 
 
@@ -282,17 +319,21 @@ def _count(prompt: str | list[str] | None, call: Mapping[str, Any]) -> int:
 
 
 def _noise(pipe: Any, layout: Layout, size: tuple[int, int], count: int, seed: int) -> Tensor:
-    """Noise in the form that the pipeline's `latents` takes."""
+    """Noise in the form that the pipeline's `latents` takes.
+
+    It is drawn on the CPU, so that every machine draws the same, and in the denoiser's dtype, so
+    that a pipeline of spatial latents draws the same of a generator with this seed.
+    """
     device = pipe._execution_device
     space, form = layout.space, layout.forms[0]
     height, width = (side // space.vae_scale_factor // form.patch * form.patch for side in size)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     shape = (count, space.channels, height, width)
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
-    noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+    noise = torch.randn(shape, generator=generator, dtype=denoiser.dtype).to(device)
     if form != SPATIAL and hasattr(type(pipe), "_unpack_latents_with_ids"):
         form = patches(form.patch)  # FLUX.2's pipelines take a grid, and pack it themselves
-    return form.restored(noise).to(denoiser.dtype)
+    return form.restored(noise)
 
 
 def _norm_penalty(noise: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""Steering: what a flagged image matched by is faded out of its prediction, step by step.
+"""Steering: fade what a flagged image matched by out of its prediction, step by step.
 
-For latents x = alpha * x0 + sigma * noise and a prediction of x0, the gradient of the matched
-concepts' margins (their probabilities grow with them) with respect to x0 says where in the image
-the concept is. There x0 is faded to the mean of what is around, in bounded steps, until the concept
-is under its threshold, and alpha times the way that it went is added to x, which keeps the
-predicted noise as it is (the manifold-preserving form of guidance: no gradient goes through the
-denoiser; compare He et al., arXiv 2311.16424).
+Latents are x = alpha * x0 + sigma * noise, with a prediction of x0. The gradient of the matched
+concepts' margins with respect to x0 says where in the image the concept is. There x0 is faded to
+the mean of the rest of the image, in bounded steps, until the concept is under its threshold. The
+way that x0 went is then added to x, times alpha and a factor (CARRY, GROWN), and x gets its norm
+back. No gradient goes through the denoiser, as in the manifold-preserving form of guidance (He et
+al., arXiv 2311.16424).
 
 Why not along the gradient itself: it finds what fools the encoder, and not what another image would
-look like. On photos of revolvers a step against the raw gradient did not move x0 from that class to
-the others at all; averaged over noised copies and low-pass filtered, it did so 7 to 12 times less
-than a step of the same size along the difference of the class means; fading does 5 times less, and
-that with one gradient (benchmarks/guard.py directions).
+look like. On photos of revolvers a step against the raw gradient hardly moved x0 from that class to
+the others. With gradients averaged over noised copies and low-pass filtered, it moved 7 to 12 times
+less than a step of the same size along the difference of the class means. Fading moves 5 times
+less, and needs only one gradient (benchmarks/guard.py directions).
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from latentguard.scorer import Scorer
 from latentguard.spaces import Latents
 
 FADE = 0.5
-"""Share of what is left of the matched content that one step fades."""
+"""Share of the way to the mean of the rest that one step takes where the mask is 1."""
 CARRY = 4.0
-"""The way that x0 goes is added to the latents as often as this at strength 1, times the share by
-which the noise level falls at the step. To the sampler a push is noise, of which it takes as much
-away as of the noise: so what all pushes leave does not depend on the number of steps."""
+"""At strength 1 the way that x0 goes is added to the latents times this, and times the share by
+which the noise level falls at the step. The sampler treats a push as noise and removes the same
+share of it as of the noise, so what all pushes leave does not depend on the number of steps."""
 GROWN = 4.0
-"""A push grows with the share of the noise that is gone since its image was flagged first, up to
-this: what comes back needs more."""
+"""A push grows by the factor by which the noise level has fallen since the image was flagged first,
+at most by this: a concept that comes back needs a larger push."""
 BLUR = 16
-"""The side of an image divided by the radius within which a gradient says where a concept is."""
+"""The longer side of an image divided by the deviation of the Gaussian that blurs the energy of the
+gradient, so that it covers a region and not single cells."""
 RELEASE = 1.0
 """How far below its threshold a steered concept has to stay, in logits, from the first steering to
-the end: an image must not settle just below what flagged it."""
+the end. So an image cannot settle just below the threshold that flagged it."""
 
 
 class Steerer:
@@ -66,22 +67,24 @@ class Steerer:
         """Steer a batch.
 
         Args:
-            latents: [B, ...] to be moved; x0: the clean estimate, of the same shape.
-            concepts: the ids that each image is to be moved away from.
-            noise_level: of the latents that x0 was predicted from.
+            latents: [B, C, H, W] or packed tokens, to be moved.
+            x0: the clean estimates of the same images, in either layout.
+            concepts: for each image the ids of the concepts to move it away from.
+            noise_level: of the latents from which x0 was predicted.
             alpha: factor of x0 in `latents`.
-            after: noise level of `latents`; None for a push of its full size.
-            since: noise levels at which the images were flagged first; now where it is empty.
+            after: noise level of `latents`; None pushes as if the noise level fell to 0.
+            since: for each image the noise level at which it was flagged first; empty means now.
 
-        Returns: the moved latents, float32, each with the norm that it had, and what was done;
-        None for an image that was under its thresholds, which keeps its numbers.
+        Returns:
+            The moved latents, float32, each with the norm that it had, and for each image what was
+            done. That is None for an image that was under its thresholds; it keeps its numbers.
         """
         # The pipeline may run in inference mode, where nothing can have a gradient.
         with torch.inference_mode(False), torch.enable_grad():
             return self._steer(latents, x0, concepts, noise_level, alpha, after, since)
 
     def thresholds(self, concepts: Sequence[set[str]], noise_level: float) -> Tensor:
-        """The margins [B, K] under which steered images have to come, inf for other concepts."""
+        """The margins [B, K] under which steered images have to stay, inf for other concepts."""
         wanted = set().union(*concepts)
         thresholds = [
             self._scorer.bound.threshold(k, noise_level) if rule.id in wanted else math.inf
@@ -95,7 +98,7 @@ class Steerer:
     def above(
         self, latents: Latents, concepts: Sequence[set[str]], noise_level: float
     ) -> list[str | None]:
-        """Of each image that was steered and is not under its thresholds, which it is, in words."""
+        """For each image a sentence on the concept that is over its threshold, None if none is."""
         thresholds = self.thresholds(concepts, noise_level)
         with torch.inference_mode():
             margins = self._scorer.score(latents, noise_level).margin.float().cpu()
@@ -170,7 +173,7 @@ class Steerer:
     def _records(
         self, thresholds: Tensor, first: Tensor, last: Tensor, taken: Tensor
     ) -> list[Steering | None]:
-        """What was done with each image, told by the concept furthest above its threshold."""
+        """What was done with each image, by the concept that was furthest above its threshold."""
         worst = (first - thresholds).argmax(1, keepdim=True)
         rows = zip(
             worst[:, 0].tolist(),
@@ -187,7 +190,7 @@ class Steerer:
 
 
 def _where(gradient: Tensor) -> Tensor:
-    """Where the gradient [B, C, H, W] is large, [B, 1, H, W], 0 to 1."""
+    """Mask [B, 1, H, W] from 0 to 1 of the places where the gradient [B, C, H, W] is large."""
     energy = gradient.square().sum(1, keepdim=True)
     for axis in (2, 3):
         radius = max(energy.shape[2:]) / BLUR
@@ -202,14 +205,14 @@ def _where(gradient: Tensor) -> Tensor:
 
 
 def _around(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x [B, C, H, W] outside of the mask, [B, C, 1, 1]."""
+    """The mean [B, C, 1, 1] of x [B, C, H, W], weighted by 1 - mask."""
     weight = 1 - mask
     total: Tensor = (x * weight).sum((2, 3), keepdim=True)
     return total / weight.sum((2, 3), keepdim=True).clamp_min(1e-6)
 
 
 def _fall(before: float, after: float) -> float:
-    """The share by which a noise level falls."""
+    """The share by which the noise level falls, 0 to 1; 1 from pure noise."""
     if math.isinf(before) or before <= 0:
         return 1.0
     return max(0.0, 1 - after / before)
@@ -229,5 +232,5 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _same_norm(x: Tensor, like: Tensor) -> Tensor:
-    """x with the norm of `like`, image by image: a sampler expects it at its noise level."""
+    """x with the norm of `like`, image by image: the sampler expects it at this noise level."""
     return _unit(x) * _rms(like)

@@ -1,4 +1,4 @@
-"""Verdict: what is decided about one image, and why."""
+"""Verdict: the decision on one image, and the reasons."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SEVERITIES = ("low", "medium", "high", "critical")
 
 @dataclass(frozen=True)
 class ConceptScore:
-    """What one concept scored on one image.
+    """The scores of one concept on one image.
 
-    margin: best cosine over the concept's prompts minus best over its contrast prompts.
+    margin: best cosine over the concept's prompts minus the best over its contrast prompts.
     probability: sigmoid(logit scale x margin).
-    threshold: {"kind", "value"}; with the kind fpr also {"margin"}, the calibrated one in use.
+    threshold: {"kind", "value"}; with the kind fpr also {"margin"}, the calibrated margin in use.
     prompt: the prompt that matched best.
     covered: whether the model can see the concept at all.
-    judged: whether this noise level lies in the concept's window.
+    judged: whether this noise level is in the concept's window.
     matched: covered, judged, and at or above the threshold.
-    unseen: the concept's prompts that the model cannot see, so that they were not checked; records
-        of former versions do not have it.
+    unseen: the concept's prompts that the model cannot see, which were therefore not checked;
+        records of former versions do not have this.
     """
 
     id: str
@@ -61,7 +61,7 @@ class ConceptScore:
 
     @property
     def threshold_value(self) -> float:
-        """The threshold in the same unit; NaN where none could be resolved."""
+        """The threshold in the same unit; NaN if none could be resolved."""
         key = "margin" if self.threshold["kind"] == "fpr" else "value"
         return float(self.threshold.get(key, math.nan))
 
@@ -69,19 +69,19 @@ class ConceptScore:
 
     @property
     def gap(self) -> float:
-        """How far the score is above the threshold; NaN where that is not known."""
+        """How far the score is above the threshold; NaN if that is unknown."""
         return self.score - self.threshold_value
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is decided about one image.
+    """The decision on one image.
 
-    decision: allow, review, steer or block. reason: one sentence. error: what kept the image from
-    being judged, or None. noise_level: noise-to-signal ratio, 0 is clean, inf where it is infinite
-    or unknown (null in JSON). concepts: every concept that could be scored, matched or not.
-    model: the encoder that scored it, None where none did or none was named.
-    taxonomies: the same in the words of published hazard schemes, where that was asked for.
+    decision: allow, review, steer or block. reason: one sentence. error: why the image could not be
+    judged, or None. noise_level: noise-to-signal ratio; 0 is clean, inf means infinite or unknown
+    (null in JSON). concepts: every concept that could be scored, matched or not. model: the encoder
+    that scored the image, None if none did or none was named. taxonomies: the verdict in the
+    categories of published hazard schemes, if that was asked for.
     """
 
     schema_version: int
@@ -120,7 +120,8 @@ class Verdict:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
-        """The verdict that `to_dict` gave; other keys, as in a scan's records, are left alone.
+        """The verdict from what `to_dict` returned. Other keys, as in a scan's records, are
+        ignored.
 
         Raises ValueError for an unknown schema_version and for missing or ill-typed values.
         """

@@ -104,11 +104,12 @@ def _check_calibration(policy: Policy, lock: Lock, data: bytes, source: str) -> 
 
 
 def load_policy(name_or_path: str | Path | Policy, *, use_lock: bool = True) -> Policy:
-    """A policy by the name of one that ships ("default") or by the path of its YAML file.
+    """A policy by the name of a shipped one ("default") or by the path of its YAML file.
 
-    A shipped name wins over a file of that name; write ./default to mean the file. A Policy is
-    returned as it is. NAME.lock.yaml beside the file is read with it, unless `use_lock` is false
-    (calibration reads a policy whose lock has gone stale), and so is the placeholder that it names.
+    A shipped name takes precedence over a file of that name; write ./default to mean the file. A
+    Policy is returned as it is. NAME.lock.yaml next to the file is read with it, and so is the
+    placeholder that it names. `use_lock=False` leaves the lock out, which calibration does to read
+    a policy whose lock is out of date.
     Raises PolicyError: one sentence with file, line and key for each thing that is wrong.
     """
     if isinstance(name_or_path, Policy):

@@ -61,7 +61,7 @@ def _in_window(window: tuple[float, float | None], noise_level: float) -> bool:
 
 
 class Threshold(Frozen):
-    """When a score is a match: exactly one of probability, margin and fpr; at or above it."""
+    """When a score counts as a match: at or above exactly one of probability, margin and fpr."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -100,7 +100,7 @@ class Threshold(Frozen):
 
 
 class Steer(Frozen):
-    """How a concept is steered away from."""
+    """How strongly to steer away from a concept."""
 
     strength: Strength = 1.0
     """How strongly latents are moved away from the concept; 1 is the guard's own measure."""
@@ -182,7 +182,7 @@ class Schedule(Frozen):
 
 
 class Cascade(Frozen):
-    """A cheap model that judges first; the other one judges what the first is not sure of."""
+    """A cheap model judges first; the other judges the images of which it is not sure."""
 
     first: Label
     """The first model, a name or a path; it has to see every concept."""
@@ -191,7 +191,7 @@ class Cascade(Frozen):
 
 
 class BlockSettings(Frozen):
-    """What a blocked generation gives, with its settings: exactly one of retry and placeholder."""
+    """What a blocked generation returns, with settings: exactly one of retry and placeholder."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": [kind]} for kind in ("retry", "placeholder")]}
@@ -232,7 +232,7 @@ OnBlock = Annotated[
 
 
 class Policy(Frozen):
-    """A moderation policy, complete and frozen; read one with `load_policy`."""
+    """A moderation policy, complete and frozen. Read one with `load_policy`."""
 
     schema_version: Literal[1]
     """The version of the policy language."""
@@ -297,10 +297,13 @@ class Policy(Frozen):
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the YAML file's bytes; where a lock file lies beside it, of the bytes of
-        both with a zero byte between; concepts' files of examples follow with their digests, in
-        the same way, and then that of a placeholder which `on_block` names. A policy made in
-        Python has that of its canonical JSON."""
+        """Hex digest of the policy.
+
+        Without other files it is that of the YAML file's bytes. A lock file next to it is added to
+        the digest after a zero byte. The digests of the concepts' example files follow in the same
+        way, and then that of a placeholder that `on_block` names. The digest of a policy made in
+        Python is that of its canonical JSON.
+        """
         if self._file_sha256 is not None:
             return self._file_sha256
         files = (self.examples_of(concept) for concept in self.concepts)
@@ -312,29 +315,29 @@ class Policy(Frozen):
 
     @property
     def lock(self) -> Lock | None:
-        """Calibrated thresholds, where NAME.lock.yaml lies beside the policy."""
+        """Calibrated thresholds, if NAME.lock.yaml lies next to the policy."""
         return self._lock
 
     @property
     def answer(self) -> Answer:
-        """What a blocked generation gives, as a word."""
+        """What a blocked generation returns, as a word."""
         on_block = self.on_block
         return on_block.answer if isinstance(on_block, BlockSettings) else on_block
 
     @property
     def retries(self) -> int:
-        """How often a blocked image is generated anew; 0 where `on_block` is not `retry`."""
+        """How often a blocked image is generated again; 0 if `on_block` is not `retry`."""
         if isinstance(self.on_block, BlockSettings):
             return self.on_block.retry or 0
         return RETRIES if self.on_block == "retry" else 0
 
     @property
     def picture(self) -> bytes | None:
-        """The bytes of the placeholder's file, where the policy names one and was read with it."""
+        """The bytes of the placeholder, if the policy names one and was read from its file."""
         return self._picture
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's; a copy that differs no longer has the file's digest."""
+        """As in pydantic. A copy that differs no longer has the file's digest."""
         copy = super().model_copy(update=update, deep=deep)
         if update:
             copy._file_sha256 = None
@@ -343,13 +346,15 @@ class Policy(Frozen):
         return copy
 
     def with_views(self, views: Literal["whole", "crops"]) -> Self:
-        """The same with other `views`, under the same digest: a model's name tells its views."""
+        """The same policy with other `views`, under the same digest: the model's name states its
+        views.
+        """
         copy = self.model_copy(update={"views": views})
         copy._file_sha256 = self.sha256
         return copy
 
     def texts(self, prompt: str) -> tuple[str, ...]:
-        """`prompt` set into each template."""
+        """`prompt` inserted into each template."""
         return tuple(template.replace("{}", prompt) for template in self.templates)
 
     def contrast_of(self, concept: Concept) -> tuple[str, ...]:
@@ -357,9 +362,9 @@ class Policy(Frozen):
         return tuple(dict.fromkeys(concept.contrast + self.contrast))
 
     def examples_of(self, concept: Concept) -> ConceptFile | None:
-        """What a concept was learned from; None where it has prompts alone.
+        """What a concept was learned from; None if it has only prompts.
 
-        Raises PolicyError where its file cannot be read. It is read once.
+        Raises PolicyError if its file cannot be read. The file is read once.
         """
         if concept.examples is None:
             return None

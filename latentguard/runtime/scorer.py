@@ -40,27 +40,27 @@ MAX_CELLS = 256 * 256
 
 
 class Guard:
-    """An exported policy and model; where the policy has a `cascade`, with its first model.
+    """An exported policy and model and, if the policy has a `cascade`, its first model.
 
-    Thread-safe: one Guard serves a process. Without torch.
+    Thread-safe: one Guard serves a process. It needs no torch.
 
     Args:
-        path: a file that `latentguard export onnx` wrote. The first model of a cascade lies beside
+        path: a file that `latentguard export onnx` wrote. The first model of a cascade lies next to
             it.
-        sha256: of that file; pin it where the file comes from elsewhere.
+        sha256: the SHA-256 that the file must have. Give it if the file comes from elsewhere.
         providers: ONNX Runtime's execution providers, best first, a name or a name with options;
-            None is CUDA where it can be used, then the CPU.
+            None is CUDA if it can be used, then the CPU.
         threads: within one run on the CPU; None leaves it to ONNX Runtime.
-        spin: threads without work wait for it in a loop: the fastest where the cores are the
-            guard's alone, the slowest where they are not.
+        spin: threads without work wait for it in a loop. This is fastest if the guard has the cores
+            to itself, and slowest if it does not.
         batching: gather arrays of several threads into batches; None runs each by itself.
         warm_up: run once, so that the first request is as fast as the others, and the policy is
             known to fit the network.
-        max_cells: latent cells that an image may have; memory grows with their square in some
-            models.
+        max_cells: latent cells that an image may have; the memory of some models grows with their
+            square.
 
     Raises:
-        ModelError: the file is not one of ours, was changed, or a provider is missing.
+        ModelError: the file is not an export of latentguard, was changed, or a provider is missing.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Guard:
         batching: Batching | None = None,
         max_cells: int = MAX_CELLS,
     ) -> Self:
-        """A Guard over a network that is there already; `artifact` is what it was made of."""
+        """A Guard over an existing network; `artifact` is what the network was made of."""
         guard = cls.__new__(cls)
         guard._set(artifact, network, None, batching, max_cells)
         return guard
@@ -172,21 +172,21 @@ class Guard:
     ) -> list[Verdict]:
         """One verdict for each image.
 
-        With a `cascade` in the policy its first model judges, and the other one what that is unsure
-        of; the reason says where the first decided.
+        With a `cascade` in the policy its first model judges, and the other one judges the images
+        of which the first is not sure. The reason says if the first model decided.
 
         Args:
             latents: [B, C, H, W] float16, float32 or float64, in the space and scaling of the file;
                 packed tokens [B, H/2 * W/2, 4 C] with `height` and `width` in latent cells; or a
-                LatentArray, which carries its convention and is converted.
+                LatentArray, which carries its space and scaling and is converted.
             noise_level: noise-to-signal ratio, 0 is clean.
-            final: nothing follows these latents.
+            final: no further step follows these latents.
 
         Raises:
             LatentsError: another shape, dtype or space, or an image over `max_cells`.
-            Overloaded: with batching, when too many wait or the answer takes too long.
+            Overloaded: with batching, if too many wait or the answer takes too long.
 
-        Whatever else goes wrong, NaN in an image or an error of ONNX Runtime, gives the decision
+        Any other failure, such as NaN in an image or an error of ONNX Runtime, gives the decision
         that the policy's `on_error` names.
         """
         array = self._input(latents, height, width)
@@ -207,9 +207,9 @@ class Guard:
         final: bool = True,
         heatmaps: bool = False,
     ) -> Judged:
-        """Verdicts, and heat maps from the same run where they are asked for.
+        """Verdicts and, if asked for, heat maps from the same run.
 
-        Takes latents as `scan` does, and raises what goes wrong instead of judging by `on_error`.
+        Takes latents as `scan` does, but raises errors instead of judging by `on_error`.
         """
         return self._judge.judge(self._input(latents, None, None), noise_level, final, heatmaps)
 
@@ -218,8 +218,8 @@ class Guard:
     ) -> Outputs:
         """probability, margin, best_prompt [B, K] and embedding [B, dim], as the graph gives them.
 
-        Of a cascade these are the second model's, of every image. Rows of images that are not
-        finite are NaN. Raises as `scan` does, and whatever ONNX Runtime raises.
+        With a cascade these are the second model's scores of every image. Rows of images that are
+        not finite are NaN. Raises as `scan` does, and passes on errors of ONNX Runtime.
         """
         return self._main.outputs(self._input(latents, height, width))
 
@@ -235,7 +235,7 @@ class Guard:
     ) -> NDArray[np.float32]:
         """Margins over the encoder's grid, [B, K, h, w].
 
-        Raises ModelError where the file was exported without them, and as `scores` does.
+        Raises ModelError if the file was exported without them, and as `scores` does.
         """
         if not self._main.has_heatmaps:
             raise ModelError(self._main.no_heatmaps)
@@ -243,7 +243,7 @@ class Guard:
         return outputs[HEATMAP].astype(np.float32, copy=False)
 
     def close(self) -> None:
-        """Answer what waits, and stop the batching threads."""
+        """Answer the arrays that wait, and stop the batching threads."""
         for network in self._networks:
             network.close()
 

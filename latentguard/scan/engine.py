@@ -1,7 +1,7 @@
-"""The scan itself, in this process: paths to records, batch after batch, nothing kept.
+"""The scan itself, in this process: paths become records, batch after batch, and nothing is kept.
 
-Whatever cannot be read or judged becomes a record with an error, and the rest is scanned; whatever
-makes the scan as a whole meaningless (the policy, the model) raises.
+What cannot be read or judged becomes a record with an error, and the rest is scanned. Errors that
+make the whole scan meaningless (in the policy, the model) raise.
 """
 
 from __future__ import annotations
@@ -62,25 +62,25 @@ def scan_files(
 
     Args:
         paths: files, folders, glob patterns and WebDataset shards, as in `files.read_latents`.
-        policy: a Policy, the name of a shipped one, or a path; None is "default", or with the onnx
-            runtime the policy that was exported.
+        policy: a Policy, the name of a shipped one, or a path; None is "default", or with an
+            exported file the policy that it holds.
         model: an Encoder, its name or path, or "auto": the policy's own `model`, else for
             each latent space that occurs the best model on this machine. With the onnx runtime
             the exported file, or a packaged model.
-        space, scaled: what files do not say of themselves; one that says otherwise is an error. A
-            space is a name, a file of one's own, or a LatentSpace.
+        space, scaled: what files do not state themselves; a file that contradicts it is an error. A
+            space is a name, a file of your own, or a LatentSpace.
         layout, height, width: the same, for arrays whose shape leaves it open.
         pixels, key, member, moments, dequantize, dtype, strict: as in `files.Reading`.
         batch_size: images that are scored together, at least 1.
-        device: where the model runs; None is CUDA where there is one, else the CPU.
+        device: where the model runs; None is CUDA if there is one, else the CPU.
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
         runtime: "torch"; "onnx" for a file that `latentguard export onnx` wrote, or a packaged
-            model, without torch; "auto" is onnx for such a file and where torch is not installed.
-        sha256: of that file, which must have it.
-        views: "whole", or "crops" to read an image in overlapping crops besides, which finds small
+            model, without torch; "auto" is onnx for such a file and if torch is not installed.
+        sha256: the SHA-256 that the exported file must have.
+        views: "whole", or "crops" to read overlapping crops of an image too, which finds small
             objects in large images; None is what the policy says.
-        taxonomies: published hazard schemes that the policy's concepts are mapped to; each verdict
-            then has `taxonomies`, the same in the words of each.
+        taxonomies: published hazard schemes to which the policy's concepts are mapped; each verdict
+            then has `taxonomies`, its categories in each scheme.
 
     Yields:
         ScanRecords. An image that cannot be read has decision block and an error; one that was
@@ -88,7 +88,7 @@ def scan_files(
 
     Raises:
         PolicyError, ModelError, LatentsError: at once for the policy, a named model or an option
-            that cannot be used; while iterating, where with "auto" the model of a space cannot see
+            that cannot be used; while iterating, if with "auto" the model of a space cannot see
             the policy's concepts or lacks a calibrated threshold.
         ValueError: batch_size is below 1.
     """
@@ -123,14 +123,14 @@ def scan_files(
 
 @dataclass
 class Scan:
-    """`scan_files` as an object that also says which models took part, and what to note of them.
+    """`scan_files` as an object that also says which models took part, and what to note about them.
 
-    sample: look at about so many images, drawn at random from `sample_shards` files or more; None
-        is all of them. seed: of the draw.
+    sample: look at about this many images, drawn at random from `sample_shards` files or more; None
+        looks at all of them. seed: of the draw.
     seconds: reading and scoring so far, without loading models and without the caller's own time.
-    phases: the same by phase; `read` is reading and decoding, which go together here.
-    passed: what folders and shards held so far that was not read, as it cannot be latents.
-    reading: everything that is said of the files.
+    phases: the same by phase; `read` is reading and decoding, which are not separated here.
+    passed: what folders and shards held so far that was not read because it cannot be latents.
+    reading: the options for reading the files.
     """
 
     paths: Iterable[str | Path] | str | Path
@@ -216,12 +216,12 @@ class Scan:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for people: which model was chosen, what is missing."""
+        """Sentences for people: which model was chosen, and what is missing."""
         return self._judges.notes
 
     @property
     def drawn(self) -> ClusterSample | None:
-        """Of a sample, what was seen so far."""
+        """What was seen of a sample so far."""
         return None if self._sampler is None else self._sampler.sample
 
     def __iter__(self) -> Iterator[ScanRecord]:

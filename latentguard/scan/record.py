@@ -21,17 +21,19 @@ _WEIGHT = tuple(ACTIONS)
 class ScanRecord:
     """The verdict on one image of one source.
 
-    source: the file or shard it was read from, as given.
-    index: its place in that source, from 0; -1 where the source itself could not be read.
+    source: the file or shard that it was read from, as given.
+    index: its place in that source, from 0; -1 if the source itself could not be read.
     id: the name that the file gives it, or None. Untrusted text, kept as it is.
-    space: the latent space's name, or None where it is not known.
+    space: the name of the latent space, or None if it is unknown.
     verdict: decision, reason and scores; `verdict.error` says what could not be read or judged.
-    model: None where no model has judged it; of a cascade the second, see `judged_by`.
+    policy: the policy under which it was judged.
+    model: None if no model has judged it; the second one of a cascade, see `judged_by`.
     size: rows and columns of the latent grid, or None.
-    preview: uint8 [rows, columns, 3], the linear RGB view, where `previews=True` asked for it.
-    draw: makes it where it was asked for `late`, so that only few are; holds the latents.
-    heatmaps: concept id -> float32 [h, w] of margins, where `heatmaps=True` asked for them.
+    preview: uint8 [rows, columns, 3], the linear RGB view, if `previews=True` asked for it.
+    heatmaps: concept id -> float32 [h, w] of margins, if `heatmaps=True` asked for them.
     ranked: the verdict's concepts, the one that decided first (see `rank`).
+    draw: with `previews="late"`, a function that makes the preview when it is needed, so that only
+        few are made. It keeps the latents in memory.
     """
 
     source: str
@@ -49,17 +51,17 @@ class ScanRecord:
 
     @property
     def outcome(self) -> str:
-        """What to count it as: `error` where it could not be read or judged, else the decision."""
+        """How to count it: `error` if it could not be read or judged, else the decision."""
         return "error" if self.failed else self.verdict.decision
 
     @property
     def leading(self) -> ConceptScore | None:
-        """The concept that decided or, where none did, the closest to its threshold."""
+        """The concept that decided or, if none did, the one closest to its threshold."""
         return self.ranked[0] if self.ranked and self.ranked[0].covered else None
 
     @property
     def judged_by(self) -> ModelId | None:
-        """Of a cascade's models, the one that the verdict is of."""
+        """The model that gave the verdict: of a cascade, the one that decided."""
         return self.verdict.model or self.model
 
     @property
@@ -68,7 +70,7 @@ class ScanRecord:
         return self.verdict.error is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of this image: the verdict's fields and where they come from."""
+        """The JSON object of this image: its source, the verdict's fields, model and policy."""
         return {
             "source": self.source,
             "index": self.index,
@@ -81,10 +83,10 @@ class ScanRecord:
 
 
 def rank(concepts: Sequence[ConceptScore], rules: Rules) -> list[ConceptScore]:
-    """The concepts with the one that decided first, and what the model cannot see last.
+    """The concepts, with the one that decided first and those that the model cannot see last.
 
-    Matched ones come in the order in which a verdict's reason names them: action, severity (of
-    the policy), probability. Then the others, the closest to its threshold first.
+    Concepts that matched come in the order in which a verdict's reason names them: by action, by
+    the policy's severity, by probability. The others follow, the closest to its threshold first.
     """
 
     def weight(concept: ConceptScore) -> tuple[bool, bool, int, int, float]:

@@ -1,4 +1,4 @@
-"""Latents: a tensor that carries its convention, so that nothing downstream has to guess."""
+"""Latents: a tensor that carries its space, scaling and layout, so that they are never guessed."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ class Latents:
 
     Attributes:
         tensor: float [B, C, H, W] (spatial), tokens [B, H/2 * W/2, C * 4] (packed) or
-            [B, C * 4, H/2, W/2] (patches). An axis of one frame, [B, C, 1, H, W], is left out.
+            [B, C * 4, H/2, W/2] (patches). An axis of one frame, [B, C, 1, H, W], is dropped.
         space: the LatentSpace; a name is looked up.
-        scaled: True as the diffusion model denoises, False as the VAE encodes and decodes. There
-            is no default: the two differ by a factor of 8 in sdxl, and a wrong one fails silently.
+        scaled: True for latents as the diffusion model denoises them, False for latents as the VAE
+            encodes and decodes them. There is no default: the two differ by a factor of 8 in sdxl,
+            and a wrong value fails silently.
         layout: "spatial", "packed" or "patches".
-        height, width: size in latent cells; required when packed.
+        height, width: size in latent cells; required if packed.
         ids: one name per image, or None.
 
     Raises:
-        LatentsError: the tensor is not floating, is empty, or its shape is not the space's.
+        LatentsError: the tensor is not floating point or is empty, or its shape does not fit.
     """
 
     __slots__ = ("height", "ids", "layout", "scaled", "space", "tensor", "width")
@@ -89,21 +90,21 @@ class Latents:
     # -- conventions -------------------------------------------------------------------------
 
     def to_raw(self, batch_norm: BatchNorm | None = None) -> Latents:
-        """These latents as the VAE encodes them (self when they are).
+        """These latents as the VAE encodes them (self if they are raw).
 
-        `batch_norm` is needed for flux2 unless the space carries it; the result's space does.
+        flux2 needs `batch_norm` unless the space carries it. The space of the result carries it.
         """
         return self._converted(False, batch_norm)
 
     def to_scaled(self, batch_norm: BatchNorm | None = None) -> Latents:
-        """These latents as the diffusion model denoises them (self when they are)."""
+        """These latents as the diffusion model denoises them (self if they are scaled)."""
         return self._converted(True, batch_norm)
 
     def to_standard(self, scaled: bool = True) -> Latents:
-        """As encoders read them: raw, or in the scaling that `SPACES` gives the space.
+        """These latents as encoders read them: raw, or in the usual scaling of their space.
 
-        A space may have a scaling of its own, as Playground 2.5's. Self where nothing changes;
-        else spatial, computed from here on in float32 (or float64). Differentiable.
+        A space may have a scaling of its own, such as Playground 2.5's. Returns self if nothing
+        changes, else spatial latents in float32 (or float64). Differentiable.
 
         Raises LatentsError for flux2 without its batch-norm statistics.
         """
@@ -116,14 +117,15 @@ class Latents:
         return Latents(converted, space, scaled, ids=self.ids)
 
     def is_standard(self, scaled: bool = True) -> bool:
-        """Whether `standard` changes nothing."""
+        """Whether `to_standard` changes nothing."""
         return scaling.is_standard(self.space, self.space.standard, self.scaled, scaled)
 
     def affine(self, scaled: bool = True) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """`standard` as tensor * scale + shift, one number for each channel of spatial latents.
+        """`to_standard` as tensor * scale + shift, with one number for each channel of spatial
+        latents.
 
-        None where nothing changes, and where it is not one number for each channel. Raises as
-        `standard` does.
+        None if nothing changes, or if there is not one number for each channel. Raises as
+        `to_standard` does.
         """
         return scaling.affine(self.space, self.space.standard, self.scaled, scaled)
 
@@ -138,7 +140,7 @@ class Latents:
         return Latents(convert(self.tensor), space, scaled, ids=self.ids)
 
     def to_spatial(self) -> Latents:
-        """The same latents as [B, C, H, W] (self when they are)."""
+        """The same latents as [B, C, H, W] (self if they are spatial)."""
         if self.layout == "spatial":
             return self
         if self.layout == "patches":
@@ -148,9 +150,10 @@ class Latents:
         return Latents(tensor, self.space, self.scaled, ids=self.ids)
 
     def check_size(self) -> None:
-        """Raises LatentsError where packed latents' own numbers deny their height and width.
+        """Raises LatentsError if the numbers of packed latents contradict their height and width.
 
-        In pictures the rows of tokens continue each other; noise and flat latents deny nothing.
+        In pictures the rows of tokens continue each other. Noise and flat latents contradict
+        nothing.
         """
         if self.layout == "packed":
             tokens = self.space.canonical(self.tensor.detach().float().cpu().numpy())
@@ -199,7 +202,7 @@ class Latents:
     def cat(batches: Sequence[Latents]) -> Latents:
         """One batch from several of the same space, scaling, layout and size.
 
-        Ids are kept when every batch has them.
+        Ids are kept if every batch has them.
         """
         from torch import cat
 
@@ -215,7 +218,7 @@ class Latents:
         return first._like(cat([batch.tensor for batch in batches]), ids)
 
     def to(self, *args: Any, **kwargs: Any) -> Latents:
-        """`tensor.to(...)` with everything else kept: a device, a floating dtype, or both."""
+        """`tensor.to(...)`, everything else unchanged: a device, a floating dtype, or both."""
         return self._like(self.tensor.to(*args, **kwargs), self.ids)
 
     def _like(
@@ -237,5 +240,5 @@ class Latents:
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """The dtype as users write it: float32 rather than torch.float32."""
+    """The dtype as users write it: float32 instead of torch.float32."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""LatentSpace: what latents of a space are, and the exact conversions between their conventions.
+"""LatentSpace: what the latents of a space are, and the exact conversions between raw and scaled.
 
 Every space obeys `scaled = (raw - shift) * scale`: raw is what the VAE encodes and decodes, scaled
 is what the diffusion model denoises. Factors are one number, one per channel, or (flux2) one per
-channel of the 2x2 packing. The spaces that ship are files in `data/`, one each (records.py).
+channel of the 2x2 packing. Each shipped space is one file in `data/` (records.py).
 """
 
 from __future__ import annotations
@@ -73,26 +73,26 @@ class LatentSpace:
     """One latent space: its shape, its two scalings, its packing and its RGB view.
 
     Attributes:
-        name: small letters, digits, `.`, `-` and `_`, as `sdxl` or `flux1`.
+        name: small letters, digits, `.`, `-` and `_`, such as `sdxl` or `flux1`.
         channels: channels of the spatial layout [B, channels, H, W].
         scale, shift: `scaled = (raw - shift) * scale`; a number, `channels` numbers, or
-            `packed_channels` numbers in the order c*4 + dy*2 + dx, finite and near what the
-            statistics of images make plausible. None where the numbers are no constants of the
+            `packed_channels` numbers in the order c*4 + dy*2 + dx. They are finite and plausible by
+            the statistics of images. None if the numbers are not constants of the
             space but statistics of a VAE (`statistics_of_vae`).
         rgb_view: the linear RGB view, about [-1, 1] at one pixel per cell, or None. It says whether
             it acts on scaled or raw latents.
         vae_scale_factor: pixels per latent cell, along both axes of a picture.
-        packed_patch: 2 where the pipeline packs 2x2 cells into one token, else 1.
+        packed_patch: 2 if the pipeline packs 2x2 cells into one token, else 1.
         mean, std: per-channel statistics of raw latents over natural images, or None. Files that do
-            not say their space are recognized by them.
+            not state their space are recognized by them.
         temporal_factor: frames of a video per frame of latents; 1 in a space of images.
-        packed_order: the order of channel (c), row (dy) and column (dx) in the channels of a token,
-            the last one fastest. None where pipelines make no tokens. "c dy dx" is usual.
-        statistics_of_vae: "batch_norm" or "mean_std" where `scale` and `shift` are buffers of the
-            VAE: `bn.running_mean` and `bn.running_var`, or `latents_mean` and `latents_std`.
+        packed_order: the order of channel (c), row (dy) and column (dx) in the channels of a token;
+            the last one changes fastest. None if pipelines make no tokens. "c dy dx" is usual.
+        statistics_of_vae: "batch_norm" or "mean_std" if `scale` and `shift` are buffers of the VAE:
+            `bn.running_mean` and `bn.running_var`, or `latents_mean` and `latents_std`.
 
     Raises:
-        LatentsError: a value that cannot be, or a name of another space than the one that has it.
+        LatentsError: an impossible value, or a name that another space has.
     """
 
     name: str
@@ -180,7 +180,7 @@ class LatentSpace:
 
     @property
     def packs(self) -> bool:
-        """Whether there is a packed layout [B, N, packed_channels] of this space."""
+        """Whether this space has a packed layout [B, N, packed_channels]."""
         return self.packed_order is not None
 
     @property
@@ -195,8 +195,10 @@ class LatentSpace:
 
     @property
     def standard(self) -> LatentSpace:
-        """The space of this name with its usual scaling, which models are trained on; self where
-        no such space is known."""
+        """The space of this name with its usual scaling, on which models are trained.
+
+        Self if no such space is known.
+        """
         return SPACES.get(self.name, self)
 
     # -- finding a space ---------------------------------------------------------------------
@@ -205,8 +207,8 @@ class LatentSpace:
     def get(name: str | LatentSpace) -> LatentSpace:
         """The space of that name (a LatentSpace passes through). LatentsError lists the names.
 
-        Names are those of the spaces that ship, of their other scalings (`SCALINGS`), of spaces
-        that were registered (`register`), and of those that installed packages bring.
+        The names are those of the shipped spaces, of their other scalings, of spaces that were
+        registered (`register`), and of spaces that installed packages bring.
         """
         if isinstance(name, LatentSpace):
             return name
@@ -220,10 +222,10 @@ class LatentSpace:
 
     @staticmethod
     def of(given: str | Path | LatentSpace) -> LatentSpace:
-        """What an operator gives for a space: a name, a file (`from_file`) or a LatentSpace.
+        """The space for what an operator gives: a name, a file (`from_file`) or a LatentSpace.
 
         A space that is not known yet is registered, so that files, models and policies may name it.
-        Raises LatentsError, also where the name is another space's.
+        Raises LatentsError, also if the name belongs to another space.
         """
         if isinstance(given, Path) or (isinstance(given, str) and given.endswith(SUFFIXES)):
             return register(LatentSpace.from_file(given))
@@ -231,7 +233,7 @@ class LatentSpace:
 
     @staticmethod
     def from_file(path: str | Path) -> LatentSpace:
-        """A space of one's own from a .json or .yaml file (docs/spaces.md).
+        """A space of your own from a .json or .yaml file (docs/spaces.md).
 
         Raises LatentsError, one sentence that names the file, the line and the key.
         """
@@ -239,12 +241,14 @@ class LatentSpace:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], source: str = "a latent space") -> LatentSpace:
-        """A space from what `to_dict` gives, or what a file of it holds. Raises LatentsError, which
-        names `source` and the key."""
+        """A space from what `to_dict` returns, or from the contents of its file.
+
+        Raises LatentsError, which names `source` and the key.
+        """
         return _space_of(record_of(dict(values), source), source)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that `from_dict` needs, of JSON's kinds; the form of a file of one's own."""
+        """Everything that `from_dict` needs, as JSON-able data; the form of a space's file."""
         scaling = {"scale": self.scale, "shift": self.shift}
         values: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -272,16 +276,16 @@ class LatentSpace:
 
     @staticmethod
     def from_vae_config(config: Mapping[str, Any], classes: Sequence[str] = ()) -> LatentSpace:
-        """The space that a diffusers `vae.config` describes, with that config's own numbers.
+        """The space that a diffusers `vae.config` describes, with the numbers of that config.
 
         Reads `latent_channels` or `z_dim`, `scaling_factor`, `shift_factor`, `latents_mean`,
-        `latents_std`, `block_out_channels` and the like and, for FLUX.2, `batch_norm_eps` and
-        `patch_size`. Where the numbers are buffers of the VAE (flux2), the space still needs
+        `latents_std`, `block_out_channels` and similar keys and, for FLUX.2, `batch_norm_eps` and
+        `patch_size`. If the numbers are buffers of the VAE (flux2), the space still needs
         `with_batch_norm(...)` or `with_mean_std(...)` to convert.
 
         Args:
-            classes: names of the VAE's class and its parents; without them, those that the config
-                names (`_class_name`). Some spaces are told by the class alone.
+            classes: names of the VAE's class and its parents; without them, the names in the config
+                (`_class_name`). Some spaces can be told only by the class.
 
         Raises:
             LatentsError: the config describes none of the known spaces, or is of an
@@ -291,7 +295,9 @@ class LatentSpace:
 
     @staticmethod
     def of_pipeline(name: str) -> LatentSpace | None:
-        """The space of a pipeline's class by its name, as the records say; None where none does."""
+        """The space of a pipeline by the name of its class, from the spaces' files; None if none
+        has it.
+        """
         beginnings = [
             (len(start), record.name)
             for record in RECORDS.values()
@@ -305,7 +311,7 @@ class LatentSpace:
     def with_batch_norm(
         self, mean: Sequence[float] | Tensor, var: Sequence[float] | Tensor, eps: float = 1e-4
     ) -> LatentSpace:
-        """This space (flux2) with the statistics that raw <-> scaled needs.
+        """This space (flux2) with the statistics that convert between raw and scaled.
 
         Args:
             mean, var: 128 numbers each, the VAE's `bn.running_mean` and `bn.running_var`.
@@ -330,7 +336,7 @@ class LatentSpace:
         """This space with `scaled = (raw - mean) * factor / std`.
 
         Args:
-            mean, std: one number a channel, as a VAE's `latents_mean` and `latents_std`.
+            mean, std: one number for each channel, as a VAE's `latents_mean` and `latents_std`.
             factor: the VAE's `scaling_factor`.
         """
         means, deviations = _floats(mean), _floats(std)
@@ -344,23 +350,24 @@ class LatentSpace:
         return replace(self, scale=tuple(factor / one for one in deviations), shift=means)
 
     def to_scaled(self, raw: Tensor, batch_norm: BatchNorm | None = None) -> Tensor:
-        """[..., channels, H, W] as the VAE encodes -> the same shape as the model denoises.
+        """Raw latents [..., channels, H, W] to scaled ones of the same shape.
 
-        Differentiable; keeps dtype and device; computes in float32 or above. flux2 needs even H
-        and W and the statistics, here or in the space (`with_batch_norm`).
+        Differentiable. Keeps dtype and device, and computes in float32 or above. flux2 needs even H
+        and W, and the statistics, given here or in the space (`with_batch_norm`).
         """
         scaled: Tensor = scaling.to_scaled(at_least_single(raw), self._with(batch_norm))
         return scaled.to(raw.dtype)
 
     def to_raw(self, scaled: Tensor, batch_norm: BatchNorm | None = None) -> Tensor:
-        """The inverse of `to_scaled`, same shape: what the VAE decodes."""
+        """The inverse of `to_scaled`, with the same shape: what the VAE decodes."""
         raw: Tensor = scaling.to_raw(at_least_single(scaled), self._with(batch_norm))
         return raw.to(scaled.dtype)
 
     def is_scaled_as(self, other: LatentSpace) -> bool:
-        """Whether scaled latents of both have the same numbers, but for rounding.
+        """Whether scaled latents of both spaces have the same numbers, up to rounding.
 
-        flux2 without its statistics fits flux2 with any: scaled means normalized in both.
+        flux2 without its statistics fits flux2 with any statistics: scaled means normalized in
+        both.
         """
         return scaling.same_scaling(self, other)
 
@@ -406,7 +413,7 @@ class LatentSpace:
         """Height and width in latent cells of latents of that shape and layout.
 
         height, width: what is known of them; packed latents do not carry it.
-        Raises LatentsError where the shape is not this space's, or contradicts them.
+        Raises LatentsError if the shape does not fit this space, or contradicts them.
         """
         if layout == "packed":
             if not self.packs:
@@ -561,10 +568,10 @@ _ALIASES: dict[str, str] = {}
 
 
 def register(space: LatentSpace) -> LatentSpace:
-    """Make a space of one's own known by its name, for as long as this process runs.
+    """Make a space of your own known by its name, for as long as this process runs.
 
-    A space that ships, with a scaling of its own, stays what it is. Raises LatentsError where the
-    name is taken by another space.
+    A shipped space with a scaling of its own does not replace the shipped one. Raises LatentsError
+    if the name is taken by another space.
     """
     if space.name in RECORDS:
         return space
@@ -579,12 +586,12 @@ def register(space: LatentSpace) -> LatentSpace:
 
 
 def known_names() -> list[str]:
-    """Every name that `LatentSpace.get` takes, but for aliases."""
+    """Every name that `LatentSpace.get` takes, except aliases."""
     return list(dict.fromkeys([*SPACES, *SCALINGS, *plugins.names(plugins.SPACES)]))
 
 
 def all_spaces() -> Iterator[LatentSpace]:
-    """Every space that is known, those of installed packages that can be loaded included."""
+    """Every known space, including those of installed packages that can be loaded."""
     for name in plugins.names(plugins.SPACES):
         if name not in SPACES:
             try:

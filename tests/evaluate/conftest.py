@@ -19,47 +19,12 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion pipeline of 64 px with random weights, as diffusers saves it."""
-    torch = pytest.importorskip("torch", reason="generators need torch")
-    diffusers = pytest.importorskip("diffusers", reason="the generators are pipelines of diffusers")
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    pytest.importorskip("torch", reason="generators need torch")
+    pytest.importorskip("diffusers", reason="the generators are pipelines of diffusers")
+    from small_pipeline import small_stable_diffusion
 
-    torch.manual_seed(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = (*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>")
-    config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_attention_heads=2,
-        num_hidden_layers=1, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1,
-    )  # fmt: skip
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            scaling_factor=0.18215,
-        ),
-        text_encoder=CLIPTextModel(config),
-        tokenizer=CLIPTokenizer(
-            vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77
-        ),
-        unet=diffusers.UNet2DConditionModel(
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            layers_per_block=1,
-            sample_size=8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
-        ),
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
     made = tmp_path_factory.mktemp("pipeline")
-    pipe.save_pretrained(made)
+    small_stable_diffusion().save_pretrained(made)
     return made
 
 

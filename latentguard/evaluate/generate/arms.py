@@ -13,6 +13,7 @@ import torch
 from latentguard.errors import UsageError
 from latentguard.evaluate.generate.asked import Asked
 from latentguard.evaluate.generate.generators import Generator, Shown
+from latentguard.evaluate.generate.rewards import encoder_named
 from latentguard.guard import LatentGuard, optimize_noise
 from latentguard.guard.layout import space_of
 from latentguard.guard.output import images_of
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from latentguard.encoders import Encoder
     from latentguard.spaces import Latents
 
-ARMS = ("none", "block", "steer", "noise", "sld")
+ARMS = ("none", "block", "steer", "noise", "reno", "sld")
 ITERATIONS = 50
 SLD_CONFIGS = ("weak", "medium", "strong", "max")
 
@@ -79,8 +80,8 @@ class Unguarded:
 
     def make(self, asked: Asked) -> Made:
         """One call of the pipeline."""
-        ran = _run(self._generator, asked)
-        return _made(self._generator.show(ran.images), ran)
+        ran = run_once(self._generator, asked)
+        return made_of(self._generator.show(ran.images), ran)
 
 
 class Guarded:
@@ -88,11 +89,17 @@ class Guarded:
 
     action: what concepts do that block or steer in the policy: all of them block, or all of them
         steer. Those that observe or ask for review are left as they are.
+    Raises UsageError for a model of pixels.
     """
 
     def __init__(
         self, generator: Generator, policy: Policy, action: Literal["block", "steer"], model: str
     ) -> None:
+        if model.startswith("pixel:"):  # its decodings would be judged, too, and so on
+            raise UsageError(
+                f"the arm {action} needs a model of latents, and {model} reads decoded pictures: "
+                "pixel: is of the arms noise and reno"
+            )
         self.name: str = action
         self._generator = generator
         self._policy = policy
@@ -102,12 +109,16 @@ class Guarded:
 
     def describe(self) -> dict[str, Any]:
         """Policy and model, by digest."""
-        return {"arm": self.name, "policy": _policy(self._policy), "model": _model(self._encoder)}
+        return {
+            "arm": self.name,
+            "policy": _policy(self._policy),
+            "model": model_facts(self._encoder),
+        }
 
     def make(self, asked: Asked) -> Made:
         """One guarded call of the pipeline."""
         with self._attached():
-            ran = _run(self._generator, asked)
+            ran = run_once(self._generator, asked)
         session = self._guard.last
         assert session is not None
         (verdict,) = session.verdicts
@@ -116,7 +127,7 @@ class Guarded:
         facts = {"steered": steered, "decision": verdict.decision}
         if verdict.decision == "block":
             return _blocked(shown, ran, verdict.reason, facts)
-        return _made(shown, ran, facts)
+        return made_of(shown, ran, facts)
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
@@ -147,7 +158,7 @@ class SearchedNoise:
         return {
             "arm": self.name,
             "policy": _policy(self._policy),
-            "model": _model(self._encoder),
+            "model": model_facts(self._encoder),
             "iterations": self._iterations,
         }
 
@@ -165,7 +176,7 @@ class SearchedNoise:
             space=self._generator.space,
             **arguments,
         )
-        ran = _run(self._generator, asked, {"latents": found.noise}, str(found.noise.device))
+        ran = run_once(self._generator, asked, {"latents": found.noise}, str(found.noise.device))
         (verdict,) = found.verdicts
         facts = {
             "iterations": len(found.rewards) - 1,
@@ -173,7 +184,7 @@ class SearchedNoise:
             "reward": float(found.reward[0]),
             "decision": verdict.decision,
         }
-        return _made(self._generator.show(ran.images), ran, facts)
+        return made_of(self._generator.show(ran.images), ran, facts)
 
 
 class SafeLatentDiffusion:
@@ -212,12 +223,17 @@ class SafeLatentDiffusion:
 
     def make(self, asked: Asked) -> Made:
         """One call of diffusers' safe pipeline."""
-        ran = _run(self._generator, asked, self._values, pipe=self._pipe)
-        return _made(self._generator.show(ran.images), ran)
+        ran = run_once(self._generator, asked, self._values, pipe=self._pipe)
+        return made_of(self._generator.show(ran.images), ran)
 
 
 def encoder_of(generator: Generator, policy: Policy, model: str) -> Encoder:
-    """The encoder that judges a generator's latents. Raises ModelError, PolicyError as `Scorer`."""
+    """The encoder that judges a generator's latents. Raises ModelError, PolicyError as `Scorer`.
+
+    model: as `Scorer` takes it, or `pixel:ARCHITECTURE:WEIGHTS`.
+    """
+    if model.startswith("pixel:"):
+        return encoder_named(model, generator)
     space = space_of(generator.pipe, generator.space)
     return Scorer(policy, model, space=space, device=generator.pipe._execution_device).encoder
 
@@ -247,19 +263,21 @@ def with_action(policy: Policy, action: Literal["block", "steer"]) -> Policy:
 
 
 @dataclass(frozen=True)
-class _Ran:
+class Ran:
+    """One call of a pipeline: its images; denoising steps as `Made` has them."""
+
     images: Any
     steps: int | None
     steps_asked: int | None
 
 
-def _run(
+def run_once(
     generator: Generator,
     asked: Asked,
     more: Mapping[str, Any] | None = None,
     device: str = "cpu",
     pipe: Any = None,
-) -> _Ran:
+) -> Ran:
     """One call; noise comes from a generator on the CPU, so that every machine draws the same."""
     called = generator.pipe if pipe is None else pipe
     arguments: dict[str, Any] = {**generator.arguments(asked), **(more or {})}
@@ -270,7 +288,7 @@ def _run(
         arguments["callback_on_step_end"] = count
     images = images_of(called(**arguments))
     steps_asked = len(called.scheduler.timesteps)
-    return _Ran(images, count.steps if told else None, steps_asked if told else None)
+    return Ran(images, count.steps if told else None, steps_asked if told else None)
 
 
 class _Count:
@@ -289,12 +307,13 @@ def _call_of(pipe: Any) -> Callable[..., Any]:
     return found
 
 
-def _made(shown: Shown, ran: _Ran, facts: Mapping[str, Any] | None = None) -> Made:
+def made_of(shown: Shown, ran: Ran, facts: Mapping[str, Any] | None = None) -> Made:
+    """An image that was not blocked, with the facts of generator and arm."""
     told = {**shown.facts, **(facts or {})}
     return Made(shown.picture, shown.latents, False, None, ran.steps, ran.steps_asked, told)
 
 
-def _blocked(shown: Shown, ran: _Ran, reason: str, facts: Mapping[str, Any]) -> Made:
+def _blocked(shown: Shown, ran: Ran, reason: str, facts: Mapping[str, Any]) -> Made:
     from PIL import Image
 
     blank = Image.new("RGB", shown.picture.size)
@@ -305,7 +324,8 @@ def _policy(policy: Policy) -> dict[str, str]:
     return {"name": policy.name, "version": policy.version, "sha256": policy.sha256}
 
 
-def _model(encoder: Encoder) -> dict[str, str]:
+def model_facts(encoder: Encoder) -> dict[str, str]:
+    """An encoder's name and digest."""
     return {"name": encoder.name, "sha256": encoder.sha256}
 
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from latentguard.errors import UsageError
 from latentguard.evaluate.classes import read_names
 from latentguard.evaluate.exact import (
@@ -21,7 +24,7 @@ from latentguard.evaluate.generate.generators import Shown
 from latentguard.files import load_latents
 from latentguard.guard.layout import layout_of, space_of
 from latentguard.spaces import Latents, LatentSpace
-from latentguard.spaces.preview import rgb_preview
+from latentguard.spaces.preview import linear_rgb, rgb_preview
 
 LOOPS = ("sdxl", "flux2")
 STEPS = 30
@@ -114,6 +117,12 @@ class ExactGenerator:
         pixels = rgb_preview(latents, space.vae_scale_factor, "bicubic")[0]
         facts = {"became": became.labels[0], "distance": round(float(became.distance[0]), 6)}
         return Shown(Image.fromarray(pixels), latents, facts)
+
+    def decode(self, latents: Latents) -> Tensor:
+        """The linear view, as large as a decoded picture; the VAE of the loop shows nothing."""
+        view = (linear_rgb(latents) + 1) / 2
+        factor = self._photos.space.vae_scale_factor
+        return F.interpolate(view.clamp(0, 1), scale_factor=factor, mode="bilinear")
 
 
 def named_class(text: str, classes: Sequence[str]) -> str:

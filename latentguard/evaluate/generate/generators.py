@@ -6,13 +6,16 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latentguard.errors import ModelError, UsageError
 from latentguard.evaluate.generate.asked import Asked
+from latentguard.evaluate.generate.decoding import VaeDecoder
 from latentguard.evaluate.generate.settings import Settings
 from latentguard.text import first_line
 
@@ -52,6 +55,10 @@ class Generator(Protocol):
         """From an output's images; the first one counts."""
         ...
 
+    def decode(self, latents: Latents) -> Tensor:
+        """What clean latents show, RGB [B, 3, H, W] of 0 to 1, with gradients."""
+        ...
+
 
 class PipelineGenerator:
     """A pipeline of diffusers, by path or name.
@@ -79,6 +86,7 @@ class PipelineGenerator:
         return {
             "kind": "diffusers",
             "pipeline": settings.pipeline,
+            **({} if settings.vae is None else {"vae": settings.vae}),
             "class": type(self.pipe).__name__,
             "weights_sha256": self._sha256,
             "dtype": settings.dtype,
@@ -111,6 +119,14 @@ class PipelineGenerator:
     def show(self, images: Any) -> Shown:
         """The picture as the pipeline decoded it."""
         return Shown(as_picture(images[0]), None, {})
+
+    def decode(self, latents: Latents) -> Tensor:
+        """By the pipeline's VAE. Raises ModelError where there is none."""
+        return self._decoder(latents)
+
+    @cached_property
+    def _decoder(self) -> VaeDecoder:
+        return VaeDecoder(self.pipe)
 
 
 def device_of(settings: Settings) -> str:
@@ -152,6 +168,10 @@ def _load(settings: Settings) -> Any:
     if settings.variant is not None:
         options["variant"] = settings.variant
     try:
+        if settings.vae is not None:
+            dtype = options["torch_dtype"]
+            make: Any = diffusers.AutoencoderKL.from_pretrained
+            options["vae"] = make(settings.vae, torch_dtype=dtype)
         load: Any = diffusers.DiffusionPipeline.from_pretrained
         pipe: Any = load(settings.pipeline, **options)
     except Exception as error:  # files, configurations, networks: all kinds

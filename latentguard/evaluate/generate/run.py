@@ -43,28 +43,31 @@ def make_images(
     arms: Sequence[Arm],
     asked: Sequence[Asked],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    in_turn: bool = False,
 ) -> None:
     """Make the images that a run's folder does not have yet.
 
+    in_turn: every arm makes an image before any makes the next, so that what slows a machine down
+        for a while does so for all of them. Else one arm after the other.
     progress: called with the images that are there and their number, over all arms.
     Raises UsageError where the run has an arm with another policy or model.
     """
     for arm in arms:
         folder.begin_arm(arm.describe())
-    done, total = 0, len(arms) * len(asked)
-    for arm in arms:
-        for one in asked:
-            if folder.record(arm.name, one) is None:
-                _wait()
-                began = time.perf_counter()
-                made = arm.make(one)
-                _wait()
-                folder.keep(arm.name, one, made, time.perf_counter() - began)
-            done += 1
-            progress(done, total)
+    pairs = [(arm, one) for arm in arms for one in asked]
+    if in_turn:
+        pairs = [(arm, one) for one in asked for arm in arms]
+    for done, (arm, one) in enumerate(pairs, 1):
+        if folder.record(arm.name, one) is None:
+            wait_for_gpu()
+            began = time.perf_counter()
+            made = arm.make(one)
+            wait_for_gpu()
+            folder.keep(arm.name, one, made, time.perf_counter() - began)
+        progress(done, len(pairs))
 
 
-def _wait() -> None:
-    """What a GPU was given is done before a clock is read."""
+def wait_for_gpu() -> None:
+    """What a GPU was given is done before a clock is read; nothing without one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

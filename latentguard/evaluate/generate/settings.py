@@ -19,6 +19,7 @@ class Settings:
     """How a pipeline is to run.
 
     pipeline: a folder that diffusers wrote, or a name on the Hugging Face hub.
+    vae: an AutoencoderKL that takes the place of the pipeline's own, by folder or name on the hub.
     dtype: float32, float16 or bfloat16. variant: of the weights' files, such as fp16.
     device: such as cpu or cuda:0; None is a GPU where there is one.
     offload: none, model or sequential: weights wait in the host's memory.
@@ -29,6 +30,7 @@ class Settings:
     """
 
     pipeline: str
+    vae: str | None = None
     dtype: str = "float32"
     variant: str | None = None
     device: str | None = None
@@ -47,6 +49,8 @@ class Settings:
                 raise UsageError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
+        if self.vae is not None and not isinstance(self.vae, str):
+            raise UsageError(f"vae must be a folder or a name on the hub, got {self.vae!r}")
         for name in ("steps", "height", "width"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

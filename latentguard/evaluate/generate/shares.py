@@ -59,16 +59,28 @@ def mean(
     values: ArrayLike, groups: Sequence[int], seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
     """The mean over images, with a 95 % bootstrap interval over prompts (`groups`)."""
+    (found,) = means(np.asarray(values, np.float64)[:, None], groups, seed, resamples)
+    return found
+
+
+def means(
+    values: ArrayLike, groups: Sequence[int], seed: int = 0, resamples: int = RESAMPLES
+) -> list[Interval]:
+    """The mean of each column of values [images, columns]; the columns share their draws."""
     numbers = np.asarray(values, np.float64)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
-    sums, counts = np.bincount(group, numbers), np.bincount(group).astype(np.float64)
+    sums = np.stack([np.bincount(group, column) for column in numbers.T], 1)
+    counts = np.bincount(group).astype(np.float64)
     rng = np.random.default_rng(seed)
     found = []
-    for number in _batches(resamples, len(sums)):
+    for number in batches(resamples, max(sums.shape)):
         drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), number)
-        found.append((drawn @ sums) / (drawn @ counts))
-    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
-    return Interval(float(numbers.mean()), float(low), float(high))
+        found.append((drawn @ sums) / (drawn @ counts)[:, None])
+    low, high = np.percentile(np.concatenate(found), [2.5, 97.5], axis=0)
+    return [
+        Interval(float(value), float(below), float(above))
+        for value, below, above in zip(numbers.mean(0), low, high, strict=True)
+    ]
 
 
 def expected_maximum(
@@ -84,7 +96,7 @@ def expected_maximum(
     count = min(prompts, len(numbers))
     rng = np.random.default_rng(seed)
     found = []
-    for number in _batches(resamples, len(numbers)):
+    for number in batches(resamples, len(numbers)):
         # The first of a random order are a draw without replacement.
         order = rng.random((number, len(numbers)))
         drawn = np.argpartition(order, count - 1, axis=1)[:, :count]
@@ -99,6 +111,7 @@ def interval_dict(interval: Interval) -> dict[str, Any]:
     return {"value": round(interval.value, 6), "interval": bounds}
 
 
-def _batches(resamples: int, width: int) -> list[int]:
+def batches(resamples: int, width: int) -> list[int]:
+    """How many of `resamples` draws of `width` numbers are made at once: `BATCH` numbers."""
     size = max(1, min(resamples, BATCH // max(width, 1)))
     return [min(size, resamples - start) for start in range(0, resamples, size)]
