@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import diffusers
 import torch
 
-from latentguard.errors import LatentsError, ModelError
+from latentguard.errors import ModelError
 from latentguard.evaluate.exact import exact_flux2_pipeline, prompt
 from latentguard.evaluate.generate.exact_generator import named_class
 from latentguard.files import load_latents
@@ -164,12 +164,12 @@ def paint_latents(
     generator = torch.Generator().manual_seed(seed)
     made = pipe(**arguments, generator=generator, output_type="latent").images
     space = space_of(pipe)
-    factor = getattr(pipe, "vae_scale_factor", space.vae_scale_factor)
     side = getattr(pipe, "default_sample_size", None)
-    size = [arguments.get(name, side and side * factor) for name in ("height", "width")]
-    if not all(isinstance(one, int) for one in size):
-        raise LatentsError(f"the size of what {type(pipe).__name__} makes is not known")
-    return layout_of(pipe, space).read(made[:1].detach(), tuple(size)).to_spatial()
+    default = side * pipe.vae_scale_factor if isinstance(side, int) else None
+    height, width = (arguments.get(name, default) for name in ("height", "width"))
+    # Tokens do not carry their size; where that is not known, reading them raises.
+    size = None if height is None or width is None else (height, width)
+    return layout_of(pipe, space).read(made[:1].detach(), size).to_spatial()
 
 
 def _mapping(text: str) -> Mapping[str, Any]:

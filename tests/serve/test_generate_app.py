@@ -237,3 +237,24 @@ def test_the_command_says_in_one_sentence_what_is_wrong() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 2
         assert named in done.stderr.splitlines()[-1]
+
+
+def test_a_pipeline_of_diffusers_by_its_path(tmp_path: Path) -> None:
+    from painters import paint_latents
+    from small_pipeline import small_stable_diffusion
+
+    small_stable_diffusion().save_pretrained(tmp_path / "small")
+    by = painter(Choice(pipeline=str(tmp_path / "small"), dtype="float32", device="cpu"))
+    with TestClient(create_app(Generation(by, "family"))) as client:
+        said = ask(client, "a lighthouse", guidance=2.0)
+        assert said["verdicts"][0]["error"] is None
+        assert picture(said).size == (64, 64)
+        about = client.get("/v1/guard").json()
+        assert (about["space"], about["model"]["name"]) == ("sd1", said["model"]["name"])
+    by.pipe.callback_on_step_end = None
+    latents = paint_latents(by, "a lighthouse", seed=1, steps=2)
+    assert latents.tensor.shape == (1, 4, 8, 8)
+    assert (latents.space.name, latents.scaled) == ("sd1", True)
+    by._takes = {}  # as a pipeline without steps
+    with pytest.raises(ModelError, match="takes no"):
+        by.arguments("a lighthouse", 4, None)
