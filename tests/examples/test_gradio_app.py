@@ -144,15 +144,17 @@ def test_what_the_controls_do(address: str, tmp_path: Path) -> None:
 
 
 TABS = "[...document.querySelectorAll('button[role=tab]')]"
+OPTION = (
+    "[...document.querySelectorAll('ul[role=listbox] li')]"
+    ".find(one => one.innerText.includes('beer-glass-pagoda'))"
+)
 UPLOAD = "document.querySelector('#file input[type=file]')"
 
 
 @pytest.mark.slow
 @needs_browser
-def test_the_page(address: str, tmp_path: Path) -> None:
+def test_the_page(address: str) -> None:
     assert PROGRAM is not None
-    path = tmp_path / "plain.npy"
-    np.save(path, np.zeros((2, 32, 32, 32), np.float32))
     with Browser(PROGRAM) as tab:
         tab.visit(address)
         wait(tab, "document.querySelector('#judge-example')")
@@ -168,10 +170,15 @@ def test_the_page(address: str, tmp_path: Path) -> None:
         tab.run(f"{TABS}.find(tab => tab.innerText == 'Upload').click()")
         wait(tab, UPLOAD)
         found = tab.send("Runtime.evaluate", expression=UPLOAD)["result"]["objectId"]
-        tab.send("DOM.setFileInputFiles", files=[str(path)], objectId=found)
-        wait(tab, "document.querySelector('#file').innerText.includes('plain')")
+        tab.send("DOM.setFileInputFiles", files=[str(LATENTS)], objectId=found)
+        wait(tab, "document.querySelector('#file').innerText.includes('latents')")
         tab.run("document.querySelector('#judge-file').click()")
-        wait(tab, f"{value('verdict')}.includes('say --space')")
+        wait(tab, f"{value('verdict')}.startsWith('ALLOW')")  # the astronaut is the first
+
+        tab.run("document.querySelector('#which input').focus()")
+        wait(tab, OPTION)
+        tab.run(f"{OPTION}.dispatchEvent(new MouseEvent('mousedown', {{bubbles: true}}))")
+        wait(tab, f"{value('verdict')}.includes(\"concept 'beer'\")")
 
         # Write into the editor, as a keyboard does: the check follows.
         tab.run("document.querySelector('#policy .cm-content').focus()")

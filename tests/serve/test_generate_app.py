@@ -115,14 +115,20 @@ def test_each_of_many_requests_at_once_gets_its_own_verdict(client: TestClient) 
 # -- what a blocked image becomes ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("word", "outcome"), [("blur", "blurred"), ("raise", "raised")])
-def test_what_the_policy_says_of_blocked_images(tmp_path: Path, word: str, outcome: str) -> None:
+@pytest.mark.parametrize(
+    ("word", "outcome", "attempts"),
+    [("blur", "blurred", 0), ("raise", "raised", 0), ("{retry: 2}", "blanked", 2)],
+)
+def test_what_the_policy_says_of_blocked_images(
+    tmp_path: Path, word: str, outcome: str, attempts: int
+) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(shipped_policies()["family"].read_text() + f"\non_block: {word}\n")
     with TestClient(create_app(generation(path))) as client:
         said = ask(client, "revolver")
         assert (said["decision"], said["outcome"]) == ("block", outcome)
         assert said["verdicts"][0]["decision"] == "block"
+        assert len(said["attempts"]) == attempts
         assert (said["image"] is None) == (word == "raise")
         assert ask(client, "cat")["outcome"] == "allowed"
 
