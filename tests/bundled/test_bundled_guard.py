@@ -224,6 +224,7 @@ def test_a_prompt_that_the_package_does_not_know(tmp_path: Path) -> None:
     )
     ran = without_torch("scan", str(EXAMPLES), "--policy", str(policy))
     assert ran.returncode == 2
+    assert "know the prompts of the shipped policies alone" in ran.stderr
     assert "knight's sword" in ran.stderr
     assert "pip install 'latentguard[nano]'" in ran.stderr
 
