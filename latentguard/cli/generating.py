@@ -98,7 +98,7 @@ Leak = Annotated[
     typer.Option(
         min=0,
         max=1,
-        help="With --generator exact: the share of a prompt's weight that other classes get.",
+        help="With --generator exact: about the chance that a prompt gives another class.",
     ),
 ]
 ArmNames = Annotated[

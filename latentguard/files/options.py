@@ -57,7 +57,7 @@ class Reading:
         dequantize: (scale, zero) of whole numbers, which become (number - zero) * scale in float32;
             or a name of `DEQUANTIZATIONS`.
         dtype: the type of numbers that carry none: bytes of a table, bfloat16 of `numpy.save`.
-        strict: whatever would be passed over as no latents is an error.
+        strict: whatever would be passed over, because it does not hold latents, is an error.
 
     Raises:
         LatentsError: a value that cannot be.

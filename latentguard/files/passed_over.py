@@ -163,14 +163,14 @@ class PassedOver:
             parts.append(f"{self.links:,} {_plural('link', self.links)} to folders that are read")
         if self.texts:
             parts.append(f"{self.texts:,} {_plural('array', self.texts)} of text embeddings")
-        line = f"passed over, as no latents: {', '.join(parts)}" if parts else ""
+        line = f"passed over, because they are not latents: {', '.join(parts)}" if parts else ""
         aside = []
         if self.left:
             aside.append(f"{self.left:,} other {_plural('array', self.left)} (--key)")
         if self.left_members:
             members = _plural("shard member", self.left_members)
             aside.append(f"{self.left_members:,} other {members} (--member)")
-        said = f"left aside, as said: {', '.join(aside)}" if aside else ""
+        said = f"skipped on request: {', '.join(aside)}" if aside else ""
         more = ", ..." if self.files.total() > len(self.names) else ""
         named = f"the first files: {', '.join(self.names)}{more}" if self.names else ""
         return "; ".join(filter(None, (line, named, said)))

@@ -207,7 +207,7 @@ def test_broken_pictures_are_listed_and_skipped(
     out = tmp_path / "out"
     ran = encode(photos, "-o", out)
     assert (ran.code, ran.out) == (3, f"{out}: latents of 4 pictures in 1 shard\n")
-    assert f"1 picture could not be encoded, listed in {out}/problems.jsonl; the first: " in ran.err
+    assert f"1 picture could not be encoded (see {out}/problems.jsonl); the first: " in ran.err
     (line,) = (out / "problems.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "source": str(photos / "cat" / "b.png"),
@@ -248,7 +248,7 @@ def test_latents_that_are_not_finite_are_a_problem(tiny: Autoencoder, photos: Pa
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["-o", "a.pt", "--task", "1/2"], "--task and --resume are of folders"),
+        (["-o", "a.pt", "--task", "1/2"], "--task and --resume work on folders"),
         (["-o", "a.tar"], "a folder of shards has no ending"),
         (["-o", "out", "--task", "3/2"], "--task must be K/N with K from 1 to N"),
         (["-o", "out", "--crop", "none", "--labels", "folder", "missing"], "no such file"),
@@ -472,4 +472,4 @@ def test_commands_that_take_latents_take_pictures(
     assert (ran.code, "give --autoencoder, too" in ran.err) == (2, True)
     record = tmp_path / "log.jsonl"
     ran = command("calibrate", "--trajectories", record, "--policy", policy, *options)
-    assert (ran.code, "of pictures, not of records" in ran.err) == (2, True)
+    assert (ran.code, "about pictures, not records" in ran.err) == (2, True)

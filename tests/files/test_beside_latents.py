@@ -79,7 +79,7 @@ def test_text_embeddings_are_counted(path: Path) -> None:
     written(path, latents=FIRST, prompt_embeds=torch.zeros(4, 77, 768), t5=torch.zeros(4, 8, 4096))
     passed = PassedOver()
     assert [record.error for record in read_arrays(path, **SAYS, passed=passed)] == [None]
-    assert passed.line() == "passed over, as no latents: 2 arrays of text embeddings"
+    assert passed.line() == "passed over, because they are not latents: 2 arrays of text embeddings"
     for shape in ((4, 77, 128), (1, 32, 8, 512)):
         other = written(path, latents=FIRST, prompt_embeds=torch.zeros(shape))
         assert "holds prompt_embeds beside" in (read_all(other, **SAYS)[-1].error or "")

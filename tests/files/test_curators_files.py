@@ -426,7 +426,7 @@ def test_what_is_left_aside_is_counted(tmp_path: Path) -> None:
     records = list(read_arrays(tmp_path, **SD, passed=passed, key="clean", member="a.npy"))
     assert [record.error for record in records] == [None, None]
     assert passed.line() == (
-        "left aside, as said: 1 other array (--key), 1 other shard member (--member)"
+        "skipped on request: 1 other array (--key), 1 other shard member (--member)"
     )
 
 

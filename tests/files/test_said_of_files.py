@@ -251,7 +251,8 @@ def test_counts_of_parts_are_added_up() -> None:
     whole.add(part)
     assert whole.files == {".txt": 4, ".md": 4}
     assert whole.line() == (
-        "passed over, as no latents: 8 files (.txt 4, .md 4), 2 shard members (.txt 2), 2 links to "
-        "folders that are read, 4 arrays of text embeddings; the first files: a.txt, b?.txt, c.md, "
-        "...; left aside, as said: 6 other arrays (--key), 8 other shard members (--member)"
+        "passed over, because they are not latents: 8 files (.txt 4, .md 4), 2 shard members "
+        "(.txt 2), 2 links to folders that are read, 4 arrays of text embeddings; "
+        "the first files: a.txt, b?.txt, c.md, "
+        "...; skipped on request: 6 other arrays (--key), 8 other shard members (--member)"
     )

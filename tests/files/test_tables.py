@@ -129,7 +129,7 @@ def test_which_column(tmp_path: Path) -> None:
     passed = PassedOver()
     records = list(read_arrays(path, **SD, passed=passed, key="clean"))
     assert [record.error for record in records] == [None] * 8
-    assert passed.line() == "left aside, as said: 1 other array (--key)"
+    assert passed.line() == "skipped on request: 1 other array (--key)"
     assert "needs a column 'x' of bytes or numbers" in only_error(path, **SD, key="x")
     path = write(tmp_path / "b.parquet", {"latents": arrays, "noisy": arrays})
     assert "which could be latents, too" in (read_all(path, **SD)[-1].error or "")

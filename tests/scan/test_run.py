@@ -467,8 +467,8 @@ def test_the_command_runs_and_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--resume"], "--resume is of a run: give --run DIR, too"),
-        (["--keep", "allow"], "--keep is of a run"),
+        (["--resume"], "--resume belongs to a run: give --run DIR, too"),
+        (["--keep", "allow"], "--keep belongs to a run"),
         (["--run", "R", "--format", "json"], "a run writes its records into its folder"),
         (["--run", "R", "--max-memory", "much"], "--max-memory must be a size such as 512MiB"),
         (["--run", "R", "--task", "3/3"], "--task must be K/N with K from 0 to N - 1"),

@@ -405,7 +405,7 @@ def test_a_scan_of_a_sample_says_what_it_estimates(
     ("arguments", "said"),
     [
         (("--seed", 1), "give --sample IMAGES, too"),
-        (("--sample-shards", 1), "give --sample IMAGES, too"),
+        (("--sample-shards", 1), "need --sample IMAGES"),
         (("--sample", 0), "greater than or equal to 1"),
         (("--sample", 5, "--run", "run", "--keep", "allow"), "a sample is no whole to be copied"),
         (("--sample", 5, "--run", "run", "--task", "0/2"), "leave out --task"),
