@@ -1,4 +1,4 @@
-"""The views of progress that the options of a scan ask for, and notes that do not break a bar."""
+"""The progress views that the options of a scan ask for, and notes that do not break a bar."""
 
 from __future__ import annotations
 

@@ -134,25 +134,25 @@ def test_all_kinds_of_parts_go_together(tmp_path: Path, command: Any) -> None:
     ("name", "content", "said"),
     [
         ("a.txt", b"", "must be a run folder, or end in"),
-        ("a.json", b"{}", "is no tally"),
-        ("a.json", b"[", "is not the JSON that it should be"),
-        ("a.json", b"[" * 100_000, "is not the JSON that it should be"),
-        ("a.jsonl", b'{"source": NaN}\n', "NaN is no number"),
+        ("a.json", b"{}", "is not a tally"),
+        ("a.json", b"[", "is not valid JSON"),
+        ("a.json", b"[" * 100_000, "is not valid JSON"),
+        ("a.jsonl", b'{"source": NaN}\n', "NaN is not a number"),
         ("a.jsonl", b'{"source": "a"}\n', "record 1: must have a source and an index"),
         ("a.jsonl", b"[]\n", "record 1: must be an object"),
         ("manifest/0.json", b"{}", "has neither a tally nor a part"),
-        ("manifest/0.json", b'{"part": {"name": "../x.jsonl"}}', "outside of its run"),
-        ("manifest/0.json", b'{"part": {"name": "/etc/x.jsonl"}}', "outside of its run"),
+        ("manifest/0.json", b'{"part": {"name": "../x.jsonl"}}', "outside its run"),
+        ("manifest/0.json", b'{"part": {"name": "/etc/x.jsonl"}}', "outside its run"),
         ("manifest/0.json", b'{"tally": {}}', "has neither a tally nor a part"),
-        ("manifest/0.json", b'{"tally": {"name": "../x.json"}}', "outside of its run"),
+        ("manifest/0.json", b'{"tally": {"name": "../x.json"}}', "outside its run"),
         (
             "manifest/0.json",
             b'{"tally": {"name": "tallies/0.json"}}',
             "tallies/0.json is not there",
         ),
         ("manifest/0.json", b'{"schema_version": 1}', "is of another version of latentguard"),
-        ("parts/0.json", b"{}", "no run with shards that are done"),
-        ("missing.json/x", b"", "no run with shards that are done"),
+        ("parts/0.json", b"{}", "not a run with finished shards"),
+        ("missing.json/x", b"", "not a run with finished shards"),
     ],
 )
 def test_what_is_no_part_is_an_error_that_names_it(
@@ -407,7 +407,7 @@ def test_a_scan_of_a_sample_says_what_it_estimates(
         (("--seed", 1), "give --sample IMAGES, too"),
         (("--sample-shards", 1), "need --sample IMAGES"),
         (("--sample", 0), "greater than or equal to 1"),
-        (("--sample", 5, "--run", "run", "--keep", "allow"), "a sample is no whole to be copied"),
+        (("--sample", 5, "--run", "run", "--keep", "allow"), "--keep needs whole shards"),
         (("--sample", 5, "--run", "run", "--task", "0/2"), "leave out --task"),
         (("--summary", "out.txt"), "must be a file that ends in .json"),
         (("--summary", "no/such/run.json"), "there is no folder"),
@@ -475,4 +475,4 @@ def test_a_run_on_another_file_system_is_reported(
     ran = command("scan", "report", place, place, "-o", tmp_path / "run.json")
     assert (ran.code, "is given twice" in ran.err) == (2, True)
     ran = command("scan", "report", "memory://nothing", "-o", tmp_path / "run.json")
-    assert (ran.code, "no run with shards that are done" in ran.err) == (2, True)
+    assert (ran.code, "not a run with finished shards" in ran.err) == (2, True)
