@@ -75,7 +75,8 @@ def _unread(members: _Members) -> LatentsError:
 def _passed_over(members: _Members) -> LatentsError:
     """Of members that cannot hold latents, where none may be passed over."""
     return LatentsError(
-        f"{members.said('')} no latents {members.shown}, and --strict lets nothing be passed over"
+        f"{members.said('')} not latents {members.shown}, and with --strict no member is passed "
+        "over"
     )
 
 

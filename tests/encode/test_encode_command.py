@@ -212,13 +212,13 @@ def test_broken_pictures_are_listed_and_skipped(
     assert json.loads(line) == {
         "source": str(photos / "cat" / "b.png"),
         "id": "cat/b.png",
-        "error": "is no picture that is read (JPEG, PNG, WEBP, BMP, GIF)",
+        "error": "is not a picture in a known format (JPEG, PNG, WEBP, BMP, GIF)",
     }
     assert [r.id for r in read_latents([out])][:2] == ["cat/a.png", "cat/c.png"]
     # A run that is gone on with still knows them.
     assert encode(photos, "-o", out, "--resume").code == 3
     ran = encode(photos, "-o", tmp_path / "strict", "--strict")
-    assert (ran.code, "b.png: is no picture that is read" in ran.err) == (2, True)
+    assert (ran.code, "b.png: is not a picture in a known format" in ran.err) == (2, True)
     assert not list((tmp_path / "strict").glob("*.tar"))
 
 
@@ -296,7 +296,7 @@ def test_an_interrupted_run_goes_on(
         log.write('{"unit": 1, "par')  # of a line that was being written
     (out / f".{'0' * 32}.part").write_bytes(b"a shard that was being written")
     ran = encode(photos, "-o", out, "--shard-size", 2)
-    assert (ran.code, "holds this run already: --resume goes on with it" in ran.err) == (2, True)
+    assert (ran.code, "already holds this run: --resume continues it" in ran.err) == (2, True)
     ran = encode(photos, "-o", out, "--shard-size", 2, "--resume")
     assert (ran.code, ran.out) == (0, f"{out}: latents of 5 pictures in 3 shards\n")
     assert (out / "000000-0000.tar").stat().st_mtime_ns == before
@@ -312,7 +312,7 @@ def test_another_run_is_not_gone_on_with(encode: Command, photos: Path, tmp_path
     out = tmp_path / "out"
     assert encode(photos, "-o", out).code == 0
     ran = encode(photos, "-o", out, "--resume", "--crop", "resize")
-    assert (ran.code, "crop is 'center', this run wants 'resize'" in ran.err) == (2, True)
+    assert (ran.code, "crop is 'center', but this run has 'resize'" in ran.err) == (2, True)
     (photos / "new.png").write_bytes(photo_bytes())
     ran = encode(photos, "-o", out, "--resume")
     assert (ran.code, "encode.json: sources is" in ran.err) == (2, True)

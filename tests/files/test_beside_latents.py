@@ -16,7 +16,7 @@ from latentguard.files import PassedOver, read_arrays
 
 SAYS: dict[str, Any] = {"space": "flux2", "scaled": True}
 FIRST, SECOND = flux2_batch(1), flux2_batch(2)
-SENTENCE = "beside the latents that are read, which could be latents, too, and was not looked at"
+SENTENCE = "which could be latents but was not looked at"
 
 
 def written(path: Path, **arrays: Any) -> Path:

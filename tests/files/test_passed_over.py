@@ -136,7 +136,7 @@ def test_a_file_that_could_hold_latents_is_an_error(tmp_path: Path, name: str, d
     records, passed = read(tmp_path)
     assert sorted(places(records, tmp_path)) == sorted([f"! {name}", "good.npy"])
     (error,) = (record.error for record in records if record.error)
-    assert error.startswith("could hold latents, but is of a type that is not read: known are .pt")
+    assert error.startswith("could hold latents, but its type cannot be read: known are .pt")
     assert passed.line() == ""
 
 

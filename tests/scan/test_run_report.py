@@ -148,7 +148,7 @@ def test_all_kinds_of_parts_go_together(tmp_path: Path, command: Any) -> None:
         (
             "manifest/0.json",
             b'{"tally": {"name": "tallies/0.json"}}',
-            "tallies/0.json is not there",
+            "tallies/0.json is missing",
         ),
         ("manifest/0.json", b'{"schema_version": 1}', "is of another version of latentguard"),
         ("parts/0.json", b"{}", "not a run with finished shards"),
@@ -404,7 +404,7 @@ def test_a_scan_of_a_sample_says_what_it_estimates(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--seed", 1), "give --sample IMAGES, too"),
+        (("--seed", 1), "need --sample IMAGES"),
         (("--sample-shards", 1), "need --sample IMAGES"),
         (("--sample", 0), "greater than or equal to 1"),
         (("--sample", 5, "--run", "run", "--keep", "allow"), "--keep needs whole shards"),

@@ -302,7 +302,7 @@ def test_a_file_that_could_hold_latents_is_not_passed_over(
     good, failed = (json.loads(line) for line in ran.out.splitlines())
     assert failed["source"] == str(mixed / "latents.ckpt")
     assert failed["decision"] == "block"
-    assert "could hold latents, but is of a type that is not read" in failed["error"]
+    assert "could hold latents, but its type cannot be read" in failed["error"]
     assert good["error"] is None
 
 
