@@ -55,7 +55,13 @@ def sitting(args: argparse.Namespace) -> dict[str, Any]:
         command = [str(Path(sys.executable).with_name("latentguard")), "scan"]
         command += [f"--run={args.run}", "--resume"]
         command += [f"--policy={POLICY}", f"--model={MODEL}", "--space=flux2", "--scaled"]
-        command += ["--progress=none", "--quiet", f"--batch-size={args.batch}", "--fail-on=never"]
+        command += [
+            f"--runtime={args.runtime}",
+            "--progress=none",
+            "--quiet",
+            f"--batch-size={args.batch}",
+            "--fail-on=never",
+        ]
         command += [f"http://127.0.0.1:{args.port}/{{00000..{args.shards - 1:05d}}}.tar"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         looker = threading.Thread(target=watch, args=(process, most), daemon=True)
@@ -101,8 +107,8 @@ def table(on: dict[str, Any], args: argparse.Namespace, said: list[dict[str, Any
         "",
         f"{on['cpu']}, {on['cores']} cores, no GPU; torch {on['torch']}. {len(done)} shards of "
         f"{args.images // args.shards:,} latents of 24 x 24 cells, {MODEL}, policy {POLICY}, "
-        f"batches of {args.batch}. {images:,} images are in the run, each once; {errors} could not "
-        "be read.",
+        f"batches of {args.batch}, the {args.runtime} runtime. {images:,} images are in the run, "
+        f"each once; {errors} could not be read.",
         "",
         "| sitting | shards | images/s | of the bare encoder | peak MB | load before, behind "
         "| ended |",
@@ -128,15 +134,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--shards", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--runtime", choices=["torch", "onnx"], default="torch")
     parser.add_argument("--port", type=int, default=18_123)
     args = parser.parse_args()
     assert args.images == sum(sizes(args.images, args.shards))
     log = args.run.with_name(f"{args.run.name}.sittings.jsonl")
-    before = bare_rate(args.batch) if args.bare else None
+    before = bare_rate(args.batch, args.runtime) if args.bare else None
     begun = time.perf_counter()
     said = sitting(args)
     if before is not None:
-        said["bare"] = [before, bare_rate(args.batch)]
+        said["bare"] = [before, bare_rate(args.batch, args.runtime)]
     said["whole"] = time.perf_counter() - begun
     with log.open("a") as file:
         file.write(json.dumps(said) + "\n")

@@ -24,8 +24,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,26 +47,31 @@ SOURCES = ("files", "s3", "http")
 
 def bare(args: argparse.Namespace) -> dict[str, Any]:
     """The encoder on batches in memory, for as many images as a scan has, at most `bare_images`."""
-    import torch
+    array = latents(args.batch, 0, args.cells)
+    encode: Callable[[], Any]
+    if args.runtime == "onnx":
+        from latentguard.bundled import bundled_guard
 
-    from latentguard import Latents, load_encoder
+        encode = partial(bundled_guard(POLICY, MODEL).embed, array.astype("float32"))
+    else:
+        import torch
 
-    encoder = load_encoder(MODEL)
-    tensor = torch.from_numpy(latents(args.batch, 0, args.cells)).float()
-    batch = Latents(tensor, "flux2", scaled=True)
-    encoder.encode_latents(batch)
+        from latentguard import Latents, load_encoder
+
+        batch = Latents(torch.from_numpy(array).float(), "flux2", scaled=True)
+        encode = partial(load_encoder(MODEL).encode_latents, batch)
+    encode()
     rounds = max(1, min(args.images, args.bare_images) // args.batch)
     begun = time.perf_counter()
     for _ in range(rounds):
-        encoder.encode_latents(batch)
-    seconds = time.perf_counter() - begun
-    return {"images": rounds * args.batch, "seconds": seconds, "threads": torch.get_num_threads()}
+        encode()
+    return {"images": rounds * args.batch, "seconds": time.perf_counter() - begun}
 
 
-def bare_rate(batch: int) -> float:
+def bare_rate(batch: int, runtime: str) -> float:
     """Images/s of the bare encoder, measured in a process of its own."""
     args = argparse.Namespace(
-        images=2000, bare_images=2000, cells=24, batch=batch, scratch=".", actors=1
+        images=2000, bare_images=2000, cells=24, batch=batch, scratch=".", actors=1, runtime=runtime
     )
     said = contender(args, "--work=bare")
     return float(said["images"] / said["seconds"])
@@ -84,7 +90,8 @@ def scan(args: argparse.Namespace) -> dict[str, Any]:
     options = RunOptions(
         load_policy(POLICY),
         MODEL,
-        views="whole",
+        runtime=args.runtime,
+        views="whole" if args.runtime == "torch" else None,
         batch_size=args.batch,
         reading=Reading.of("flux2", True),
     )
@@ -124,6 +131,7 @@ def scan(args: argparse.Namespace) -> dict[str, Any]:
 def contender(args: argparse.Namespace, *more: str) -> dict[str, Any]:
     """What a contender says, and the most memory that it and its children had."""
     own = [f"--{name}={getattr(args, name)}" for name in ("images", "cells", "batch", "scratch")]
+    own.append(f"--runtime={args.runtime}")
     own += [f"--actors={args.actors}", f"--bare-images={args.bare_images}"]
     command = [sys.executable, __file__, *own, *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -240,7 +248,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rates = [said["images"] / said["seconds"] for said in (before, behind)]
     return {
         "machine": {**machine(), "ray": version("ray"), "latentguard": version("latentguard")},
-        "settings": {k: getattr(args, k) for k in ("images", "cells", "batch", "actors")}
+        "settings": {k: getattr(args, k) for k in ("images", "cells", "batch", "actors", "runtime")}
         | {"model": MODEL, "policy": POLICY, "bytes_per_image": args.cells**2 * 32 * 2},
         "bare": {"before": before, "behind": behind, "rate": sum(rates) / 2},
         "rows": rows,
@@ -256,7 +264,7 @@ def table(result: dict[str, Any]) -> str:
         f"{on['cpu']}, {on['cores']} cores, no GPU; torch {on['torch']}, Ray {on['ray']}. "
         f"{said['images']:,} images of {said['cells']} x {said['cells']} cells, float16, "
         f"{said['bytes_per_image']:,} bytes each, {said['model']}, policy {said['policy']}, "
-        f"batches of {said['batch']}.",
+        f"batches of {said['batch']}, the {said['runtime']} runtime.",
         "",
         f"The bare encoder: {rates[0]:.1f} images/s before, {rates[1]:.1f} behind.",
         "",
@@ -283,6 +291,7 @@ def main() -> None:
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--cells", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--runtime", choices=["torch", "onnx"], default="torch")
     parser.add_argument("--actors", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--bare-images", type=int, default=2000)
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="for shards and runs")

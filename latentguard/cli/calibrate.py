@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
+from latentguard.cli.pictures import (
+    AutoencoderOption,
+    DownloadOption,
+    EncodedOption,
+    Pictures,
+    SizeOption,
+)
 
 if TYPE_CHECKING:
     from latentguard.evaluate.calibrate import Margins, Row
@@ -89,6 +95,7 @@ def calibrate(
     autoencoder: AutoencoderOption = None,
     size: SizeOption = None,
     encoded: EncodedOption = None,
+    download: DownloadOption = False,
 ) -> None:
     """Find the thresholds that give a chosen false-positive rate on harmless images.
 
@@ -125,7 +132,7 @@ def calibrate(
     if trajectories:
         margins = _from_records(trajectories, chosen, model, device, space)
     else:
-        pictures = Pictures(autoencoder, size, encoded, space, device)
+        pictures = Pictures(autoencoder, size, encoded, space, device, download)
         margins = _from_latents(
             pictures.latents(latents or []), chosen, model, noise_levels, estimate,
             space, scaled, batch_size, device, seed,

@@ -10,7 +10,13 @@ import typer
 
 from latentguard.cli.commands import ManyPaths
 from latentguard.cli.evaluate import Device, Model, Print, Scaled, Space
-from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
+from latentguard.cli.pictures import (
+    AutoencoderOption,
+    DownloadOption,
+    EncodedOption,
+    Pictures,
+    SizeOption,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,6 +76,7 @@ def teach(
     autoencoder: AutoencoderOption = None,
     size: SizeOption = None,
     encoded: EncodedOption = None,
+    download: DownloadOption = False,
     sums: Annotated[
         bool,
         typer.Option(
@@ -97,7 +104,7 @@ def teach(
     from latentguard.learn.files import entries_there, put
 
     entries_there(out, name)  # before the minutes that encoding may take
-    pictures = Pictures(autoencoder, size, encoded, space, device)
+    pictures = Pictures(autoencoder, size, encoded, space, device, download)
     sides, encoder = _read([positives, negatives or []], pictures, model, space, scaled, device)
     lesson = learn(sides[0], sides[1] if negatives else None, encoder, seed=seed, sums=sums)
     file, replaced = put(out, name, lesson.learned)
@@ -131,6 +138,7 @@ def measure(
     autoencoder: AutoencoderOption = None,
     size: SizeOption = None,
     encoded: EncodedOption = None,
+    download: DownloadOption = False,
     device: Device = None,
     output: Print = "table",
 ) -> None:
@@ -147,7 +155,7 @@ def measure(
     from latentguard.policy.examples import load_concept
 
     concept = load_concept(file)
-    pictures = Pictures(autoencoder, size, encoded, space, device)
+    pictures = Pictures(autoencoder, size, encoded, space, device, download)
     sides, encoder = _read([positives, negatives], pictures, model, space, scaled, device)
     entry = concept.entry(encoder.name, encoder.sha256, encoder.space)
     at = margin_of(probability, margin, encoder.logit_scale)

@@ -10,7 +10,13 @@ import typer
 
 from latentguard.cli.bar import Bar
 from latentguard.cli.commands import Evaluations, ManyPaths
-from latentguard.cli.pictures import AutoencoderOption, EncodedOption, Pictures, SizeOption
+from latentguard.cli.pictures import (
+    AutoencoderOption,
+    DownloadOption,
+    EncodedOption,
+    Pictures,
+    SizeOption,
+)
 
 if TYPE_CHECKING:
     from latentguard.evaluate.labels import Told
@@ -123,6 +129,7 @@ def zeroshot_(
     autoencoder: AutoencoderOption = None,
     size: SizeOption = None,
     encoded: EncodedOption = None,
+    download: DownloadOption = False,
 ) -> None:
     """Measure how often the most similar class name is the right one.
 
@@ -145,7 +152,7 @@ def zeroshot_(
     if synsets is not None:
         classes = classes.with_synsets(read_classes(synsets))
     texts = templates_of(template, templates)
-    pictures = Pictures(autoencoder, size, encoded, space, device)
+    pictures = Pictures(autoencoder, size, encoded, space, device, download)
 
     def told() -> list[Told]:
         from latentguard.evaluate.labels import told_of_latents, told_of_pictures
@@ -213,6 +220,7 @@ def detect_(
     autoencoder: AutoencoderOption = None,
     size: SizeOption = None,
     encoded: EncodedOption = None,
+    download: DownloadOption = False,
 ) -> None:
     """Measure how well a concept's scores tell images that show it from images that do not.
 
@@ -227,7 +235,7 @@ def detect_(
 
     if plot:
         check_plot_path(plot)
-    pictures = Pictures(autoencoder, size, encoded, space, device)
+    pictures = Pictures(autoencoder, size, encoded, space, device, download)
     shows, shows_not = pictures.latents(positives), pictures.latents(negatives)
     with Bar("scoring") as advance:
         result = run(

@@ -10,7 +10,7 @@ import typer
 
 from latentguard.cli.exit_codes import EXIT_FAILED
 from latentguard.cli.models import Format, models_app
-from latentguard.cli.pictures import Pictures
+from latentguard.cli.pictures import DownloadOption, Pictures
 
 if TYPE_CHECKING:
     from latentguard.encoders import Encoder
@@ -48,13 +48,7 @@ def check(
         str | None,
         typer.Option(help="With --autoencoder: size of the pictures in pixels. Default: 512."),
     ] = None,
-    download: Annotated[
-        bool,
-        typer.Option(
-            "--download",
-            help="Allow --autoencoder to be downloaded from the Hugging Face hub.",
-        ),
-    ] = False,
+    download: DownloadOption = False,
     device: Annotated[
         str | None, typer.Option(help="Device that the model runs on, such as cpu or cuda:0.")
     ] = None,

@@ -34,6 +34,12 @@ EncodedOption = Annotated[
         "cache.",
     ),
 ]
+DownloadOption = Annotated[
+    bool,
+    typer.Option(
+        "--download", help="Allow --autoencoder to be downloaded from the Hugging Face hub."
+    ),
+]
 
 
 _DEEP = 4
