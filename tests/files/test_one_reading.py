@@ -141,7 +141,7 @@ def test_an_npz_behind_an_npy(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("version", b"99\n", "of a version that is not known"),
-        ("version", b"x", "is no number"),
+        ("version", b"x", "is not a number"),
         ("byteorder", b"LITTLE", "big-endian"),
         (".unknown", b"", "does not write"),
     ],
