@@ -64,7 +64,7 @@ def bytes_payload(data: bytes, claims: Claims, reading: Reading, dtype: str | No
             "numbers, say --dtype, --space, --height and --width"
         )
     raise LatentsError(
-        f"its {size} bytes are no {dtype} numbers of the space, height and width that are said "
+        f"its {size} bytes do not fit {dtype} numbers of the given space, height and width "
         f"({_shown(_said_shape(claims, reading))})"
     )
 
