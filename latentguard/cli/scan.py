@@ -100,8 +100,8 @@ def scan(
     ),
     layout: Layout | None = typer.Option(
         None,
-        help="Layout of the arrays, if neither a file nor its shape tells it: [C, H, W], tokens "
-        "[N, C], or [C * 4, H/2, W/2].",
+        help="Layout of the arrays, if neither the file nor their shape tells it. spatial: "
+        "[C, H, W]. packed: tokens [N, C]. patches: [C * 4, H/2, W/2].",
         rich_help_panel=_SAID,
     ),
     height: int | None = typer.Option(

@@ -209,7 +209,7 @@ def test_a_pipelines_folder(tmp_path: Path) -> None:
 def test_what_is_no_autoencoder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no autoencoder at"):
         load_autoencoder(tmp_path / "missing")
-    with pytest.raises(ModelError, match=r"there is no config\.json in it"):
+    with pytest.raises(ModelError, match=r"neither it nor its vae/ has a config\.json"):
         load_autoencoder(tmp_path)
     config = tmp_path / "config.json"
     for name in ("UNet2DConditionModel", "os", "AutoencoderOfTomorrow", 3):

@@ -397,7 +397,7 @@ def test_pictures_for_other_commands(tiny_file: Path, photos: Path, tmp_path: Pa
     records = list(read_latents(found.files))
     assert all(r.latents is not None and r.latents.space.name == "flux2" for r in records)
     (photos / "cat" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(LatentsError, match=r"a\.png: is no picture"):
+    with pytest.raises(LatentsError, match=r"a\.png: is not a picture"):
         encode_pictures([photos], tiny_file, cache=tmp_path / "cache", size=32)
     found = encode_pictures([photos], tiny_file, cache=tmp_path / "cache", size=32, strict=False)
     assert (len(found), [problem.id for problem in found.problems]) == (4, ["cat/a.png"])

@@ -132,7 +132,7 @@ def test_which_column(tmp_path: Path) -> None:
     assert passed.line() == "skipped on request: 1 other array (--key)"
     assert "needs a column 'x' of bytes or numbers" in only_error(path, **SD, key="x")
     path = write(tmp_path / "b.parquet", {"latents": arrays, "noisy": arrays})
-    assert "which could be latents but was not looked at" in (read_all(path, **SD)[-1].error or "")
+    assert "that could be latents but were not looked at" in (read_all(path, **SD)[-1].error or "")
     beside = {
         "jpg": [b"\xff\xd8"] * 8, "prompt_embeds": np.ones((8, 768)).tolist(), "score": [0.5] * 8,
         "boxes": [[[0.0, 1.0]]] * 8, "features": np.ones((8, 64)).tolist(), "tags": [["a"]] * 8,
@@ -173,7 +173,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         assert message in only_error(path, **SD)
     two = pa.Table.from_arrays([pa.array([b"x"]), pa.array([b"y"])], ["latents", "latents"])
     pq.write_table(two, path)
-    assert "two columns of one name" in only_error(path, **SD)
+    assert "two columns of the same name" in only_error(path, **SD)
 
 
 def test_a_parquet_file_that_grows_out_of_little(

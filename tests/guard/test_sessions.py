@@ -610,7 +610,7 @@ def test_a_session_made_from_names() -> None:
 def test_a_scorer_of_another_policy_is_refused() -> None:
     shared = scorer(ALWAYS)
     assert session(shared.policy, shared).scorer is shared
-    with pytest.raises(PolicyError, match=r"policy 'weapons'.* the scorer is of policy 'test'"):
+    with pytest.raises(PolicyError, match=r"policy 'weapons'.* the scorer has policy 'test'"):
         session("weapons", shared)
 
 

@@ -172,7 +172,7 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path, calm: Path) -> N
     before = {
         name: (tmp_path / "run" / name).stat().st_mtime_ns for name in _files(tmp_path / "run")
     }
-    with pytest.raises(UsageError, match="there is a run in"):
+    with pytest.raises(UsageError, match="there is already a run in"):
         scan_run(tmp_path / "run", options, shards)
     run = scan_run(tmp_path / "run", options, shards, resume=True)
     assert run.pending() == []

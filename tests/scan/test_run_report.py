@@ -112,7 +112,7 @@ def test_a_tally_that_is_not_the_one_that_was_written_is_not_counted(tmp_path: P
     run = run_folder(tmp_path / "run", True)
     path = run / "tallies" / "000001.json"
     path.write_bytes(path.read_bytes().replace(b'"block":1', b'"block":7'))
-    with pytest.raises(UsageError, match=r"tallies/000001\.json is not what was written"):
+    with pytest.raises(UsageError, match=r"tallies/000001\.json was changed after"):
         collect([run])
 
 
