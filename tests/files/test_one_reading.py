@@ -140,10 +140,10 @@ def test_an_npz_behind_an_npy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("version", b"99\n", "of a version that is not known"),
+        ("version", b"99\n", "of an unknown version"),
         ("version", b"x", "is not a number"),
         ("byteorder", b"LITTLE", "big-endian"),
-        (".unknown", b"", "does not write"),
+        (".unknown", b"", "do not write"),
     ],
 )
 def test_parts_by_which_torch_decides_how_to_read(

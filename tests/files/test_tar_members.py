@@ -106,11 +106,11 @@ REFUSED = {
     ),
     "a name for all members": (
         pax(("path", "b.latent.npy"), kind=b"g") + member("x.txt"),
-        "has a global header that gives name or size",
+        "has a global header that gives a name or size",
     ),
     "a size for all members": (
         pax(("size", "0"), kind=b"g") + member("x.txt", HIDDEN),
-        "has a global header that gives name or size",
+        "has a global header that gives a name or size",
     ),
     "a sparse map for all members": (
         pax(("GNU.sparse.name", "b.latent.npy"), kind=b"g") + member("x.txt"),
