@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(NPROC) --maxprocesses 8 --dis
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all docs fuzz lint format schema pipelines clean
+.PHONY: help install demo test test-slow test-all docs fuzz lint format schema pipelines clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ demo: $(BIN)/python ## scan the bundled latents, write report.html; TORCH=1 also
 
 test: install ## the tests that take minutes together
 	$(PYTEST) -m "not slow"
+
+test-slow: install ## the tests that take minutes each
+	$(PYTEST) -m slow
 
 test-all: install ## all tests, the slow ones among them
 	$(PYTEST)

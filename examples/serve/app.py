@@ -26,15 +26,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import uvicorn
+from bodies import check_length, discard, receive
 from checks import Given, Limits, Refused, check_form, read_latents
 from connections import connections, may_be_open
 from fastapi import Depends, FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from measures import Measures
 from moderations import PATH, answer, check_mapped, error_body, read_inputs
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from refusals import add_refusals, refusal, retry_after
 
 from latentguard.runtime import Batching, Guard, LatentsError, ModelError, Overloaded, Verdict
 
@@ -49,7 +48,7 @@ class Service:
 
     def __init__(self, guard: Guard, limits: Limits) -> None:
         self.guard, self.limits = guard, limits
-        self.measures = Measures(guard)
+        self.measures = Measures.of(guard)
         self.ready = False
         self._inside = 0
         self._threads = ThreadPoolExecutor(limits.max_requests, thread_name_prefix="judge")
@@ -57,13 +56,13 @@ class Service:
     async def verdicts(self, request: Request, read: Read, noise_level: float) -> list[Verdict]:
         """The answer to one request, whose body `read` reads. Raises Refused."""
         if not self.ready or self._inside >= self.limits.max_requests:
-            await self.discard(request)
+            await discard(request, self.limits)
             raise Refused(503, "not ready yet" if not self.ready else "too many requests")
         self._inside += 1
         self.measures.inside.set(self._inside)
         job = None
         try:
-            data = await self._receive(request)
+            data = await receive(request, self.limits)
             job = asyncio.get_running_loop().run_in_executor(
                 self._threads, self._judge, data, read, noise_level
             )
@@ -108,35 +107,6 @@ class Service:
             job.exception()  # of a job that nobody waits for any more
         self._inside -= 1
         self.measures.inside.set(self._inside)
-
-    async def _receive(self, request: Request) -> bytes:
-        limit, body = self.limits.max_bytes, bytearray()
-        try:
-            async with asyncio.timeout(self.limits.read_seconds):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > limit:
-                        raise Refused(413, f"the body is larger than {limit} bytes")
-        except TimeoutError:
-            raise Refused(
-                408, f"the body did not arrive within {self.limits.read_seconds:g} s"
-            ) from None
-        return bytes(body)
-
-    async def discard(self, request: Request) -> None:
-        """Read a body that will not be judged: a client that still sends would not see the answer.
-        One that asks before it sends (Expect) is answered at once."""
-        if "expect" in request.headers:
-            return
-        received = 0
-        try:
-            async with asyncio.timeout(self.limits.read_seconds):
-                async for chunk in request.stream():
-                    received += len(chunk)
-                    if received > self.limits.max_bytes:
-                        return
-        except TimeoutError:
-            return
 
 
 @dataclass
@@ -185,14 +155,12 @@ def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
     ) -> list[Verdict]:
         """The verdicts on a body that may be read at all; counted."""
         began = time.perf_counter()
-        announced = request.headers.get("content-length", "0")
-        if not announced.isdecimal() or int(announced) > service.limits.max_bytes:
-            raise Refused(413, f"the body is larger than {service.limits.max_bytes} bytes")
+        check_length(request, service.limits)
         try:
             check_form(request.headers)
             check(guard)
         except Refused:
-            await service.discard(request)
+            await discard(request, service.limits)
             raise
         found = await service.verdicts(request, read, asked.noise_level)
         service.measures.judged(found, time.perf_counter() - began)
@@ -246,32 +214,11 @@ def create_app(guard: Guard, limits: Limits | None = None) -> FastAPI:
 
     def refuse(request: Request, status: int, reason: str) -> JSONResponse:
         service.measures.answers.labels(status).inc()
-        headers = {"Retry-After": "1"} if status == 503 else None
         if request.url.path == PATH:
-            return JSONResponse(error_body(status, reason), status, headers)
-        return JSONResponse({"decision": "block", "error": reason}, status, headers)
+            return JSONResponse(error_body(status, reason), status, retry_after(status))
+        return refusal(status, reason)
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> JSONResponse:
-        return refuse(request, error.status, error.reason)
-
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
-        return refuse(request, error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return refuse(request, 422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return refuse(request, 400, "the client went away")
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return refuse(request, 500, "an error of the service; these images were not judged")
-
+    add_refusals(app, refuse)
     return app
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -13,9 +14,15 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 class Measures:
-    """The metrics of one service."""
+    """The metrics of one service.
 
-    def __init__(self, guard: Guard) -> None:
+    policy, model: their names. sha256: of the file or the model that judges. buckets: of the
+    histogram, in seconds.
+    """
+
+    def __init__(
+        self, policy: str, model: str, sha256: str, buckets: Sequence[float] = _SECONDS
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         self.answers = Counter(
             "latentguard_answers",
@@ -41,7 +48,7 @@ class Measures:
         self._seconds = Histogram(
             "latentguard_seconds",
             "From a request to its verdicts.",
-            buckets=_SECONDS,
+            buckets=buckets,
             registry=registry,
         )
         about = Gauge(
@@ -50,8 +57,13 @@ class Measures:
             ["policy", "model", "sha256"],
             registry=registry,
         )
+        about.labels(policy, model, sha256).set(1)
+
+    @classmethod
+    def of(cls, guard: Guard) -> Self:
+        """Those of a service around an exported file."""
         policy = f"{guard.policy['name']} {guard.policy['version']}"
-        about.labels(policy, guard.model[0], guard.sha256).set(1)
+        return cls(policy, guard.model[0], guard.sha256)
 
     def judged(self, verdicts: Sequence[Verdict], seconds: float) -> None:
         """Count an answer with verdicts."""

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from latentguard.bank import BankRows
 from latentguard.bundled.prepare import GRID, Array, grid_of, picture_of
 from latentguard.bundled.text import NanoText
-from latentguard.bundled.weights import Weights, read_weights
+from latentguard.bundled.weights import Weights, read_graph, read_weights
 from latentguard.encoders.any_view import of_space
 from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path
 from latentguard.encoders.class_text import DIM, LOGIT_SCALE
 from latentguard.errors import ModelError
 from latentguard.policy import Policy, load_policy
-from latentguard.regular import read_bounded
 from latentguard.runtime import Batching, Guard
 from latentguard.runtime.artifact import SCHEMA_VERSION, Artifact
 from latentguard.runtime.names import BANK, INPUT
@@ -28,8 +27,6 @@ from latentguard.runtime.network import Network
 from latentguard.runtime.scorer import MAX_CELLS
 from latentguard.runtime.session import Provider
 from latentguard.spaces import RECORDS, LatentSpace
-
-MAX_GRAPH = 4 << 20
 
 
 def bundled_guard(
@@ -180,12 +177,8 @@ def _artifact(
         "first": None,
         "crop_side": GRID if metadata["kind"] == "adapter" else None,
     } | own
-    path = weights.path.with_suffix(".onnx")
-    try:
-        graph = read_bounded(path, MAX_GRAPH)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error}): install latentguard anew") from error
-    return Artifact(path, weights.sha256, said, True, graph, {weights.path.name: weights.data})
+    path, beside = weights.path.with_suffix(".onnx"), {weights.path.name: weights.data}
+    return Artifact(path, weights.sha256, said, True, read_graph(weights), beside)
 
 
 def _front(weights: Weights, metadata: dict[str, str]) -> Callable[[Array], Array]:

@@ -13,8 +13,16 @@ from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
 from latentguard.regular import problem, read_bounded
+from latentguard.runtime.layout import ENTRY, MODEL
+from latentguard.runtime.wire import fields, read
 
 MAX_BYTES = 64 << 20
+MAX_GRAPH = 4 << 20
+
+WEIGHTS = "latentguard.weights"
+"""The metadata of a packaged graph that names the weights it was made for, by SHA-256."""
+
+_METADATA = next(number for number, spec in MODEL.fields.items() if spec.of is ENTRY)
 _DTYPES = {"F16": np.float16, "F32": np.float32}
 
 
@@ -61,3 +69,25 @@ def read_weights(path: Path) -> Weights:
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: damaged ({error}): install latentguard anew") from error
     return Weights(path, data, hashlib.sha256(data).hexdigest(), metadata, tensors, places)
+
+
+def read_graph(weights: Weights) -> bytes:
+    """The graph beside a model's weights. Raises ModelError where it is gone, or of others."""
+    path = weights.path.with_suffix(".onnx")
+    try:
+        graph = read_bounded(path, MAX_GRAPH)
+        entries = [
+            read(graph[item.begin : item.end], ENTRY)
+            for item in fields(graph)
+            if item.number == _METADATA
+        ]
+    except OSError as error:
+        raise ModelError(f"{path}: {problem(error)}: install latentguard anew") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: damaged ({error}): install latentguard anew") from error
+    if {"key": WEIGHTS, "value": weights.sha256} not in entries:
+        raise ModelError(
+            f"{path}: was not made for {weights.path.name} ({weights.sha256[:12]}): install "
+            "latentguard anew, or make it by python -m latentguard.export.bundle"
+        )
+    return graph

@@ -16,7 +16,7 @@ import onnx
 from torch import Tensor, nn
 
 from latentguard.atomic import replacing
-from latentguard.bundled.weights import read_weights
+from latentguard.bundled.weights import WEIGHTS, read_weights
 from latentguard.encoders.catalog import bundled_path
 from latentguard.encoders.nano import BUNDLED, NanoEncoder, load_nano
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
@@ -61,6 +61,8 @@ def bundle(name: str, out: Path | None = None) -> Path:
     model = optimize(model)
     _refer(model, weights)
     del model.metadata_props[:]
+    entry = model.metadata_props.add()
+    entry.key, entry.value = WEIGHTS, read_weights(weights).sha256
     path = out or weights.with_suffix(".onnx")
     with replacing(path) as file:
         file.write(model.SerializeToString())

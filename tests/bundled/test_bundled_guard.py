@@ -179,6 +179,14 @@ def test_files_of_the_package_that_are_damaged(
     shutil.copy(bundled_path("nano-flux2"), weights)
     with pytest.raises(ModelError, match=r"nano-flux2\.onnx.*install latentguard anew"):
         bundled_guard("weapons", "nano-flux2")
+    shutil.copy(bundled_path("nano-view").with_suffix(".onnx"), weights.with_suffix(".onnx"))
+    with pytest.raises(ModelError, match=r"nano-flux2\.onnx: was not made for"):
+        bundled_guard("weapons", "nano-flux2")
+    shutil.copy(bundled_path("nano-flux2").with_suffix(".onnx"), weights.with_suffix(".onnx"))
+    bundled_guard("weapons", "nano-flux2")
+    weights.with_suffix(".onnx").write_bytes(b"\x3a\xff")
+    with pytest.raises(ModelError, match="damaged"):
+        bundled_guard("weapons", "nano-flux2")
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ModelError, match="damaged"):
         bundled_guard("weapons", "nano-flux2")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from scan_browser import PROGRAM, Browser
+from browser import PROGRAM, Browser
 from scan_helpers import NEVER, policy_text
 
 

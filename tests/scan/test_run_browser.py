@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scan_browser import Browser, needs_browser
+from browser import Browser, needs_browser
 from scan_helpers import HOSTILE
 from test_tally import broken, record, tally_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scan_browser import Browser, needs_browser
+from browser import Browser, needs_browser
 from scan_helpers import ALWAYS, HOSTILE, NEVER, latents_of, policy_text
 
 from latentguard import load_encoder
