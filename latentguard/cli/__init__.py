@@ -22,8 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
-    help="Moderate images while they are still latents: scan files against a YAML policy, "
-    "see which concept and prompt matched, at which threshold.",
+    help="Moderate images while they are still latents: scan files against a YAML policy, and "
+    "see which concept and prompt matched, with which score, at which threshold.",
     pretty_exceptions_enable=False,
 )
 
@@ -40,7 +40,7 @@ def _root(
         False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
-    """Options that stand before a command."""
+    """Options that come before a command."""
 
 
 @cache

@@ -14,59 +14,66 @@ def register(app: typer.Typer) -> None:
 
 
 def adapt(
-    images: Annotated[list[Path], typer.Argument(help="Folders of photos; labels not needed.")],
+    images: Annotated[list[Path], typer.Argument(help="Folders of photos. They need no labels.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Model file to write (.safetensors).")],
-    name: Annotated[str | None, typer.Option(help="Name in verdicts; else the file's.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The model's name in verdicts. Default: the name of the file."),
+    ] = None,
     autoencoder: Annotated[
         Path | None,
         typer.Option(
-            help="What encodes the photos: an encoder file of madebyollin/taesd, or a folder of "
-            "diffusers' AutoencoderKL. Without it the model reads the RGB view of --space."
+            help="The autoencoder that encodes the photos: an encoder file of madebyollin/taesd, "
+            "or a folder with a diffusers autoencoder. Without it the model reads the RGB view of "
+            "--space."
         ),
     ] = None,
     space: Annotated[
         str | None,
         typer.Option(
-            help="Latent space: a name of `latentguard spaces list`, or a file of your own (.yaml, "
-            ".json). Needed where not certain."
+            help="Latent space: a name from `latentguard spaces list`, or a file of your own "
+            "(.yaml, .json). Needed if the autoencoder does not make it certain."
         ),
     ] = None,
     view: Annotated[
         bool,
         typer.Option(
             "--view",
-            help="One model for every space that has a linear RGB view, trained on views of small "
-            "autoencoders that are made first; the space is said when it is loaded.",
+            help="Make one model for every space that has a linear RGB view. It is trained on "
+            "views of small autoencoders, which are made first. The space is named when the model "
+            "is loaded.",
         ),
     ] = False,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder for crops, latents and targets (0.4 MB a photo)."),
+        typer.Option(help="Folder that keeps crops, latents and targets (0.4 MB per photo)."),
     ] = None,
     adapter_passes: Annotated[
-        int | None, typer.Option(help="Images seen while training the adapter alone.")
+        int | None, typer.Option(help="Number of images that the adapter alone is trained on.")
     ] = None,
     joint_passes: Annotated[
-        int | None, typer.Option(help="Images seen while training all of it.")
+        int | None, typer.Option(help="Number of images that the whole model is trained on.")
     ] = None,
     view_passes: Annotated[
-        int | None, typer.Option(help="With --view: images seen while training on such views.")
+        int | None,
+        typer.Option(help="With --view: number of images that it is trained on as such views."),
     ] = None,
     hold_out: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="Leave out photos whose file name's last number is a multiple of this, for "
-            "evaluation.",
+            help="Keep photos out of training, for evaluation: those whose file name ends in a "
+            "number that is a multiple of this.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of crops, order and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of crops, order and noise.")] = 0,
 ) -> None:
-    """Make an encoder for a latent space: a small student of a pixel-space network.
+    """Make an encoder for a latent space by training a small student of a pixel-space network.
 
-    Photos are cropped, encoded and labeled by the teacher once (kept in --cache); then the
-    student is trained on them. Interrupt and repeat the command to go on where it stopped. On two
-    CPU cores 5,000 photos take about half an hour to encode and an hour to train.
+    The photos are cropped, encoded and labeled by the teacher once, and this is kept in --cache.
+    Then the student is trained on them. If you interrupt the command, repeat it to continue where
+    it stopped. On two CPU cores, 5,000 photos take about half an hour to encode and an hour to
+    train.
 
     Example: latentguard adapt photos/ --autoencoder taef2_encoder.pth -o my-flux2.safetensors
     """
@@ -95,6 +102,6 @@ def adapt(
         keep=lambda path: hold_out is None or not held_out(path, hold_out),
     )
     typer.echo(
-        f"{result.model}: trained on {result.images} photos; curve in {result.plot} and "
-        f"{result.history}"
+        f"{result.model}: trained on {result.images} photos; the training curve is in "
+        f"{result.plot} and {result.history}"
     )

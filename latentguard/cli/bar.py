@@ -1,10 +1,10 @@
-"""A progress bar of commands that measure."""
+"""The progress bar of commands that measure."""
 
 from __future__ import annotations
 
 
 class Bar:
-    """A progress bar, on a terminal only; call it with what is done and, if known, of how many."""
+    """A progress bar, only on a terminal. Call it with the count and, if known, the total."""
 
     def __init__(self, what: str) -> None:
         from rich.console import Console

@@ -31,7 +31,9 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate(
-    policy: Annotated[str, typer.Option(help="The policy's file; its lock is written beside it.")],
+    policy: Annotated[
+        str, typer.Option(help="The policy's file. Its lock file is written next to it.")
+    ],
     latents: Annotated[
         list[Path] | None,
         typer.Argument(help="Latents of harmless images: files, folders, shards."),
@@ -39,7 +41,8 @@ def calibrate(
     trajectories: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Records of harmless generations instead: a guard's audit log, or its to_json()."
+            help="Use records of harmless generations instead of latents: a guard's audit log, or "
+            "its to_json()."
         ),
     ] = None,
     model: Annotated[
@@ -47,29 +50,45 @@ def calibrate(
     ] = "auto",
     fpr: Annotated[
         list[float] | None,
-        typer.Option(help="False-positive rate; may be repeated. Default: those of the policy."),
+        typer.Option(
+            help="False-positive rate to calibrate for. May be repeated. Default: the rates in the "
+            "policy."
+        ),
     ] = None,
     noise_levels: Annotated[
-        str, typer.Option(help="Noise-to-signal ratios, with commas; 0 is the image as it is.")
+        str,
+        typer.Option(
+            help="Noise-to-signal ratios to calibrate at, separated by commas; 0 is the image "
+            "without noise."
+        ),
     ] = "0",
     estimate: Annotated[
         Estimate,
-        typer.Option(help="Above noise level 0, score x_t itself or the Wiener estimate of x0."),
+        typer.Option(
+            help="What is scored above noise level 0. none: x_t itself. wiener: the Wiener "
+            "estimate of x0."
+        ),
     ] = "none",
     space: Annotated[
-        str | None, typer.Option(help="Latent space, where the files do not say.")
+        str | None, typer.Option(help="Latent space of the latents, if the files do not say.")
     ] = None,
     scaled: Annotated[
         bool | None,
         typer.Option(
-            "--scaled/--unscaled", help="The latents' convention, where the files do not say."
+            "--scaled/--unscaled",
+            help="Scaling of the latents, if the files do not say: as the diffusion model denoises "
+            "them, or as the VAE encodes them.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded together.")] = 16,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Number of images that are encoded together.")
+    ] = 16,
+    device: Annotated[
+        str | None, typer.Option(help="Device that the model runs on, such as cpu or cuda:0.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     plot: Annotated[
-        Path | None, typer.Option(help="Plot the thresholds: a .png, .svg or .pdf file.")
+        Path | None, typer.Option(help="Plot the thresholds to this .png, .svg or .pdf file.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the thresholds and write nothing.")
@@ -79,7 +98,10 @@ def calibrate(
     encoded: EncodedOption = None,
     download: DownloadOption = False,
 ) -> None:
-    """Find the margin that a harmless image reaches with a chosen probability at most.
+    """Find the thresholds that give a chosen false-positive rate on harmless images.
+
+    A threshold is the margin that a harmless image reaches with at most that probability. The
+    thresholds are written to the lock file of the policy.
 
     Example: latentguard calibrate harmless/ --policy shop.yaml --fpr 0.01 --noise-levels 0,0.5,1,2
     """
@@ -89,14 +111,14 @@ def calibrate(
     from latentguard.policy import load_lock, load_policy, lock_path, shipped_policies, write_lock
 
     if bool(latents) == bool(trajectories):
-        raise UsageError("calibrate needs latents files or --trajectories, one of the two")
+        raise UsageError("calibrate needs either latents files or --trajectories")
     pictures_too = (autoencoder, size, encoded) != (None, None, None)
     if trajectories and pictures_too:
-        raise UsageError("--autoencoder, --size and --encoded are of pictures, not of records")
+        raise UsageError("--autoencoder, --size and --encoded are about pictures, not records")
     if policy in shipped_policies() and not dry_run:
         raise PolicyError(
-            f"policy '{policy}' ships with latentguard, and a lock belongs beside a file of yours: "
-            f"copy {shipped_policies()[policy]} and give the copy's path"
+            f"policy '{policy}' ships with latentguard, and a lock file belongs next to a policy "
+            f"file of your own: copy {shipped_policies()[policy]} and give the path of the copy"
         )
     if plot:
         check_plot_path(plot)
@@ -175,7 +197,7 @@ def _from_latents(
         levels = [float(text) for text in noise_levels.split(",")]
     except ValueError as error:
         raise UsageError(
-            f"--noise-levels must be numbers with commas between, got {noise_levels!r}"
+            f"--noise-levels must be numbers separated by commas, got {noise_levels!r}"
         ) from error
     with Bar("scoring") as advance:
         return measure(

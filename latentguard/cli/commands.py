@@ -1,4 +1,4 @@
-"""Commands of two words: `scan` and, beside it, `scan report`; options that take many paths."""
+"""Commands of two words, such as `scan report` next to `scan`; options that take many paths."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from latentguard.errors import UsageError
 
 
 class Commands(TyperGroup):
-    """Finds a command by its first two words, else by its first.
+    """Finds a command by its first two words, or else by its first.
 
-    What only looks like the second word can be said otherwise: `scan ./report`.
+    If a path looks like the second word, it can be written differently: `scan ./report`.
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -23,9 +23,9 @@ class Commands(TyperGroup):
 
 
 class Evaluations(TyperGroup):
-    """`zeroshot --generate PIPELINE` is the command `generated`, which has the options for that.
+    """`zeroshot --generate PIPELINE` runs the command `generated`, which has the options for it.
 
-    PIPELINE is what --pipeline takes, a .yaml as --config does, or the word exact.
+    PIPELINE is a value of --pipeline, a .yaml file as for --config, or the word exact.
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -53,7 +53,7 @@ def _parted(arg: str, option: str) -> list[str]:
 
 
 class ManyPaths(TyperCommand):
-    """`--positives A B` as well as `--positives A --positives B`: arguments stand before them."""
+    """Accepts `--positives A B` for `--positives A --positives B`; arguments come before them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spread: list[str] = []

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 concept_app = typer.Typer(
     no_args_is_help=True,
-    help="Concepts that no words are needed for: learn them from examples, test, show and merge.",
+    help="Concepts that are learned from examples instead of prompts: learn, test, show, merge.",
 )
 
 Positives = Annotated[
@@ -47,24 +47,27 @@ def register(app: typer.Typer) -> None:
 
 @concept_app.command("learn", no_args_is_help=True, cls=ManyPaths)
 def teach(
-    name: Annotated[str, typer.Argument(help="What verdicts call it; stands before the options.")],
+    name: Annotated[
+        str, typer.Argument(help="The concept's name in verdicts. Write it before the options.")
+    ],
     positives: Positives,
     out: Annotated[
         Path,
         typer.Option(
             "--out",
             "-o",
-            help="The concept's file (.safetensors). Of a file that is there, other models' "
-            "entries are kept and this model's is replaced.",
+            help="The concept's file (.safetensors). If it exists, the entry of this model is "
+            "replaced, and the entries of other models are kept.",
         ),
     ],
     negatives: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="PATH...",
-            help="Examples that do not show it, best of what will be scanned, and of what it could "
-            "be taken for. Without them the package's photos of everyday things are used, which "
-            "there are for nano-flux2, and for nano-view on FLUX.2 latents.",
+            help="Examples that do not show the concept. The best ones are images like those that "
+            "will be scanned, and things that look similar to the concept. Without them, the "
+            "package's photos of everyday things are used. They exist for nano-flux2, and for "
+            "nano-view on FLUX.2 latents.",
         ),
     ] = None,
     model: Model = "auto",
@@ -78,17 +81,20 @@ def teach(
         bool,
         typer.Option(
             "--sums/--no-sums",
-            help="Keep the sums that `concept merge` needs. They tell more of the examples.",
+            help="Keep the sums that `concept merge` needs. They reveal more about the examples "
+            "than the concept alone.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of the folds of cross-validation.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed that divides the examples for cross-validation.")
+    ] = 0,
     device: Device = None,
     output: Print = "table",
 ) -> None:
-    """Learn a concept from examples, and say what can be expected of it.
+    """Learn a concept from examples, and report how well it can be expected to work.
 
-    The file holds a linear head over what the model sees, and figures of examples that were held
-    out, never a picture. A policy names it: `examples: FILE`.
+    The file has a linear head on the model's features, and figures measured on held-out examples.
+    It never has a picture. A policy uses it by `examples: FILE`.
 
     Example: latentguard concept learn cigarette --positives smoking/ --negatives others/
     --model nano-flux2 -o cigarette.safetensors
@@ -112,19 +118,20 @@ def teach(
 
 @concept_app.command("test", no_args_is_help=True, cls=ManyPaths)
 def measure(
-    file: Annotated[Path, typer.Argument(help="A concept's file; stands before the options.")],
+    file: Annotated[Path, typer.Argument(help="A concept's file. Write it before the options.")],
     positives: Positives,
     negatives: Annotated[
         list[Path],
-        typer.Option(metavar="PATH...", help="Examples that do not show it."),
+        typer.Option(metavar="PATH...", help="Examples that do not show the concept."),
     ],
     model: Model = "auto",
     probability: Annotated[
         float | None,
-        typer.Option(help="The policy's threshold, as a probability. Default: 0.5."),
+        typer.Option(help="The threshold of your policy, as a probability. Default: 0.5."),
     ] = None,
     margin: Annotated[
-        float | None, typer.Option(help="The policy's threshold, as a margin instead.")
+        float | None,
+        typer.Option(help="The threshold of your policy, as a margin instead of a probability."),
     ] = None,
     space: Space = None,
     scaled: Scaled = None,
@@ -137,8 +144,8 @@ def measure(
 ) -> None:
     """Measure a learned concept on examples that it was not learned from.
 
-    Lists the positives that are missed and the negatives that match. Only new examples tell
-    anything: of those that it was learned from it knows too much.
+    This lists the positives that are missed and the negatives that match. Use new examples: on the
+    ones that it was learned from, a concept looks better than it is.
 
     Example: latentguard concept test cigarette.safetensors --positives new/ --negatives harmless/
     """
@@ -164,7 +171,7 @@ def show(
     file: Annotated[Path, typer.Argument(help="A concept's file.")],
     output: Print = "table",
 ) -> None:
-    """Show what a concept's file holds: models, numbers of examples, figures, warnings."""
+    """Show the contents of a concept's file: models, numbers of examples, figures, warnings."""
     from latentguard.cli.concept_tables import concept_table
     from latentguard.policy.examples import load_concept
 
@@ -178,17 +185,19 @@ def show(
 
 @concept_app.command("merge", no_args_is_help=True)
 def put_together(
-    files: Annotated[list[Path], typer.Argument(help="Files of one concept, two or more.")],
+    files: Annotated[list[Path], typer.Argument(help="Two or more files of the same concept.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     name: Annotated[
-        str | None, typer.Option(help="Its name; needed where the files' names differ.")
+        str | None,
+        typer.Option(help="The concept's name. Needed if the files have different names for it."),
     ] = None,
 ) -> None:
-    """Put files of one concept together: other models side by side, the same model's examples
-    added up.
+    """Merge files of one concept into one file.
 
-    No example is needed again: files keep sums of them, from which the head of all is solved. What
-    cross-validation said of the parts does not hold for it: measure it with `concept test`.
+    Entries of different models are kept side by side. For the same model, the examples are added
+    up. This needs no example again, because the files keep sums of them, and the merged head is
+    solved from these. The cross-validation figures of the parts do not hold for the merged head:
+    measure it with `concept test`.
 
     Example: latentguard concept merge january.safetensors february.safetensors -o both.safetensors
     """

@@ -23,7 +23,7 @@ _CAPTION = "[low, high]: 95 % interval; different examples count once"
 
 
 def lesson_table(name: str, out: Path, lesson: Lesson, replaced: bool) -> None:
-    """What was learned, what can be expected of it, and what to write in a policy."""
+    """What was learned, how well it can be expected to work, and what to write in a policy."""
     entry, told = lesson.learned, lesson.figures
     rows = [
         ("positives", _number(told.positives, entry.positives)),
@@ -31,12 +31,12 @@ def lesson_table(name: str, out: Path, lesson: Lesson, replaced: bool) -> None:
         *_figure_rows(told),
     ]
     title = f"{name}, as {entry.model} ({entry.model_sha256[:12]}) sees {entry.space} latents"
-    _table(title, rows, "Of examples that were held out. " + _CAPTION)
+    _table(title, rows, "Measured on examples that were held out. " + _CAPTION)
     console = Console(highlight=False, soft_wrap=True)
     for warning in lesson.warnings:
         console.print(f"[yellow]![/yellow] {escape(visible(warning, 1000))}")
-    console.print(f"wrote {escape(str(out))}" + (", in place of what was there" * replaced))
-    console.print("\nIn a policy beside it:\n")
+    console.print(f"wrote {escape(str(out))}" + (", replacing this model's entry" * replaced))
+    console.print("\nUse it in a policy in the same folder:\n")
     console.print(escape(_snippet(name, out, told)))
 
 
@@ -69,7 +69,7 @@ def tested_table(name: str, tested: Tested) -> None:
     ]
     _table(f"{name}, on new examples", rows, "[low, high]: 95 % interval")
     _list("missed", tested.missed)
-    _list("matched though negative", tested.matched)
+    _list("negatives that matched", tested.matched)
 
 
 def _list(what: str, found: Sequence[tuple[str, float]]) -> None:
@@ -103,7 +103,7 @@ def concept_table(concept: ConceptFile) -> None:
         if isinstance(parts, list):
             found = "; ".join(" and ".join(_said(part)) for part in parts)
             notes.append(
-                f"{entry.model}: merged of {len(parts)} and not measured since; AUROC and recall "
+                f"{entry.model}: merged from {len(parts)} and not measured since; AUROC and recall "
                 f"of the parts: {found}"
             )
         warnings = entry.figures.get("warnings")
@@ -142,7 +142,7 @@ def _figure_rows(told: Figures, even: bool = True) -> list[tuple[str, str]]:
         rows.append((f"recall at {one.rate * 100:g} % false positives ({at})", str(one.recall)))
     for rate, number in told.needed:
         name = f"recall at {rate * 100:g} % false positives"
-        rows.append((name, f"not told: needs {number:,} different negatives"))
+        rows.append((name, f"unknown: needs {number:,} different negatives"))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Standard output and error that no character and no full disk turns into a traceback."""
+"""Standard output and error without a traceback for an odd character or a full disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
 
 
 def prepare() -> None:
-    """From now on what a console cannot show is spelled; nothing that is printed raises for it."""
+    """From now on, characters that a console cannot show are spelled out and raise no error."""
     codecs.register_error(_HANDLER, _spell)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test or a notebook stands in for it
@@ -47,7 +47,7 @@ def prepare() -> None:
 
 
 def abandon() -> None:
-    """Standard output has gone: what Python would still flush at exit must not fail again."""
+    """Standard output is gone: flushing the rest at exit must not fail again."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):  # something in memory stands in for it

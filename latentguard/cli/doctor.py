@@ -1,4 +1,4 @@
-"""`latentguard doctor`: what is installed, what was built, and what each operator will use."""
+"""`latentguard doctor`: what is installed, what was compiled, and what each operator uses."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def _version(package: str) -> str:
 
 
 def _operators(console: Console) -> bool:
-    """Print the operators' build, choice and self-test; whether every operator is right."""
+    """Print how the operators were built, what they use and a self-test; whether all are right."""
     from latentguard.ops import inspect
 
     facts = inspect.build()
     if "reason" in facts:
         console.print(
-            f"operators: the PyTorch reference is used, {facts['reason']}", soft_wrap=True
+            f"operators: the PyTorch reference is used: {facts['reason']}", soft_wrap=True
         )
     else:
         console.print("operators: compiled")
@@ -49,12 +49,12 @@ def _operators(console: Console) -> bool:
             table.add_row(device, name, inspect.choice(device, dtype), *marks)
     console.print(table)
     if "cuda" not in inspect.devices():
-        console.print("CUDA: not checked, torch sees no GPU here")
+        console.print("CUDA: not checked, because torch sees no GPU here")
     return fine
 
 
 def doctor() -> None:
-    """Say what is installed, which kernels the operators use here, and check them."""
+    """Show what is installed and which kernels the operators use here, and test the kernels."""
     console = Console()
     table = Table("package", "version", title=f"latentguard {__version__}")
     table.add_row("python", platform.python_version())
@@ -62,7 +62,7 @@ def doctor() -> None:
         table.add_row(package, _version(package))
     console.print(table)
     if importlib.util.find_spec("torch") is None:
-        console.print("operators: not available, torch is not installed")
+        console.print("operators: not available, because torch is not installed")
         return
     if not _operators(console):
         console.print("operators: WRONG results, see the table; do not rely on this installation")

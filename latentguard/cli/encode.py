@@ -40,33 +40,41 @@ def encode(
         typer.Option(
             "--out",
             "-o",
-            help="A folder, which gets WebDataset shards; or a file (.safetensors, .pt, .npy) for "
-            "sets that fit in memory.",
+            help="A folder for WebDataset shards, or a file (.safetensors, .pt, .npy) if all "
+            "latents fit in memory.",
         ),
     ],
     size: Annotated[
-        str, typer.Option(help="Pixels: 512, 1024x768 (width x height), or original.")
+        str,
+        typer.Option(
+            help="Size in pixels that pictures are brought to: 512, 1024x768 (width x height), or "
+            "original."
+        ),
     ] = "512",
     crop: Annotated[
         Literal["center", "none", "resize"],
         typer.Option(
-            help="center: the largest part of that shape from the middle, scaled. none: the whole "
-            "picture in its own shape; 512 is its shorter side, 1024x768 what it fits in. resize: "
-            "the whole picture, stretched."
+            help="center: crop the largest centered part with the shape of --size, and scale it. "
+            "none: keep the whole picture and its shape; 512 is then its shorter side, and "
+            "1024x768 a box that it fits in. resize: stretch the whole picture to --size."
         ),
     ] = "center",
     mode: Annotated[
         Literal["mean", "sample"],
-        typer.Option(help="Of the distribution that the autoencoder gives for a picture."),
+        typer.Option(
+            help="The autoencoder gives a distribution for each picture: write its mean, or a "
+            "sample of it."
+        ),
     ] = "mean",
     seed: Annotated[
-        int, typer.Option(help="With --mode sample; what is drawn depends on it and the picture.")
+        int,
+        typer.Option(help="Seed for --mode sample. A sample depends on the seed and the picture."),
     ] = 0,
     space: Annotated[
         str | None,
         typer.Option(
-            help="Latent space: a name of `latentguard spaces list`, or a file of your own. Needed "
-            "where the autoencoder does not tell it."
+            help="Latent space: a name from `latentguard spaces list`, or a file of your own. "
+            "Needed if the autoencoder does not state it."
         ),
     ] = None,
     scaled: Annotated[
@@ -80,58 +88,74 @@ def encode(
     labels: Annotated[
         Literal["beside", "folder", "none"],
         typer.Option(
-            help="beside: KEY.cls of shards, label columns of tables. folder: the folder that a "
-            "picture is in (ImageFolder)."
+            help="Where labels come from. beside: KEY.cls in shards, label columns in tables. "
+            "folder: the folder that a picture is in (ImageFolder). none: no labels."
         ),
     ] = "beside",
     image_column: Annotated[
-        str | None, typer.Option(help="Of tables: the column of pictures, where not certain.")
+        str | None,
+        typer.Option(help="Column of a table that has the pictures. Needed if it is not certain."),
     ] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Of tables.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Of tables.")] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Column of a table that has the captions.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of a table that has the labels.")
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Pictures of one size that are encoded together; else 1 on the CPU, 8 elsewhere.",
+            help="Number of pictures of one size that are encoded together. Default: 1 on the CPU, "
+            "8 elsewhere.",
         ),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="In which the autoencoder computes (autocast).")
+        Dtype, typer.Option(help="Type that the autoencoder computes in (autocast).")
     ] = "float32",
     store: Annotated[Dtype, typer.Option(help="Type of the latents that are written.")] = "float32",
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:0; else CUDA where there is one.")
+        str | None,
+        typer.Option(help="Device, such as cpu or cuda:0. Default: CUDA if there is a GPU."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 2,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of threads that decode pictures.")
+    ] = 2,
     shard_size: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="Pictures of a shard, at most.")
+        int, typer.Option(min=1, max=1_000_000, help="Largest number of pictures in a shard.")
     ] = 1000,
     task: Annotated[
         str,
         typer.Option(
-            metavar="K/N", help="The share of this process, such as 2/8; all write one folder."
+            metavar="K/N",
+            help="Encode only the K-th of N shares, such as 2/8. All tasks write to one folder.",
         ),
     ] = "1/1",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the folder's run where it stopped.")
+        bool, typer.Option("--resume", help="Continue the run in this folder where it stopped.")
     ] = False,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder of latents by picture: what it holds is not encoded again."),
+        typer.Option(
+            help="Folder that keeps the latents of each picture. A picture that is in it is not "
+            "encoded again."
+        ),
     ] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch an autoencoder of the hub if need be.")
+        bool,
+        typer.Option(
+            "--download", help="Allow the autoencoder to be downloaded from the Hugging Face hub."
+        ),
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="End at the first picture that cannot be encoded.")
+        bool, typer.Option("--strict", help="Stop at the first picture that cannot be encoded.")
     ] = False,
 ) -> None:
     """Encode pictures to latents, with their space, scaling, ids, captions and labels.
 
-    What is written is read by `latentguard scan` and every other command without options (a .npy
-    says nothing of itself). Pictures that cannot be read are listed in a problems file; the exit
-    code is then 3.
+    `latentguard scan` and all other commands read the result without further options, except for
+    a .npy file, which cannot state its space. Pictures that cannot be read are listed in a problems
+    file, and the exit code is then 3.
 
     Example: latentguard encode photos/ --autoencoder taef2_encoder.pth --size 512 -o latents/
     """
@@ -150,8 +174,8 @@ def encode(
     to_file = out.suffix.lower() in SUFFIXES
     if to_file and (share.of > 1 or resume):
         raise UsageError(
-            "--task and --resume are of folders of shards: give -o a folder (a file goes on with "
-            "what --cache holds)"
+            "--task and --resume work on folders of shards: give -o a folder (for a file, --cache "
+            "keeps what was encoded)"
         )
     if not to_file and out.suffix and not out.is_dir():
         raise UsageError(
@@ -202,14 +226,14 @@ def _say(out: Path, sources: Sources, outcome: Outcome, to_file: bool) -> None:
     where = "" if to_file else f" in {_counted(outcome.shards, 'shard')}"
     typer.echo(f"{out}: latents of {_counted(outcome.pictures, 'picture')}{where}")
     if sources.passed.counts:
-        typer.echo(f"passed over, as they are no pictures: {sources.passed}", err=True)
+        typer.echo(f"passed over, because they are not pictures: {sources.passed}", err=True)
     if outcome.problems:
         listed = out.with_suffix(".problems.jsonl") if to_file else out / "problems.jsonl"
         first = outcome.problems[0]
         typer.echo(
             visible(
-                f"{_counted(len(outcome.problems), 'picture')} could not be encoded, listed in "
-                f"{listed}; the first: {first.source}: {first.error}",
+                f"{_counted(len(outcome.problems), 'picture')} could not be encoded (see "
+                f"{listed}); the first: {first.source}: {first.error}",
                 2000,
             ),
             err=True,

@@ -31,37 +31,47 @@ evaluate_app = typer.Typer(
 Model = Annotated[
     str, typer.Option(help="Encoder: a name from `latentguard models list`, a path, or auto.")
 ]
-Space = Annotated[str | None, typer.Option(help="Latent space, where the files do not say.")]
+Space = Annotated[
+    str | None, typer.Option(help="Latent space of the latents, if the files do not say.")
+]
 Scaled = Annotated[
     bool | None,
     typer.Option(
-        "--scaled/--unscaled", help="The latents' convention, where the files do not say."
+        "--scaled/--unscaled",
+        help="Scaling of the latents, if the files do not say: as the diffusion model denoises "
+        "them, or as the VAE encodes them.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images that are encoded together.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
-Plot = Annotated[Path | None, typer.Option(help="Write a plot: a .png, .svg or .pdf file.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of images that are encoded together.")]
+Device = Annotated[
+    str | None, typer.Option(help="Device that the models run on, such as cpu or cuda:0.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Write a plot to this .png, .svg or .pdf file.")]
 Print = Annotated[
-    Literal["table", "json"], typer.Option("--format", "-f", help="table, or one line of JSON.")
+    Literal["table", "json"],
+    typer.Option("--format", "-f", help="Print a table, or one line of JSON."),
 ]
 
 
 Names = Annotated[
     Path,
     typer.Option(
-        help="Class names: one a line, LOC_synset_mapping.txt, or imagenet_class_index.json."
+        help="Class names: a file with one name per line, LOC_synset_mapping.txt, or "
+        "imagenet_class_index.json."
     ),
 ]
 TemplateOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text around a class name, {} for the name; may be repeated. Models whose text side "
-        "names things (nano) take the bare name."
+        help="Text around a class name, with {} in its place. May be repeated. The nano models "
+        "compare names with names, and use the name alone."
     ),
 ]
 TemplatesOption = Annotated[
     Path | None,
-    typer.Option(help="A file of them, one a line; also a list of Python's as CLIP has it."),
+    typer.Option(
+        help="A file with one template per line, or with a Python list of templates as CLIP has."
+    ),
 ]
 
 
@@ -81,24 +91,30 @@ def register(app: typer.Typer) -> None:
 
 @evaluate_app.command("zeroshot", no_args_is_help=True)
 def zeroshot_(
-    latents: Annotated[list[Path], typer.Argument(help="Latents: files, folders, shards.")],
+    latents: Annotated[
+        list[Path],
+        typer.Argument(help="Files, folders or shards of latents; of pictures with --autoencoder."),
+    ],
     names: Names,
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="Each image's class, in the latents' order: a number (a line of --names, from 0), "
-            "a synset or a name a line; or Kaggle's LOC_val_solution.csv. Without it images bring "
-            "their labels: in a shard, a table, or by their folder."
+            help="A file with the class of each image, one per line, in the order of the latents: "
+            "a number (a line of --names, from 0), a synset or a name. Kaggle's "
+            "LOC_val_solution.csv works too. Without this option the labels come with the images, "
+            "from a shard, a table, or the folder that an image is in."
         ),
     ] = None,
     synsets: Annotated[
         Path | None,
-        typer.Option(help="Where --names has names alone: the synset of each, in a file of both."),
+        typer.Option(
+            help="If --names has no synsets: a file of synsets and names, line by line the same."
+        ),
     ] = None,
     match: Annotated[
         Literal["auto", "number"],
         typer.Option(
-            help="auto: what labels are called counts over their numbers. number: their numbers."
+            help="If a label has a number and a name: auto goes by the name, number by the number."
         ),
     ] = "auto",
     model: Model = "auto",
@@ -115,11 +131,11 @@ def zeroshot_(
     encoded: EncodedOption = None,
     download: DownloadOption = False,
 ) -> None:
-    """How often the most similar class name is the right one.
+    """Measure how often the most similar class name is the right one.
 
-    With --generate PIPELINE the images are generated first, and the command is
-    `latentguard evaluate generated`, whose --help has its options. PIPELINE may be the settings in
-    a .yaml, or the word exact.
+    With --generate PIPELINE the images are generated first. This runs the command
+    `latentguard evaluate generated`, and its --help lists the options. PIPELINE may also be a .yaml
+    file of settings, or the word exact.
 
     Example: latentguard evaluate zeroshot imagenet/val --autoencoder sdxl-vae/ --names
     LOC_synset_mapping.txt --templates templates.txt
@@ -184,15 +200,20 @@ def detect_(
     negatives: Annotated[
         list[Path], typer.Option(metavar="PATH...", help="Latents that do not show it.")
     ],
-    policy: Annotated[str, typer.Option(help="A shipped policy's name, or a path.")],
-    concept: Annotated[str, typer.Option(help="The id of one of its concepts.")],
+    policy: Annotated[str, typer.Option(help="The name of a shipped policy, or a YAML file.")],
+    concept: Annotated[str, typer.Option(help="The id of the policy's concept that is measured.")],
     model: Model = "auto",
     space: Space = None,
     scaled: Scaled = None,
     batch_size: BatchSize = 16,
     device: Device = None,
     resamples: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Of the bootstrap; 0 leaves intervals out.")
+        int,
+        typer.Option(
+            min=0,
+            max=100_000,
+            help="Bootstrap resamples that the intervals come from; 0 leaves the intervals out.",
+        ),
     ] = 1000,
     plot: Plot = None,
     output: Print = "table",
@@ -201,9 +222,10 @@ def detect_(
     encoded: EncodedOption = None,
     download: DownloadOption = False,
 ) -> None:
-    """How well a concept's scores tell images that show it from images that do not.
+    """Measure how well a concept's scores tell images that show it from images that do not.
 
-    One model is measured: of a policy's cascade the second, or the one that --model names.
+    One model is measured. If the policy has a cascade, this is its second model, or the one that
+    --model names.
 
     Example: latentguard evaluate detect --positives guns/ --negatives others/ --policy weapons
     --concept handguns --plot handguns.png

@@ -21,18 +21,26 @@ def bias_(
     given: Generation,
     scenes: Annotated[
         Path | None,
-        typer.Argument(help="A YAML file of scenes and groups; without it the list that ships."),
+        typer.Argument(
+            help="A YAML file of scenes and groups. Without it the bundled list is used."
+        ),
     ] = None,
     judge: Annotated[
         list[str] | None,
-        typer.Option(help="Also what nudenet, open_nsfw or policy:NAME flags; may be repeated."),
+        typer.Option(
+            help="Also count the images that this judge flags: nudenet, open_nsfw or policy:NAME. "
+            "May be repeated."
+        ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, max=1000, help="Of each scene and group.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first image.")] = 0,
+    images: Annotated[
+        int,
+        typer.Option(min=1, max=1000, help="Number of images for each scene and group."),
+    ] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
     judge_model: JudgeModel = "auto",
     judge_autoencoder: JudgeAutoencoder = None,
 ) -> None:
-    """How much more often a guard blocks, or a judge flags, one group of people than another.
+    """Measure how much more often a guard blocks, or a judge flags, one group than another.
 
     Example: latentguard evaluate bias --run runs/bias --pipeline
     stabilityai/stable-diffusion-xl-base-1.0 --policy family --arm block

@@ -41,7 +41,7 @@ class _OfLatents(Generation):
     def encoders(self, names: list[str]) -> list[Encoder]:
         """Encoders of the generator's latents, each once, where the generator runs.
 
-        Raises UsageError for one that reads others, before anything is generated.
+        Raises UsageError, before anything is generated, for an encoder of another latent space.
         """
         from latentguard.errors import UsageError
         from latentguard.evaluate.zeroshot import encoder_for
@@ -65,24 +65,33 @@ def generated_(
     names: Names,
     encoder: Annotated[
         list[str] | None,
-        typer.Option(help="What is measured, else --model; may be repeated."),
+        typer.Option(help="An encoder to measure. May be repeated. Default: the one of --model."),
     ] = None,
     template: TemplateOption = None,
     templates: TemplatesOption = None,
     prompt_template: Annotated[
-        str, typer.Option(help="What is asked for, {} for the class name.")
+        str,
+        typer.Option(help="The prompt that images are generated with; {} is the class name."),
     ] = "a photo of a {}.",
-    images: Annotated[int, typer.Option(min=1, max=1000, help="Of each class.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first image; the others follow.")] = 0,
+    images: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of images to generate for each class.")
+    ] = 10,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; the others count up from it.")
+    ] = 0,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Only images of the first classes, told apart among all names."),
+        typer.Option(
+            min=1,
+            help="Generate images of only this many classes, from the first. They are still "
+            "compared with all names.",
+        ),
     ] = None,
     batch_size: BatchSize = 16,
 ) -> None:
     """Generate images of class names, and measure zero-shot accuracy on their final latents.
 
-    Nothing is decoded: pictures in the run's folder are linear views of the latents.
+    Nothing is decoded. The pictures in the run's folder are linear views of the latents.
 
     Example: latentguard evaluate zeroshot --generate stabilityai/sdxl-turbo --names
     imagenet_class_index.json --run runs/generated --steps 1 --guidance 0 --model latent-clip-b8
@@ -92,7 +101,9 @@ def generated_(
     from latentguard.evaluate.generated import asked_of, measure_arm, report
 
     if "sld" in given.arm:
-        raise UsageError("the arm sld gives pictures alone, and final latents are measured here")
+        raise UsageError(
+            "the arm sld returns only pictures, but this command measures final latents"
+        )
     classes = read_classes(names)
     texts = templates_of(template, templates)
     asked = asked_of(classes.names[:limit], images, seed, prompt_template)

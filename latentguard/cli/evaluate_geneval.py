@@ -23,21 +23,25 @@ def geneval_(
     evaluator: Annotated[
         Literal["builtin", "none"],
         typer.Option(
-            help="builtin: torchvision's Mask R-CNN, not the official evaluator. none: make the "
-            "images in the layout that GenEval's own reads."
+            help="builtin: evaluate with torchvision's Mask R-CNN, which is not the official "
+            "evaluator. none: only make the images, in the layout that the official one reads."
         ),
     ] = "builtin",
     detector: Annotated[
         str,
         typer.Option(
-            help="Weights of the built-in evaluator: a file, or torchvision, which fetches them."
+            help="Weights of the built-in evaluator: a file, or torchvision, which downloads them."
         ),
     ] = "torchvision",
-    images: Annotated[int, typer.Option(min=1, max=1000, help="Of each prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first image of each prompt.")] = 42,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    images: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of images to generate for each prompt.")
+    ] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image of each prompt.")] = 42,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many prompts, from the first.")
+    ] = None,
 ) -> None:
-    """How often images show the objects, numbers, colors and places that a prompt asks for.
+    """Measure how often images show the objects, counts, colors and positions of their prompts.
 
     RUN/images/ARM has GenEval's own layout, so that its official evaluator can read it.
 

@@ -19,35 +19,48 @@ def register(app: typer.Typer) -> None:
 @generating(policy="i2p")
 def i2p_(
     given: Generation,
-    prompts: Annotated[Path, typer.Argument(help="The benchmark's CSV.")],
+    prompts: Annotated[Path, typer.Argument(help="The benchmark's file, i2p_benchmark.csv.")],
     judge: Annotated[
         list[str],
-        typer.Option(help="nudenet, q16, open_nsfw or policy:NAME; may be repeated."),
+        typer.Option(
+            help="What decides whether an image is inappropriate: nudenet, q16, open_nsfw or "
+            "policy:NAME. May be repeated; an image counts if any judge flags it."
+        ),
     ] = ["nudenet", "q16"],  # noqa: B006 (typer copies it)
-    images: Annotated[int, typer.Option(min=1, max=1000, help="Of each row.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    images: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of images to generate for each row.")
+    ] = 1,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many rows, from the first.")
+    ] = None,
     category: Annotated[
-        str | None, typer.Option(help="Only the rows of one of the seven categories.")
+        str | None, typer.Option(help="Use only the rows of this one of the seven categories.")
     ] = None,
     q16_prompts: Annotated[
-        Path | None, typer.Option(help="Q16's data/ViT-L-14/prompts.p; nothing is unpickled.")
+        Path | None,
+        typer.Option(
+            help="The file data/ViT-L-14/prompts.p of Q16. It is read without unpickling."
+        ),
     ] = None,
     q16_weights: Annotated[
         str,
         typer.Option(
-            help="CLIP's weights for Q16 and --aesthetic: a file, or openai, which is fetched."
+            help="CLIP weights for Q16 and --aesthetic: a file, or openai, which downloads them."
         ),
     ] = "openai",
     aesthetic: Annotated[
         Path | None,
-        typer.Option(help="LAION's aesthetic predictor (sac+logos+ava1-l14-linearMSE.pth)."),
+        typer.Option(
+            help="Also measure the aesthetic score, with LAION's predictor in this file "
+            "(sac+logos+ava1-l14-linearMSE.pth)."
+        ),
     ] = None,
     judge_model: JudgeModel = "auto",
     judge_autoencoder: JudgeAutoencoder = None,
 ) -> None:
-    """How often a generator makes inappropriate images, without and with a guard.
+    """Measure how often a generator makes inappropriate images, without and with a guard.
 
-    Each row's seed, guidance and size are used; --guidance, --height and --width count over them.
+    Each row has its own seed, guidance and size. --guidance, --height and --width override them.
 
     Example: latentguard evaluate i2p i2p_benchmark.csv --run runs/turbo --pipeline
     stabilityai/sdxl-turbo --steps 1 --guidance 0 --arm none --arm noise --q16-prompts prompts.p

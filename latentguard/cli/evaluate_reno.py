@@ -22,17 +22,22 @@ def reno_(
     prompts: Annotated[
         Path,
         typer.Argument(
-            help="A text file with a prompt a line, T2I-CompBench's too, or GenEval's "
-            "evaluation_metadata.jsonl."
+            help="A text file with one prompt per line, such as those of T2I-CompBench, or "
+            "GenEval's evaluation_metadata.jsonl."
         ),
     ],
-    images: Annotated[int, typer.Option(min=1, max=1000, help="Of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first image of each prompt.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    images: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of images to generate for each prompt.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image of each prompt.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many prompts, from the first.")
+    ] = None,
 ) -> None:
-    """How much a searched noise gains with its prompt, and what rewards on latents save.
+    """Measure how much a noise search raises the similarity with the prompt, and what it costs.
 
-    Each --reward is an arm of its own, and they take turns, so that one run compares their seconds.
+    Each --reward is an arm of its own. The arms take turns, so one run compares the seconds that
+    rewards on latents and on pixels take.
 
     Example: latentguard evaluate reno prompts.txt --run runs/reno --pipeline
     stabilityai/sdxl-turbo --steps 1 --guidance 0 --reward latent:latent-clip-b4-plus
@@ -43,8 +48,8 @@ def reno_(
 
     if list(dict.fromkeys(given.arm)) != ["reno"]:
         raise UsageError(
-            "evaluate reno has the arm reno alone; geneval, t2i-compbench and i2p compare it with "
-            "others"
+            "evaluate reno has only the arm reno; geneval, t2i-compbench and i2p compare it with "
+            "other arms"
         )
     lines, sha256 = read_prompts(prompts)
     lines = lines[:limit]

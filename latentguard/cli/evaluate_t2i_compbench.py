@@ -26,23 +26,34 @@ def t2i_compbench_(
     evaluator: Annotated[
         Literal["none", "blip-vqa"],
         typer.Option(
-            help="none: make the images in the layout that the benchmark's own evaluators read. "
-            "blip-vqa: score color, texture and shape, too; built in, not the official one."
+            help="none: only make the images, in the layout that the official evaluators read. "
+            "blip-vqa: also score color, texture and shape with a built-in BLIP-VQA, which is not "
+            "the official evaluator."
         ),
     ] = "none",
     blip: Annotated[
         str | None,
-        typer.Option(help="Of blip-vqa: a folder of transformers, or a name, which is fetched."),
+        typer.Option(
+            help="For blip-vqa: a folder with the transformers model, or its name on the hub, "
+            "which downloads it."
+        ),
     ] = None,
     phrases: Annotated[
         Path | None,
-        typer.Option(help="Of blip-vqa: lines of PROMPT, tab, phrases; else plain prompts alone."),
+        typer.Option(
+            help="For blip-vqa: a file of prompts and their noun phrases, separated by tabs. "
+            "Without it only plain prompts are scored."
+        ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, max=1000, help="Of each prompt.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first image of each prompt.")] = 42,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    images: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of images to generate for each prompt.")
+    ] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image of each prompt.")] = 42,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many prompts, from the first.")
+    ] = None,
 ) -> None:
-    """Make the images of T2I-CompBench, in the folder that its own evaluators read.
+    """Make the images of T2I-CompBench in the layout that its own evaluators read.
 
     RUN/images/ARM/samples has PROMPT_000000.png. --evaluator blip-vqa scores them as well.
 
@@ -72,26 +83,27 @@ def t2i_compbench_(
 def _phrases(
     evaluator: str, blip: str | None, file: Path | None, prompts: list[str]
 ) -> dict[str, tuple[str, ...]] | None:
-    """What is asked of each prompt; None where nothing is evaluated.
+    """The phrases to ask about for each prompt; None if nothing is evaluated.
 
-    Raises UsageError for options that do not go together, and where no prompt has phrases.
+    Raises UsageError for options that do not go together, and if no prompt has phrases.
     """
     from latentguard.errors import UsageError
     from latentguard.evaluate.t2i_compbench.phrases import phrases_of_all, read_phrases
 
     if evaluator == "none":
         if blip is not None or file is not None:
-            raise UsageError("--blip and --phrases are of --evaluator blip-vqa")
+            raise UsageError("--blip and --phrases need --evaluator blip-vqa")
         return None
     if blip is None:
         raise UsageError(
             "--evaluator blip-vqa needs --blip: a folder that transformers wrote, or "
-            "Salesforce/blip-vqa-capfilt-large, which is fetched"
+            "Salesforce/blip-vqa-capfilt-large, which is downloaded"
         )
     found = phrases_of_all(prompts) if file is None else read_phrases(file, prompts)
     if not found:
         raise UsageError(
-            "no prompt is things joined by 'and', whose phrases could be told: give --phrases"
+            "no prompt is a list of things joined by 'and', so no phrases can be found: give "
+            "--phrases"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""What the commands end with; 0 is success."""
+"""The exit codes of the commands; 0 is success."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FailOn = Literal["block", "review", "never"]
 
 EXIT_MATCH = 1
 EXIT_FAILED = 1
-"""Of a check that did not pass."""
+"""A check did not pass."""
 EXIT_USAGE = 2
 EXIT_UNREADABLE = 3
 EXIT_INTERRUPTED = 130
@@ -20,7 +20,7 @@ EXIT_BROKEN_PIPE = 141
 
 
 def of_scan(summary: Summary, fail_on: FailOn) -> int:
-    """The exit code of a scan that came to its end."""
+    """The exit code of a scan that ran to its end."""
     from latentguard.judge import DECISIONS
 
     if summary.outcomes["error"]:

@@ -23,7 +23,7 @@ Precision = Literal["fp32", "fp16", "int8"]
 Device = Literal["auto", "cpu", "gpu"]
 """Where a Triton server computes the scores."""
 
-Policy = Annotated[str, typer.Option(help="A shipped policy's name, or a YAML file.")]
+Policy = Annotated[str, typer.Option(help="The name of a shipped policy, or a YAML file.")]
 Sha256 = Annotated[str | None, typer.Option(help="Refuse the file unless its SHA-256 is this one.")]
 
 
@@ -42,89 +42,94 @@ def onnx_(
     precision: Annotated[
         Precision,
         typer.Option(
-            help="fp32; fp16 for GPUs; int8 for CPUs, calibrated on --calibration. int8 without "
-            "it finds the range of each activation anew for each input (see "
-            "--dynamic-quantization)."
+            help="Precision of weights and activations: fp32, fp16 for GPUs, or int8 for CPUs, "
+            "which is calibrated on --calibration. Without --calibration, int8 finds the range of "
+            "each activation from each input (see --dynamic-quantization)."
         ),
     ] = "fp32",
     first_precision: Annotated[
         Precision | None,
         typer.Option(
-            help="Of the first model of a policy's cascade, int8 as above. [that of --precision]",
+            help="Precision of the first model, if the policy has a cascade. Default: that of "
+            "--precision.",
             show_default=False,
         ),
     ] = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Latents that int8 is calibrated on: like those it will judge, 32 to 256 images. "
-            "May be repeated."
+            help="Latents to calibrate int8 on. Use 32 to 256 images like those that it will "
+            "judge. May be repeated."
         ),
     ] = None,
     dynamic_quantization: Annotated[
         bool,
         typer.Option(
             "--dynamic-quantization",
-            help="int8 with ranges from each input; weights still learn from --calibration.",
+            help="With int8: take the ranges of activations from each input. The weights are "
+            "still calibrated on --calibration.",
         ),
     ] = False,
     check: Annotated[
         list[Path] | None,
         typer.Option(
             help="Real latents on which the file is compared with PyTorch before it is written. "
-            "May be repeated. Default: the bundled ones, which are of flux2."
+            "May be repeated. Default: the bundled ones, which are FLUX.2 latents."
         ),
     ] = None,
     scaled: Annotated[
         bool,
         typer.Option(
             "--scaled/--unscaled",
-            help="The latents that the file will read: as a pipeline denoises them, or as the "
-            "VAE encodes them.",
+            help="Scaling of the latents that the file will read: as a pipeline denoises them, or "
+            "as the VAE encodes them.",
         ),
     ] = True,
     height: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Fixed height in latent cells (pixels / 8); else it is open. The nano models need "
-            "a size.",
+            help="Fixed height in latent cells (pixels / 8). Default: any height. The nano models "
+            "need a fixed size.",
         ),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(min=1, help="Fixed width in latent cells; else it is open."),
+        typer.Option(min=1, help="Fixed width in latent cells. Default: any width."),
     ] = None,
     heatmaps: Annotated[
-        bool, typer.Option("--heatmaps", help="Also give margins over the encoder's grid.")
+        bool,
+        typer.Option("--heatmaps", help="Also output the margins over the encoder's grid."),
     ] = False,
     merge_tokens: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
-            help="Merge this share of a Latent-CLIP's tokens into like ones on the way (ToMe): "
-            "faster, and another model, whose distance is printed. Off by default; needs --height "
-            "and --width. The same as +merge=SHARE behind --model.",
+            help="Merge this share of a Latent-CLIP's tokens into similar ones (ToMe). This is "
+            "faster, but it is another model; how far its results differ is printed. Off by "
+            "default. Needs --height and --width. The same as +merge=SHARE after the name in "
+            "--model.",
         ),
     ] = None,
     space: Annotated[
         str | None,
         typer.Option(
-            help="The latent space, where the model reads several (nano-view); of a model of your "
-            "own, a file (.yaml, .json)."
+            help="The latent space, if the model reads several (nano-view). For a model of your "
+            "own it may be a file (.yaml, .json)."
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the SHA-256 only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the SHA-256.")] = False,
 ) -> None:
     """Write a policy and a model as one .onnx file of standard operators.
 
-    The file holds the policy, its prompts' embeddings and thresholds; `latentguard.runtime.Guard`
-    turns it into verdicts with NumPy and ONNX Runtime alone. Before it is written its scores and
-    verdicts are compared with PyTorch's on real latents. Pin the SHA-256 that is printed.
+    The file has the model, the policy, the embeddings of its prompts and its thresholds.
+    `latentguard.runtime.Guard` gives verdicts with it, and needs only NumPy and ONNX Runtime.
+    Before the file is written, its scores and verdicts are compared with PyTorch's on real latents.
+    Pin the SHA-256 that is printed.
 
-    Where the policy has a cascade, its first model is written to NAME.first.onnx beside it, which
-    the SHA-256 pins, too.
+    If the policy has a cascade, its first model is written to NAME.first.onnx next to the file. The
+    SHA-256 pins that file, too.
 
     Example: latentguard export onnx --policy family --model nano-flux2 --height 64 --width 64
     -o guard.onnx
@@ -137,11 +142,11 @@ def onnx_(
     int8 = "int8" in (precision, first_precision)
     if not int8 and (calibration or dynamic_quantization):
         raise UsageError(
-            f"--calibration and --dynamic-quantization are of --precision int8, not {precision}"
+            f"--calibration and --dynamic-quantization need --precision int8, got {precision}"
         )
     _check_target(out)
     if int8 and not calibration and not dynamic_quantization:
-        _say(quiet, "no --calibration latents: the ranges of activations come from each input")
+        _say(quiet, "no --calibration given: the ranges of activations come from each input")
         dynamic_quantization = True
     from latentguard.encoders import load_encoder, needs_space
     from latentguard.encoders.catalog import MERGE
@@ -177,19 +182,23 @@ def swap(
     source: Annotated[Path, typer.Argument(help="A file that `latentguard export onnx` wrote.")],
     policy: Policy,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The file to write; else the source itself.")
+        Path | None,
+        typer.Option("--out", "-o", help="The file to write. Default: the source is replaced."),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The model of the source, where it is a file: it embeds the prompts."),
+        typer.Option(
+            help="The model that the source was exported from, if it is a file and has no name. It "
+            "embeds the prompts."
+        ),
     ] = None,
     sha256: Sha256 = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the SHA-256 only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the SHA-256.")] = False,
 ) -> None:
     """Give an exported file another policy, without exporting the model again.
 
-    Takes seconds: the concept bank, the thresholds and the hashes change, the network does not.
-    The new file has another SHA-256 to pin. Both files of a cascade change.
+    This takes seconds. The concept bank, the thresholds and the hashes change, but the network does
+    not. The new file has another SHA-256 to pin. If there is a cascade, both of its files change.
 
     Example: latentguard export swap guard.onnx --policy stricter.yaml -o stricter.onnx
     """
@@ -206,38 +215,53 @@ def swap(
 def triton(
     source: Annotated[Path, typer.Argument(help="A file that `latentguard export onnx` wrote.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The model repository, a folder; it may exist.")
+        Path,
+        typer.Option(
+            "--out", "-o", help="The folder of the model repository. It may exist already."
+        ),
     ],
-    name: Annotated[str, typer.Option(help="The model that clients call.")] = "latentguard",
-    version: Annotated[int, typer.Option(min=1, help="Its version, and its steps'.")] = 1,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images a request, and a batch.")] = 32,
+    name: Annotated[str, typer.Option(help="Name of the model that clients call.")] = "latentguard",
+    version: Annotated[
+        int, typer.Option(min=1, help="Version of this model and of its two steps.")
+    ] = 1,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Largest number of images in a request, and in a batch.")
+    ] = 32,
     preferred: Annotated[
         list[int] | None,
-        typer.Option(help="A batch size that runs without waiting. May be repeated. [8 16]"),
+        typer.Option(
+            help="A batch size that runs without waiting for more requests. May be repeated. "
+            "Default: 8 and 16."
+        ),
     ] = None,
     max_delay_ms: Annotated[
-        float, typer.Option(min=0, help="How long a request waits for others.")
+        float,
+        typer.Option(min=0, help="Milliseconds that a request waits for others to join its batch."),
     ] = 2.0,
     queue: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait; a further one is an error.")
+        int, typer.Option(min=1, help="Number of requests that may wait. Further ones are errors.")
     ] = 256,
     timeout_ms: Annotated[
-        float, typer.Option(min=1, help="How long a request may wait before it is an error.")
+        float, typer.Option(min=1, help="Milliseconds after which a waiting request is an error.")
     ] = 10_000.0,
     device: Annotated[
-        Device, typer.Option(help="Where scores are computed; auto is the GPU where there is one.")
+        Device,
+        typer.Option(help="Where the scores are computed. auto: on the GPU if there is one."),
     ] = "auto",
-    instances: Annotated[int, typer.Option(min=1, help="Instances there, on each GPU.")] = 1,
+    instances: Annotated[
+        int, typer.Option(min=1, help="Number of model instances, on each GPU or on the CPU.")
+    ] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of an instance on the CPU.")
+        int | None, typer.Option(min=1, help="Number of threads of an instance on the CPU.")
     ] = None,
     sha256: Sha256 = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
     """Write a model repository for the Triton Inference Server.
 
-    Three models: the scores (ONNX Runtime backend), the decision (Python backend, NumPy only) and
-    the ensemble of both, which clients send latents to: decision, verdict and scores come back.
+    The repository has three models: the scores (ONNX Runtime backend), the decision (Python
+    backend, NumPy only), and the ensemble of both. Clients send latents to the ensemble, and get
+    the decision, the verdict and the scores.
 
     Example: latentguard export triton guard.onnx --out model_repository --device gpu
     """
@@ -262,7 +286,7 @@ def triton(
     written = export_triton(source, out, options, sha256=sha256)
     if not quiet:
         typer.echo(f"wrote {written.path}: {', '.join(written.models)}, version {version}")
-        typer.echo(f"serve it: tritonserver --model-repository={written.path}")
+        typer.echo(f"serve it with: tritonserver --model-repository={written.path}")
 
 
 def _precision(given: Precision, dynamic: bool) -> Literal["fp32", "fp16", "int8", "int8-dynamic"]:
@@ -305,8 +329,8 @@ def _print(result: Exported, quiet: bool) -> None:
         )
     if not result.checked.real:
         typer.echo(
-            "latentguard: these latents are not of images; give real ones with --check before "
-            "you rely on it",
+            "latentguard: these latents do not come from images; compare real ones with --check "
+            "before you rely on this file",
             err=True,
         )
     for exported in (result.first, result):

@@ -1,6 +1,6 @@
-"""What the commands share that generate images: their options, stated once, and what they do.
+"""What all commands that generate images share: their options, and what these do.
 
-`@generating` adds the options to a command's own, which gets them as one `Generation`.
+`@generating` adds the options to those of a command, which receives them as one `Generation`.
 """
 
 from __future__ import annotations
@@ -28,83 +28,125 @@ if TYPE_CHECKING:
     from latentguard.evaluate.generate.judging import Judge, Judgment
     from latentguard.evaluate.generate.settings import Settings
 
-Run = Annotated[Path, typer.Option(help="The run's folder; finished images are not made again.")]
-Resume = Annotated[bool, typer.Option(help="Go on with the run in that folder.")]
+Run = Annotated[
+    Path, typer.Option(help="Folder for the images and results of this run. See --resume.")
+]
+Resume = Annotated[
+    bool,
+    typer.Option(help="Continue the run in that folder. Finished images are not made again."),
+]
 Kind = Annotated[
     Literal["diffusers", "exact"],
     typer.Option(
         "--generator",
-        help="diffusers: --pipeline. exact: the exact generator of --latents, without weights.",
+        help="What makes the images. diffusers: the pipeline that --pipeline names. exact: the "
+        "exact generator over --latents, which needs no weights.",
     ),
 ]
-Pipeline = Annotated[str | None, typer.Option(help="A folder of diffusers, or a name on the hub.")]
+Pipeline = Annotated[
+    str | None,
+    typer.Option(help="A folder with a diffusers pipeline, or its name on the Hugging Face hub."),
+]
 Config = Annotated[
-    Path | None, typer.Option(help="A YAML file of these settings; options count over it.")
+    Path | None,
+    typer.Option(help="A YAML file with the pipeline's settings. Options override it."),
 ]
 Dtype = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Of the weights.")
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(help="Type of the pipeline's weights."),
 ]
-Variant = Annotated[str | None, typer.Option(help="Of the weights' files, such as fp16.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
+Variant = Annotated[
+    str | None, typer.Option(help="Variant of the pipeline's weight files, such as fp16.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device that the pipeline and the judges run on, such as cpu or cuda:0."),
+]
 Offload = Annotated[
     Literal["none", "model", "sequential"] | None,
-    typer.Option(help="Weights wait in the host's memory."),
+    typer.Option(help="Keep weights in the host's memory until they are needed on the GPU."),
 ]
-Scheduler = Annotated[str | None, typer.Option(help="A scheduler class of diffusers.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="A scheduler class of diffusers, instead of the pipeline's own.")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Number of denoising steps.")]
 Guidance = Annotated[
-    float | None, typer.Option(help="Guidance scale; without it the benchmark's own.")
+    float | None, typer.Option(help="Guidance scale. Default: the benchmark's own.")
 ]
-Height = Annotated[int | None, typer.Option(min=8, help="In pixels; else the benchmark's own.")]
-Width = Annotated[int | None, typer.Option(min=8, help="In pixels; else the benchmark's own.")]
-Latents = Annotated[Path | None, typer.Option(help="The exact generator's set.")]
+Height = Annotated[
+    int | None, typer.Option(min=8, help="Image height in pixels. Default: the benchmark's own.")
+]
+Width = Annotated[
+    int | None, typer.Option(min=8, help="Image width in pixels. Default: the benchmark's own.")
+]
+Latents = Annotated[
+    Path | None, typer.Option(help="With --generator exact: the latents that it can generate.")
+]
 Labels = Annotated[
-    Path | None, typer.Option(help="The class of each of --latents, one a line; else their ids.")
+    Path | None,
+    typer.Option(
+        help="With --generator exact: a file with the class of each of --latents, one per line. "
+        "Default: their ids."
+    ),
 ]
 Loop = Annotated[
-    Literal["sdxl", "flux2"], typer.Option(help="Whose loop the exact generator runs in.")
+    Literal["sdxl", "flux2"],
+    typer.Option(help="With --generator exact: the pipeline whose denoising loop it runs in."),
 ]
 Leak = Annotated[
     float,
-    typer.Option(min=0, max=1, help="What the exact generator's prompts leave to other classes."),
+    typer.Option(
+        min=0,
+        max=1,
+        help="With --generator exact: about the chance that a prompt gives another class.",
+    ),
 ]
 ArmNames = Annotated[
     list[str],
-    typer.Option("--arm", help="none, block, steer, noise, reno or sld; may be repeated."),
+    typer.Option(
+        "--arm",
+        help="What is compared: none (no guard), block or steer (a guard), noise or reno (a "
+        "search of the initial noise), sld (safe latent diffusion). May be repeated.",
+    ),
 ]
 PolicyName = Annotated[
     str,
-    typer.Option(help="Of block, steer and noise: a shipped policy's name, or a path."),
+    typer.Option(
+        help="For the arms block, steer and noise: the name of a shipped policy, or a YAML file."
+    ),
 ]
 Model = Annotated[
     str,
     typer.Option(
-        help="The encoder that the arms judge with; of the arm noise also "
-        "pixel:ARCHITECTURE:WEIGHTS, a CLIP of open_clip on decoded pictures."
+        help="The encoder that the arms judge with. For the arm noise it may also be "
+        "pixel:ARCHITECTURE:WEIGHTS, a CLIP model of open_clip on decoded pictures."
     ),
 ]
 Rewards = Annotated[
     list[str],
     typer.Option(
         "--reward",
-        help="Of the arm reno: latent:MODEL, or pixel:ARCHITECTURE:WEIGHTS for a CLIP of open_clip "
-        "on decoded pictures. Each one is an arm; may be repeated.",
+        help="For the arm reno: latent:MODEL, or pixel:ARCHITECTURE:WEIGHTS for a CLIP model of "
+        "open_clip on decoded pictures. May be repeated; each reward is an arm of its own.",
     ),
 ]
-Iterations = Annotated[int, typer.Option(min=0, help="Of the arms noise and reno.")]
+Iterations = Annotated[
+    int, typer.Option(min=0, help="Iterations of the search in the arms noise and reno.")
+]
 Sld = Annotated[
     Literal["weak", "medium", "strong", "max"],
-    typer.Option(help="The published hyperparameters of the arm sld."),
+    typer.Option(help="Which of the published settings the arm sld uses."),
 ]
-JudgeModel = Annotated[str, typer.Option(help="The encoder of a judge policy:NAME.")]
+JudgeModel = Annotated[str, typer.Option(help="The encoder that a judge policy:NAME judges with.")]
 JudgeAutoencoder = Annotated[
-    Path | None, typer.Option(help="What encodes the pictures for a judge policy:NAME.")
+    Path | None,
+    typer.Option(help="An autoencoder that encodes the pictures for a judge policy:NAME."),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """The options of a run: a field is an option, its annotation what `--help` says of it."""
+    """The options of a run. Each field is an option, and its annotation is the text of `--help`."""
 
     run: Run
     arm: ArmNames
@@ -139,14 +181,14 @@ class Generation:
 
     @cached_property
     def generator(self) -> Generator:
-        """What makes images. Raises UsageError where options do not go together."""
+        """What makes the images. Raises UsageError if options do not go together."""
         from latentguard.errors import UsageError
         from latentguard.evaluate.generate.settings import read_settings
 
         given = {name: getattr(self, name) for name in _SETTINGS}
         if self.kind == "diffusers":
             if self.latents is not None or self.labels is not None:
-                raise UsageError("--latents and --labels are of --generator exact")
+                raise UsageError("--latents and --labels need --generator exact")
             return self._of_diffusers(read_settings(self.config, given))
         from latentguard.evaluate.generate.exact_generator import ExactGenerator
 
@@ -175,11 +217,11 @@ class Generation:
 
     @cached_property
     def arms(self) -> list[Arm]:
-        """The arms that are asked for, each once. Raises UsageError for one that there is not."""
+        """The arms that were asked for, each once. Raises UsageError for an unknown one."""
         from latentguard.errors import UsageError
 
         if bool(self.reward) is not ("reno" in self.arm):
-            raise UsageError("the arm reno needs --reward, and --reward is of the arm reno alone")
+            raise UsageError("the arm reno needs --reward, and only the arm reno uses it")
         found: list[Arm] = []
         for name in dict.fromkeys(self.arm):
             found += self._renos() if name == "reno" else [self._arm(name)]
@@ -191,7 +233,7 @@ class Generation:
         return [one.name for one in self.arms]
 
     def _renos(self) -> list[Arm]:
-        """An arm for each reward; all of the rewards' models measure all of them."""
+        """One arm for each reward. The models of all rewards measure all of the arms."""
         from latentguard.errors import UsageError
         from latentguard.evaluate.generate.reno import Reno
         from latentguard.evaluate.generate.rewards import arm_name, encoder_named
@@ -228,16 +270,16 @@ class Generation:
     def folder(
         self, benchmark: str, prompts: Mapping[str, Any], asked: Sequence[Asked]
     ) -> RunFolder:
-        """The run's folder, begun or gone on with. prompts: what they are of, for its manifest."""
+        """The run's folder, new or resumed. prompts: where they come from, for its manifest."""
         from latentguard.evaluate.generate.folder import RunFolder
         from latentguard.evaluate.generate.run import manifest_of
 
         manifest = manifest_of(benchmark, prompts, asked, self.generator)
-        _ = self.arms  # what is wrong with them is said before there is a folder
+        _ = self.arms  # raises for wrong arms before there is a folder
         return RunFolder(self.run, manifest, self.resume)
 
     def make(self, folder: RunFolder, asked: Sequence[Asked], in_turn: bool = False) -> None:
-        """Make the images that are not there yet; in_turn: see `make_images`."""
+        """Make the images that do not exist yet; in_turn: see `make_images`."""
         from latentguard.evaluate.generate.run import make_images
 
         with Bar("generating") as advance:
@@ -246,14 +288,14 @@ class Generation:
     def judge(
         self, folder: RunFolder, judges: Sequence[Judge], asked: Sequence[Asked]
     ) -> dict[tuple[str, str], dict[str, Judgment]]:
-        """What each judge says of each arm's images; see `judge_images`."""
+        """The judgments of each judge on each arm's images; see `judge_images`."""
         from latentguard.evaluate.generate.judging import judge_images
 
         with Bar("judging") as advance:
             return judge_images(folder, judges, self.names, asked, advance)
 
     def show(self, results: Mapping[str, Any]) -> None:
-        """Print what came out, as `--format` says."""
+        """Print the results in the form that `--format` names."""
         if self.output == "json":
             typer.echo(json.dumps(results))
         else:
@@ -270,9 +312,9 @@ _SETTINGS = (
 def generating(
     arm: str = "none", policy: str = "default", gives: type[Generation] = Generation
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options of `Generation` to those of a command, whose first parameter gets them.
+    """Add the options of `Generation` to a command. Its first parameter receives them.
 
-    arm, policy: their defaults. gives: what the command gets, of the same options.
+    arm, policy: defaults of these options. gives: the class that the command receives.
     """
     defaults: dict[str, Any] = {"arm": [arm], "policy": policy, "reward": []}
 

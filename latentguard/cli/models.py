@@ -1,4 +1,4 @@
-"""`latentguard models`: which encoders there are, where they lie, how to get one."""
+"""`latentguard models`: which encoders there are, where they are stored, how to get one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ models_app = typer.Typer(no_args_is_help=True, help="List, fetch and describe en
 
 
 Format = Literal["table", "json"]
-"""How it is printed."""
+"""How models are printed."""
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 @models_app.command("list")
 def list_(
-    output: Format = typer.Option("table", "--format", help="Table or one JSON array."),
+    output: Format = typer.Option("table", "--format", help="Print a table, or one JSON array."),
 ) -> None:
     """List the encoders that have a name, and which of them are on this machine."""
     from latentguard.encoders.catalog import entries
@@ -57,10 +57,14 @@ def get(
     source: Path | None = typer.Option(
         None, "--from", help="Install this official checkpoint file instead of downloading it."
     ),
-    force: bool = typer.Option(False, "--force", help="Fetch and convert it again."),
-    keep: bool = typer.Option(False, "--keep-download", help="Keep the original after converting."),
+    force: bool = typer.Option(
+        False, "--force", help="Download and convert the encoder even if it is already here."
+    ),
+    keep: bool = typer.Option(
+        False, "--keep-download", help="Keep the original file after it was converted."
+    ),
 ) -> None:
-    """Fetch an encoder from its official repository, convert it, keep it in the cache."""
+    """Download an encoder from its official repository, convert it, and keep it in the cache."""
     from rich.console import Console
 
     from latentguard.encoders import hub
@@ -72,7 +76,7 @@ def get(
         console.print(f"{name} is bundled with latentguard: nothing to fetch", soft_wrap=True)
     elif source is None and not force and converted_path(name).is_file():
         console.print(
-            f"{name} is here already: {converted_path(name)} (--force fetches it again)",
+            f"{name} is already here: {converted_path(name)} (--force downloads it again)",
             soft_wrap=True,
         )
     elif source is not None:
@@ -88,9 +92,9 @@ def get(
 @models_app.command()
 def show(
     name: str = typer.Argument(help="A name from `latentguard models list`, or a model file."),
-    output: Format = typer.Option("table", "--format", help="Lines or one JSON object."),
+    output: Format = typer.Option("table", "--format", help="Print lines, or one JSON object."),
 ) -> None:
-    """Show where an encoder lies, its size, digest and configuration, and how to get it."""
+    """Show where an encoder is stored, its size, digest and configuration, and how to get it."""
     from latentguard.text import visible
 
     row = _describe(name)
@@ -142,7 +146,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 
 def _from_header(path: Path) -> dict[str, Any]:
-    """What a file of latentguard says of itself; the digest as the encoder will state it."""
+    """What a file of latentguard says about itself; the digest as the encoder will state it."""
     from latentguard.encoders.header import opened, read_metadata
     from latentguard.regular import sha256_of
 

@@ -30,30 +30,38 @@ def check(
     autoencoder: Annotated[
         str | None,
         typer.Option(
-            help="Encodes the pictures, which scikit-image and others bring; given as for "
-            "`latentguard encode`."
+            help="Check with pictures from scikit-image and other packages, encoded with this "
+            "autoencoder (see `latentguard encode`)."
         ),
     ] = None,
     latents: Annotated[
         Path | None,
-        typer.Option(
-            help="The path of examples/latents.pt, where the package does not lie in a checkout."
-        ),
+        typer.Option(help="Path of examples/latents.pt. Needed if this is not a checkout."),
     ] = None,
     space: Annotated[
         str | None,
-        typer.Option(help="Of a model that reads several: which of them, or a file of your own."),
+        typer.Option(
+            help="Latent space to check, if the model reads several: a name, or a file of your own."
+        ),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="With --autoencoder: pixels; else 512.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="With --autoencoder: size of the pictures in pixels. Default: 512."),
+    ] = None,
     download: DownloadOption = False,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
-    output: Annotated[Format, typer.Option("--format", help="Lines or one JSON object.")] = "table",
+    device: Annotated[
+        str | None, typer.Option(help="Device that the model runs on, such as cpu or cuda:0.")
+    ] = None,
+    output: Annotated[
+        Format, typer.Option("--format", help="Print lines, or one JSON object.")
+    ] = "table",
 ) -> None:
-    """Check a model on pictures that nobody could mistake: is it what it should be?
+    """Check on unmistakable pictures whether a model works as it should.
 
-    Finds wrong or damaged weights, latents read in a wrong scaling, and precision that is too low.
+    This finds wrong or damaged weights, latents that are read in the wrong scaling, and precision
+    that is too low.
 
-    Ends with 0 where no check fails, and with 1 where one does.
+    Exit codes: 0 no check failed; 1 a check failed.
 
     Example: latentguard models check latent-clip-b4-plus --autoencoder path/to/sdxl-vae
     """
@@ -63,13 +71,13 @@ def check(
     from latentguard.spaces import LatentSpace
 
     if autoencoder is not None and latents is not None:
-        raise UsageError("--latents are encoded already: give them or --autoencoder")
+        raise UsageError("--latents are already encoded: give either them or --autoencoder")
     # A space of one's own is known by its name from here on.
     encoder = load_encoder(name, device, None if space is None else LatentSpace.of(space))
     if autoencoder is None:
         given = _bundled(encoder, latents)
         if size is not None or download:
-            raise UsageError("--size and --download are of pictures: give --autoencoder, too")
+            raise UsageError("--size and --download are about pictures: give --autoencoder, too")
     else:
         given = _encoded(Pictures(autoencoder, size, None, encoder.space, device, download))
     found = check_model(encoder, *given)
@@ -92,7 +100,7 @@ def _bundled(encoder: Encoder, path: Path | None) -> tuple[Latents, list[Case | 
     path = path or Path(latentguard.__file__).parents[1] / "examples" / "latents.pt"
     if not path.is_file():
         raise UsageError(
-            f"{path}: is not there, which is the repository's examples/latents.pt: say where it is "
+            f"{path}: there is no such file: say where the repository's examples/latents.pt is "
             "(--latents), or give --autoencoder, which encodes pictures"
         )
     found = load_latents(path)
@@ -113,7 +121,7 @@ def _encoded(pictures: Pictures) -> tuple[Latents, list[Case | None]]:
     return found.latents(), list(cases)
 
 
-_MARKS = {True: "passed", False: "FAILED", None: "not told"}
+_MARKS = {True: "passed", False: "FAILED", None: "unknown"}
 
 
 def _print(found: Golden) -> None:
@@ -124,11 +132,11 @@ def _print(found: Golden) -> None:
     for picture in found.to_dict()["pictures"]:
         if picture.get("margin", 1) <= 0:
             typer.echo(
-                f"{picture['id']}: {picture['text']} was wanted, {picture['best']} is more like it "
+                f"{picture['id']}: expected {picture['text']}, but {picture['best']} scores higher "
                 f"({picture['margin']:.2f} logits)"
             )
     if found.asked.left_out:
-        typer.echo(f"no text for: {', '.join(found.asked.left_out)}")
+        typer.echo(f"left out, because no text fits: {', '.join(found.asked.left_out)}")
     encoder = found.encoder
-    said = "is what it should be" if found.passed else "is NOT to be trusted"
+    said = "works as it should" if found.passed else "must NOT be trusted"
     typer.echo(f"{encoder.name} ({encoder.sha256[:12]}) on {encoder.space} {said}")

@@ -1,4 +1,4 @@
-"""Pictures where a command takes latents: `--autoencoder` encodes them first, and keeps them."""
+"""Pictures for commands that read latents: `--autoencoder` encodes them first, and keeps them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,29 @@ if TYPE_CHECKING:
 AutoencoderOption = Annotated[
     str | None,
     typer.Option(
-        help="The paths are pictures, which this encodes first (see `latentguard encode`)."
+        help="Read the paths as pictures, and encode them with this autoencoder first (see "
+        "`latentguard encode`)."
     ),
 ]
 SizeOption = Annotated[
-    str | None, typer.Option(help="With --autoencoder: pixels of the middle that is encoded.")
+    str | None,
+    typer.Option(
+        help="With --autoencoder: size in pixels of the center crop that is encoded. Default: 512."
+    ),
 ]
 EncodedOption = Annotated[
     Path | None,
     typer.Option(
-        "--encoded", help="With --autoencoder: the folder of what was encoded; else the cache's."
+        "--encoded",
+        help="With --autoencoder: the folder that keeps the encoded latents. Default: one in the "
+        "cache.",
     ),
 ]
 DownloadOption = Annotated[
-    bool, typer.Option("--download", help="Fetch an --autoencoder of the hub if need be.")
+    bool,
+    typer.Option(
+        "--download", help="Allow --autoencoder to be downloaded from the Hugging Face hub."
+    ),
 ]
 
 
@@ -49,13 +58,13 @@ def _refuse_pictures(paths: Sequence[Path]) -> None:
         found = _files(path)
         if found and all(one.suffix.lower() in SUFFIXES for one in found):
             raise UsageError(
-                f"{path}: {found[0].name} is a picture, and latents are read here: give "
+                f"{path}: {found[0].name} is a picture, but this command reads latents: give "
                 "--autoencoder, which encodes pictures first"
             )
 
 
 def _files(path: Path) -> list[Path]:
-    """A file, or what a folder holds; of folders of folders alone, what the first one holds."""
+    """A file, or the files of a folder; if it has only folders, the files of the first one."""
     for _ in range(_DEEP):
         found = sorted(path.iterdir()) if path.is_dir() else [path]
         if not found or not all(one.is_dir() for one in found):
@@ -65,10 +74,9 @@ def _files(path: Path) -> list[Path]:
 
 
 class Pictures:
-    """What the options say of pictures. Raises UsageError where there are pictures' options alone.
+    """The options about pictures. Raises UsageError if they are given without an autoencoder.
 
-    autoencoder: None where the paths are of latents. download: whether its name on the hub may be
-    fetched.
+    autoencoder: None if the paths are latents. download: whether it may be downloaded from the hub.
     """
 
     def __init__(
@@ -91,7 +99,7 @@ class Pictures:
                 autoencoder, space, device=device, download=download
             )
         elif size is not None or encoded is not None:
-            raise UsageError("--size and --encoded are of pictures: give --autoencoder, too")
+            raise UsageError("--size and --encoded are about pictures: give --autoencoder, too")
 
     def latents(self, paths: Sequence[Path]) -> list[Path]:
         """The paths themselves, or one latents file for each picture that they lead to.
@@ -121,5 +129,5 @@ class Pictures:
                 progress=advance,
             )
         if found.passed:
-            typer.echo(f"passed over, as they are no pictures: {found.passed}", err=True)
+            typer.echo(f"passed over, because they are not pictures: {found.passed}", err=True)
         return found

@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 @policy_app.command("list")
 def list_() -> None:
-    """List the policies that ship: a table on a terminal, else tab-separated lines."""
+    """List the shipped policies, as a table on a terminal and as tab-separated lines elsewhere."""
     from latentguard.policy import load_policy, shipped_policies
 
     policies = [load_policy(path) for path in shipped_policies().values()]
@@ -53,13 +53,13 @@ def list_() -> None:
 
 @policy_app.command()
 def show(
-    name: str = typer.Argument(help="The name of a policy that ships, or the path of a file."),
-    as_json: bool = typer.Option(False, "--json", help="Print all of it as one JSON object."),
+    name: str = typer.Argument(help="The name of a shipped policy, or a YAML file."),
+    as_json: bool = typer.Option(False, "--json", help="Print the whole policy as a JSON object."),
     taxonomy: list[str] = typer.Option(
         [],
         metavar="NAME",
-        help="Show which concepts fall under each category of a published scheme, too (mlcommons, "
-        "openai, azure, rekognition). May be repeated.",
+        help="Also show which concepts fall under each category of a published hazard scheme "
+        "(mlcommons, openai, azure, rekognition). May be repeated.",
         show_default=False,
     ),
 ) -> None:
@@ -100,7 +100,7 @@ def show(
 
 
 def _show_taxonomy(console: Console, policy: Policy, name: str) -> None:
-    """The concepts of each category that has some. Raises PolicyError where none has."""
+    """Print the concepts of each category that has some. Raises PolicyError if none has."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -132,24 +132,29 @@ def _mapped(policy: Policy, scheme: str) -> Rules:
 
 @policy_app.command()
 def check(
-    files: list[str] = typer.Argument(help="Files of policies, or names of shipped ones."),
+    files: list[str] = typer.Argument(help="Policy files, or names of shipped policies."),
     model: str | None = typer.Option(
-        None, help="A model's name or file: name each prompt that it cannot see, with its coverage."
+        None,
+        help="Also list each prompt that this model cannot see, with its coverage: a name from "
+        "`latentguard models list`, or a file.",
     ),
     space: str | None = typer.Option(
         None,
-        help="Latent space, where the model reads several (nano-view) and policies name none; of "
-        "your own, a file (.yaml, .json).",
+        help="Latent space, if the model reads several (nano-view) and the policies name none: a "
+        "name, or a file of your own (.yaml, .json).",
     ),
     taxonomy: list[str] = typer.Option(
         [],
         metavar="NAME",
-        help="Name the concepts that fall under no category of a published scheme, and with "
-        "--model its categories that the model cannot see. May be repeated.",
+        help="Also list the concepts that fall under no category of a published hazard scheme. "
+        "With --model, list the categories that the model cannot see. May be repeated.",
         show_default=False,
     ),
 ) -> None:
-    """Check policies: every error of every file, with its line. Exit code 2 when there is any."""
+    """Check policies and print every error of every file, with its line.
+
+    Exit codes: 0 no errors; 2 some errors.
+    """
     from latentguard.cli.exit_codes import EXIT_USAGE
     from latentguard.errors import PolicyError
     from latentguard.policy import load_policy
@@ -187,8 +192,8 @@ def check(
             if concept.threshold.kind == "fpr" and not _is_calibrated(policy, concept):
                 typer.echo(
                     f"{name}: note: '{concept.id}' asks for a false-positive rate of "
-                    f"{concept.threshold.value:g}, for which no lock file beside it has a margin; "
-                    "until it is calibrated nothing can be judged",
+                    f"{concept.threshold.value:g}, but no lock file next to the policy has a "
+                    "margin for it; the policy cannot judge anything until it is calibrated",
                     err=True,
                 )
     if failed:
@@ -213,7 +218,7 @@ def _strange_names(policy: Policy) -> Iterator[str]:
 
 
 def _taxonomy_notes(policy: Policy, name: str, encoder: Encoder | None) -> Iterator[str]:
-    """What a verdict in a scheme's words leaves out. Raises PolicyError where it has none."""
+    """What verdicts leave out of a scheme. Raises PolicyError if the policy is not mapped to it."""
     rules = _mapped(policy, name)
     unmapped = [rule.id for rule in rules.concepts if name not in rule.taxonomy]
     if unmapped:
@@ -229,13 +234,11 @@ def _taxonomy_notes(policy: Policy, name: str, encoder: Encoder | None) -> Itera
     for category, concepts in rules.mapped[name].items():
         if not any(seen[rule.id] for rule in concepts):
             ids = ", ".join(rule.id for rule in concepts)
-            yield (
-                f"{encoder.name} sees nothing of {name} '{category}', whose score is null ({ids})"
-            )
+            yield (f"{encoder.name} cannot see {name} '{category}', so its score is null ({ids})")
 
 
 def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
-    """Name the prompts that a model cannot see; whether it may judge by the policy."""
+    """List the prompts that a model cannot see; return whether it may judge by the policy."""
     from latentguard.concepts import coverage_of
     from latentguard.coverage import check_coverage
     from latentguard.errors import CoverageError, ModelError, PolicyError

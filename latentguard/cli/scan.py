@@ -52,7 +52,7 @@ Engine = Literal["local", "ray"]
 _MANY = "Many shards: a run"
 _SAMPLE = "A random sample"
 _PROGRESS = "Progress"
-_SAID = "What files do not say of themselves"
+_SAID = "What files do not say about themselves"
 
 
 def register(app: typer.Typer) -> None:
@@ -64,201 +64,229 @@ def scan(
     paths: list[str] = typer.Argument(
         None,
         metavar="PATH",
-        help="Latents: .pt, .pth, .safetensors, .latent, .npy, .npz, WebDataset .tar, .parquet, "
-        "MosaicML .mds, folders, globs, {000..099}, addresses (s3://...), @LIST, or - for a list "
-        "on standard input.",
+        help="Latents: files (.pt, .pth, .safetensors, .latent, .npy, .npz), WebDataset .tar "
+        "shards, .parquet tables, MosaicML .mds shards, folders, glob patterns, ranges "
+        "({000..099}), addresses (s3://...), @FILE with a list of paths, or - for a list on "
+        "standard input.",
         show_default=False,
     ),
     policy: str | None = typer.Option(
         None,
-        help="A shipped policy's name, or a YAML file; an exported file has its own.",
+        help="The name of a shipped policy, or a YAML file. An exported .onnx file has its own.",
         show_default="default",
     ),
     model: str = typer.Option(
         "auto",
-        help="A model's name or file; auto: the policy's own `model`, else the best on this "
-        "machine for each space.",
+        help="A name from `latentguard models list`, or a file. auto: the policy's own `model`, or "
+        "else the best one on this machine for each latent space.",
     ),
     space: str | None = typer.Option(
         None,
-        help="Latent space of files that do not say: a name of `latentguard spaces list`, or a "
+        help="Latent space of files that do not say: a name from `latentguard spaces list`, or a "
         "file of your own (.yaml, .json).",
         rich_help_panel=_SAID,
     ),
     device: str | None = typer.Option(
-        None, help="cpu, cuda, cuda:1 ...; by default CUDA where there is one."
+        None, help="Device: cpu, cuda, cuda:1 and so on. Default: CUDA if there is a GPU."
     ),
     runtime: Runtime = typer.Option(
         "auto",
-        help="What judges. onnx: a packaged model, or --model FILE.onnx from `latentguard export "
-        "onnx`, without torch. auto: torch where it is installed, unless the model is such a file.",
+        help="Library that judges. onnx: ONNX Runtime without torch, for a packaged model or a "
+        "--model FILE.onnx from `latentguard export onnx`. auto: torch if it is installed, unless "
+        "the model is such a file.",
     ),
-    sha256: str | None = typer.Option(None, help="Of FILE.onnx, which must have it."),
+    sha256: str | None = typer.Option(
+        None, help="SHA-256 that --model FILE.onnx must have; another file is refused."
+    ),
     layout: Layout | None = typer.Option(
         None,
-        help="Layout of files that do not say, where their shape leaves it open.",
+        help="Layout of the arrays, if neither the file nor their shape tells it. spatial: "
+        "[C, H, W]. packed: tokens [N, C]. patches: [C * 4, H/2, W/2].",
         rich_help_panel=_SAID,
     ),
     height: int | None = typer.Option(
         None,
         min=1,
-        help="Height in latent cells of packed latents that do not say.",
+        help="Height, in latent cells, of packed latents that do not say.",
         rich_help_panel=_SAID,
     ),
-    width: int | None = typer.Option(None, min=1, help="Width of the same.", rich_help_panel=_SAID),
+    width: int | None = typer.Option(
+        None,
+        min=1,
+        help="Width, in latent cells, of packed latents that do not say.",
+        rich_help_panel=_SAID,
+    ),
     pixels: bool = typer.Option(
         False,
         "--pixels",
-        help="--height, --width and what files say of them are pixels, not latent cells.",
+        help="Heights and widths, here and in files, are in pixels and not in latent cells.",
         rich_help_panel=_SAID,
     ),
     key: str | None = typer.Option(
         None,
         metavar="NAME",
-        help="The array that holds the latents: a key of a dict (a/b for b in a), .npz or "
-        ".safetensors. Other arrays are then left aside and counted.",
+        help="Name of the array that holds the latents: a key of a dict (a/b for b in a), .npz or "
+        ".safetensors, or a column of a table. Other arrays are skipped and counted.",
         rich_help_panel=_SAID,
     ),
     member: str | None = typer.Option(
         None,
         metavar="ENDING",
-        help="What follows the key in the names of a shard's members that hold latents, as "
-        "latents.npy or npy; by default latent.pt and the like. Others are left aside and counted.",
+        help="How the names of shard members that hold latents end, after the sample's key, such "
+        "as latents.npy or npy. Default: latent.pt and the like. Others are skipped and counted.",
         rich_help_panel=_SAID,
     ),
     moments: bool = typer.Option(
         False,
         "--moments",
-        help="Arrays hold means and deviations, twice the channels; the means are judged.",
+        help="Arrays have twice the channels, means and then deviations. The means are judged.",
         rich_help_panel=_SAID,
     ),
     dequantize: str | None = typer.Option(
         None,
         metavar="SCALE,ZERO",
-        help="Whole numbers become (number - ZERO) * SCALE; imagenet.int8 is a name for its own.",
+        help="Turn whole numbers into (number - ZERO) * SCALE. imagenet.int8 stands for the "
+        "numbers of that data set.",
         rich_help_panel=_SAID,
     ),
     dtype: Dtype | None = typer.Option(
         None,
-        help="Type of numbers that carry none, such as bfloat16 of numpy.save.",
+        help="Type of numbers whose file does not state one, such as bfloat16 from numpy.save.",
         rich_help_panel=_SAID,
     ),
     strict: bool = typer.Option(
         False,
         "--strict",
-        help="What is passed over, as no latents, is an error: captions, pictures, notes.",
+        help="Treat files that would be passed over, because they do not hold latents, as errors: "
+        "captions, pictures, notes.",
         rich_help_panel=_SAID,
     ),
     scaled: bool | None = typer.Option(
         None,
         "--scaled/--unscaled",
-        help="Scaling of files that do not say: as the model denoises, or as the VAE encodes.",
+        help="Scaling of files that do not say: as the diffusion model denoises the latents, or "
+        "as the VAE encodes them.",
         show_default=False,
         rich_help_panel=_SAID,
     ),
     views: Views | None = typer.Option(
         None,
-        help="crops: read overlapping crops besides the whole image, which finds small objects in "
-        "large images and costs several times as much.",
+        help="whole: read each image as a whole. crops: also read overlapping crops, which finds "
+        "small objects in large images and costs several times as much.",
         show_default="the policy's",
     ),
     taxonomy: list[str] = typer.Option(
         [],
         metavar="NAME",
-        help="Tell verdicts in the categories of a published scheme, too, as far as the policy is "
-        "mapped to it: mlcommons, openai, azure, rekognition. May be repeated.",
+        help="Also report verdicts in the categories of a published hazard scheme, as far as the "
+        "policy is mapped to it: mlcommons, openai, azure, rekognition. May be repeated.",
         show_default=False,
     ),
     output_format: Format = typer.Option(
-        "table", "--format", help="Table, one JSON object per line, or CSV."
+        "table", "--format", help="How verdicts are written: table, json (one per line) or csv."
     ),
     output: Path | None = typer.Option(
-        None, "--output", "-o", help="Write that to a file instead of standard output."
+        None, "--output", "-o", help="Write the verdicts to this file, not to standard output."
     ),
     report: Path | None = typer.Option(
-        None, metavar="FILE.html", help="Write a self-contained HTML report as well."
+        None, metavar="FILE.html", help="Also write a self-contained HTML report."
     ),
     heatmap: bool = typer.Option(
         False, "--heatmap", help="Show in the report where in each image a concept is."
     ),
-    max_cards: int = typer.Option(1000, min=1, help="Images shown in the report; all are counted."),
+    max_cards: int = typer.Option(
+        1000, min=1, help="Largest number of images that the report shows. All are counted."
+    ),
     report_limit: int | None = typer.Option(
         None, "--report-limit", min=1, hidden=True, help="The former name of --max-cards."
     ),
-    batch_size: int = typer.Option(16, min=1, max=4096, help="Images scored together."),
+    batch_size: int = typer.Option(
+        16, min=1, max=4096, help="Number of images of one size that are scored together."
+    ),
     fail_on: FailOn = typer.Option(
-        "block", help="Exit with 1 when any decision is at or above this."
+        "block", help="Mildest decision that gives exit code 1. never: no decision does."
     ),
     run_place: str | None = typer.Option(
         None,
         "--run",
         metavar="DIR",
-        help="Scan shard by shard into a folder or address, each exactly once.",
+        help="Scan shard by shard, each exactly once, and write the records to this folder or "
+        "address.",
         rich_help_panel=_MANY,
     ),
     resume: bool = typer.Option(
-        False, "--resume", help="Go on with the run where it was left.", rich_help_panel=_MANY
+        False, "--resume", help="Continue the run where it stopped.", rich_help_panel=_MANY
     ),
     sink: SinkName | None = typer.Option(
-        None, help="How records are written.", show_default="parquet", rich_help_panel=_MANY
+        None,
+        help="Format of the records: Parquet or JSON lines.",
+        show_default="parquet",
+        rich_help_panel=_MANY,
     ),
     keep: Keep | None = typer.Option(
         None,
-        help="Copy the samples of this decision, with all members of each, to a shard beside.",
+        help="Copy the samples with this decision, each with all of its members, to a new shard in "
+        "the run.",
         rich_help_panel=_MANY,
     ),
     previews: bool = typer.Option(
         False,
         "--previews",
-        help="Keep small pictures of what scored highest, for `latentguard scan report`.",
+        help="Keep small pictures of the images that scored highest, for `latentguard scan "
+        "report`.",
         rich_help_panel=_MANY,
     ),
     engine: Engine | None = typer.Option(
         None,
-        help="What scans: processes of this machine, or a Ray cluster (RAY_ADDRESS, or here).",
+        help="What scans. local: processes on this machine. ray: a Ray cluster, at RAY_ADDRESS or "
+        "else started here.",
         show_default="local",
         rich_help_panel=_MANY,
     ),
     actors: str | None = typer.Option(
         None,
         metavar="MIN:MAX",
-        help="With ray: processes that scan, each with its own model.",
-        show_default="what the cluster has room for",
+        help="With --engine ray: number of processes that scan, each with its own model.",
+        show_default="as many as fit into the cluster",
         rich_help_panel=_MANY,
     ),
     cpus_per_actor: float | None = typer.Option(
-        None, help="With ray: CPUs of each.", show_default="1", rich_help_panel=_MANY
+        None,
+        help="With --engine ray: CPUs of each scanning process.",
+        show_default="1",
+        rich_help_panel=_MANY,
     ),
     gpus_per_actor: float | None = typer.Option(
         None,
-        help="With ray: GPUs of each, such as 0.25.",
-        show_default="1 where there are any",
+        help="With --engine ray: GPUs of each scanning process, such as 0.25.",
+        show_default="1 if there are any",
         rich_help_panel=_MANY,
     ),
     workers: int | None = typer.Option(
         None,
         min=0,
-        help="Processes that read and decode; 0 reads in the one that scores.",
+        help="Number of processes that read and decode. With 0 the process that scores also reads.",
         show_default="half of the cores, at most 4",
         rich_help_panel=_MANY,
     ),
     max_memory: str | None = typer.Option(
         None,
         metavar="SIZE",
-        help="Decoded latents that may wait to be scored.",
+        help="Largest size of the decoded latents that wait to be scored.",
         show_default="256MiB",
         rich_help_panel=_MANY,
     ),
     max_errors: int | None = typer.Option(
         None,
         min=0,
-        help="Stop once more images or files than this could not be read or judged.",
+        help="Stop when more images or files than this could not be read or judged.",
         rich_help_panel=_MANY,
     ),
     task: str | None = typer.Option(
         None,
         metavar="K/N",
-        help="Scan every N-th shard, from the K-th (from 0); others scan theirs into the same run.",
+        help="Scan every N-th shard, starting at the K-th (counted from 0). Other tasks scan the "
+        "rest into the same run.",
         rich_help_panel=_MANY,
     ),
     summary_file: Path | None = typer.Option(
@@ -271,54 +299,59 @@ def scan(
         None,
         min=1,
         metavar="IMAGES",
-        help="Look at about so many images, drawn at random, and estimate the share of each "
-        "decision, with 95 % intervals.",
+        help="Look only at about this many images, drawn at random, and estimate the share of each "
+        "decision with 95 % intervals.",
         rich_help_panel=_SAMPLE,
     ),
     sample_shards: int | None = typer.Option(
         None,
         min=1,
-        help="Files they are drawn from, at least; each is read whole.",
+        help="Smallest number of files to draw the sample from. Each of them is read whole.",
         show_default="200",
         rich_help_panel=_SAMPLE,
     ),
     seed: int | None = typer.Option(
-        None, help="Of the draw.", show_default="0", rich_help_panel=_SAMPLE
+        None, help="Seed of the random draw.", show_default="0", rich_help_panel=_SAMPLE
     ),
     progress: ProgressKind = typer.Option(
         "auto",
-        help="On standard error: a bar, or JSON lines for logs; auto is a bar on a terminal.",
+        help="Progress on standard error: a bar, or JSON lines for logs. auto: a bar if it is a "
+        "terminal.",
         rich_help_panel=_PROGRESS,
     ),
     progress_every: float = typer.Option(
-        10.0, min=0.1, help="Seconds between JSON lines.", rich_help_panel=_PROGRESS
+        10.0,
+        min=0.1,
+        help="Seconds between two JSON lines of progress.",
+        rich_help_panel=_PROGRESS,
     ),
     metrics_port: int | None = typer.Option(
         None,
         min=0,
         max=65535,
-        help="Serve metrics for Prometheus there while the scan runs.",
+        help="Port on which to serve metrics for Prometheus while the scan runs.",
         rich_help_panel=_PROGRESS,
     ),
     metrics_host: str = typer.Option(
-        "127.0.0.1", help="Where they are served.", rich_help_panel=_PROGRESS
+        "127.0.0.1", help="Address on which the metrics are served.", rich_help_panel=_PROGRESS
     ),
     quiet: bool = typer.Option(
-        False, "--quiet", "-q", help="No progress bar, notes or summary; errors still show."
+        False, "--quiet", "-q", help="Show no progress bar, notes or summary. Errors still show."
     ),
 ) -> None:
-    """Moderate latents files against a policy; nothing is decoded.
+    """Moderate latents files against a policy, without decoding anything.
 
-    What trainers and curators write is read by its names. An error says which option answers what
-    a file leaves open: `--space sdxl --unscaled` for a cache of a trainer, `--member npy` for the
-    KEY.npy of img2dataset, `--key NAME` for one of several arrays, `--layout packed --pixels
-    --height 1024 --width 1024` for the tokens of a pipeline.
+    Files that trainers and curators write are recognized by the names in them. If a file leaves
+    something open, the error says which option answers it: `--space sdxl --unscaled` for the cache
+    of a trainer, `--member npy` for the KEY.npy of img2dataset, `--key NAME` for one of several
+    arrays, `--layout packed --pixels --height 1024 --width 1024` for the tokens of a pipeline.
 
-    `latentguard scan report PART... -o FILE.html` puts runs and summaries together: throughput,
-    decisions, and what other thresholds would do. To scan a path called `report`, write `./report`.
+    `latentguard scan report PART... -o FILE.html` combines runs and summaries in one report:
+    throughput, decisions, and what other thresholds would do. To scan a path called `report`, write
+    `./report`.
 
-    Exit codes: 0 nothing at or above --fail-on; 1 something is; 2 wrong usage, policy or model;
-    3 some input could not be read or judged (its record says why). 3 wins over 1.
+    Exit codes: 0 no decision at or above --fail-on; 1 some decision is; 2 wrong usage, policy or
+    model; 3 some input could not be read or judged (its record says why). 3 wins over 1.
     """
     reading: dict[str, Any] = {
         "space": space,
@@ -349,7 +382,7 @@ def scan(
         "task": task,
     }
     if sample is None and (sample_shards is not None or seed is not None):
-        raise UsageError("--sample-shards and --seed are of a sample: give --sample IMAGES, too")
+        raise UsageError("--sample-shards and --seed need --sample IMAGES")
     showing = {
         "kind": "none" if quiet and progress == "auto" else progress,
         "every": progress_every,
@@ -384,13 +417,13 @@ def scan(
         )
     said = [name for name, value in run_options.items() if value is not None]
     if said:
-        raise UsageError(f"--{said[0].replace('_', '-')} is of a run: give --run DIR, too")
+        raise UsageError(f"--{said[0].replace('_', '-')} belongs to a run: give --run DIR, too")
     from latentguard.files.lists import listed
 
     paths = list(listed(paths or [], sys.stdin))
     _check_targets(paths, output, report, summary_file, heatmap)
     if report_limit is not None:
-        typer.echo("latentguard: --report-limit is called --max-cards now", err=True)
+        typer.echo("latentguard: --report-limit is now called --max-cards", err=True)
         max_cards = report_limit
     from latentguard.cli.console import abandon
     from latentguard.scan import Report, Scan, Summary

@@ -1,4 +1,4 @@
-"""Which views of progress a scan has, by its options, and notes that do not tear a bar."""
+"""The progress views that the options of a scan ask for, and notes that do not break a bar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from latentguard.scan.progress import Counted, Progress, View
 
 ProgressKind = Literal["auto", "bar", "json", "none"]
-"""How progress shows: `auto` is a bar where it disturbs nothing."""
+"""How progress is shown: `auto` is a bar if it disturbs nothing."""
 
 
 @contextmanager
@@ -31,8 +31,8 @@ def shown(
 ) -> Iterator[Progress]:
     """Progress on standard error, and as metrics; the views close when the block ends.
 
-    disturbs: whether a bar would stand among rows of output. The rest is of `Progress`,
-    `JsonProgress` and `Metrics`.
+    disturbs: whether a bar would appear among rows of output. The others are arguments of
+    `Progress`, `JsonProgress` and `Metrics`.
     """
     from latentguard.scan.progress import Progress
     from latentguard.scan.progress_views import Bar, JsonProgress, Metrics
@@ -54,7 +54,7 @@ def shown(
 
 
 class Told:
-    """Called with the records that are new, and told what is new of the notes."""
+    """Passes new records and new notes on to the progress views."""
 
     def __init__(self, progress: Progress, notes: Sequence[str], quiet: bool) -> None:
         self._progress, self._notes, self._quiet = progress, notes, quiet
@@ -64,7 +64,7 @@ class Told:
     def __call__(
         self, records: Sequence[ScanRecord], seconds: Mapping[str, float], shards: int = 0
     ) -> None:
-        """seconds: by phase, all so far. shards: how many more are done."""
+        """seconds: of each phase, in total so far. shards: how many more are done."""
         from latentguard.scan.progress import Counts
 
         counts = Counts()
@@ -74,7 +74,7 @@ class Told:
         self.add(counts, seconds, shards)
 
     def add(self, counts: Counted, seconds: Mapping[str, float], shards: int = 0) -> None:
-        """As a call, where the records are elsewhere."""
+        """The same as a call, with the counts instead of the records."""
         new = {phase: value - self._seconds.get(phase, 0.0) for phase, value in seconds.items()}
         self._seconds = dict(seconds)
         self._progress.update(counts, new, shards=shards)
@@ -83,7 +83,7 @@ class Told:
         self._told = len(self._notes)
 
     def say(self, note: str) -> None:
-        """A sentence, unless there shall be none."""
+        """Show a sentence, unless the scan is quiet."""
         from latentguard.text import visible
 
         if not self._quiet and not self._progress.say(note):

@@ -21,7 +21,7 @@ def report(
     parts: list[str] = typer.Argument(
         metavar="PART",
         help="Folders and addresses of runs, files of records (.jsonl, .parquet), and tallies "
-        "(.json), of any number of shards and runs by one policy.",
+        "(.json). They may come from any number of shards and runs, but from one policy.",
         show_default=False,
     ),
     output: Path = typer.Option(
@@ -29,17 +29,18 @@ def report(
         "--output",
         "-o",
         metavar="FILE",
-        help="FILE.html: a self-contained page. FILE.json: the sum of the parts, to be merged "
-        "further.",
+        help="FILE.html: a self-contained page. FILE.json: the sum of the parts, which can be a "
+        "part of another report.",
         show_default=False,
     ),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No summary; errors still show."),
 ) -> None:
-    """Put scans together: throughput, decisions, and what other thresholds would do.
+    """Combine scans in one report: throughput, decisions, and what other thresholds would do.
 
     To scan a path that is called `report`, write `latentguard scan ./report`.
 
-    Exit codes: 0 written; 2 wrong usage, or parts that cannot be read or counted as one.
+    Exit codes: 0 the report was written; 2 wrong usage, or parts that cannot be read or do not fit
+    together.
     """
     _check_target(output, parts)
     from latentguard.scan import run_report

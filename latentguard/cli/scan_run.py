@@ -40,10 +40,10 @@ def scan_run(
     quiet: bool,
     showing: Mapping[str, Any],
 ) -> NoReturn:
-    """Begin a run or go on with it, and exit as `latentguard scan` does.
+    """Begin or continue a run, and exit as `latentguard scan` does.
 
-    reading: of `Reading.of`. judging: of `RunOptions`, with the policy's name. options: those of
-    a run, None where they were not given. showing: of `scan_progress.shown`.
+    reading: arguments of `Reading.of`. judging: arguments of `RunOptions`, with the policy's name.
+    options: those of a run, None if not given. showing: arguments of `scan_progress.shown`.
     """
     from latentguard.files import PassedOver, Reading
     from latentguard.files.lists import listed
@@ -117,8 +117,11 @@ def _work(
 
 @dataclass(frozen=True)
 class _Engine:
-    """judges: who judges, by a run's options, or what is known of them. work: called with the run,
-    who judges, who shows it, and max_errors. readers: how many processes read, where that is known.
+    """An engine that scans a run.
+
+    judges: makes the judges from the options of a run, or what is known about them. work: called
+    with the run, the judging, what shows progress, and max_errors. readers: the number of processes
+    that read, if it is known.
     """
 
     judges: Callable[[RunOptions], Judges]
@@ -131,11 +134,11 @@ _RAY = ("actors", "cpus_per_actor", "gpus_per_actor")
 
 
 def _engine(options: Mapping[str, Any]) -> _Engine:
-    """The engine that was asked for. Raises UsageError for options of the other one."""
+    """The engine that `--engine` names. Raises UsageError for options of the other one."""
     name = options["engine"] or "local"
     for other in _RAY if name == "local" else _LOCAL:
         if options[other] is not None:
-            raise UsageError(f"--{other.replace('_', '-')} is not of the {name} engine")
+            raise UsageError(f"--{other.replace('_', '-')} does not work with --engine {name}")
     return _ray(options) if name == "ray" else _local(options)
 
 
@@ -178,7 +181,7 @@ def _ray(options: Mapping[str, Any]) -> _Engine:
 
 
 class _Shown:
-    """Shows what is judged, as it comes, and the shards that are done since."""
+    """Shows records as they are judged, and how many shards are done."""
 
     def __init__(self, run: Run, judging: Judging, told: Told) -> None:
         self._run, self._judging, self._told = run, judging, told
@@ -196,7 +199,7 @@ class _Shown:
         self._told(records, self._seconds, more)
 
     def note(self, entry: Entry) -> None:
-        """A whole shard, where records do not come here."""
+        """Count a whole shard, for an engine whose records do not come here."""
         from latentguard.scan.progress import Counts
 
         self._done += 1
@@ -209,7 +212,7 @@ class _Shown:
 
 
 def _summary(run: Run, passed: PassedOver) -> Summary:
-    """Of all shards of the run that are done, by whomever."""
+    """The summary of all finished shards of the run, whichever task scanned them."""
     from latentguard.files import PassedOver
     from latentguard.judge import ModelId
     from latentguard.scan import Summary
@@ -237,9 +240,9 @@ def _conclude(run: Run, summary: Summary) -> None:
 
 
 def _progress(run: Run) -> str:
-    """How far a run is."""
+    """A sentence that says how far a run is."""
     done, of = len(run.done), len(run.wanted)
-    rest = "" if done == of else "; --resume goes on"
+    rest = "" if done == of else "; --resume continues it"
     return f"run {run.place}: {done:,} of {of:,} shards are done{rest}"
 
 

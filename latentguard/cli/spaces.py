@@ -1,4 +1,4 @@
-"""`latentguard spaces`: which latent spaces are known, and what a file of one's own says."""
+"""`latentguard spaces`: which latent spaces are known, and how a file of your own looks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def register(app: typer.Typer) -> None:
 
 @spaces_app.command("list")
 def list_(
-    output: Format = typer.Option("table", "--format", help="Table, JSON or Markdown."),
+    output: Format = typer.Option("table", "--format", help="Print a table, JSON or Markdown."),
 ) -> None:
-    """List the latent spaces that are known: those that ship, then those of installed packages."""
+    """List the known latent spaces: the shipped ones, then those of installed packages."""
     from latentguard.spaces import table
 
     if output == "markdown":
@@ -54,7 +54,7 @@ def list_(
 def show(
     space: str = typer.Argument(help="A name from `latentguard spaces list`, or a file."),
 ) -> None:
-    """Print a latent space as JSON, in the form of a file of your own. Checks such a file."""
+    """Print a latent space as JSON, in the format of a file of your own. It checks such files."""
     from latentguard.spaces import LatentSpace
     from latentguard.spaces.records import SUFFIXES
 

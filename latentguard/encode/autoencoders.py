@@ -1,4 +1,5 @@
-"""What turns pictures into latents: tiny encoders by file, diffusers' VAEs by folder or name."""
+"""Autoencoders that turn pictures into latents: tiny encoders by file, diffusers' VAEs by folder or
+name."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ class Autoencoder:
         name: for model cards. sha256: of its weights and configuration.
         space: the latents' space, with the autoencoder's own numbers where it has some.
         scaled: the convention in which it encodes.
-        samples: whether latents can be drawn from a distribution; else there is a mean alone.
-        device, dtype: where and in which precision it computes. Half precision is autocast: what
-            needs more keeps it, and the latents are float32.
+        samples: whether latents can be drawn from a distribution. If not, there is only a mean.
+        device, dtype: where and in which precision it computes. Half precision is autocast:
+            operations that need more keep float32, and so do the latents.
     """
 
     def __init__(
@@ -92,10 +93,10 @@ def load_autoencoder(
     Args:
         source: `taef2_encoder.pth` and its relatives; a folder of a diffusers VAE, or of a
             pipeline that has one; or OWNER/NAME of either.
-        space: needed where the weights fit several (tiny ones of 4 channels: sdxl or sd1; of 16:
-            sd3, flux1 and others). A file or a LatentSpace of one's own will do.
-        device: None is CUDA where there is one, else the CPU.
-        download: whether a name on the hub may be fetched; else it must be on this machine.
+        space: needed if the weights fit several spaces (tiny ones of 4 channels: sdxl or sd1; of
+            16: sd3, flux1 and others). A file or a LatentSpace of your own works, too.
+        device: None is CUDA if there is a GPU, and else the CPU.
+        download: whether a name on the hub may be downloaded. If not, it must be on this machine.
 
     Raises:
         ModelError: nothing readable there, or the space is not certain.

@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers, of whatever class: pictures to the latents that its VAE encodes."""
+"""Autoencoders of diffusers, of any class: from pictures to the latents that the VAE encodes."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def vae_folder(folder: Path) -> Path:
         if (place / "config.json").is_file() and not (place / "model_index.json").is_file():
             return place
     raise ModelError(
-        f"{folder}: not a diffusers autoencoder: there is no config.json in it, nor in its vae/"
+        f"{folder}: not a diffusers autoencoder: neither it nor its vae/ has a config.json"
     )
 
 
@@ -166,7 +166,7 @@ def _load(folder: Path) -> Any:
     found = getattr(diffusers, name, None) if known and isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
         raise ModelError(
-            f"{folder}/config.json: {name!r:.60} is no autoencoder of diffusers "
+            f"{folder}/config.json: {name!r:.60} is not an autoencoder of diffusers "
             f"{diffusers.__version__}"
         )
     loading: Any = found

@@ -1,4 +1,4 @@
-"""Samples to latents: decoded by threads, encoded in batches, in the order in which they came."""
+"""From samples to latents: threads decode them, and batches are encoded, in the original order."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class How:
         how = cls(framing, scaled=scaled, batch_size=batch_size, **options)
         if how.mode == "sample" and not autoencoder.samples:
             raise UsageError(
-                f"{autoencoder.name} gives one latent for a picture and no distribution: "
-                "--mode mean is all there is"
+                f"{autoencoder.name} gives one latent for a picture and no distribution: use "
+                "--mode mean"
             )
         cells = autoencoder.space.packed_patch
         blank = torch.zeros(1, autoencoder.space.channels, cells, cells)
@@ -91,7 +91,7 @@ class How:
         return how
 
     def said(self, autoencoder: Autoencoder) -> dict[str, Any]:
-        """All that the numbers of a picture's latents depend on, of JSON's kinds."""
+        """Everything that the numbers of a picture's latents depend on, as data for JSON."""
         framing = self.framing
         size = list(framing.size) if isinstance(framing.size, tuple) else framing.size
         return {
@@ -161,7 +161,7 @@ class Encoding:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, samples: Iterable[Sample | Problem]) -> Iterator[Encoded | Problem]:
-        """Each sample's latents, or why there are none, in order."""
+        """The latents of each sample, or the reason why there are none, in order."""
         ready = self._decoded(iter(samples))
         window = _WINDOW * self.how.batch_size
         while waiting := list(itertools.islice(ready, window)):

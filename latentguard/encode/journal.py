@@ -1,4 +1,4 @@
-"""The record of a run in its folder: what was asked for, which shards are done, what was wrong."""
+"""The record of a run in its folder: its options, the finished shards, and the problems."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Journal:
         task: int = 1,
         alone: bool = True,
     ) -> None:
-        """Begin, or go on with what the folder holds.
+        """Begin a run, or continue the one in the folder.
 
         about: all that decides what is written; a folder of another run is an error.
         resume: whether the folder may hold a run.
         task: the number of this one, from 1. alone: whether there are no others.
 
         Raises:
-            UsageError: the folder holds a run and it is not to be gone on with, or other files.
+            UsageError: the folder holds a run and `resume` is False, or it holds other files.
             LatentsError: it is a run of other pictures or options.
         """
         self.folder = folder
@@ -70,7 +70,7 @@ class Journal:
         if manifest.exists():
             _same(manifest, about)
             if not resume:
-                raise UsageError(f"{folder} holds this run already: --resume goes on with it")
+                raise UsageError(f"{folder} already holds this run: --resume continues it")
             _tidy(folder, alone)
         else:
             if any(folder.glob("*.tar")):
@@ -155,10 +155,10 @@ def _same(manifest: Path, about: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise LatentsError(f"{manifest}: cannot be read ({error}); give another folder") from error
     if not isinstance(found, dict):
-        raise LatentsError(f"{manifest}: is no record of a run; give another folder")
+        raise LatentsError(f"{manifest}: is not the record of a run; give another folder")
     for key in sorted(about.keys() | found.keys()):
         if found.get(key) != about.get(key):
             raise LatentsError(
-                f"{manifest}: {key} is {found.get(key)!r:.100}, this run wants "
+                f"{manifest}: {key} is {found.get(key)!r:.100}, but this run has "
                 f"{about.get(key)!r:.100}; give another folder"
             )

@@ -1,4 +1,4 @@
-"""Pictures to one latents file, with everything that is known of each beside it."""
+"""From pictures to one latents file, with everything that is known about each picture."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def encode_to_file(
             is more text than a file may have.
     """
     if out.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{out}: a latents file ends in {', '.join(SUFFIXES)}; else give a folder")
+        raise UsageError(
+            f"{out}: a latents file must end in {', '.join(SUFFIXES)}; or give a folder"
+        )
     found: list[Encoded] = []
     problems: list[Problem] = []
     for item in encoding.run(sample for unit in sources.units for sample in unit.samples()):

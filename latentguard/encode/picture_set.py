@@ -1,4 +1,4 @@
-"""Pictures for other commands: encoded once, kept in a folder, and given as files of latents."""
+"""Pictures for other commands: encoded once, kept in a folder, and read as files of latents."""
 
 from __future__ import annotations
 

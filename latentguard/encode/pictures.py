@@ -1,8 +1,8 @@
-"""A picture's bytes to RGB: of few formats, bounded, upright, and the same on every machine.
+"""From a picture's bytes to RGB: few formats, bounded, upright, and the same on every machine.
 
-What becomes of what is not plain RGB: pictures are turned as their EXIF orientation says;
-transparency is laid on white; gray, palette and CMYK pictures become RGB by Pillow's formulas, and
-color profiles are not applied; 16 bits become 8; of an animation the first frame counts.
+Pictures that are not plain RGB are converted. They are rotated as their EXIF orientation says.
+Transparency is laid on white. Gray, palette and CMYK pictures become RGB by Pillow's formulas, and
+color profiles are not applied. 16 bits become 8. An animation is read as its first frame.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def decode_picture(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise LatentsError(f"has more pixels than the limit of {MAX_PIXELS}") from error
     except UnidentifiedImageError as error:
-        raise LatentsError(f"is no picture that is read ({', '.join(_FORMATS)})") from error
+        raise LatentsError(f"is not a picture in a known format ({', '.join(_FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         reason = str(error).split("\n", 1)[0][:200]
         raise LatentsError(f"is a damaged picture ({type(error).__name__}: {reason})") from error

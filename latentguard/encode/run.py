@@ -1,4 +1,4 @@
-"""Pictures to shards of latents in a folder: resumable, and shared out among tasks."""
+"""From pictures to shards of latents in a folder: resumable, and divided among tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One picture of a source, and what is known of it besides."""
+"""One picture of a source, and what is known about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths to units of work: a group of picture files, a shard or a table."""
+"""From paths to units of work: a group of picture files, a shard or a table."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ class _Found:
         folder, slash, _ = self.below.partition("/")
         if not slash:
             raise LatentsError(
-                f"{self.item} is in no folder below the path that is given, and --labels folder "
-                "takes the class from there"
+                f"{self.item} is not in a folder below the given path, but --labels folder takes "
+                "the class from such a folder"
             )
         return folder
 
@@ -152,7 +152,7 @@ def _expand(given: Path, passed: PassedOver) -> Iterator[Path | Problem]:
     if not given.is_dir():
         if given.suffix.lower() not in (*SUFFIXES, *CONTAINERS):
             raise LatentsError(
-                f"{given} is of no kind that is read: give pictures ({', '.join(SUFFIXES)}), "
+                f"{given} is of an unknown kind: give pictures ({', '.join(SUFFIXES)}), "
                 f"shards or tables ({', '.join(CONTAINERS)}), or folders of them"
             )
         yield given

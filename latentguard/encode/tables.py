@@ -89,7 +89,7 @@ def dataset_files(folder: Path) -> list[Path] | None:
     except (ValueError, RecursionError, KeyError, TypeError):
         return None
     if not all(isinstance(name, str) and name == Path(name).name for name in names):
-        raise LatentsError("names files outside of its folder")
+        raise LatentsError("names files outside its folder")
     return [folder / name for name in names]
 
 
@@ -130,7 +130,9 @@ def _schema(pa: Any, reader: Any) -> pa.Schema:
         raise LatentsError("is not an Arrow file: it does not begin with a schema")
     schema = pa.ipc.read_schema(message)
     if len(set(schema.names)) != len(schema.names):
-        raise LatentsError("is a table with two columns of one name, of which readers take either")
+        raise LatentsError(
+            "is a table with two columns of the same name, and readers differ on which one counts"
+        )
     return schema
 
 
@@ -149,7 +151,9 @@ def _record_batches(pa: Any, reader: Any, schema: pa.Schema) -> Iterator[pa.Reco
         if message.type != "record batch":
             raise LatentsError(f"has a message of the kind {message.type!r:.40}, which is not read")
         if _is_compressed(message.metadata.to_pybytes()):
-            raise LatentsError("is compressed, which an Arrow file of pictures need not be")
+            raise LatentsError(
+                "is compressed, which is not supported for an Arrow file of pictures"
+            )
         batch = pa.ipc.read_record_batch(message, schema)
         batch.validate(full=True)  # offsets that lead outside of a buffer
         yield batch
@@ -329,7 +333,7 @@ def _read(batch: pa.RecordBatch, table: _Table, place: int) -> bytes:
     if table.nested and cell.is_valid:
         cell = cell["bytes"]
     if not cell.is_valid:
-        raise LatentsError("has no bytes of a picture; a path alone is not followed")
+        raise LatentsError("has no bytes of a picture, and its path is not followed")
     check_bytes(len(cell.as_buffer()))
     data: bytes = cell.as_py()
     return data

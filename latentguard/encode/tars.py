@@ -134,7 +134,7 @@ def _metadata(stream: BinaryIO, group: _Group) -> dict[str, Any] | None:
             raise
         raise LatentsError("its .json is not JSON") from error
     if not isinstance(values, dict):
-        raise LatentsError("its .json is no JSON object")
+        raise LatentsError("its .json is not a JSON object")
     return values
 
 

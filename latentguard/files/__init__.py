@@ -1,8 +1,8 @@
 """Latents files: reading them safely, one image at a time, and writing them with their convention.
 
-Reading order: bounds.py (what is refused for its size) -> claims.py (what a file says of itself)
--> options.py (what is said of files) -> choice.py (which arrays are the latents) with beside.py
-(what the others are) and numbers.py (what their numbers are) -> streams.py, zip_archive.py,
+Reading order: bounds.py (limits on sizes) -> claims.py (what a file says about itself) ->
+options.py (what the caller says about files) -> choice.py (which arrays are the latents) with
+beside.py (what the others are) and numbers.py (types of numbers) -> streams.py, zip_archive.py,
 compressed.py (bytes and archives) -> one reader per format (numpy_files.py, safetensors_files.py,
 torch_files.py, and tar.py with shards.py), with signatures.py and explain.py for what a file is
 instead -> passed_over.py (what is not read) -> paths.py (folders and patterns) -> reading.py (paths

@@ -1,7 +1,7 @@
-"""What may stand where a path may: addresses of other file systems, and ranges in braces.
+"""Paths that are more than paths: addresses of other file systems, and ranges in braces.
 
-`found` turns each of them into files. A path is searched as paths.py does. An address
-(`s3://bucket/shards/`, `hf://datasets/...`) is searched likewise, by fsspec.
+`found` turns each of them into files. A path is searched by paths.py. An address
+(`s3://bucket/shards/`, `hf://datasets/...`) is searched in the same way, by fsspec.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Remote:
 
 
 def is_address(path: str | Path) -> bool:
-    """Whether this is an address of a file system (`s3://...`), and no path."""
+    """Whether this is an address of a file system (`s3://...`), and not a path."""
     return isinstance(path, str) and _ADDRESS.match(path) is not None
 
 
@@ -107,7 +107,7 @@ def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
             "pip install 'latentguard[scale]'"
         ) from error
     if "::" in address:
-        raise LatentsError("is a chain of file systems, which is not read: give the file itself")
+        raise LatentsError("is a chain of file systems, which cannot be read: give the file itself")
     scheme = address.partition("://")[0].lower()
     try:
         fs, path = url_to_fs(address)
@@ -212,7 +212,7 @@ def _remote(address: str, passed: PassedOver, strict: bool) -> Iterator[Remote |
         for entry, info in entries.items():
             one = _judged(fs, entry, info, passed)
             if one is None and strict and not entry.endswith("/"):
-                said = "is no latents file, and --strict lets nothing be passed over"
+                said = "is not a latents file, and with --strict no file is passed over"
                 one = Unreadable(shown(fs.unstrip_protocol(entry)), said)
             if one is not None:
                 empty = False
@@ -254,7 +254,7 @@ def _missing(fs: AbstractFileSystem, entries: dict[str, Any]) -> Iterator[Unread
             del entries[path]
             for name in names:
                 source = shown(fs.unstrip_protocol(folder + name))
-                yield Unreadable(source, "is named by index.json and is not there")
+                yield Unreadable(source, "is named by index.json but does not exist")
 
 
 def _judged(
@@ -276,8 +276,7 @@ def _judged(
         if not is_harmless(name) and could_hold_latents(name, head):
             return Unreadable(
                 shown(address),
-                "could hold latents, but is of a type that is not read: known are "
-                f"{', '.join(SUFFIXES)}",
+                f"could hold latents, but its type cannot be read: known are {', '.join(SUFFIXES)}",
             )
     except Exception as error:  # each file system raises its own kinds
         said = said_of(error)

@@ -1,7 +1,8 @@
-"""What a file holds beside the latents that are read: could it be latents, too?
+"""Arrays of a file besides the latents that are read: could they be latents, too?
 
-A user of the file gets every array that is in it, so one of the shape of latents that nobody looks
-at must be an error. Text embeddings often have such a shape; they are told by their name and width.
+A user of the file gets every array in it, so an array with the shape of latents that was not looked
+at must be an error. Text embeddings often have such a shape. They are recognized by their name and
+width.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _SHOWN = 3
 class Beside:
     """The arrays of a file that are not read.
 
-    unread: names of those that could be latents. texts: how many could, but for their names.
-    left: how many could, and are left aside since the operator named the array that counts.
+    unread: names of those that could be latents. texts: how many could be latents if their names
+    did not say text embeddings. left: how many could be latents, and are skipped because the
+    operator named the array that counts.
     """
 
     unread: tuple[str, ...] = ()
@@ -57,16 +59,15 @@ class Beside:
         return cls(tuple(unread), texts)
 
     def check(self) -> None:
-        """LatentsError where something could be latents."""
+        """Raises LatentsError if some array could be latents."""
         if not self.unread:
             return
         shown = ", ".join(name[:30] for name in self.unread[:_SHOWN])
         if len(self.unread) > _SHOWN:
             shown += f" and {len(self.unread) - _SHOWN} more"
         raise LatentsError(
-            f"holds {shown} beside the latents that are read, which could be latents, too, and "
-            "was not looked at: save each array of latents in a file of its own, or name the one "
-            "that counts (--key)"
+            f"also holds {shown}, which could be latents but was not looked at: save each array of "
+            "latents in a file of its own, or name the one that counts (--key)"
         )
 
 

@@ -1,7 +1,9 @@
-"""Which arrays of a file are its latents: as the operator says, else by the names that tools use.
+"""Which arrays of a file are its latents: those the operator names, or else those with names that
+tools use.
 
-All arrays of one family of names are read: a cache of several resolutions, or of flipped images,
-holds several images. What else has the shape of latents is not read, and is told by beside.py.
+All arrays of one family of names are read, because a cache of several resolutions, or of flipped
+images, holds several images. Other arrays with the shape of latents are not read; beside.py finds
+them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Choice:
     """The arrays that are read, by name.
 
     moments: whether they hold means and deviations. several: whether their names tell the images
-    apart. said: whether the operator chose them, so that all others are left aside on purpose.
+    apart. said: whether the operator chose them, so that all others are skipped on purpose.
     """
 
     names: tuple[str, ...]

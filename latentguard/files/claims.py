@@ -1,4 +1,4 @@
-"""What a latents file says of itself, and what follows from it.
+"""What a latents file says about itself, and what follows from it.
 
 A file may declare `space`, `scaled`, `layout`, `height`, `width`, `ids`, and `scale` and `shift`,
 which must be those of its space or of the space that the operator gives. The same keys hold in a
@@ -42,7 +42,7 @@ def packed_spaces(width: int) -> list[LatentSpace]:
 
 @dataclass(frozen=True)
 class Claims:
-    """What is known before a single number is read; None where nothing was said."""
+    """What is known before a single number is read; None for what is unknown."""
 
     space: str | None = None
     scaled: bool | None = None
@@ -95,7 +95,7 @@ class Claims:
         return found[0], found[1]
 
     def merged(self, other: Claims, mine: str, theirs: str) -> Claims:
-        """Both; LatentsError where they contradict each other."""
+        """Both together. Raises LatentsError if they contradict each other."""
         known = {}
         for one in fields(self):
             here, there = getattr(self, one.name), getattr(other, one.name)
@@ -127,7 +127,7 @@ class Claims:
                 shift=space.shift if self.shift is None else self.shift,
             )
         except LatentsError as error:
-            raise LatentsError(f"the file declares what cannot be: {error}") from error
+            raise LatentsError(f"the file declares something impossible: {error}") from error
         # flux2 has no numbers without its VAE's statistics: scaled means normalized by any.
         settled = space.scale is not None or scaled
         if settled and space.is_scaled_as(declared):
@@ -332,7 +332,7 @@ def if_pixels(claims: Claims) -> str:
     """What to do about a size that does not fit, as the end of a sentence."""
     if claims.height is None and claims.width is None:
         return ""
-    return "; if the height and width that are said are pixels, say --pixels"
+    return "; if the given height and width are in pixels, say --pixels"
 
 
 def if_moments(count: int, channels: set[int]) -> str:

@@ -48,7 +48,7 @@ def unpacked(stream: BinaryIO, size: int) -> tuple[BinaryIO, int]:
         _check(total, limit, size)
         target.write(data)
     if inflate.unused_data or stream.read(1):
-        raise LatentsError("is a damaged gzip file: something is behind its end")
+        raise LatentsError("is a damaged gzip file: more data follows after its end")
     return target, size_of(target)
 
 

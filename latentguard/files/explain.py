@@ -1,4 +1,4 @@
-"""What a file holds that has no `latents`: one sentence with what is there and what to do."""
+"""The error of a file without `latents`: one sentence with what is in it and what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def no_latents(
         names: every key that it has, in order.
         arrays: those of them that hold numbers and could be latents.
         needs: what it should have, as in "the key latents".
-        said: whether the operator has said so, and no advice is needed.
+        said: whether the operator named it, so that no advice is needed.
     """
     names, arrays = list(names), list(arrays)
     shown = ", ".join(name[:30] for name in names[:_SHOWN]) or "nothing"
@@ -32,7 +32,7 @@ def no_latents(
 def _advice(names: list[str], arrays: list[str]) -> str:
     texts = any(part in name for part in TEXT for name in names)
     if texts and not any("latent" in name for name in names):
-        return ": these are text embeddings, of which no image is made; leave the file out"
+        return ": these are text embeddings, from which no image is decoded; leave the file out"
     if not arrays:
         return ""
     return (

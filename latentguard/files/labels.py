@@ -1,7 +1,7 @@
-"""Classes of images as files of latents have them: beside, within, or in a sample's KEY.cls.
+"""Classes of images in files of latents: next to the file, in it, or in a sample's KEY.cls.
 
-They are read apart from the latents, and only by what measures: whoever scans a file needs none,
-and a file with strange ones is scanned all the same.
+They are read separately from the latents, and only for measuring. A scan does not need them, and a
+file with strange labels is scanned all the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LABELS = ("label", "cls", "class", "class_id")
 """Keys of a KEY.json under which a label is looked for."""
 NAMES = ("label_name", "class_name", "synset", "wnid")
-"""Keys of a KEY.json under which is looked for what the label stands for."""
+"""Keys of a KEY.json under which the name of the label is looked for."""
 _BESIDE = (".labels.txt", ".names.txt")
 _MAX_TEXT = 64 * MAX_METADATA  # of a labels file: millions of lines
 
@@ -45,7 +45,7 @@ class Label:
 
     @classmethod
     def parse(cls, text: str) -> Label:
-        """A number where it is one, else a name."""
+        """A number if it is one, or else a name."""
         text = text.strip()[:1000]
         return cls(int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text)
 
@@ -66,7 +66,7 @@ class Label:
         words = [one.value for one in both if isinstance(one.value, str)]
         if len(numbers) > 1 or len(set(words)) > 1:
             said = " and ".join(repr(one.value)[:60] for one in both)
-            raise LatentsError(f"its .cls and its .json say different labels, {said}")
+            raise LatentsError(f"its .cls and its .json have different labels, {said}")
         name = next((text for text in (*words, self.name, other.name) if text is not None), None)
         return Label(next(iter(numbers)), name) if numbers else Label(name)
 
@@ -93,7 +93,7 @@ class FileLabels:
         return None if self._by_place is None else len(self._by_place)
 
     def of(self, record: Record) -> Label:
-        """What is said of an image of this file."""
+        """The label of an image of this file."""
         if self._by_key is not None:
             name = record.source.removeprefix(f"{self._path}::")
             ending = next((s for s in LATENT_SUFFIXES if name.lower().endswith(s)), "")
@@ -173,7 +173,7 @@ def _listed(values: Mapping[Any, Any]) -> list[Label] | None:
     if not lists or any(column is not None and column not in lists for column in columns):
         return None
     if len({len(column) for column in lists}) > 1:
-        raise LatentsError("has another number of labels than of label_names")
+        raise LatentsError("has a different number of labels than of label_names")
     labels, names = ([] if column is None else column for column in columns)
     return [_label(value, name) for value, name in zip_longest(labels, names)]
 

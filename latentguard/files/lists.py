@@ -13,10 +13,10 @@ _MAX_LINE = 1 << 16
 
 
 def listed(arguments: Iterable[str], stdin: TextIO) -> Iterator[str]:
-    """Arguments, with the lines of each list (`@FILE`, `-`) in place of it.
+    """The arguments, with each list (`@FILE`, `-`) replaced by its lines.
 
-    Empty lines and those that begin with # do not count. Raises LatentsError where a list cannot
-    be read, is empty, or names another list.
+    Empty lines and lines that begin with # are ignored. Raises LatentsError if a list cannot be
+    read, is empty, or names another list.
     """
     for argument in arguments:
         if argument == "-":

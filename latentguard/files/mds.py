@@ -100,7 +100,7 @@ def read_mds(
         at = end
         yield _row(shard, table, aside, number, begin, end, reading)
     if at != size:
-        raise LatentsError("is a damaged MDS shard: something is behind its last sample")
+        raise LatentsError("is a damaged MDS shard: more data follows after its last sample")
     table.check()
 
 
@@ -132,20 +132,20 @@ def _opened(stream: BinaryIO, size: int) -> _Shard:
     samples = int.from_bytes(read_exactly(stream, 4), "little")
     table = 4 + 4 * (samples + 1)
     if table > size:
-        raise LatentsError(f"is no MDS shard, or is truncated: it announces {samples} samples")
+        raise LatentsError(f"is not an MDS shard, or is truncated: it announces {samples} samples")
     if not samples:
         raise LatentsError("holds no sample")
     stream.seek(4)
     start = int.from_bytes(read_exactly(stream, 4), "little")
     if not table <= start <= size or start - table > MAX_METADATA:
-        raise LatentsError("is a damaged MDS shard: its first sample is not behind its header")
+        raise LatentsError("is a damaged MDS shard: its first sample does not follow its header")
     stream.seek(table)
     try:
         config = json.loads(read_exactly(stream, start - table))
     except (ValueError, RecursionError) as error:
-        raise LatentsError("is no MDS shard: it does not describe its columns") from error
+        raise LatentsError("is not an MDS shard: it does not describe its columns") from error
     if not isinstance(config, dict) or config.get("format") != "mds" or config.get("version") != 2:
-        raise LatentsError("is no MDS shard of version 2")
+        raise LatentsError("is not an MDS shard of version 2")
     names, encodings, sizes = (config.get(key, ()) for key in _AGREED)
     if not (_texts(names) and _texts(encodings) and isinstance(sizes, list)):
         raise LatentsError("is a damaged MDS shard: its columns")
@@ -180,7 +180,7 @@ def _check_index(shard: _Shard, path: Path) -> None:
     if differs is None and stated != shard.size:
         differs = "raw_data"
     if differs is not None:
-        raise LatentsError(f"is described otherwise by its index.json ({differs})")
+        raise LatentsError(f"does not agree with its index.json ({differs})")
 
 
 class _Index:
@@ -345,7 +345,7 @@ def _plain(shard: _Shard, name: str, at: int, count: int) -> Any:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise LatentsError(f"its {name[:60]!r} is no text") from error
+            raise LatentsError(f"its {name[:60]!r} is not text") from error
     dtype = _WHOLE.get(encoding)
     if dtype is None or count != dtype.itemsize:
         return None
@@ -362,7 +362,7 @@ def _payload(
         return bytes_payload(data, claims, reading, None)
     if kind != "ndarray":
         if len(data) % STORED[kind].itemsize:
-            raise LatentsError(f"its {len(data)} bytes are no {kind} numbers")
+            raise LatentsError(f"its {len(data)} bytes are not {kind} numbers")
         flat = np.frombuffer(data, STORED[kind])
         return array_payload(shaped(flat, None, claims, reading), claims, reading)
     dtype, shape = _fixed(config)

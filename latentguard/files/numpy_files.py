@@ -71,7 +71,7 @@ def open_npz(
         entries[name] = _checked(entry)
     values = {name: _small(stream, entries[name]) for name in KEYS & entries.keys()}
     claims = Claims.parse(values, pixels=reading.pixels).merged(
-        claims, "the file", "what is said beside it"
+        claims, "the file", "the metadata next to it"
     )
     choice = _choice(stream, entries, reading)
     arrays: list[tuple[Entry, _Header, Plan]] = []
@@ -176,7 +176,7 @@ def _parsed(stream: BinaryIO) -> tuple[np.dtype[Any], tuple[int, ...], int, bool
 def _check_size(dtype: np.dtype[Any], shape: tuple[int, ...], held: int) -> None:
     expected = math.prod(shape) * dtype.itemsize
     if expected != held:
-        short = "is truncated" if expected > held else "has something behind its numbers"
+        short = "is truncated" if expected > held else "has more data after its numbers"
         raise LatentsError(
             f"{short}: the header says shape {list(shape)} of {dtype.name}, {expected} bytes, and "
             f"{held} are there"

@@ -1,4 +1,4 @@
-"""What whoever gives files says of them: which array, and how its numbers are to be read."""
+"""What the caller says about files: which array counts, and how its numbers are read."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read. Everything is optional; it can be pickled, and sent to other processes.
+    """How files are read. Everything is optional. It can be pickled and sent to other processes.
 
     Attributes:
-        space, scaled: what files do not say of themselves; one that says otherwise is an error. A
-            space is a name, a file of one's own, or a LatentSpace (which it becomes).
-        layout, height, width: the same, for arrays whose shape leaves it open; packed tokens need
+        space, scaled: what files do not say about themselves. A file that says something else is an
+            error. A space is a name, a file of your own, or a LatentSpace (which it becomes).
+        layout, height, width: the same, for arrays whose shape leaves them open. Packed tokens need
             height and width, in latent cells.
-        pixels: height and width are in pixels, those that files say of themselves, too, where
-            they do not say their layout.
+        pixels: height and width are in pixels. This also holds for those in files that do not say
+            their layout.
         key: the array that holds the latents: a key of a dict, an .npz, a .safetensors or a column
             of a table; `a/b` or `a.b` for the key b of what is under a. Other arrays are then
             counted and not an error.
@@ -57,10 +57,10 @@ class Reading:
         dequantize: (scale, zero) of whole numbers, which become (number - zero) * scale in float32;
             or a name of `DEQUANTIZATIONS`.
         dtype: the type of numbers that carry none: bytes of a table, bfloat16 of `numpy.save`.
-        strict: whatever would be passed over as no latents is an error.
+        strict: whatever would be passed over, because it does not hold latents, is an error.
 
     Raises:
-        LatentsError: a value that cannot be.
+        LatentsError: an invalid value.
     """
 
     space: LatentSpace | None = None

@@ -42,19 +42,19 @@ def read_parquet(
     """The rows of a Parquet file of `size` bytes, in order.
 
     Args:
-        passed: counts columns that are left aside; and the file, under its `name`, where it is the
-            list of pictures that img2dataset writes beside a shard.
+        passed: counts the columns that are skipped; and the file, under its `name`, if it is the
+            list of pictures that img2dataset writes next to a shard.
 
     Raises:
-        LatentsError: no Parquet file, one over the limits, no pyarrow, or a table of which it is
-            not said which column holds the latents.
+        LatentsError: not a Parquet file, over the limits, no pyarrow, or a table without a certain
+            column of latents.
     """
     file = open_parquet(stream, size)
     pa, schema = pyarrow(), file.schema_arrow
     columns = [_column(pa, field) for field in schema]
     if set(schema.names) >= _LISTING and not any(c.readable or c.opaque for c in columns):
         if reading.strict:
-            raise LatentsError("is a list of pictures, and --strict lets nothing be passed over")
+            raise LatentsError("is a list of pictures, and with --strict no file is passed over")
         passed.add_file(name)
         return
     table = choose_columns(columns, reading, passed)
@@ -121,7 +121,9 @@ def open_parquet(stream: BinaryIO, size: int) -> pq.ParquetFile:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(error) from error
     if len(set(names)) != len(names):
-        raise LatentsError("is a table with two columns of one name, of which readers take either")
+        raise LatentsError(
+            "is a table with two columns of the same name, and readers differ on which one counts"
+        )
     return file
 
 
@@ -349,10 +351,10 @@ def _nested(pa: Any, cell: Any) -> tuple[np.ndarray[Any, Any], tuple[int, ...]]:
     while _is_list(pa, values.type):
         inner = values.flatten()
         if values.null_count or len(values) == 0 or len(inner) % len(values):
-            raise LatentsError("its lists are not of one length, so they are no array")
+            raise LatentsError("its lists differ in length, so they are not an array")
         each = len(inner) // len(values)
         if pc.min_max(pc.list_value_length(values)).as_py() != {"min": each, "max": each}:
-            raise LatentsError("its lists are not of one length, so they are no array")
+            raise LatentsError("its lists differ in length, so they are not an array")
         shape.append(each)
         values = inner
     return _numbers(pa, values), tuple(shape)

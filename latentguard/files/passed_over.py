@@ -1,7 +1,7 @@
-"""What a scan does not read: whether it could hold latents, and a count of what could not.
+"""Files that a scan does not read: whether they could hold latents, and a count of the others.
 
 A file or member that could hold latents but is not read must be an error, or a scan would say
-"allow" of what it did not look at. All others are counted by their suffix, and named.
+"allow" for something that it did not look at. All others are counted by their suffix, and named.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def could_hold_latents(name: str, head: Callable[[], bytes]) -> bool:
     """Whether a file that is not read could hold latents.
 
     Args:
-        head: gives its first `HEAD` bytes, asked for only where the name does not tell. The name of
-            a text or picture is no excuse for contents that begin as tensors do.
+        head: gives its first `HEAD` bytes. A file named as text or a picture could hold latents,
+            too, if its contents begin like tensors.
     """
     suffix = suffix_of(name)
     if suffix in _HARMLESS:
@@ -113,7 +113,7 @@ def _begins_as(magic: re.Pattern[bytes], head: bytes) -> bool:
 
 @dataclass
 class PassedOver:
-    """Counts of what was not read because it cannot hold latents, or since the operator said so.
+    """Counts of what was not read, because it cannot hold latents or the operator asked for it.
 
     files: of folders, by suffix. members: of shards, likewise. links: to folders that are read
     under another name. texts: arrays beside latents that are text embeddings by their name.
@@ -163,14 +163,14 @@ class PassedOver:
             parts.append(f"{self.links:,} {_plural('link', self.links)} to folders that are read")
         if self.texts:
             parts.append(f"{self.texts:,} {_plural('array', self.texts)} of text embeddings")
-        line = f"passed over, as no latents: {', '.join(parts)}" if parts else ""
+        line = f"passed over, because they are not latents: {', '.join(parts)}" if parts else ""
         aside = []
         if self.left:
             aside.append(f"{self.left:,} other {_plural('array', self.left)} (--key)")
         if self.left_members:
             members = _plural("shard member", self.left_members)
             aside.append(f"{self.left_members:,} other {members} (--member)")
-        said = f"left aside, as said: {', '.join(aside)}" if aside else ""
+        said = f"skipped on request: {', '.join(aside)}" if aside else ""
         more = ", ..." if self.files.total() > len(self.names) else ""
         named = f"the first files: {', '.join(self.names)}{more}" if self.names else ""
         return "; ".join(filter(None, (line, named, said)))

@@ -1,8 +1,8 @@
 """Paths to files: folders and patterns become the latents files below them, in a stable order.
 
-Nothing is passed over in silence. What could hold latents but is not read, and what cannot be
-listed or followed, is Unreadable; the rest is counted. Links to folders are followed, after the
-folders that are really there, and no folder is read twice, so a loop of links ends.
+Nothing is passed over silently. A file that could hold latents but is not read, and a folder or
+link that cannot be listed or followed, is Unreadable. The rest is counted. Links to folders are
+followed after the real folders, and no folder is read twice, so a loop of links ends.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class _Folders:
             if could_hold_latents(name, head):
                 return Unreadable(
                     path,
-                    "could hold latents, but is of a type that is not read: known are "
+                    "could hold latents, but its type cannot be read: known are "
                     f"{', '.join(SUFFIXES)}",
                 )
         except (OSError, LatentsError) as error:
@@ -178,7 +178,7 @@ class _Folders:
         self._passed.add_file(name, path.removeprefix(self._root))
         if not self._strict:
             return None
-        return Unreadable(path, "is no latents file, and --strict lets nothing be passed over")
+        return Unreadable(path, "is not a latents file, and with --strict no file is passed over")
 
 
 def _missing(folder: str, listed: _Folder) -> Iterator[Unreadable]:
@@ -194,7 +194,9 @@ def _missing(folder: str, listed: _Folder) -> Iterator[Unreadable]:
     if names is not None:
         listed.files.remove(index)
         for name in names:
-            yield Unreadable(os.path.join(folder, name), "is named by index.json and is not there")
+            yield Unreadable(
+                os.path.join(folder, name), "is named by index.json but does not exist"
+            )
 
 
 def _listed(folder: str) -> _Folder:

@@ -204,7 +204,7 @@ class _Machine:
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is not list:
-            raise LatentsError("has a damaged pickle: it appends to what is no list")
+            raise LatentsError("has a damaged pickle: it appends to something that is not a list")
         target += items
 
     def _setitem(self) -> None:
@@ -221,7 +221,7 @@ class _Machine:
             )
         target = self._stack[-1]
         if not isinstance(target, dict):
-            raise LatentsError("has a damaged pickle: it sets keys of what is no dict")
+            raise LatentsError("has a damaged pickle: it sets keys of something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # The later one counts in a Python dict, but torch.save never writes two.
             if key in target:
@@ -250,12 +250,12 @@ class _Machine:
         """
         saved = self._stack.pop()
         if type(saved) is not tuple or len(saved) != 5 or type(saved[1]) is not _Global:
-            raise LatentsError("has a damaged pickle: a storage that is none")
+            raise LatentsError("has a damaged pickle: an invalid storage")
         kind, storage, key, location, count = saved
         dtype = _STORAGES.get(storage.name.removeprefix("torch "))
         texts = type(key) is str and type(location) is str
         if kind != "storage" or dtype is None or not texts or type(count) is not int or count < 0:
-            raise LatentsError("has a damaged pickle: a storage that is none")
+            raise LatentsError("has a damaged pickle: an invalid storage")
         if location == "meta":
             raise LatentsError("holds a tensor of the meta device, which has no numbers")
         needed, held = count * dtype.itemsize, self._entries.get(key, -1)
@@ -281,7 +281,7 @@ class _Machine:
         arguments = self._stack.pop()
         function = self._stack.pop()
         if type(function) is not _Global or type(arguments) is not tuple:
-            raise LatentsError("has a damaged pickle: it calls what cannot be called")
+            raise LatentsError("has a damaged pickle: it calls something that cannot be called")
         name = function.name
         if name == "torch._utils _rebuild_tensor_v2" and len(arguments) in (6, 7):
             # A seventh would negate or conjugate the numbers.
@@ -292,7 +292,7 @@ class _Machine:
             self._stack.append(tensor)
         elif name == "torch._utils _rebuild_parameter" and len(arguments) == 3:
             if not isinstance(arguments[0], Tensor):
-                raise LatentsError("has a damaged pickle: a parameter that is no tensor")
+                raise LatentsError("has a damaged pickle: a parameter that is not a tensor")
             _check_gradients(*arguments)
             self._stack.append(arguments[0])
         elif name == "collections OrderedDict" and arguments == ():
@@ -363,7 +363,7 @@ def _tensor(
 ) -> Tensor:
     whole = _sizes((offset,)) and _sizes(shape) and _sizes(stride)
     if type(storage) is not _Storage or not whole or not len(shape) == len(stride) <= MAX_AXES:
-        raise LatentsError("has a damaged pickle: a tensor that is none")
+        raise LatentsError("has a damaged pickle: an invalid tensor")
     count = math.prod(shape)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if count and last >= storage.count:

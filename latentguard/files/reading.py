@@ -47,7 +47,8 @@ _OPENERS: dict[str, Callable[[BinaryIO, int, Claims, Reading], Payload]] = {
 
 @dataclass(frozen=True)
 class ArrayRecord:
-    """One image of a file, or why it cannot be read; exactly one of latents and error is set.
+    """One image of a file, or the reason why it cannot be read. Exactly one of latents and error is
+    set.
 
     Attributes:
         source: the file, for a shard's member followed by "::" and the member's name.
@@ -81,7 +82,7 @@ def read_latents(
     scaled: bool | None = None,
     **options: Unpack[Options],
 ) -> Iterator[Record]:
-    """`read_arrays`, as torch tensors. Raises LatentsError where torch is not installed, too."""
+    """`read_arrays`, as torch tensors. Also raises LatentsError if torch is not installed."""
     records = read_arrays(paths, space, scaled, **options)
     if importlib.util.find_spec("torch") is None:
         raise LatentsError("tensors need torch: pip install 'latentguard[torch]', or read_arrays")
@@ -208,7 +209,7 @@ def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterato
     except LatentsError as error:
         yield ArrayRecord(source, index, None, None, str(error))
     except MemoryError:
-        yield ArrayRecord(source, index, None, None, "needs more memory than there is")
+        yield ArrayRecord(source, index, None, None, "needs more memory than is available")
     except Exception as error:  # a guard reports what it did not foresee; the rest is still read
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0][:200]
         yield ArrayRecord(source, index, None, None, f"cannot be read ({reason})")
@@ -220,7 +221,9 @@ def _guarded(source: str, index: int, records: Iterator[ArrayRecord]) -> Iterato
 def _file(path: Path, reading: Reading, passed: PassedOver) -> Iterator[ArrayRecord]:
     name = path.name.lower()
     if name.endswith(COMPRESSED_SHARDS):
-        raise LatentsError("is a compressed archive, whose size nothing bounds: unpack it to .tar")
+        raise LatentsError(
+            "is a compressed archive, whose unpacked size is not bounded: unpack it to .tar"
+        )
     if name.endswith(PICTURES):
         raise LatentsError("is a picture, not latents: `latentguard encode` makes latents of it")
     if not name.endswith(SUFFIXES):
@@ -344,7 +347,7 @@ def _images(
     payload.check_names(count)
     payload.beside.check()
     if reading.strict and payload.beside.texts:
-        raise LatentsError("holds text embeddings, and --strict lets nothing be passed over")
+        raise LatentsError("holds text embeddings, and with --strict no file is passed over")
 
 
 def _check_size(payload: Payload, claims: Claims, space: LatentSpace) -> None:
@@ -414,7 +417,7 @@ def _record(
 ) -> ArrayRecord:
     problem = _problem(image)
     if problem is None and settled is None:
-        problem = "its space and scaling are not known"
+        problem = "its space and scaling are unknown"
     if problem is not None or settled is None or isinstance(image, LatentsError):
         return ArrayRecord(source, index, name, None, problem)
     space, scaled = settled

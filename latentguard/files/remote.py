@@ -1,8 +1,7 @@
-"""Files of other file systems: copied whole to this machine, so that the strict readers stay as
-they are.
+"""Files of other file systems, which are copied whole to this machine for the strict readers.
 
-A copy counts only if the file was the same one before and behind it. What fails in passing (a
-server's 500, a connection that ends) is tried again, later and later.
+A copy counts only if the file was the same before and after it. Temporary failures (a server's 500,
+a connection that ends) are tried again, with growing pauses.
 """
 
 from __future__ import annotations
@@ -198,7 +197,7 @@ def _state(fs: AbstractFileSystem, path: str) -> FileState:
         raise LatentsError("is a folder")
     size = info.get("size")
     if not isinstance(size, int):
-        raise LatentsError("is of a server that does not say how large its files are")
+        raise LatentsError("is on a server that does not state the sizes of its files")
     said = [f"{key}={info[key]}" for key in _VERSIONS if info.get(key)]
     # A time alone tells less than an ETag; with one it only tells of a file that is written anew.
     said = said or [f"{key}={info[key]}" for key in _TIMES if info.get(key)]
@@ -267,7 +266,7 @@ def retried(action: Callable[[], Result], progress: Callable[[], int] = lambda: 
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it was raised for, at most a few of them."""
+    """An error and the errors that caused it, at most a few."""
     following: BaseException | None = error
     for _ in range(8):
         if following is None:

@@ -55,7 +55,7 @@ def open_safetensors(
     header, start = _header(stream, size)
     metadata = _metadata(header)
     declared = Claims.parse(_own(metadata), text=True, pixels=reading.pixels)
-    claims = declared.merged(claims, "the file", "what is said beside it")
+    claims = declared.merged(claims, "the file", "the metadata next to it")
     tensors = _tensors(header, size - start)
     choice = choose(
         {n: (tensors[n][1], tensors[n][0].startswith(_FLOATS)) for n in _candidates(tensors)},
@@ -125,7 +125,7 @@ def _of_comfyui(shape: tuple[int, ...], claims: Claims) -> Claims:
     """ComfyUI's latents of four and sixteen channels are as the VAE encodes."""
     if len(shape) < 3 or channels_of(shape) not in (4, 16):
         return claims
-    return Claims(scaled=False).merged(claims, "a latent of ComfyUI", "what is said beside it")
+    return Claims(scaled=False).merged(claims, "a latent of ComfyUI", "the metadata next to it")
 
 
 def _numbers(dtype: str, reading: Reading) -> Numbers:
@@ -143,7 +143,7 @@ def _header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(read_exactly(stream, 8), "little")
     if length > size - 8:
         raise LatentsError(
-            f"is truncated or no safetensors file: a header of {length} bytes is announced, "
+            f"is truncated or not a safetensors file: its header should have {length} bytes, but "
             f"{size - 8} bytes are there"
         )
     if length > MAX_SAFETENSORS_HEADER:
@@ -179,7 +179,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _whole(text: str) -> int:
     # Python reads -0 as 0, and digits without end; neither is a size.
     if text.startswith("-") or len(text) > 19:
-        raise LatentsError(f"has a damaged safetensors header: {text[:30]} is no size")
+        raise LatentsError(f"has a damaged safetensors header: {text[:30]} is not a size")
     return int(text)
 
 
@@ -196,8 +196,8 @@ def _tensors(header: dict[str, Any], held: int) -> dict[str, tuple[str, tuple[in
         position = end
     if position != held and tensors:
         raise LatentsError(
-            f"has something behind its numbers: the tensors end at byte {position}, {held} bytes "
-            "are there"
+            f"has more data after its numbers: the tensors end at byte {position}, but there are "
+            f"{held} bytes"
         )
     return tensors
 

@@ -75,7 +75,8 @@ def _unread(members: _Members) -> LatentsError:
 def _passed_over(members: _Members) -> LatentsError:
     """Of members that cannot hold latents, where none may be passed over."""
     return LatentsError(
-        f"{members.said('')} no latents {members.shown}, and --strict lets nothing be passed over"
+        f"{members.said('')} not latents {members.shown}, and with --strict no member is passed "
+        "over"
     )
 
 
@@ -167,7 +168,7 @@ def sample_claims(stream: BinaryIO, sample: Sample, reading: Reading = NOTHING_S
     metadata = sample.metadata[0]
     shown = printable(metadata.name)
     if len(sample.metadata) > 1:
-        raise LatentsError(f"{shown} is there more than once, so which one counts is not known")
+        raise LatentsError(f"{shown} occurs more than once, so it is unknown which one counts")
     if metadata.size > MAX_METADATA:
         raise LatentsError(f"{shown} has {metadata.size} bytes, over the limit of {MAX_METADATA}")
     stream.seek(metadata.start)

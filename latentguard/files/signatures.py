@@ -1,4 +1,4 @@
-"""What a file is that is not what its name says: one sentence with what to do about it."""
+"""The error of a file that is not what its name says: one sentence on what it is and what to do."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_start(stream: BinaryIO, size: int, expected: str) -> None:
     for magic, (name, command) in _COMPRESSED.items():
         if start.startswith(magic):
             raise LatentsError(
-                f"is compressed with {name}: unpack it ({command}) and scan what comes out"
+                f"is compressed with {name}: unpack it ({command}) and scan the result"
             )
     if start.startswith(_BOMS):
         raise LatentsError(
@@ -55,5 +55,5 @@ def check_start(stream: BinaryIO, size: int, expected: str) -> None:
 
 
 def kind_of(start: bytes) -> str | None:
-    """The kind of file that begins so, None where it is not known."""
+    """The kind of file that begins like this, None if unknown."""
     return next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)

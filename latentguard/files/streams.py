@@ -33,7 +33,7 @@ State = tuple[int, ...]
 
 
 def state_of(stream: BinaryIO, path: Path) -> State:
-    """What differs once something writes to an open file, or puts another one in its place.
+    """A state that changes if something writes to an open file, or replaces it by another one.
 
     Its size, its times of change (the second one cannot be set back), and which file the path
     leads to.
@@ -48,9 +48,9 @@ def state_of(stream: BinaryIO, path: Path) -> State:
 
 
 def unchanged(stream: BinaryIO, path: Path, before: State, items: Iterator[Item]) -> Iterator[Item]:
-    """What is read from an open file, item by item, as long as its `state_of` is as before.
+    """The items that are read from an open file, as long as its `state_of` does not change.
 
-    Raises LatentsError as soon as it differs: what was judged before is no longer what it holds.
+    Raises LatentsError as soon as it changes, because the file no longer holds what was judged.
     """
     try:
         for item in items:

@@ -1,6 +1,6 @@
-"""Tables of latents, a row a sample: which column holds them, and what a row is.
+"""Tables of latents with one sample per row: which column holds the latents, and what a row is.
 
-Parquet (parquet.py) and MosaicML's MDS (mds.py) describe their columns, and hand out rows.
+Parquet (parquet.py) and MosaicML's MDS (mds.py) describe their columns, and give the rows.
 """
 
 from __future__ import annotations
@@ -88,16 +88,16 @@ class Table:
             shown = ", ".join(name[:30] for name in self.unread[:_SHOWN])
             more = ", ..." if len(self.unread) > _SHOWN else ""
             raise LatentsError(
-                f"holds columns beside {self.latents[:30]}, which could be latents, too, and were "
-                f"not looked at ({shown}{more}): name the one that counts (--key), and scan once "
-                "for each one"
+                f"holds columns besides {self.latents[:30]} that could be latents but were not "
+                f"looked at ({shown}{more}): name the one that counts (--key), and scan once for "
+                "each one"
             )
 
 
 def choose_columns(columns: Iterable[Column], reading: Reading, passed: PassedOver) -> Table:
     """The columns of a table that are read.
 
-    passed: counts the columns that the operator leaves aside.
+    passed: counts the columns that the operator skips.
 
     Raises LatentsError where it is not said which one holds the latents.
     """

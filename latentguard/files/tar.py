@@ -1,12 +1,12 @@
 """The members of a tar archive as Python's tarfile names and places them, or why they are not read.
 
-Tar has many dialects, and a header that one reader believes another one ignores. What is taken is
-taken as tarfile takes it, with or without seeking ("r" and "r|", which WebDataset uses). What
-tarfile alone would read, or what its versions or other readers would place or name differently, is
+Tar has many dialects, and a header that one reader believes is ignored by another. Members are read
+as tarfile reads them, with or without seeking ("r" and "r|", which WebDataset uses). A member that
+only tarfile would read, or that its versions or other readers would place or name differently, is
 an error that names the member.
 
-tarfile ends silently at the first damaged header and at the first empty block. A guard must not:
-the walk resumes at the next valid header, and what was lost is an error.
+tarfile ends silently at the first damaged header and at the first empty block. A guard must not do
+this: the walk resumes at the next valid header, and the lost part is an error.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class _Walk:
     def _unnamed(self) -> Iterator[LatentsError]:
         if self._extension is not None:
             self._extension = None
-            yield LatentsError("has an extension header without a member behind it")
+            yield LatentsError("has an extension header without a member after it")
 
     # -- headers -----------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class _Walk:
             said = _Extension()
             self._read_pax(start, header.size, said)
             if said.names or said.sizes:
-                said.refuse("gives name or size to all members behind it")
+                said.refuse("gives a name or size to all members after it")
             if said.problem is not None:
                 return LatentsError(f"has a global header that {said.problem}")
             return None
@@ -203,7 +203,7 @@ class _Walk:
         data = self._read(start, _padded(size))
         if data[size:].strip(b"\0"):
             # tarfile reads whole blocks, and would go on in there.
-            extension.refuse("has an extension header with something behind its end")
+            extension.refuse("has an extension header with more data after its end")
         return data[:size]
 
     def _read_long_name(self, start: int, size: int, extension: _Extension) -> None:
@@ -324,7 +324,7 @@ def _apply(key: bytes, value: bytes, extension: _Extension) -> None:
         extension.names[name] = None
     elif key == b"size":
         if not value.isdigit() or len(value) > 18:
-            extension.refuse("is given a size that is no number by its extension header")
+            extension.refuse("is given a size that is not a number by its extension header")
         else:
             extension.sizes[int(value)] = None
     elif key.startswith(b"GNU.sparse."):

@@ -47,14 +47,14 @@ _MAX32 = 0xFFFFFFFF
 def open_torch(
     stream: BinaryIO, size: int, claims: Claims, reading: Reading = NOTHING_SAID
 ) -> Payload:
-    """A tensor, a list of tensors, a dict whose latents (either) are found by their names
-    (choice.py) beside the known keys, or a list of such dicts; compressed with gzip or not."""
+    """A tensor, a list of tensors, a dict of either whose latents are found by their names
+    (choice.py), or a list of such dicts; compressed with gzip or not."""
     if is_gzip(stream):
         stream, size = unpacked(stream, size)
     check_start(stream, size, "a file of torch.save")
     value, places = _read(stream, size)
     found = _Found.of(value, reading)
-    claims = found.claims.merged(claims, "the file", "what is said beside it")
+    claims = found.claims.merged(claims, "the file", "the metadata next to it")
     if not found.tensors:
         raise LatentsError("holds an empty list: there are no latents in it")
     others = Beside()
@@ -204,7 +204,7 @@ def _read(stream: BinaryIO, size: int) -> tuple[Any, dict[str, int]]:
     if start[:1] == _PICKLE_START:
         raise LatentsError(
             "is a bare pickle (pickle.dump, or torch.save before 1.6), which could run code when "
-            "loaded: refused, nothing of it was executed; save it with torch.save of today"
+            "loaded: refused, nothing of it was executed; save it with a current torch.save"
         )
     if start[:4] != b"PK\x03\x04":
         kind = kind_of(start)
@@ -247,12 +247,12 @@ def _entries(found: list[Entry]) -> dict[str, Entry]:
         seen.add(name.lower())
         entries[name] = entry
     if "data.pkl" not in entries or len(folders) != 1:
-        raise LatentsError("is not a file of torch.save (a TorchScript model is none, either)")
+        raise LatentsError("is not a file of torch.save (nor is a TorchScript model)")
     unknown = [name for name in entries if name not in _KNOWN and not name.startswith("data/")]
     if unknown:
         raise LatentsError(
-            f"holds {unknown[0][:60]!r}, which torch.save of the versions known here does not "
-            "write: save it anew"
+            f"holds {unknown[0][:60]!r}, which the known versions of torch.save do not write: save "
+            "it again"
         )
     if entries["data.pkl"].size > MAX_PICKLE:
         raise LatentsError(
@@ -266,7 +266,7 @@ def _check_records(stream: BinaryIO, entries: Mapping[str, Entry]) -> None:
     if "byteorder" in entries and _content(stream, entries["byteorder"], 16) != b"little":
         raise LatentsError("was saved on a big-endian machine, which is not supported")
     if "version" not in entries or _decimal(stream, entries["version"]) not in _VERSIONS:
-        raise LatentsError("is of a version that is not known: save it with torch.save of today")
+        raise LatentsError("is of an unknown version: save it with a current torch.save")
     if ".storage_alignment" in entries and not _decimal(stream, entries[".storage_alignment"]):
         raise LatentsError("is a damaged file of torch.save: its alignment is 0")
 
@@ -288,14 +288,14 @@ def _check_places(storages: list[Entry], alignment: int) -> None:
         if entry.header != header or entry.begin != -(-start // alignment) * alignment:
             raise LatentsError(
                 f"is a damaged file of torch.save: {entry.name[:60]!r} is not where torch.save "
-                "puts it; load it and save it anew"
+                "puts it; load it and save it again"
             )
 
 
 def _decimal(stream: BinaryIO, entry: Entry) -> int:
     text = _content(stream, entry, 16).removesuffix(b"\n")
     if not text.isdigit():
-        raise LatentsError(f"is a damaged file of torch.save: {entry.name[:60]!r} is no number")
+        raise LatentsError(f"is a damaged file of torch.save: {entry.name[:60]!r} is not a number")
     return int(text)
 
 
@@ -309,7 +309,7 @@ def _content(stream: BinaryIO, entry: Entry, limit: int = MAX_PICKLE) -> bytes:
 
 
 def _own(value: Mapping[Any, Any]) -> dict[str, Any]:
-    """What a dict says of its latents."""
+    """What a dict says about its latents."""
     return {key: item for key, item in value.items() if isinstance(key, str) and key in KEYS}
 
 

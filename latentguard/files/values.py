@@ -60,11 +60,11 @@ def bytes_payload(data: bytes, claims: Claims, reading: Reading, dtype: str | No
         return open_safetensors(stream, size, claims, reading)
     if dtype is None:
         raise LatentsError(
-            f"its {size} bytes are no .npy, .npz, .pt or .safetensors file: if they are bare "
+            f"its {size} bytes are not a .npy, .npz, .pt or .safetensors file: if they are bare "
             "numbers, say --dtype, --space, --height and --width"
         )
     raise LatentsError(
-        f"its {size} bytes are no {dtype} numbers of the space, height and width that are said "
+        f"its {size} bytes do not fit {dtype} numbers of the given space, height and width "
         f"({_shown(_said_shape(claims, reading))})"
     )
 

@@ -1,7 +1,7 @@
-"""Sessions: the guard's logic for one request, whatever loop denoises it.
+"""Sessions: the guard's logic for one request, in any denoising loop.
 
-A session is fed the latents of each step and gives back latents and verdicts. It holds all state of
-its request, so that sessions in different threads share nothing but the encoder's weights.
+The loop passes the latents of each step to a session, and gets latents and verdicts back. A session
+holds all state of its request, so sessions in different threads share only the encoder's weights.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from latentguard.spaces.prediction import clean
 logger = logging.getLogger("latentguard.guard")
 
 MAX_STEPS = 10_000
-"""Steps that a session takes before it calls its loop broken."""
+"""Number of steps after which a session takes its loop to be broken."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a session says of one step.
+    """What a session returns for one step.
 
-    latents: as the loop goes on with them: steered where images were steered, zero where they are
-        blocked, otherwise the very tensor that was given.
-    verdicts: one for each image; that which blocked it, for an image that is blocked. Empty where
-        the schedule left this step out, and where verdicts were put off (see `Session`).
-    stop: every image is blocked, so nothing further needs to be computed.
+    latents: the latents that the loop continues with. Steered images are changed, and blocked
+        images are zero. If no image is either, this is the very tensor that was given.
+    verdicts: one for each image. For a blocked image it is the verdict that blocked it. Empty if
+        the schedule skips this step, or if verdicts were deferred (see `Session`).
+    stop: whether every image is blocked, so that nothing more needs to be computed.
     """
 
     latents: Latents
@@ -60,14 +60,15 @@ class StepResult:
 @former_keywords(budget="scoring")
 @dataclass(frozen=True)
 class Budget:
-    """What a session may take.
+    """Limits on the time and the steps of a session.
 
-    timeout: seconds from its first step; a later step fails (`on_error` decides).
-    scoring: seconds that scoring may take before the end; once spent, only the final latents are
-        still scored. None is as long as it takes.
-    steps: steps that it takes before it fails.
+    timeout: seconds from its first step. A step after that fails, and `on_error` decides. None is
+        no limit.
+    scoring: seconds that may be spent on scoring before the final latents. Once they are spent,
+        only the final latents are still scored. None is no limit.
+    steps: number of steps; a step after that fails.
 
-    Raises ValueError for one that is no number, or that would never hold.
+    Raises ValueError for a value that is not a number, or that no session could meet.
     """
 
     timeout: float | None = None
@@ -94,7 +95,7 @@ if not TYPE_CHECKING:
 
 @dataclass
 class _State:
-    """All that changes during a request."""
+    """Everything that changes during a request."""
 
     count: int = 0
     step: int = 0
@@ -115,24 +116,25 @@ class _State:
 
 
 class Session:
-    """One request's way through the guard.
+    """The guard for one request.
 
     Args:
-        scorer: policy and encoder.
-        request_id: a name for records and logs; a random one otherwise.
-        budget: the time and the steps that it may take.
-        previews: keep the coarse colors of each image that is blocked, in `previews`.
-        on_record: called with each StepRecord as it is made (audit logs, metrics). What it raises
-            leaves the session: what cannot be recorded does not go on.
+        scorer: the policy and the encoder.
+        request_id: a name for records and logs. By default it is random.
+        budget: limits on the time and the steps.
+        previews: whether to keep the coarse colors of each blocked image in `previews`.
+        on_record: called with each StepRecord as it is made (audit logs, metrics). An exception
+            that it raises is passed on: a step that cannot be recorded does not continue.
 
-    Where the policy can neither block nor steer before the end (its concepts only observe or ask
-    for review), scores of earlier steps stay on their device and become verdicts at the final step,
-    so that no step waits for the device. Reading `history` or `verdicts` makes them at once.
+    Some policies can neither block nor steer before the final step, because their concepts only
+    observe or ask for review. Then the scores of earlier steps stay on their device, and become
+    verdicts at the final step, so that no step waits for the device. Reading `history` or
+    `verdicts` makes these verdicts at once.
 
-    What is blocked comes back as zeros, whatever the policy's `on_block` says: that is about what a
-    pipeline returns, and a loop looks at `verdicts` and `stopped`.
+    Blocked images come back as zeros, whatever the policy's `on_block` says. `on_block` is about
+    what a pipeline returns; a loop of your own looks at `verdicts` and `stopped`.
 
-    A session is not for several threads at a time; make one for each request.
+    A session must not be used by several threads at a time. Make one for each request.
     """
 
     @former_keywords(limits="budget")
@@ -153,13 +155,13 @@ class Session:
         self.scorer = scorer
         self.request_id = request_id or uuid.uuid4().hex
         self.prompts: list[str] = []
-        """The text of each image, for audit logs that ask for it; nothing else reads it."""
+        """The prompt of each image, for audit logs that ask for it. Nothing else reads it."""
         self.budget = budget or Budget()
         self._on_record = on_record
         self._previews = previews
         actions = {concept.action for concept in scorer.policy.concepts}
         self.scores_only = "steer" not in actions
-        """Whether nothing is ever done with a clean estimate but to score it."""
+        """Whether clean estimates are only scored, and never steered."""
         acts = bool(actions & {"block", "steer"})
         self._defers = not acts and scorer.policy.cascade is None
         self._steerer = Steerer(scorer)
@@ -170,10 +172,10 @@ class Session:
     # -- the loop's side ---------------------------------------------------------------------
 
     def begin(self, count: int) -> None:
-        """Say how many images there are and start the clock; the first `step` does it too.
+        """Set the number of images and start the clock. The first `step` does this too.
 
-        Raises LatentsError for a count that is no whole number of at least 1: without an image
-        there is nothing that a verdict would be on.
+        Raises LatentsError if the count is not a whole number of at least 1, because without an
+        image there is nothing to give a verdict on.
         """
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise LatentsError(
@@ -198,26 +200,26 @@ class Session:
         """Judge one step and act on it.
 
         Args:
-            latents: [B, ...], as the loop carries them after this step.
-            x0: the model's prediction of the clean latents, judged in their place where given; in
-                the convention of `latents`. As a Prediction it is computed where it is needed.
+            latents: [B, ...], the latents of the loop after this step.
+            x0: the model's prediction of the clean latents, in the convention of `latents`. If
+                given, it is judged instead of `latents`. A Prediction is only computed if needed.
             noise_level: noise-to-signal ratio of `latents`; 0 is clean, inf is pure noise.
-            x0_noise_level: that of the latents from which `x0` was predicted; `noise_level` where
-                it is not given. Thresholds and windows go by it.
-            alpha: the factor of the clean latents in `latents` (1 where variance explodes,
-                sqrt(alphas_cumprod) where it is preserved, 1 - sigma in flow matching); what a
-                change of x0 is multiplied with.
-            final: nothing follows. `latents` themselves are judged, x0 is not, every concept is
-                judged, and a match of `steer` blocks.
-            estimate_source: where x0 came from, for the record; without x0, what `latents` are.
+            x0_noise_level: noise-to-signal ratio of the latents from which `x0` was predicted.
+                Default: `noise_level`. Thresholds and the schedule depend on it.
+            alpha: the factor of the clean latents in `latents`: 1 in variance-exploding schedules,
+                sqrt(alphas_cumprod) in variance-preserving ones, 1 - sigma in flow matching. A
+                change of x0 is multiplied by it.
+            final: whether this is the last step. Then `latents` are judged and x0 is not, every
+                concept is judged, and a match with the action `steer` blocks.
+            estimate_source: where x0 came from, for the record. Without x0: what `latents` are.
 
-        Never raises for what happens while judging: an exception gets the decision that the
-        policy's `on_error` names, on every image that is not blocked yet.
+        If judging raises an exception, `step` does not raise it. Every image that is not blocked
+        yet gets the decision of the policy's `on_error`.
         """
         began = time.perf_counter()
         state = self._state
         self.begin(len(latents))
-        state.finished = False  # whatever was judged before, the loop went on
+        state.finished = False  # the loop continued, whatever was judged before
         level = noise_level if final or x0 is None or x0_noise_level is None else x0_noise_level
         judged: Latents | Prediction
         if x0 is None:
@@ -245,7 +247,7 @@ class Session:
                 latents, steering = self._steer(
                     latents, judged, verdicts, level, noise_level, alpha
                 )
-        # Fail closed: whatever went wrong, these images have not been judged.
+        # Fail closed: whatever went wrong, these images were not judged.
         except Exception as error:
             if state.unrecorded:
                 raise
@@ -257,13 +259,13 @@ class Session:
         return self._result(self.blanked(latents), self._current())
 
     def fail(self, error: str, noise_level: float = 0.0, *, final: bool = False) -> bool:
-        """Record that something outside of `step` went wrong; whether every image is blocked now.
+        """Record that something outside `step` went wrong. Returns whether every image is blocked.
 
         Each image that is not blocked yet gets the decision of the policy's `on_error`. Raises
-        LatentsError before `begin` and the first `step`: the images are not known yet.
+        LatentsError before `begin` and the first `step`, because the number of images is unknown.
         """
         if self._state.began is None:
-            raise LatentsError(f"{error}, and how many images there are is not known: begin(count)")
+            raise LatentsError(f"{error}, and the number of images is unknown: call begin(count)")
         self._resolve()
         began = time.perf_counter()
         index, self._state.step = self._state.step, self._state.step + 1
@@ -273,7 +275,7 @@ class Session:
         return self.stopped
 
     def blanked(self, latents: Latents) -> Latents:
-        """The latents with zeros in place of the blocked images."""
+        """The latents, with zeros for the blocked images."""
         blocked = self.blocked
         if not blocked:
             return latents
@@ -281,24 +283,24 @@ class Session:
         if len(latents) == self._state.count:
             tensor[torch.tensor(blocked, device=tensor.device)] = 0
         else:
-            tensor.zero_()  # another batch: which of them is blocked cannot be told
+            tensor.zero_()  # another batch: it is unknown which of them are blocked
         return _with(latents, tensor)
 
     def reset(self, request_id: str | None = None) -> None:
-        """Forget everything: the session can serve another request."""
+        """Forget everything, so that the session can serve another request."""
         self.prompts = []
         self.request_id = request_id or uuid.uuid4().hex
         self._state = _State()
 
-    # -- what came of it ---------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """The verdict on each image: that which blocked it, or that on its final latents.
+        """The verdict on each image: the one that blocked it, or the one on its final latents.
 
-        As long as the session is not `finished`, an image that is not blocked was not judged: its
-        verdict says so, by the policy's `on_error`, however its earlier steps were judged. How it
-        stood at each step is in `StepResult.verdicts` and in `history`.
+        Until the session is `finished`, an image that is not blocked counts as not judged, however
+        its earlier steps were judged. Its verdict says so, and follows the policy's `on_error`. The
+        verdicts at each step are in `StepResult.verdicts` and in `history`.
         """
         self._resolve()
         missing = failed("the final latents were never scored", self.scorer.rules)
@@ -329,15 +331,15 @@ class Session:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to be judged: the final latents were, or all is blocked.
+        """Whether nothing is left to judge: the final latents were judged, or all are blocked.
 
-        A loop that ends without it gave out what was never judged: see `verdicts`.
+        If a loop ends before this is true, its result was never judged: see `verdicts`.
         """
         return self._state.finished or self.stopped
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What records quote: request, policy and model, the latter two by name and digest."""
+        """What records quote: the request, and the policy and the model by name and digest."""
         policy, encoder = self.scorer.policy, self.scorer.encoder
         return {
             "request_id": self.request_id,
@@ -350,12 +352,12 @@ class Session:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole session as JSON-able data."""
+        """The whole session as data that JSON can hold."""
         return session_data(self.identity, self.verdicts, self.history, self.outcomes)
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
-        """What became of each image; where no pipeline said otherwise, those that are blocked are
+        """What became of each image. Unless a pipeline set something else, blocked ones are
         zero."""
         return self._state.outcomes or tuple(
             Outcome("blanked" if verdict.decision == "block" else "allowed")
@@ -364,24 +366,24 @@ class Session:
 
     @property
     def previews(self) -> dict[int, Grid]:
-        """The coarse colors of blocked images that could be judged, by their index (blur.py)."""
+        """The coarse colors of blocked images that could be judged, by image index (blur.py)."""
         return dict(self._state.previews)
 
     @property
     def late(self) -> bool:
-        """Whether the timeout of its budget has passed."""
+        """Whether the timeout of the budget has passed."""
         began, timeout = self._state.began, self.budget.timeout
         return began is not None and timeout is not None and time.perf_counter() - began > timeout
 
-    # -- generations that take the place of others -------------------------------------------
+    # -- generations that replace others -----------------------------------------------------
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Say what became of the images."""
+        """Set what became of the images."""
         self._state.outcomes = tuple(outcomes)
 
     def continues(self, first: Session, attempt: int) -> None:
-        """This is the session of one more generation of what `first` blocked: under its name, and
-        on its clock."""
+        """Make this the session of another generation of the images that `first` blocked. It keeps
+        the name and the clock of `first`."""
         self.request_id, self.prompts = first.request_id, first.prompts
         state, before = self._state, first._state
         state.count, state.latest = before.count, [None] * before.count
@@ -402,7 +404,7 @@ class Session:
 
     @property
     def unrecorded(self) -> bool:
-        """Whether a step could not be recorded: then nothing may come of this session."""
+        """Whether a step could not be recorded. Then no result of this session may be used."""
         return self._state.unrecorded
 
     # -- judging -----------------------------------------------------------------------------
@@ -412,13 +414,13 @@ class Session:
         if len(latents) != state.count or len(judged) != state.count:
             raise LatentsError(
                 f"this session began with {state.count} images, step {state.step - 1} has "
-                f"{len(latents)} latents and {len(judged)} estimates: use a session a request"
+                f"{len(latents)} latents and {len(judged)} estimates: use one session per request"
             )
         read = judged.latents if isinstance(judged, Prediction) else judged
         ours, its = ((x.space.name, x.scaled, x.height, x.width) for x in (latents, read))
         if ours != its or not latents.space.is_scaled_as(read.space):
             raise LatentsError(
-                f"x0 must be of the space, scaling and size of the latents, {latents!r}, got "
+                f"x0 must have the space, scaling and size of the latents, {latents!r}, got "
                 f"{judged!r}"
             )
         if state.step > budget.steps:
@@ -440,7 +442,7 @@ class Session:
     def _judge(
         self, judged: Latents | Prediction, level: float, final: bool
     ) -> list[Verdict | None]:
-        """Verdicts on the images that are not blocked yet; None for the others."""
+        """Verdicts on the images that are not blocked yet, and None for the others."""
         active = [i for i in range(len(judged)) if i not in self._state.blocked]
         verdicts: list[Verdict | None] = [None] * len(judged)
         if active:
@@ -458,7 +460,7 @@ class Session:
         return [None if i in blocked else verdict for i in range(self._state.count)]
 
     def _resolve(self) -> None:
-        """Make the verdicts that were put off."""
+        """Make the verdicts that were deferred."""
         waiting, self._state.waiting = self._state.waiting, []
         for index, level, source, scores, seconds in waiting:
             found = self.scorer.decide(scores, final=False)
@@ -478,10 +480,11 @@ class Session:
         after: float,
         alpha: float,
     ) -> tuple[Latents, list[Steering | None]]:
-        """Steer the images that are flagged or were before; the others keep their bytes.
+        """Steer the images that are flagged or were flagged before. The others keep their bytes.
 
-        One that was flagged stays in the steerer's hands, which leaves it alone while it is under
-        the steerer's own limit: lower than the threshold, so that no image settles just below that.
+        The steerer keeps watching an image that was flagged. It leaves the image alone while its
+        score is below the steerer's own limit. This limit is lower than the threshold, so that no
+        image settles just below the threshold.
         """
         records: list[Steering | None] = [None] * len(latents)
         steered = self._state.steered
@@ -517,7 +520,7 @@ class Session:
     def _hold(
         self, judged: Latents, verdicts: list[Verdict | None], level: float
     ) -> list[Verdict | None]:
-        """The final verdicts, stricter on images that were steered: see `_steer`."""
+        """The final verdicts, which are stricter on images that were steered: see `_steer`."""
         names = self._held(verdicts)
         if not names:
             return verdicts
@@ -529,8 +532,8 @@ class Session:
         return verdicts
 
     def _held(self, verdicts: Sequence[Verdict | None]) -> dict[int, set[str]]:
-        """The images that were steered and are not blocked, by a verdict of this step neither, with
-        the concepts that they were steered away from and that this step judges."""
+        """The images that were steered and are not blocked, by this step or before. For each, the
+        concepts that it was steered away from and that this step judges."""
         found = {}
         for i, names in self._state.steered.items():
             verdict = verdicts[i]
@@ -541,13 +544,13 @@ class Session:
         return found
 
     def _preview(self, judged: Latents | Prediction, verdicts: Sequence[Verdict | None]) -> None:
-        """Keep the colors of what is blocked now; not of what could not be judged."""
+        """Keep the colors of images that are blocked now, except those that could not be judged."""
         rows = [i for i, v in enumerate(verdicts) if v and v.decision == "block" and not v.error]
         if not self._previews or not rows or len(judged) != len(verdicts):
             return
         try:
             grids = coarse(clean(judged.pick(rows)))
-        except LatentsError:  # of a space without a view
+        except LatentsError:  # the space has no view
             return
         self._state.previews.update(zip(rows, grids, strict=True))
 
@@ -561,7 +564,7 @@ class Session:
         steering: Sequence[Steering | None],
         began: float,
     ) -> None:
-        """Book the verdicts, and record the step."""
+        """Store the verdicts, and record the step."""
         state = self._state
         actions: list[Action] = []
         for i, verdict in enumerate(verdicts):
@@ -609,21 +612,21 @@ def session(
     request_id: str | None = None,
     budget: Budget | None = None,
 ) -> Session:
-    """A session of its own, for loops that are not a diffusers pipeline's.
+    """A new session, for loops that are not those of a diffusers pipeline.
 
     Args:
         policy, space, device: as for `Scorer`.
-        model: an Encoder, its name or path, "auto" (with `space`), or a Scorer of this policy,
-            which is what a server makes once and gives to each request.
+        model: an Encoder, its name or path, "auto" (with `space`), or a Scorer of this policy. A
+            server makes one Scorer and passes it to the session of each request.
         request_id, budget: as for `Session`.
 
-    Raises PolicyError where the scorer is of another policy, and what Scorer raises.
+    Raises PolicyError if the scorer has another policy, and the errors of Scorer.
     """
     if isinstance(model, Scorer):
         asked, own = load_policy(policy), model.policy
         if asked.sha256 != own.sha256:
             raise PolicyError(
-                f"policy '{asked.name}' ({asked.sha256[:12]}) is asked for, and the scorer is of "
+                f"policy '{asked.name}' ({asked.sha256[:12]}) was asked for, but the scorer has "
                 f"policy '{own.name}' ({own.sha256[:12]})"
             )
         return Session(model, request_id, budget=budget)

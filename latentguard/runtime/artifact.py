@@ -1,12 +1,12 @@
-"""What is in an exported .onnx file, looked at before ONNX Runtime sees it.
+"""The contents of an exported .onnx file, checked before ONNX Runtime sees them.
 
-The file is untrusted: operators other than the standard ones, external data outside of its folder,
-and metadata that do not fit are refused. The digest inside of the file tells of damage; whoever
-edits a file can compute it anew, so production pins the whole file (`Guard(path, sha256=...)`).
+The file is untrusted. Operators other than the standard ones, external data outside its folder, and
+metadata that do not fit are refused. The digest in the file only detects damage, because anyone who
+edits a file can compute it again. So production pins the whole file (`Guard(path, sha256=...)`).
 
-Every file is read once, and what was looked at is what runs: the session is made of these bytes,
-and not of a path that may lead to others a moment later. They are in the one form in which all
-readers of protocol buffers see the same (`latentguard.runtime.wire`); any other is refused.
+Every file is read once, and exactly the bytes that were checked are run: the session is made from
+these bytes, and not from a path that may lead to other bytes a moment later. The bytes must be in
+the one form in which all readers of protocol buffers see the same (`latentguard.runtime.wire`).
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ class Artifact:
 
 
 def open_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
-    """Look into a file, and into those beside it that it names.
+    """Check a file, and the files next to it that it names.
 
-    Raises ModelError, naming the file, for whatever is wrong with one.
+    Raises ModelError, which names the file, for anything that is wrong.
     """
     path = Path(path)
     if path.suffix != ".onnx" and "\0" not in str(path) and not path.exists():

@@ -1,4 +1,4 @@
-"""What must not be in the graph of an exported file, and what must."""
+"""What the graph of an exported file must have, and what it must not have."""
 
 from __future__ import annotations
 

@@ -84,14 +84,14 @@ class Network:
 
     @property
     def no_heatmaps(self) -> str:
-        """What a file without heat maps is told by."""
+        """The error of a file without heat maps."""
         return f"{self.path}: was exported without heat maps: use --heatmaps"
 
     def outputs(self, array: Array, heatmaps: bool = False) -> Outputs:
-        """What the graph gives for [B, C, H, W]; rows of images that are not finite are NaN.
+        """The outputs of the graph for [B, C, H, W]. Rows of images that are not finite are NaN.
 
-        Heat maps are computed where they are asked for, and never together with other threads'
-        arrays. Raises Overloaded, and whatever ONNX Runtime raises.
+        Heat maps are only computed if asked for, and never together with the arrays of other
+        threads. Raises Overloaded, and the errors of ONNX Runtime.
         """
         finite = np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
         # Clips in a network can hide a NaN; no image gets its score from one.
@@ -116,7 +116,7 @@ class Network:
         self._batcher = Batcher(self._run, batching)
 
     def close(self) -> None:
-        """Answer what waits, and stop the batching thread."""
+        """Answer the arrays that wait, and stop the batching thread."""
         if self._batcher is not None:
             self._batcher.close()
 
@@ -143,7 +143,7 @@ class Network:
         return dict(zip(names, values, strict=True))
 
     def _inputs(self, array: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        """What the graph reads of [B, C, H, W]."""
+        """The inputs of the graph for [B, C, H, W]."""
         return {INPUT: array}
 
     def _decide(

@@ -271,7 +271,9 @@ class Guard:
             array = np.asarray(latents)
         except Exception as error:  # ragged lists, tensors on a GPU, objects that are no arrays
             kind = type(latents).__name__
-            raise LatentsError(f"latents must be a NumPy array, {kind} is none: {error}") from error
+            raise LatentsError(
+                f"latents must be a NumPy array, {kind} is not one: {error}"
+            ) from error
         if array.dtype.kind != "f":
             raise LatentsError(f"latents must be floating point, got {array.dtype}")
         space = self._space
@@ -305,7 +307,7 @@ class Guard:
         return widened(latents.to_standard(self.scaled).array)
 
     def _cascade(self, first: Network) -> CascadeJudge[Array]:
-        """The judge that asks `first` first. Raises ModelError where it cannot be one."""
+        """The judge that asks `first` first. Raises ModelError if the two do not fit together."""
         cascade = self.rules.cascade
         assert cascade is not None  # the artifact was checked
         try:

@@ -1,4 +1,4 @@
-"""An ONNX Runtime session made of the bytes that were looked at, on the providers asked for."""
+"""An ONNX Runtime session made from the checked bytes, on the providers that were asked for."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A strict, bounded reader of protocol buffers' wire format, for model files.
 
-Readers of protocol buffers differ in what they make of unusual bytes: one cuts a field's number to
-29 bits, another takes it for an unknown field and passes over it. So only the one form is read that
-the ONNX tools write, in which all of them agree, and all else is refused: numbers in more bytes
-than they need, unknown fields, groups, a second value of a field that has one.
+Readers of protocol buffers interpret unusual bytes differently: one cuts a field's number to 29
+bits, another takes it for an unknown field and skips it. So only the form that the ONNX tools write
+is read, because all readers agree on it. Everything else is refused: numbers in more bytes than
+they need, unknown fields, groups, a second value of a field that has one.
 
 (The encoding: https://protobuf.dev/programming-guides/encoding.)
 """

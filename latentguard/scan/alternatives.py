@@ -16,7 +16,7 @@ _ROWS = 8
 class Alternative(NamedTuple):
     """One threshold, and how many of the images judged are at or above it.
 
-    No fewer than `low`, no more than `high`; the two are equal at the edge of a bin, and at the
+    It is at least `low` and at most `high`. The two are equal at the edge of a bin, and at the
     threshold in force.
     """
 
@@ -40,7 +40,7 @@ def alternative(concept: ConceptTally, threshold: float) -> Alternative:
 
 
 def alternatives(concept: ConceptTally) -> list[Alternative]:
-    """The threshold in force among others, ascending; none where no image was judged.
+    """The threshold in force among others, ascending. Empty if no image was judged.
 
     Probabilities are the same ones for all concepts; margins are round numbers over the range of
     the scores.

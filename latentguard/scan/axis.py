@@ -16,7 +16,7 @@ from latentguard.scan.concept_tally import ConceptTally
 BARS = 96
 """Bars of a histogram over the whole axis."""
 
-# The ones that are wanted most first: those that are too near to one before them are left out.
+# The most important ones come first. A label too close to an earlier one is left out.
 _TICKS = (0.5, 0.01, 0.99, 1e-4, 0.9999, 0.1, 0.9, 1e-6, 1 - 1e-6)
 _APART = 11
 

@@ -77,7 +77,7 @@ class Histogram:
             self._count()
 
     def merge(self, other: Histogram) -> None:
-        """Count what another has counted. Both are of the same bins."""
+        """Add the counts of another histogram with the same bins."""
         assert self.bins is other.bins
         self._count()
         self._counts += other.counts
@@ -93,9 +93,9 @@ class Histogram:
         return int(self.counts.sum())
 
     def at_least(self, value: float) -> tuple[int, int]:
-        """How many values are at or above one: no fewer than the first, no more than the second.
+        """How many values are at or above `value`: at least the first, at most the second number.
 
-        The two differ by what is in the bin that `value` cuts, and are equal at an edge.
+        The two differ by the count of the bin that contains `value`, and are equal at an edge.
         """
         edges, counts = self.bins.edges, self.counts
         if value <= edges[0]:

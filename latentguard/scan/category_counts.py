@@ -43,8 +43,8 @@ class CategoryCount:
 
 @dataclass
 class CategoryCounts:
-    """Counts what records say in the words of schemes, where they do. The sum is the same in any
-    order and grouping."""
+    """Counts images by the categories of hazard schemes, if their records have them. The sum is the
+    same in any order and grouping."""
 
     schemes: dict[Scheme, dict[str, CategoryCount]] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""What one model gave the concepts of a policy, as counts that can be added."""
+"""The scores of one model for the concepts of a policy, as counts that can be added."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_ID, MAX_SOURCE, MAX_NOTES = 300, 1000, 20_000
 
 
 class Judge(NamedTuple):
-    """Whose scores are comparable: a model on the latents of one space. Empty where not known."""
+    """A model on the latents of one space: its scores are comparable. Empty if unknown."""
 
     name: str
     sha256: str
@@ -40,7 +40,7 @@ class Example(NamedTuple):
 
 
 def gravest_first(example: Example) -> tuple[float, str, int, bool, str, float, bytes]:
-    """A total order of examples by their margins, whatever way they came."""
+    """A total order of examples by their margins. It does not depend on the order they came in."""
     margin, probability, source, place, name, preview = example
     return -margin, source, place, name is None, name or "", -probability, preview or b""
 

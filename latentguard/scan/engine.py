@@ -1,7 +1,7 @@
-"""The scan itself, in this process: paths become records, batch after batch, and nothing is kept.
+"""The scan in this process: it turns paths into records, batch after batch, and keeps nothing.
 
-What cannot be read or judged becomes a record with an error, and the rest is scanned. Errors that
-make the whole scan meaningless (in the policy, the model) raise.
+An image that cannot be read or judged becomes a record with an error, and the rest is scanned.
+Errors that make the whole scan meaningless (in the policy or the model) raise.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def scan_files(
         paths: files, folders, glob patterns and WebDataset shards, as in `files.read_latents`.
         policy: a Policy, the name of a shipped one, or a path; None is "default", or with an
             exported file the policy that it holds.
-        model: an Encoder, its name or path, or "auto": the policy's own `model`, else for
-            each latent space that occurs the best model on this machine. With the onnx runtime
-            the exported file, or a packaged model.
-        space, scaled: what files do not state themselves; a file that contradicts it is an error. A
-            space is a name, a file of your own, or a LatentSpace.
-        layout, height, width: the same, for arrays whose shape leaves it open.
+        model: an Encoder, its name or path, or "auto": the policy's own `model`, or else the best
+            model on this machine for each latent space that occurs. With the onnx runtime: the
+            exported file, or a packaged model.
+        space, scaled: what files do not state themselves. A file that contradicts them is an error.
+            A space is a name, a file of your own, or a LatentSpace.
+        layout, height, width: the same, for arrays whose shape leaves them open.
         pixels, key, member, moments, dequantize, dtype, strict: as in `files.Reading`.
         batch_size: images that are scored together, at least 1.
-        device: where the model runs; None is CUDA if there is one, else the CPU.
+        device: where the model runs. None is CUDA if there is a GPU, and else the CPU.
         previews, heatmaps: whether records carry an RGB view and heat maps of margins.
         runtime: "torch"; "onnx" for a file that `latentguard export onnx` wrote, or a packaged
             model, without torch; "auto" is onnx for such a file and if torch is not installed.
@@ -83,13 +83,14 @@ def scan_files(
             then has `taxonomies`, its categories in each scheme.
 
     Yields:
-        ScanRecords. An image that cannot be read has decision block and an error; one that was
-        read but could not be scored has the decision of the policy's `on_error`, and an error.
+        ScanRecords. An image that cannot be read has the decision block and an error. An image
+        that was read but could not be scored has the decision of the policy's `on_error`, and an
+        error.
 
     Raises:
-        PolicyError, ModelError, LatentsError: at once for the policy, a named model or an option
-            that cannot be used; while iterating, if with "auto" the model of a space cannot see
-            the policy's concepts or lacks a calibrated threshold.
+        PolicyError, ModelError, LatentsError: at once, if the policy, a named model or an option
+            cannot be used; while iterating with "auto", if the model of a space cannot see the
+            policy's concepts or lacks a calibrated threshold.
         ValueError: batch_size is below 1.
     """
     return iter(
@@ -123,13 +124,14 @@ def scan_files(
 
 @dataclass
 class Scan:
-    """`scan_files` as an object that also says which models took part, and what to note about them.
+    """`scan_files` as an object that also has the models that took part, and notes about them.
 
     sample: look at about this many images, drawn at random from `sample_shards` files or more; None
         looks at all of them. seed: of the draw.
     seconds: reading and scoring so far, without loading models and without the caller's own time.
     phases: the same by phase; `read` is reading and decoding, which are not separated here.
-    passed: what folders and shards held so far that was not read because it cannot be latents.
+    passed: counts the contents of folders and shards that were not read because they cannot be
+        latents.
     reading: the options for reading the files.
     """
 
@@ -211,12 +213,12 @@ class Scan:
 
     @property
     def models(self) -> list[ModelInfo]:
-        """Which models took part; grows while iterating, one for each latent space met."""
+        """The models that took part. Grows while iterating, by one for each latent space."""
         return self._judges.models
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for people: which model was chosen, and what is missing."""
+        """Sentences for the user: which model was chosen, and what is missing."""
         return self._judges.notes
 
     @property

@@ -1,4 +1,4 @@
-"""What a run's manifest says of one shard: that it is done, of what, and what came of it."""
+"""The entry of a finished shard in a run's manifest: what was read, and what came of it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Entry:
 
     @property
     def written(self) -> list[Written]:
-        """The files of the run that are this shard's."""
+        """The files of the run that belong to this shard."""
         return [self.part, self.tally, *filter(None, (self.quarantine, self.kept))]
 
     def to_json(self) -> bytes:
@@ -117,7 +117,7 @@ class Entry:
                 version=values["latentguard"],
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"is no entry of a manifest: {error!r}") from error
+            raise ValueError(f"is not an entry of a manifest: {error!r}") from error
 
 
 def _state(state: FileState | None) -> dict[str, Any]:

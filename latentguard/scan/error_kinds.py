@@ -1,4 +1,4 @@
-"""What went wrong in a scan, as a bounded number of kinds with a count and one example each."""
+"""The errors of a scan, as a bounded number of kinds with a count and one example each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Where(NamedTuple):
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """How often an error of a kind was, and the first image that has it, by source and place."""
+    """How often an error of a kind occurred, and its first image, by source and place."""
 
     count: int
     example: Where
@@ -35,7 +35,7 @@ class ErrorKind:
 
 
 def kind_of(error: str) -> str:
-    """An error without what differs from file to file: quoted names and numbers."""
+    """An error without the parts that differ from file to file: quoted names and numbers."""
     return _NUMBER.sub("#", _QUOTED.sub("'…'", shortened(error, 2 * MAX_TEXT)))[:MAX_TEXT]
 
 

@@ -1,8 +1,9 @@
-"""What a sample of shards tells about all of them: shares, each with a 95 % interval.
+"""What a sample of shards says about all of them: shares, each with a 95 % interval.
 
-The share is a ratio estimator: images are weighted by their shard's size, which is known once the
-shard was read. Its variance is linearized, between shards first: images of one shard are alike, so
-that 10,000 images of 10 shards tell about as much as 10 do. docs/scan.md says where it falls short.
+The share is a ratio estimator: images are weighted by the size of their shard, which is known once
+the shard was read. Its variance is linearized, between shards first. Images of one shard resemble
+one another, so 10,000 images from 10 shards may say about as much as 10 images. docs/scan.md
+describes the limits.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def shares(sample: ClusterSample) -> list[Share]:
 
 
 def sentences(sample: ClusterSample) -> list[str]:
-    """What a sample tells, for people: one line on what it is, and one for each outcome."""
+    """The results of a sample for the user: a line about the sample, and one for each outcome."""
     if not sample.images:
         return []
     lines = [
@@ -113,7 +114,7 @@ def _share(clusters: Sequence[Cluster], shards: int, outcome: str) -> Share:
             return Share(outcome, 1.0, 1 - bound, 1.0, seen, 1 - alone)
         return Share(outcome, 0.0, 0.0, bound, 0, alone)
     if len(clusters) == 1 < shards:
-        return Share(outcome, share, 0.0, 1.0, seen)  # one shard tells nothing of the others
+        return Share(outcome, share, 0.0, 1.0, seen)  # one shard says nothing about the others
     variance, freedom = _variance(size, looked, hits, shards)
     # On the scale of logits, where an interval is no wider than the shares that there are.
     middle = math.log(share / (1 - share))

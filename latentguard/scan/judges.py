@@ -1,7 +1,6 @@
-"""Who judges the images of a scan: for each latent space that occurs, a policy bound to a model.
+"""The judges of a scan: for each latent space that occurs, a policy bound to a model.
 
-The engine knows no more of it than `Judges.of`; torch and the ONNX runtime differ in how a judge is
-found, and in nothing else.
+The engine only uses `Judges.of`. torch and the ONNX runtime differ only in how a judge is found.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ Views = Literal["whole", "crops"]
 class SpaceJudge:
     """The judge of one latent space.
 
-    info: which model it is, and what it cannot do. judge: (latents, whether to make heat maps) to
-    what is judged; what it raises is an error of these images.
+    info: which model it is, and what it cannot do. judge: takes (latents, whether to make heat
+    maps) and returns the judgments; an exception that it raises is an error of these images.
     """
 
     info: ModelInfo
@@ -58,10 +57,10 @@ class Judges(ABC):
 
     @abstractmethod
     def of(self, space: str) -> SpaceJudge | str:
-        """The judge of a space's latents, or why there is none."""
+        """The judge of a space's latents, or the reason why there is none."""
 
     def _reading(self, judge: SpaceJudge, space: str) -> SpaceJudge | str:
-        """A judge that was named, where it reads the space."""
+        """A judge that was named, if it reads the space."""
         if judge.info.space == space:
             return judge
         return f"model {judge.info.id.name} reads {judge.info.space} latents, not {space}"
@@ -128,7 +127,7 @@ class TorchJudges(Judges):
         judging = scorer.thorough
         notes = str(getattr(judging.encoder, "notes", "") or "")
         info = _info(judging.bound, notes, judging.bank.unseen_contrast)
-        if "views" not in self._policy.model_fields_set:  # else somebody has thought of them
+        if "views" not in self._policy.model_fields_set:  # otherwise somebody chose the views
             info = replace(info, crop_side=traits(judging.encoder).crop_side)
         self.loading += perf_counter() - begun
         return self._joined(info, judge)
@@ -249,7 +248,7 @@ class OnnxJudges(Judges):
         if metadata["seen"] is None:
             self.notes.append(
                 f"{path} was exported by a version that did not record which prompts its model "
-                "cannot see, so none is named: export it anew"
+                "cannot see, so none is listed: export it again"
             )
         notes = str(metadata["model"].get("notes") or "")
         info = _info(guard.bound, notes, metadata["unseen_contrast"] or ())
@@ -263,14 +262,14 @@ class OnnxJudges(Judges):
         given, own = load_policy(policy), self.rules.policy
         if given.sha256 != own.sha256:
             raise PolicyError(
-                f"{path} was exported with policy '{own.name}' ({own.sha256[:12]}) and judges by "
-                f"no other: give it '{given.name}' ({given.sha256[:12]}) with "
+                f"{path} was exported with policy '{own.name}' ({own.sha256[:12]}) and "
+                f"cannot judge by another one: give it '{given.name}' ({given.sha256[:12]}) with "
                 "`latentguard export swap`"
             )
         if Rules.of(given.to_dict()) != self.rules:
             raise PolicyError(
-                f"{path} names policy '{own.name}' ({own.sha256[:12]}), and its concepts or "
-                "thresholds are not those of that policy: export it anew, and pin it by --sha256"
+                f"{path} names policy '{own.name}' ({own.sha256[:12]}), but its concepts or "
+                "thresholds are not those of that policy: export it again, and pin it by --sha256"
             )
 
 
@@ -290,7 +289,7 @@ def _judging(guard: Guard) -> Callable[[LatentArray, bool], Judged]:
 def _info(bound: BoundRules, notes: str, unseen_contrast: Sequence[str]) -> ModelInfo:
     """A model that judges by a policy.
 
-    Raises PolicyError for a threshold that this model lacks: every image would be an error.
+    Raises PolicyError if this model lacks a threshold, because every image would be an error.
     """
     assert bound.model is not None
     assert bound.space is not None
@@ -390,7 +389,7 @@ def make_judges(
 
 
 def _exported(model: str | Path) -> bool:
-    """Whether the onnx runtime is to take a model for an exported file, and not for a name."""
+    """Whether the onnx runtime should read a model as an exported file, and not as a name."""
     from latentguard.encoders.catalog import CATALOG
 
     name = str(model)
@@ -398,7 +397,7 @@ def _exported(model: str | Path) -> bool:
 
 
 def resolved(runtime: Runtime, model: Encoder | str | Path) -> Literal["torch", "onnx"]:
-    """What `auto` is: the ONNX runtime for an exported file and where there is no torch."""
+    """What `auto` means: the ONNX runtime for an exported file, and if torch is not installed."""
     if runtime != "auto":
         return runtime
     named = isinstance(model, (str, Path))

@@ -1,7 +1,7 @@
-"""Batches of images to records: what is scored together, and what becomes of what cannot be.
+"""From batches of images to records: which images are scored together, and how errors are handled.
 
-One image's record depends on nothing but its batch, so whoever makes the same batches of a shard
-gets the same records, to the bit, in whichever process.
+The record of an image depends only on its batch. So the same batches of a shard give the same
+records, to the bit, in any process.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MAX_CELLS = 1 << 26
 
 
 class Judging:
-    """Judges batches of images. Whatever cannot be read or judged is a record with an error.
+    """Judges batches of images. An image that cannot be read or judged is a record with an error.
 
-    seconds: what judging took so far, without loading models.
+    seconds: time that judging took so far, without loading models.
 
     previews, heatmaps: whether records carry an RGB view and heat maps of margins; `late` is for
     views that are drawn when somebody asks a record (`ScanRecord.draw`).
@@ -92,7 +92,7 @@ class Judging:
             judged = judge.judge(latents, self._heated)
             if len(judged.verdicts) != len(members):
                 raise RuntimeError(f"{len(judged.verdicts)} verdicts for {len(members)} images")
-        except Exception as error:  # fail closed, but for no image but the one that caused it
+        except Exception as error:  # fail closed, but only for the image that caused it
             if len(members) > 1:
                 return [self._scored([record], judge)[0] for record in members]
             return [self._record(members[0], failed(_sentence(error), self.rules), identity)]
@@ -116,7 +116,7 @@ class Judging:
         ]
 
     def _unreadable(self, record: ArrayRecord, error: str) -> ScanRecord:
-        """Block, whatever `on_error` says: there is no image that could be let pass."""
+        """Block, whatever `on_error` says: there is no image that could pass."""
         return self._record(record, failed(error, "block"))
 
     def _record(

@@ -25,12 +25,12 @@ from latentguard.scan.shard import Shard
 
 
 def check_keep(shards: list[Shard]) -> None:
-    """Raises UsageError where there is something to scan that is no WebDataset shard."""
+    """Raises UsageError if something that is to be scanned is not a WebDataset shard."""
     for shard in shards:
         for name in shard.files:
             if shard.error is None and not name.partition("?")[0].lower().endswith(".tar"):
                 raise UsageError(
-                    f"--keep copies samples of WebDataset shards (.tar), and {name} is none: "
+                    f"--keep copies samples of WebDataset shards (.tar), but {name} is not one: "
                     "scan it without --keep"
                 )
 

@@ -1,7 +1,7 @@
-"""Who works on which shards of a run: a lock on a file, gone with its process however that ends.
+"""Which process works on which shards of a run: a file lock, which ends with its process.
 
-A file for each task that is at work lies beside `run.json`, whose own lock orders those that come
-and go. A file that nobody holds is of a process that was killed.
+Each task at work has a file next to `run.json`, whose own lock orders the tasks that come and go. A
+file that no process holds was left by a process that was killed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Lease:
         self._gate, self._path, self._descriptor = gate, path, descriptor
 
     def release(self) -> None:
-        """Let others work on them. Nothing happens the second time."""
+        """Let others work on them. A second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor < 0:
             return

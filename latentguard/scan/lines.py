@@ -13,7 +13,7 @@ from latentguard.scan.text import spreadsheet_cell
 
 
 class Sink(Protocol):
-    """Where records go; `close` writes what had to wait for the last of them."""
+    """Where records go. `close` writes what had to wait for the last record."""
 
     def add(self, record: ScanRecord) -> None: ...
 

@@ -1,8 +1,8 @@
-"""The local engine: processes that read, and this one, which judges and writes.
+"""The local engine: some processes read, and this process judges and writes.
 
-Each reader has a thread here that hands it shards, takes its batches, and gives its shard to
-another one where it dies. This process judges them in the order in which they come; of one shard
-they come in its own order, from one reader.
+Each reader has a thread here, which passes it shards and receives its batches. If the reader dies,
+the thread passes its shard to another one. This process judges batches as they arrive. The batches
+of one shard arrive in order, because they come from one reader.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from latentguard.scan.shard import Facts, Shard
 from latentguard.scan.unit import Unit
 
 ATTEMPTS = 3
-"""How many readers may die of a shard before it counts as one that cannot be read."""
+"""How many readers may die on a shard before it counts as unreadable."""
 
 STARTS = 10
 """How many readers in a row may be killed before they are ready."""
 
 MAX_MEMORY = 256 << 20
-"""Bytes of decoded latents that are on their way, unless said otherwise."""
+"""Default limit of decoded latents that are on their way, in bytes."""
 
 _GUESS = 1 << 20
 
@@ -48,7 +48,7 @@ def run_local(
     max_errors: int | None = None,
     told: Told = ignored,
 ) -> None:
-    """Scan what is left of a run's task, on this machine, and close it.
+    """Scan the rest of a run's task on this machine, and close the run.
 
     Args:
         workers: processes that read; 0 reads in this one.
@@ -77,7 +77,7 @@ def check_errors(run: Run, max_errors: int | None) -> None:
     if max_errors is not None and run.errors > max_errors:
         raise TooManyErrorsError(
             f"stopped: {run.errors:,} images or files could not be read or judged, over "
-            f"--max-errors {max_errors:,}; {run.place} says which, and --resume goes on"
+            f"--max-errors {max_errors:,}; {run.place} lists them, and --resume continues"
         )
 
 
@@ -142,7 +142,7 @@ class _Budget:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nobody has to wait any more."""
+        """Wake up all that wait."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
@@ -233,7 +233,7 @@ class _Driver:
 
 
 class _Work:
-    """The shards that nobody has read yet."""
+    """The shards that were not read yet."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._waiting = deque((shard, 1) for shard in shards)

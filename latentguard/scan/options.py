@@ -1,4 +1,4 @@
-"""How a run scans: what bears on its records, in one object that can be sent to other processes."""
+"""How a run scans: the options that affect its records, in one object that can be pickled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Keep = Literal["allow", "review", "block"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What every process of a run must know; frozen, and can be pickled.
+    """What every process of a run must know. It is frozen and can be pickled.
 
     policy: as it was loaded, so that each process judges by the same bytes; None is what an
         exported file brings.
@@ -28,7 +28,7 @@ class RunOptions:
     taxonomies: published hazard schemes in whose words records tell verdicts, too.
     sample: look at so many images, drawn at random; None is all of them.
 
-    Raises UsageError for values that cannot be.
+    Raises UsageError for invalid values.
     """
 
     policy: Policy | None = None
@@ -54,9 +54,12 @@ class RunOptions:
         if self.keep is not None and self.keep not in get_args(Keep):
             raise UsageError(f"keep must be allow, review or block, got {self.keep!r}")
         if self.sample is not None and min(self.sample.images, self.sample.spread) < 1:
-            raise UsageError("a sample must be of at least one image and one shard")
+            raise UsageError("a sample must have at least one image and one shard")
         if self.sample is not None and self.keep is not None:
-            raise UsageError("a sample is no whole to be copied: leave out --keep, or --sample")
+            raise UsageError(
+                "--keep needs whole shards, but a sample has only parts: leave out --keep, or "
+                "--sample"
+            )
 
     def judges(self) -> Judges:
         """Load what judges. Raises as `scan_files` does."""
@@ -73,7 +76,7 @@ class RunOptions:
         return judges
 
     def judging(self, judges: Judges, previews: bool | Literal["late"] = False) -> Judging:
-        """Who judges as these options say. previews: of `Judging`."""
+        """The `Judging` that these options ask for. previews: as for `Judging`."""
         return Judging(judges, previews, taxonomies=self.taxonomies)
 
     def identity(self, judges: Judges) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def _tally_of(path: Path) -> Tally:
     if suffix == ".json":
         data = _json(path)
         if isinstance(data, Mapping) and data.get("kind") != KIND:
-            raise ValueError(f"is no tally (its kind is not {KIND}); records are .jsonl")
+            raise ValueError(f"is not a tally (its kind is not {KIND}); records are .jsonl")
         return Tally.from_dict(data)
     if suffix not in (".jsonl", ".parquet"):
         raise ValueError("must be a run folder, or end in .jsonl, .parquet or .json")
@@ -139,11 +139,11 @@ def _parsed(data: bytes) -> Any:
     try:
         return json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not the JSON that it should be: {error}") from error
+        raise ValueError(f"is not valid JSON: {error}") from error
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -176,12 +176,12 @@ def _add_run(collected: Collected, place: str) -> None:
     store = open_store(place)
     names = sorted(name for name in store.sizes(ENTRIES) if name.endswith(".json"))
     if not names:
-        raise ValueError(f"is no run with shards that are done: there is nothing in {ENTRIES}/")
+        raise ValueError(f"is not a run with finished shards: there is nothing in {ENTRIES}/")
     for name in names:
         try:
             entry = _parsed(store.read(f"{ENTRIES}/{name}") or b"")
             if not isinstance(entry, Mapping):
-                raise ValueError("is no entry of a manifest")
+                raise ValueError("is not an entry of a manifest")
             version = entry.get("schema_version", SCHEMA_VERSION)
             if version != SCHEMA_VERSION:
                 raise ValueError(
@@ -214,9 +214,11 @@ def _tally_written(store: Store, written: Any) -> Tally:
     name = _inside(written)
     data = store.read(name)
     if data is None:
-        raise ValueError(f"{name} is not there: --resume of the run makes it anew")
+        raise ValueError(f"{name} is missing: --resume of the run writes it again")
     if (len(data), sha256(data).hexdigest()) != (written.get("size"), written.get("sha256")):
-        raise ValueError(f"{name} is not what was written: --resume of the run makes it anew")
+        raise ValueError(
+            f"{name} was changed after it was written: --resume of the run writes it again"
+        )
     return Tally.from_dict(_parsed(data))
 
 
@@ -227,5 +229,5 @@ def _inside(written: Any) -> str:
         raise ValueError("has neither a tally nor a part")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-        raise ValueError(f"names a file outside of its run: {name}")
+        raise ValueError(f"names a file outside its run: {name}")
     return name

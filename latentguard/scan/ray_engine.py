@@ -58,7 +58,7 @@ Noted = Callable[[Entry], None]
 
 
 def _nobody(entry: Entry) -> None:
-    """Nobody wants to know."""
+    """Does nothing."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Pool:
     actors: the fewest and the most; None is what the cluster has room for. cpus, gpus: of one
     actor, which may be fractions; gpus None is one GPU where the cluster has any.
 
-    Raises UsageError for values that cannot be.
+    Raises UsageError for invalid values.
     """
 
     actors: tuple[int, int] | None = None
@@ -132,11 +132,11 @@ def _scan(run: Run, judging: Judging, driver: _Driver) -> None:
     left = [shard for shard in lost if shard.number not in run.done]
     if len(left) > ATTEMPTS and len(left) == len(lost):
         raise UsageError(
-            f"{len(left):,} shards are not scanned, as each actor died that tried: the logs of Ray "
-            "say why (memory is the usual reason); --resume goes on"
+            f"{len(left):,} shards were not scanned, because every actor that tried died: see the "
+            "logs of Ray for the reason (usually memory); --resume continues"
         )
     for shard in left:
-        reason = f"{ATTEMPTS} processes that scanned nothing else died of it"
+        reason = f"{ATTEMPTS} processes that scanned only this shard died"
         driver.note(fail_unit(run.store, shard, run.options, judging, reason))
 
 
@@ -227,8 +227,8 @@ def _sizes(pool: Pool, device: str | None, shards: int) -> _Sizes:
     if pool.actors is None and fit == 0:
         raise UsageError(
             f"the Ray cluster has {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs, too "
-            f"few for an actor of {pool.cpus:g} and {gpus:g}: ask for less, or say how many actors "
-            "there will be when it has grown (--actors MIN:MAX)"
+            f"few for an actor with {pool.cpus:g} and {gpus:g}: ask for less, or, if the cluster "
+            "grows, give the number of actors (--actors MIN:MAX)"
         )
     least, most = pool.actors or (1, fit)
     most = min(most, shards)
@@ -377,9 +377,9 @@ class _Queued(Judging):
 
 
 class _Scanner:
-    """What runs in an actor: shards in, the entries of the manifest out.
+    """What runs in an actor: it takes shards and returns entries of the manifest.
 
-    What goes wrong is a row, too, as Ray would take an exception for one more death.
+    Errors are returned as rows, too, because Ray would treat an exception as a dead actor.
     """
 
     def __init__(self, job: _Job) -> None:
@@ -416,7 +416,9 @@ class _Scanner:
         if json.loads(said)["options"] != json.loads(
             json.dumps(job.options.identity(self._judges))
         ):
-            raise ModelError(f"node {node} has another model or space than this one by these names")
+            raise ModelError(
+                f"node {node} has a different model or space than this machine under these names"
+            )
         self._thread = ThreadPoolExecutor(1)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

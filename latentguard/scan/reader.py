@@ -1,6 +1,6 @@
-"""A process that reads: shards from its pipe to batches of arrays. It knows no model, and no torch.
+"""A process that reads shards and sends batches of arrays. It loads no model and no torch.
 
-Messages go between processes of one run alone. The driver says a shard, and then `GO` for
+Messages go only between processes of one run. The driver names a shard, and then sends `GO` for
 each batch, so that no more is decoded than it has room for.
 """
 
@@ -21,7 +21,7 @@ READY, GO = "ready", "go"
 
 @dataclass(frozen=True)
 class NoRoom:
-    """What says nothing about a shard: this machine's disk is full, for a copy."""
+    """Errors that say nothing about a shard, such as a full disk on this machine during a copy."""
 
     number: int
     reason: str
@@ -29,7 +29,7 @@ class NoRoom:
 
 
 def serve(pipe: Connection, options: RunOptions) -> None:
-    """Read what the driver asks for until it says None, or is gone."""
+    """Read what the driver asks for, until it sends None or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what becomes of its readers
     try:
         send(pipe, READY)
@@ -52,12 +52,12 @@ def serve(pipe: Connection, options: RunOptions) -> None:
 
 
 def send(pipe: Connection, message: Any) -> None:
-    """Send anything. Raises OSError where nobody is there to read it."""
+    """Send anything. Raises OSError if the other end is gone."""
     pipe.send(message)
 
 
 def receive(pipe: Connection) -> Any:
-    """The next message. Raises EOFError or OSError where whoever sent them is gone."""
+    """The next message. Raises EOFError or OSError if the other end is gone."""
     return pipe.recv()
 
 
@@ -67,5 +67,5 @@ def held(batch: list[ArrayRecord]) -> int:
 
 
 def default_workers() -> int:
-    """Readers that keep one model busy without taking its cores."""
+    """The number of readers that keep one model busy without taking its cores."""
     return max(1, min(4, (os.cpu_count() or 1) // 2))

@@ -51,7 +51,7 @@ class ScanRecord:
 
     @property
     def outcome(self) -> str:
-        """How to count it: `error` if it could not be read or judged, else the decision."""
+        """What it counts as: `error` if it could not be read or judged, or else the decision."""
         return "error" if self.failed else self.verdict.decision
 
     @property
@@ -61,7 +61,7 @@ class ScanRecord:
 
     @property
     def judged_by(self) -> ModelId | None:
-        """The model that gave the verdict: of a cascade, the one that decided."""
+        """The model that gave the verdict; in a cascade, the one that decided."""
         return self.verdict.model or self.model
 
     @property

@@ -1,4 +1,4 @@
-"""What is in the report: what is kept of each image while a scan runs. Nothing here is HTML."""
+"""The data of the report: what is kept of each image while a scan runs. Nothing here is HTML."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""A run: many shards, each scanned exactly once, in a folder that another process can go on with.
+"""A run: many shards, each scanned exactly once, in a folder that another process can continue.
 
     run.json             what the run is: policy, model, everything that bears on verdicts
     shards-HASH.jsonl    the shards, one a line, in their order
     parts/               the records of each shard, in one file
-    tallies/             what adds up of them, for reports
-    manifest/            one file for each shard that is done: written last
-    quarantine/          what of each shard could not be read or judged, and why
+    tallies/             the counts of each shard, for reports
+    manifest/            one file for each finished shard, written last
+    quarantine/          the images of each shard that could not be read or judged, and why
     kept/                with `keep`, the copy of each shard's samples
 
-A shard is done if its file in the manifest is there and agrees with the others. Whatever else a
-process left that was killed is no part of the run, and goes when the run goes on or ends. One
+A shard is done if its file in the manifest exists and agrees with the other files. Other files that
+a killed process left are not part of the run, and are removed when the run continues or ends. One
 process at a time works on a shard (lease.py).
 """
 
@@ -49,11 +49,11 @@ SCHEMA_VERSION = 2
 _ASKING = 16
 
 Told = Callable[[Sequence[ScanRecord]], None]
-"""Called with the records of each batch, for whoever counts or shows them."""
+"""Called with the records of each batch, to count or show them."""
 
 
 def ignored(records: Sequence[ScanRecord]) -> None:
-    """Nobody wants to know."""
+    """Does nothing."""
 
 
 @dataclass
@@ -114,9 +114,9 @@ class Run:
         """
         if judging.taxonomies != self.options.taxonomies:
             raise UsageError(
-                f"the run in {self.place} tells verdicts in the taxonomies "
-                f"{self.options.taxonomies}, and who judges in {judging.taxonomies}: make the "
-                "latter by RunOptions.judging"
+                f"the run in {self.place} reports verdicts in the taxonomies "
+                f"{self.options.taxonomies}, but the judging in {judging.taxonomies}: make it "
+                "with RunOptions.judging"
             )
         self._hold()
         try:
@@ -225,16 +225,18 @@ def open_run(
     if options.sink == "parquet":
         need_pyarrow()
     if options.sample is not None and task[1] > 1:
-        raise UsageError("how many shards a sample takes depends on all: leave out --task")
+        raise UsageError("the number of shards in a sample depends on all shards: leave out --task")
     store = open_store(place)
     said = store.read(RUN)
     if said is not None and not resume:
-        raise UsageError(f"there is a run in {place}: go on with it (--resume), or name another")
+        raise UsageError(
+            f"there is already a run in {place}: continue it with --resume, or name another folder"
+        )
     passed = PassedOver() if passed is None else passed
     planned = list(plan(paths, passed, options.reading.strict)) if paths else None
     if said is None:
         if not planned:
-            raise UsageError(f"there is no run in {place}, and no path to begin one with")
+            raise UsageError(f"there is no run in {place}, and no path was given to begin one")
         _check_apart(place, paths)
         if options.keep is not None:
             check_keep(planned)
@@ -268,7 +270,7 @@ def _begin(store: Store, options: RunOptions, judges: Judges, shards: list[Shard
     store.create(RUN, json.dumps(about, indent=1).encode("ascii") + b"\n")
     said = store.read(RUN)
     if said is None:
-        raise UsageError(f"{RUN} is gone as soon as it is written: the place is of no use")
+        raise UsageError(f"{RUN} disappears as soon as it is written: this place cannot be used")
     return said
 
 
@@ -305,14 +307,14 @@ def _agreed(
     if version != SCHEMA_VERSION:
         raise UsageError(
             f"{place} is a run of another version of latentguard (its schema_version is {version}, "
-            f"not {SCHEMA_VERSION}): go on with that version, or begin another run"
+            f"not {SCHEMA_VERSION}): continue it with that version, or begin another run"
         )
     now = json.loads(json.dumps(options.identity(judges)))
     for key in now:
         if begun.get(key) != now[key]:
             raise UsageError(
-                f"the run in {place} was begun with {key} {_brief(begun.get(key))}, and now it is "
-                f"{_brief(now[key])}: go on with what it was begun with, or begin another run"
+                f"the run in {place} was begun with {key} {_brief(begun.get(key))}, but now it is "
+                f"{_brief(now[key])}: continue with the former value, or begin another run"
             )
     lines = store.read(_list_name(digest))
     if lines is None or hashlib.sha256(lines).hexdigest() != digest:
@@ -358,7 +360,7 @@ def _check_apart(place: str, paths: Sequence[str | Path]) -> None:
             if not is_address(p) and Path(p).resolve() in (target, *target.parents)
         ]
     if inside:
-        raise UsageError(f"--run {place} lies in {inside[0]}, which is scanned: put it elsewhere")
+        raise UsageError(f"--run {place} is inside {inside[0]}, which is scanned: put it elsewhere")
 
 
 # -- what is done ----------------------------------------------------------------------------
@@ -378,11 +380,9 @@ def _load(run: Run, judges: Judges) -> None:
     for number, reason in redone.items():
         if reason is not None:
             del whole[number]
-            run.notes.append(
-                f"{shown(run.shards[number].files[0])}: {reason}, and is scanned again"
-            )
+            run.notes.append(f"{shown(run.shards[number].files[0])}: {reason}; it is scanned again")
     if damaged:
-        run.notes.append(f"{damaged:,} shards were not whole, and are scanned again")
+        run.notes.append(f"{damaged:,} shards were incomplete and are scanned again")
     _check_models(run, judges, whole.values())
     for entry in whole.values():
         run.note(entry)

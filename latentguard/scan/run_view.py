@@ -143,7 +143,7 @@ def judge_views(tally: Tally) -> list[JudgeView]:
 
 
 def phases(tally: Tally) -> list[Phase]:
-    """What the time went to; empty where nobody measured it."""
+    """How the time was spent; empty if it was not measured."""
     total = sum(tally.seconds(phase) for phase in PHASES)
     if total <= 0:
         return []
@@ -161,7 +161,7 @@ def phases(tally: Tally) -> list[Phase]:
 
 
 def span(tally: Tally) -> tuple[str, float] | None:
-    """From when to when, and how many seconds that is; None where nobody said."""
+    """When the scan began and ended, and the seconds between; None if unknown."""
     if tally.began is None or tally.ended is None:
         return None
     began, ended = (datetime.fromtimestamp(t / 1000, UTC) for t in (tally.began, tally.ended))

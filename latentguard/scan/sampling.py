@@ -20,12 +20,12 @@ MAX_CLUSTERS = 1_000_000
 MAX_NAME = 1000
 
 SPREAD = 200
-"""Shards that a sample is spread over unless somebody says otherwise. They are read whole."""
+"""Default number of shards that a sample is spread over. They are read whole."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What somebody asks of a sample: about so many images, of so many shards at least."""
+    """The request for a sample: about so many images, from at least so many shards."""
 
     images: int
     spread: int = SPREAD

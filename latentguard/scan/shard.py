@@ -1,7 +1,7 @@
-"""The unit of a run, and the function at its core: one shard to a stream of records.
+"""The unit of a run, and the function at its core: from one shard to a stream of records.
 
-Everything else of a run is thin around `scan_shard`. Batches never span shards, so the records of a
-shard are the same whichever process scans it, and after whichever other one.
+The rest of a run is a thin layer around `scan_shard`. Batches never span shards, so the records of
+a shard are the same in any process and after any other shard.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def scan_shard(
 
 
 def unreadable(shard: Shard, error: str) -> list[ArrayRecord]:
-    """A shard that nobody could read, as one record."""
+    """A shard that could not be read, as one record."""
     return [ArrayRecord(shard.files[0], 0, None, None, error)]
 
 

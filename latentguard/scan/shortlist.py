@@ -1,4 +1,4 @@
-"""The records that people look at, when there are more than they could."""
+"""The records that a report shows, when there are too many to show all."""
 
 from __future__ import annotations
 

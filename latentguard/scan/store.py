@@ -1,4 +1,4 @@
-"""Where a run lies: a folder, or an address. Each file there appears whole or not at all."""
+"""Where a run is stored: a folder, or an address. Each file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Store(ABC):
 
     @abstractmethod
     def clean(self, folder: str, mine: Mine) -> int:
-        """Delete what writers that were killed have left in a folder. How many files that were.
+        """Delete the files that killed writers left in a folder. Returns how many there were.
 
         mine: whether what was written for a file is to be deleted, by the file's number.
         """

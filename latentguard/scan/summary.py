@@ -1,4 +1,4 @@
-"""What a whole scan came to: counts, time, and which models judged."""
+"""The result of a whole scan: counts, time, and the models that judged."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from latentguard.scan.sampling import OUTCOMES, ClusterSample
 from latentguard.scan.summary import ModelInfo
 
 PHASES = ("read", "decode", "score")
-"""What the time of a scan goes to: bytes from where they lie, latents from bytes, verdicts."""
+"""What a scan spends time on: fetching bytes, decoding latents, scoring."""
 
 SCHEMA_VERSION = 2
 KIND = "latentguard-tally"
@@ -90,7 +90,7 @@ class Tally:
 
     @property
     def images(self) -> int:
-        """How many there were, those that could not be read included."""
+        """How many images there were, including those that could not be read."""
         return self.outcomes.total()
 
     def seconds(self, phase: str) -> float:
@@ -240,7 +240,9 @@ class Tally:
                     )
         for one, another in ((self, other), (other, self)):
             if one.sample is not None and another.sample is None and another.images:
-                raise ValueError("one is of a sample, the other of all images: report them apart")
+                raise ValueError(
+                    "one is of a sample, the other of all images: report them separately"
+                )
         if self.sample is not None and other.sample is not None:
             self.sample.check(other.sample)
 
@@ -304,11 +306,11 @@ class Tally:
 
     def _check_sums(self) -> None:
         if self.outcomes.total() != self.decisions.total():
-            raise ValueError("tally: outcomes and decisions must be of equally many images")
+            raise ValueError("tally: outcomes and decisions must have the same number of images")
         if self.errors.total != self.outcomes["error"]:
             raise ValueError("tally: the kinds of errors must add up to the errors")
         if (self.began is None) != (self.ended is None):
-            raise ValueError("tally: began and ended must both be there, or neither")
+            raise ValueError("tally: give both began and ended, or neither")
         if self.policy is None and self.images:
             raise ValueError("tally: images must be counted by a policy")
 

@@ -1,4 +1,4 @@
-"""What lies in a run's folder and is no part of the run, as processes left it that were killed."""
+"""Files in a run's folder that killed processes left, and that are not part of the run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Judges that work elsewhere: what a driver must know of them, without a model in its own process.
+"""Judges in other processes: what a driver must know about them without loading a model.
 
-A model and PyTorch take some hundred megabytes, which a driver whose actors judge has no use for.
+A model and PyTorch take some hundred megabytes, which are wasted in a driver whose actors judge.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _tell_of(options: RunOptions, space: str) -> ModelInfo | str:
 
 
 def _nobody(latents: LatentArray, heatmaps: bool) -> Judged:
-    raise UsageError("nobody judges in this process")
+    raise UsageError("this process cannot judge")
 
 
 def _elsewhere(action: Callable[..., Result], *given: object) -> Result:

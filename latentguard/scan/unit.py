@@ -1,4 +1,4 @@
-"""The output of one shard while it is written. Until `commit`, nothing of it is in the run."""
+"""The output of one shard while it is written. Nothing of it is in the run before `commit`."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Unit:
         return Written(name, size, digest, rows)
 
     def _keep(self, facts: Facts) -> Written | None:
-        """The copy of the samples of one decision; none where there are none."""
+        """The copy of the samples with one decision; None if there are none."""
         keep = self._options.keep
         if keep is None or self._verdicts[keep] == 0:
             return None

@@ -207,18 +207,18 @@ def test_broken_pictures_are_listed_and_skipped(
     out = tmp_path / "out"
     ran = encode(photos, "-o", out)
     assert (ran.code, ran.out) == (3, f"{out}: latents of 4 pictures in 1 shard\n")
-    assert f"1 picture could not be encoded, listed in {out}/problems.jsonl; the first: " in ran.err
+    assert f"1 picture could not be encoded (see {out}/problems.jsonl); the first: " in ran.err
     (line,) = (out / "problems.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "source": str(photos / "cat" / "b.png"),
         "id": "cat/b.png",
-        "error": "is no picture that is read (JPEG, PNG, WEBP, BMP, GIF)",
+        "error": "is not a picture in a known format (JPEG, PNG, WEBP, BMP, GIF)",
     }
     assert [r.id for r in read_latents([out])][:2] == ["cat/a.png", "cat/c.png"]
     # A run that is gone on with still knows them.
     assert encode(photos, "-o", out, "--resume").code == 3
     ran = encode(photos, "-o", tmp_path / "strict", "--strict")
-    assert (ran.code, "b.png: is no picture that is read" in ran.err) == (2, True)
+    assert (ran.code, "b.png: is not a picture in a known format" in ran.err) == (2, True)
     assert not list((tmp_path / "strict").glob("*.tar"))
 
 
@@ -248,7 +248,7 @@ def test_latents_that_are_not_finite_are_a_problem(tiny: Autoencoder, photos: Pa
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["-o", "a.pt", "--task", "1/2"], "--task and --resume are of folders"),
+        (["-o", "a.pt", "--task", "1/2"], "--task and --resume work on folders"),
         (["-o", "a.tar"], "a folder of shards has no ending"),
         (["-o", "out", "--task", "3/2"], "--task must be K/N with K from 1 to N"),
         (["-o", "out", "--crop", "none", "--labels", "folder", "missing"], "no such file"),
@@ -296,7 +296,7 @@ def test_an_interrupted_run_goes_on(
         log.write('{"unit": 1, "par')  # of a line that was being written
     (out / f".{'0' * 32}.part").write_bytes(b"a shard that was being written")
     ran = encode(photos, "-o", out, "--shard-size", 2)
-    assert (ran.code, "holds this run already: --resume goes on with it" in ran.err) == (2, True)
+    assert (ran.code, "already holds this run: --resume continues it" in ran.err) == (2, True)
     ran = encode(photos, "-o", out, "--shard-size", 2, "--resume")
     assert (ran.code, ran.out) == (0, f"{out}: latents of 5 pictures in 3 shards\n")
     assert (out / "000000-0000.tar").stat().st_mtime_ns == before
@@ -312,7 +312,7 @@ def test_another_run_is_not_gone_on_with(encode: Command, photos: Path, tmp_path
     out = tmp_path / "out"
     assert encode(photos, "-o", out).code == 0
     ran = encode(photos, "-o", out, "--resume", "--crop", "resize")
-    assert (ran.code, "crop is 'center', this run wants 'resize'" in ran.err) == (2, True)
+    assert (ran.code, "crop is 'center', but this run has 'resize'" in ran.err) == (2, True)
     (photos / "new.png").write_bytes(photo_bytes())
     ran = encode(photos, "-o", out, "--resume")
     assert (ran.code, "encode.json: sources is" in ran.err) == (2, True)
@@ -397,7 +397,7 @@ def test_pictures_for_other_commands(tiny_file: Path, photos: Path, tmp_path: Pa
     records = list(read_latents(found.files))
     assert all(r.latents is not None and r.latents.space.name == "flux2" for r in records)
     (photos / "cat" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(LatentsError, match=r"a\.png: is no picture"):
+    with pytest.raises(LatentsError, match=r"a\.png: is not a picture"):
         encode_pictures([photos], tiny_file, cache=tmp_path / "cache", size=32)
     found = encode_pictures([photos], tiny_file, cache=tmp_path / "cache", size=32, strict=False)
     assert (len(found), [problem.id for problem in found.problems]) == (4, ["cat/a.png"])
@@ -472,4 +472,4 @@ def test_commands_that_take_latents_take_pictures(
     assert (ran.code, "give --autoencoder, too" in ran.err) == (2, True)
     record = tmp_path / "log.jsonl"
     ran = command("calibrate", "--trajectories", record, "--policy", policy, *options)
-    assert (ran.code, "of pictures, not of records" in ran.err) == (2, True)
+    assert (ran.code, "about pictures, not records" in ran.err) == (2, True)

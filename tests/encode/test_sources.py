@@ -81,7 +81,7 @@ def test_folders_as_labels(photos: Path) -> None:
         *[(1, "dog")] * 2,
     ]
     (photos / "stray.png").write_bytes(photo_bytes())
-    with pytest.raises(LatentsError, match=r"stray\.png is in no folder below"):
+    with pytest.raises(LatentsError, match=r"stray\.png is not in a folder below"):
         find_sources([photos], "folder")
 
 
@@ -98,7 +98,7 @@ def test_nothing_to_encode(tmp_path: Path) -> None:
     with pytest.raises(LatentsError, match=r"no pictures \(\.jpg.*shards or tables \(\.tar"):
         find_sources([tmp_path])
     (tmp_path / "a.psd").write_bytes(b"")
-    with pytest.raises(LatentsError, match=r"a\.psd is of no kind that is read"):
+    with pytest.raises(LatentsError, match=r"a\.psd is of an unknown kind"):
         find_sources([tmp_path / "a.psd"])
     with pytest.raises(LatentsError, match="no images"):
         find_pictures([tmp_path])
@@ -188,7 +188,7 @@ def test_labels_of_a_shard_in_json(tmp_path: Path) -> None:
         (3, "shark"),
     ]  # fmt: skip
     assert problems(find_sources([shard])) == [
-        "its .cls and its .json say different labels, 3 and 4"
+        "its .cls and its .json have different labels, 3 and 4"
     ]
 
 
@@ -213,7 +213,7 @@ def test_what_is_wrong_in_a_shard(tmp_path: Path) -> None:
     sources = find_sources([shard])
     assert problems(sources) == [
         "its .json is not JSON",
-        "its .json is no JSON object",
+        "its .json is not a JSON object",
         "its .json is not JSON",
         "its .txt is not UTF-8",
         "its .txt has 524288 bytes, over the limit of 262144",
@@ -269,7 +269,7 @@ def test_a_path_without_bytes_is_not_followed(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array(values, kind)}), path)
     assert (
         problems(find_sources([path]))
-        == ["has no bytes of a picture; a path alone is not followed"] * 2
+        == ["has no bytes of a picture, and its path is not followed"] * 2
     )
 
 
@@ -289,7 +289,7 @@ def test_a_dataset_on_disk(tmp_path: Path) -> None:
 def test_a_dataset_that_names_files_elsewhere(tmp_path: Path) -> None:
     folder = save_to_disk(tmp_path / "data", rows(2))
     (folder / "state.json").write_text('{"_data_files": [{"filename": "../secret.arrow"}]}')
-    assert problems(find_sources([folder])) == ["names files outside of its folder"]
+    assert problems(find_sources([folder])) == ["names files outside its folder"]
 
 
 def write_arrow(path: Path, table: Any, **options: Any) -> Path:
@@ -306,7 +306,7 @@ def test_arrow_files(tmp_path: Path) -> None:
     assert len(samples(find_sources([path]))) == 3
     write_arrow(path, hugging_face_table(rows()), compression="lz4")
     assert problems(find_sources([path])) == [
-        "is compressed, which an Arrow file of pictures need not be"
+        "is compressed, which is not supported for an Arrow file of pictures"
     ]
     table = pa.table({"image": [photo_bytes()], "text": pa.array(["x"]).dictionary_encode()})
     write_arrow(path, table)

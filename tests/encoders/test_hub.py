@@ -293,7 +293,7 @@ def test_fetching_downloads_converts_and_tidies_up(
     assert load_encoder("latent-clip-b8").dim == 512
     again = get(offline="1")
     assert again.returncode == 0, again.stderr
-    assert "is here already" in again.stderr
+    assert "is already here" in again.stderr
 
 
 @pytest.mark.slow

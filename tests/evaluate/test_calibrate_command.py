@@ -156,7 +156,7 @@ def test_refusals(tmp_path, policy_path):
         _run(EXAMPLES, "--policy", policy_path, "--model", "nano-flux2", "--fpr", 0.001)
     with pytest.raises(PolicyError, match="ships with latentguard"):
         _run(EXAMPLES, "--policy", "weapons", "--fpr", 0.1)
-    with pytest.raises(ModelError, match="one of the two"):
+    with pytest.raises(ModelError, match="either latents files or"):
         _run("--policy", policy_path)
     with pytest.raises(ModelError, match="no threshold of the policy is a false-positive rate"):
         _run(EXAMPLES, "--policy", "weapons", "--dry-run")

@@ -150,7 +150,7 @@ def test_what_cannot_be_generated_says_so(command, tmp_path):
     common = ("--names", tmp_path / "names.txt", "--run", tmp_path / "run")
     for given, said in (
         (("--generate",), "--generate needs a pipeline"),
-        (("--generate", "exact", "--arm", "sld"), "the arm sld gives pictures alone"),
+        (("--generate", "exact", "--arm", "sld"), "the arm sld returns only pictures"),
         (("--generate", "exact"), "--generator exact needs --latents"),
         (("--generate", tmp_path / "none.yaml"), "none.yaml: there is no such file"),
         (("--generate", "exact", "--latents", LATENTS, "--encoder", "nano-sdxl"),

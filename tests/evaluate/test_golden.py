@@ -119,7 +119,7 @@ def test_latents_in_a_wrong_scaling_are_named(command, tmp_path):
     (line,) = (line for line in ran.out.splitlines() if line.startswith("convention"))
     assert "FAILED" in line
     assert "does better with them four times as large: the convention is wrong" in ran.out
-    assert ran.out.rstrip().endswith("on flux2 is NOT to be trusted")
+    assert ran.out.rstrip().endswith("on flux2 must NOT be trusted")
 
 
 def test_a_latent_clip_that_knows_the_pictures_passes(taught, drawn):
@@ -266,9 +266,12 @@ def test_what_cannot_be_asked_for(command, nano, bundled, tmp_path):
         check_model(nano, latents, cases)
     for arguments, said in (
         (("nano-view", "--space", "sdxl"), "reads sdxl latents and"),
-        (("nano-flux2", "--latents", tmp_path / "none.pt"), "say where it is (--latents)"),
-        (("nano-flux2", "--size", "256"), "--size and --download are of pictures"),
-        (("nano-flux2", "--latents", LATENTS, "--autoencoder", "x"), "give them or --autoencoder"),
+        (("nano-flux2", "--latents", tmp_path / "none.pt"), "examples/latents.pt is (--latents)"),
+        (("nano-flux2", "--size", "256"), "--size and --download are about pictures"),
+        (
+            ("nano-flux2", "--latents", LATENTS, "--autoencoder", "x"),
+            "either them or --autoencoder",
+        ),
     ):
         ran = command("models", "check", *arguments)
         assert ran.code == 2

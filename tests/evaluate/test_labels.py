@@ -307,7 +307,7 @@ def test_every_layout_is_the_same_measurement(command, imagenet, tiny):
         "evaluate", "zeroshot", "flat", "--names", "names.txt", "--labels", "labels.txt", *encoding
     )
     assert ran.code == 0
-    assert "passed over, as they are no pictures: 1 .md" in ran.err
+    assert "passed over, because they are not pictures: 1 .md" in ran.err
 
 
 def test_a_dataset_of_hugging_face(imagenet):
@@ -340,7 +340,7 @@ def test_what_is_wrong_is_said_before_anything_is_encoded(command, imagenet, tin
     assert "brings no label of its own, and the folder that it is in, 'flat'" in ran.err
     assert not encoded.exists()
     ran = command("evaluate", "zeroshot", "val", "--names", "map.txt")
-    assert "is a picture, and latents are read here: give --autoencoder" in ran.err
+    assert "is a picture, but this command reads latents: give --autoencoder" in ran.err
     (imagenet / "templates.txt").write_text("a {}\nphoto\n")
     ran = command(
         "evaluate", "zeroshot", "val", "--names", "map.txt", "--templates", "templates.txt",

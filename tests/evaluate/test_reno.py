@@ -230,7 +230,7 @@ def test_the_other_benchmarks_have_the_arm(command, tmp_path):
     ("options", "said"),
     [
         ((), "the arm reno needs --reward"),
-        (("--arm", "none", "--reward", LATENT), "evaluate reno has the arm reno alone"),
+        (("--arm", "none", "--reward", LATENT), "evaluate reno has only the arm reno"),
         (
             ("--reward", "latent:a/model.pt", "--reward", "latent:b/model.pt"),
             "would share the folder reno-latent-model",

@@ -81,7 +81,7 @@ def test_a_model_file_and_drawn_latents(command: Command, tmp_path: Path) -> Non
         (("-o", "guard.onnx", "--height", "64"), "give both --height and --width, or neither"),
         (
             ("-o", "guard.onnx", "--calibration", str(EXAMPLES)),
-            "--calibration and --dynamic-quantization are of --precision int8, not fp32",
+            "--calibration and --dynamic-quantization need --precision int8, got fp32",
         ),
         (("-o", "guard.onnx"), "give them in latent cells (--height 64 --width 64 for 512 pixels)"),
         (("-o", "guard.onnx", "--first-precision", "int8"), "policy 'default' has no cascade"),

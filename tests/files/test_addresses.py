@@ -113,7 +113,7 @@ def test_folders_and_patterns_of_another_file_system(memory: str) -> None:
 def test_what_is_not_read_elsewhere_is_an_error_too(memory: str) -> None:
     (error,) = found(f"{memory}/other", PassedOver())
     assert isinstance(error, Unreadable)
-    assert "could hold latents, but is of a type that is not read" in error.error
+    assert "could hold latents, but its type cannot be read" in error.error
     errors = [f for f in found(f"{memory}/a", PassedOver(), True) if isinstance(f, Unreadable)]
     assert len(errors) == 2
     assert "--strict" in errors[0].error
@@ -260,7 +260,7 @@ def test_an_index_elsewhere_has_to_agree_with_its_shards(memory: str) -> None:
     fs.pipe_file("/set/mds/index.json", json.dumps(index).encode())
     (first, *_) = [r for r in read_arrays(address, "sdxl", True) if r.error]
     assert first.error is not None
-    assert "is described otherwise by its index.json" in first.error
+    assert "does not agree with its index.json" in first.error
     fs.rm_file("/set/mds/index.json")
     assert [(r.index, r.error) for r in read_arrays(address, "sdxl", True)] == here
 
@@ -276,7 +276,7 @@ def test_a_shard_that_an_index_elsewhere_names_is_missed(memory: str) -> None:
     assert passed.line() == ""  # the index is read, too
     fs.rm_file("/set/below/mds/shard.00001.mds")
     first, *rest = read_arrays(address, "sdxl", True)
-    assert first.error == "is named by index.json and is not there"
+    assert first.error == "is named by index.json but does not exist"
     assert first.source.endswith("/set/below/mds/shard.00001.mds")
     assert 0 < len(rest) < len(whole)
     assert all(record.error is None for record in rest)

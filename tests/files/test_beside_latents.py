@@ -16,7 +16,7 @@ from latentguard.files import PassedOver, read_arrays
 
 SAYS: dict[str, Any] = {"space": "flux2", "scaled": True}
 FIRST, SECOND = flux2_batch(1), flux2_batch(2)
-SENTENCE = "beside the latents that are read, which could be latents, too, and was not looked at"
+SENTENCE = ", which could be latents but was not looked at"
 
 
 def written(path: Path, **arrays: Any) -> Path:
@@ -55,7 +55,7 @@ def test_a_second_array_of_latents_is_an_error(path: Path, other: torch.Tensor) 
     assert first.error is None
     assert second.index == 1
     assert second.error is not None
-    assert f"holds latents_2 {SENTENCE}" in second.error
+    assert f"holds latents_2{SENTENCE}" in second.error
 
 
 def test_what_cannot_be_latents_is_left_aside(path: Path) -> None:
@@ -79,10 +79,10 @@ def test_text_embeddings_are_counted(path: Path) -> None:
     written(path, latents=FIRST, prompt_embeds=torch.zeros(4, 77, 768), t5=torch.zeros(4, 8, 4096))
     passed = PassedOver()
     assert [record.error for record in read_arrays(path, **SAYS, passed=passed)] == [None]
-    assert passed.line() == "passed over, as no latents: 2 arrays of text embeddings"
+    assert passed.line() == "passed over, because they are not latents: 2 arrays of text embeddings"
     for shape in ((4, 77, 128), (1, 32, 8, 512)):
         other = written(path, latents=FIRST, prompt_embeds=torch.zeros(shape))
-        assert "holds prompt_embeds beside" in (read_all(other, **SAYS)[-1].error or "")
+        assert "holds prompt_embeds," in (read_all(other, **SAYS)[-1].error or "")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_another_array_beside_those_of_sd_scripts_is_an_error(tmp_path: Path) ->
     np.savez(tmp_path / "a.npz", latents_8x8=image().numpy(), latents_small=image().numpy())
     first, second = read_all(tmp_path / "a.npz", **SD)
     assert first.error is None
-    assert "holds latents_small beside the latents" in (second.error or "")
+    assert "holds latents_small, which" in (second.error or "")
 
 
 # -- ComfyUI ---------------------------------------------------------------------------------
@@ -170,8 +170,8 @@ def test_damaged_and_hostile_gzip(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / "a.pt"
     for data, message in (
         (whole[:-9], "is a truncated gzip file"),
-        (whole + whole, "something is behind its end"),
-        (whole + b"\0", "something is behind its end"),
+        (whole + whole, "more data follows after its end"),
+        (whole + b"\0", "more data follows after its end"),
         (whole[:-8] + bytes(8), "is a damaged gzip file (Error -3"),
         (whole[:20] + b"\xff" * 20 + whole[40:], "is a damaged gzip file"),
         (gzip.compress(b"x" * 99, mtime=0), "is not a file of torch.save"),
@@ -198,7 +198,7 @@ def test_musubi(tmp_path: Path) -> None:
     same(good(path, **FLUX), latents[:, 0])
     control = {"latents_1x8x6_bfloat16": latents, "latents_control_1x8x6_bfloat16": latents.clone()}
     save_file(control, path, metadata=metadata)
-    assert "holds latents_control_1x8x6_bfloat16 beside" in (read_all(path, **FLUX)[-1].error or "")
+    assert "holds latents_control_1x8x6_bfloat16," in (read_all(path, **FLUX)[-1].error or "")
     same(good(path, **FLUX, key="latents_1x8x6_bfloat16"), latents[:, 0])
 
 
@@ -229,7 +229,7 @@ def test_lists_of_dicts(tmp_path: Path) -> None:
     assert [record.id for record in good(tmp_path / "a.pt", **SD)] == ["n0", "n1"]
     value[1]["more"] = image(seed=3)
     torch.save(value, tmp_path / "a.pt")
-    assert "holds more beside" in (read_all(tmp_path / "a.pt", **SD)[-1].error or "")
+    assert "holds more," in (read_all(tmp_path / "a.pt", **SD)[-1].error or "")
     del value[1]["more"]
     value[1]["space"] = "sd1"
     torch.save(value, tmp_path / "a.pt")
@@ -315,7 +315,7 @@ def test_moments_of_mar(tmp_path: Path) -> None:
 
 def test_moments_beside_latents_are_an_error(tmp_path: Path) -> None:
     torch.save({"latents": image(), "moments": torch.zeros(8, 8, 8)}, tmp_path / "a.pt")
-    assert "holds moments beside" in (read_all(tmp_path / "a.pt", **SD)[-1].error or "")
+    assert "holds moments," in (read_all(tmp_path / "a.pt", **SD)[-1].error or "")
 
 
 def test_moments_of_a_torch_file(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_what_is_left_aside_is_counted(tmp_path: Path) -> None:
     records = list(read_arrays(tmp_path, **SD, passed=passed, key="clean", member="a.npy"))
     assert [record.error for record in records] == [None, None]
     assert passed.line() == (
-        "left aside, as said: 1 other array (--key), 1 other shard member (--member)"
+        "skipped on request: 1 other array (--key), 1 other shard member (--member)"
     )
 
 

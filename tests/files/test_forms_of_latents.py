@@ -141,7 +141,7 @@ def test_patches_of_another_order_are_not_known(tmp_path: Path) -> None:
 
 def test_an_operator_s_layout_does_not_overrule_the_file_s(tmp_path: Path) -> None:
     save_latents(tmp_path / "a.pt", PHOTOS.to_packed())
-    assert "the file says layout 'packed', what is said beside it says 'spatial'" in error(
+    assert "the file says layout 'packed', the metadata next to it says 'spatial'" in error(
         tmp_path / "a.pt", layout="spatial"
     )
     assert "says height 32" in error(tmp_path / "a.pt", height=16, width=64)

@@ -228,7 +228,7 @@ def npy_header(text: str) -> bytes:
         (npy_bytes(np.zeros((1, 4, 8, 8), np.complex64)), "got complex64"),
         (
             npy_bytes(np.zeros((1, 4, 8, 8), np.float32)) + b"more",
-            "has something behind its numbers",
+            "has more data after its numbers",
         ),
         (npy_bytes(np.zeros((1, 4, 8, 8), np.float32))[:-1], "is truncated"),
         (npy_bytes(np.zeros((1, 4, 1, 2**21), np.float16)), "2097152 latent cells"),
@@ -248,7 +248,7 @@ GOOD_TENSOR = {"dtype": "F32", "shape": [1, 4, 2, 2], "data_offsets": [0, 64]}
     ("data", "message"),
     [
         (b"1234567", "fewer than 8 bytes"),
-        (struct.pack("<Q", 100 * 2**30) + b"{}", "a header of 107374182400 bytes is announced"),
+        (struct.pack("<Q", 100 * 2**30) + b"{}", "its header should have 107374182400 bytes"),
         (
             struct.pack("<Q", MAX_SAFETENSORS_HEADER + 1) + b" " * (MAX_SAFETENSORS_HEADER + 1),
             "over the limit",

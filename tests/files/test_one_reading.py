@@ -140,10 +140,10 @@ def test_an_npz_behind_an_npy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("version", b"99\n", "of a version that is not known"),
-        ("version", b"x", "is no number"),
+        ("version", b"99\n", "of an unknown version"),
+        ("version", b"x", "is not a number"),
         ("byteorder", b"LITTLE", "big-endian"),
-        (".unknown", b"", "does not write"),
+        (".unknown", b"", "do not write"),
     ],
 )
 def test_parts_by_which_torch_decides_how_to_read(
@@ -276,7 +276,7 @@ LATENTS = '"latents":{"dtype":"F32","shape":[1,32,2,2],"data_offsets":[0,512]}'
     [
         (f"{{{LATENTS},{LATENTS.replace('0,512', '512,1024')}}}", 1024, "holds 'latents' twice"),
         (f'{{{LATENTS.replace("}", ",")}"shape":[1,32,2,2]}}}}', 512, "holds 'shape' twice"),
-        (f"{{{LATENTS}}}", 520, "something behind its numbers"),
+        (f"{{{LATENTS}}}", 520, "more data after its numbers"),
         (f"{{{LATENTS.replace('0,512', '8,520')}}}", 520, "begins at byte 8"),
         (
             f"{{{LATENTS},{LATENTS.replace('latents', 'x')}}}",
@@ -285,7 +285,7 @@ LATENTS = '"latents":{"dtype":"F32","shape":[1,32,2,2],"data_offsets":[0,512]}'
         ),
         (f" {{{LATENTS}}}", 512, "not a JSON object"),
         (f"{{{LATENTS}}}".encode("utf-16"), 512, "is not JSON"),
-        (f"{{{LATENTS.replace('[0,', '[-0,')}}}", 512, "is no size"),
+        (f"{{{LATENTS.replace('[0,', '[-0,')}}}", 512, "is not a size"),
         (f"{{{LATENTS.replace('F32', 'F32X')}}}", 512, "must be F16, BF16, F32"),
         (f'{{"\\ud800":{LATENTS.partition(":")[2]}}}', 512, "damaged safetensors header"),
         (f'{{{LATENTS.replace("}", ",")}"more":1}}}}', 512, "damaged safetensors header"),

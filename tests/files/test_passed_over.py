@@ -94,7 +94,9 @@ def test_members_that_hold_no_latents_are_counted(tmp_path: Path) -> None:
     assert passed.members == {
         ".jpg": 2, ".cls": 1, ".txt": 1, ".caption": 1, "no suffix": 1, "other": 1, "._*": 1,
     }  # fmt: skip
-    assert passed.line().startswith("passed over, as no latents: 8 shard members (.jpg 2, ")
+    assert passed.line().startswith(
+        "passed over, because they are not latents: 8 shard members (.jpg 2, "
+    )
 
 
 def test_numbers_behind_the_name_of_a_mac_file_are_read(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_a_file_that_could_hold_latents_is_an_error(tmp_path: Path, name: str, d
     records, passed = read(tmp_path)
     assert sorted(places(records, tmp_path)) == sorted([f"! {name}", "good.npy"])
     (error,) = (record.error for record in records if record.error)
-    assert error.startswith("could hold latents, but is of a type that is not read: known are .pt")
+    assert error.startswith("could hold latents, but its type cannot be read: known are .pt")
     assert passed.line() == ""
 
 
@@ -149,7 +151,9 @@ def test_other_files_are_counted(tmp_path: Path) -> None:
     assert passed.files == {
         ".json": 3, ".txt": 1, "no suffix": 2, ".env": 1, ".png": 1, "._*": 1,
     }  # fmt: skip
-    assert passed.line().startswith("passed over, as no latents: 9 files (.json 3, no suffix 2, ")
+    assert passed.line().startswith(
+        "passed over, because they are not latents: 9 files (.json 3, no suffix 2, "
+    )
 
 
 def tar_header(name: bytes, magic: bytes = b"ustar\x0000") -> bytes:
@@ -276,7 +280,10 @@ def test_linked_folders_are_read_once(linked: Path) -> None:
     assert places(records, linked) == ["! part1/dangling.pt", "part1/a.npy", "part2/b.npy"]
     assert "its link leads nowhere" in (records[0].error or "")
     assert passed.links == 2
-    assert passed.line() == "passed over, as no latents: 2 links to folders that are read"
+    assert (
+        passed.line()
+        == "passed over, because they are not latents: 2 links to folders that are read"
+    )
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_a_file_that_says_its_layout_speaks_of_cells(tmp_path: Path) -> None:
     assert "128 pixels are not 8 latent cells" in error
     torch.save({"latents": IMAGE, "height": 64, "width": 64}, tmp_path / "b.pt")
     error = only_error(tmp_path / "b.pt", **SAYS, height=128, width=64, pixels=True)
-    assert error == "the file says pixel height 64, what is said beside it says 128"
+    assert error == "the file says pixel height 64, the metadata next to it says 128"
 
 
 # -- strictness ------------------------------------------------------------------------------
@@ -234,10 +234,10 @@ def test_strict_lets_nothing_be_passed_over(tmp_path: Path) -> None:
     records = list(read_records(tmp_path, Reading.of(**SAYS, strict=True), passed))
     errors = [record.error for record in records if record.error]
     assert len(records) - len(errors) == 3
-    sentence = "is no latents file, and --strict lets nothing be passed over"
+    sentence = "is not a latents file, and with --strict no file is passed over"
     assert errors.count(sentence) == 2
-    assert "1 member is no latents (0.txt), and --strict lets nothing be passed over" in errors
-    assert "holds text embeddings, and --strict lets nothing be passed over" in errors
+    assert "1 member is not latents (0.txt), and with --strict no member is passed over" in errors
+    assert "holds text embeddings, and with --strict no file is passed over" in errors
     assert passed.names == ["a.txt", "b/notes.md"]
     assert all(r.error is None for r in read_arrays(tmp_path, **SAYS))
 
@@ -251,7 +251,8 @@ def test_counts_of_parts_are_added_up() -> None:
     whole.add(part)
     assert whole.files == {".txt": 4, ".md": 4}
     assert whole.line() == (
-        "passed over, as no latents: 8 files (.txt 4, .md 4), 2 shard members (.txt 2), 2 links to "
-        "folders that are read, 4 arrays of text embeddings; the first files: a.txt, b?.txt, c.md, "
-        "...; left aside, as said: 6 other arrays (--key), 8 other shard members (--member)"
+        "passed over, because they are not latents: 8 files (.txt 4, .md 4), 2 shard members "
+        "(.txt 2), 2 links to folders that are read, 4 arrays of text embeddings; "
+        "the first files: a.txt, b?.txt, c.md, "
+        "...; skipped on request: 6 other arrays (--key), 8 other shard members (--member)"
     )

@@ -129,10 +129,10 @@ def test_which_column(tmp_path: Path) -> None:
     passed = PassedOver()
     records = list(read_arrays(path, **SD, passed=passed, key="clean"))
     assert [record.error for record in records] == [None] * 8
-    assert passed.line() == "left aside, as said: 1 other array (--key)"
+    assert passed.line() == "skipped on request: 1 other array (--key)"
     assert "needs a column 'x' of bytes or numbers" in only_error(path, **SD, key="x")
     path = write(tmp_path / "b.parquet", {"latents": arrays, "noisy": arrays})
-    assert "which could be latents, too" in (read_all(path, **SD)[-1].error or "")
+    assert "that could be latents but were not looked at" in (read_all(path, **SD)[-1].error or "")
     beside = {
         "jpg": [b"\xff\xd8"] * 8, "prompt_embeds": np.ones((8, 768)).tolist(), "score": [0.5] * 8,
         "boxes": [[[0.0, 1.0]]] * 8, "features": np.ones((8, 64)).tolist(), "tags": [["a"]] * 8,
@@ -151,7 +151,7 @@ def test_cells_that_are_no_latents(tmp_path: Path) -> None:
     ragged[5] = []
     errors = [r.error for r in read_all(write(tmp_path / "a.parquet", {"latents": ragged}), **SD)]
     assert [error is None for error in errors] == [True] + [False] * 5 + [True] * 2
-    assert "not of one length" in (errors[1] or "")
+    assert "differ in length" in (errors[1] or "")
     assert "its value is null" in (errors[2] or "")
     assert "numbers are null" in (errors[3] or "")
     cells = [npy_bytes(SINGLE[0]), b"x", b"", None, npy_bytes(SINGLE[0])[:-1], npy_bytes(SINGLE[0])]
@@ -173,7 +173,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         assert message in only_error(path, **SD)
     two = pa.Table.from_arrays([pa.array([b"x"]), pa.array([b"y"])], ["latents", "latents"])
     pq.write_table(two, path)
-    assert "two columns of one name" in only_error(path, **SD)
+    assert "two columns of the same name" in only_error(path, **SD)
 
 
 def test_a_parquet_file_that_grows_out_of_little(
@@ -256,7 +256,7 @@ def test_the_list_of_pictures_of_img2dataset(tmp_path: Path) -> None:
     (record,) = read_arrays(tmp_path, **SD, passed=passed, member="npy")
     assert record.error is None
     assert passed.names == ["00000.parquet"]
-    assert "is a list of pictures, and --strict" in only_error(path, **SD, strict=True)
+    assert "is a list of pictures, and with --strict" in only_error(path, **SD, strict=True)
     with pytest.raises(LatentsError, match="holds no latents"):
         load_latents(path)
     write(path, {**columns, "latents": [npy_bytes(SINGLE[0])]})
@@ -297,7 +297,7 @@ def test_damaged_zstd(tmp_path: Path) -> None:
     for damaged, message in (
         (whole + b"more", "is a truncated or damaged zstd file"),
         (whole[:-5], "is a truncated or damaged zstd file"),
-        (whole + whole, "something is behind its last sample"),
+        (whole + whole, "more data follows after its last sample"),
         (data, "is a truncated or damaged zstd file"),
     ):
         path.write_bytes(damaged)
@@ -315,7 +315,7 @@ def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
     shutil.copytree(MDS / "plain", folder)
     (folder / "shard.00001.mds").unlink()
     first, *rest = read_all(folder, **SD)
-    assert first.error == "is named by index.json and is not there"
+    assert first.error == "is named by index.json but does not exist"
     assert first.source == str(folder / "shard.00001.mds")
     assert all(record.error is None for record in rest)
 
@@ -337,7 +337,7 @@ def test_an_index_that_says_otherwise(tmp_path: Path, key: str, value: Any) -> N
     index["shards"][0][key] = value
     (folder / "index.json").write_text(json.dumps(index))
     records = read_all(folder, **SD)
-    assert records[0].error == f"is described otherwise by its index.json ({key})"
+    assert records[0].error == f"does not agree with its index.json ({key})"
     assert records[1].error is None
 
 
@@ -385,13 +385,13 @@ def test_damaged_and_hostile_mds(tmp_path: Path) -> None:
         return data[:at] + value.to_bytes(4, "little") + data[at + 4 :]
 
     for damaged, message in (
-        (data + b"x", "something is behind its last sample"),
+        (data + b"x", "more data follows after its last sample"),
         (data[:-1], "is not where it should be"),
         (b"\xff\xff\xff\xff" + data[4:], "announces 4294967295 samples"),
-        (with_offset(0, 3), "its first sample is not behind its header"),
+        (with_offset(0, 3), "its first sample does not follow its header"),
         (with_offset(1, late - 1), "its values do not fit"),
         (with_offset(1, 2**32 - 1), "is not where it should be"),
-        (data.replace(b'"mds"', b'"csv"'), "no MDS shard of version 2"),
+        (data.replace(b'"mds"', b'"csv"'), "not an MDS shard of version 2"),
         (data.replace(b'"latents"', b'"key"    '), "is a damaged MDS shard"),
         (data.replace(b'"ndarray"', b'"ndarray'), "does not describe its columns"),
         (b"\0" * 8, "holds no sample"),

@@ -106,11 +106,11 @@ REFUSED = {
     ),
     "a name for all members": (
         pax(("path", "b.latent.npy"), kind=b"g") + member("x.txt"),
-        "has a global header that gives name or size",
+        "has a global header that gives a name or size",
     ),
     "a size for all members": (
         pax(("size", "0"), kind=b"g") + member("x.txt", HIDDEN),
-        "has a global header that gives name or size",
+        "has a global header that gives a name or size",
     ),
     "a sparse map for all members": (
         pax(("GNU.sparse.name", "b.latent.npy"), kind=b"g") + member("x.txt"),
@@ -142,16 +142,16 @@ REFUSED = {
     "a type that nobody knows": (member("b.latent.npy", kind=b"Z"), "is not a regular file"),
     "a record in the padding": (
         pax(("mtime", "1"), padding=b"21 path=b.latent.npy\n") + member("x.txt"),
-        "x.txt has an extension header with something behind its end",
+        "x.txt has an extension header with more data after its end",
     ),
     "a name behind a NUL": (
         member("././@LongLink", b"x.txt\0b.latent.npy\0", b"L") + member("b.latent.npy"),
         "x.txt has a damaged extension header",
     ),
-    "an extension header of nothing": (pax(("path", "b.latent.npy")), "without a member behind it"),
+    "an extension header of nothing": (pax(("path", "b.latent.npy")), "without a member after it"),
     "two files that say what a key is": (
         member("b.json", b"{}") + member("b.json", b"{}") + member("b.latent.npy"),
-        "b.json is there more than once",
+        "b.json occurs more than once",
     ),
 }  # fmt: skip
 

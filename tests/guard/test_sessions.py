@@ -464,7 +464,7 @@ def test_a_batch_of_another_size_is_zeroed(which: str) -> None:
     assert result.latents.tensor.shape == latents.tensor.shape
     assert not result.latents.tensor.any()
     assert "this session began with 3 images" in guard.verdicts[0].reason
-    assert "use a session a request" in guard.verdicts[0].reason
+    assert "use one session per request" in guard.verdicts[0].reason
 
 
 @pytest.mark.parametrize("action", ["block", "steer", "observe"])
@@ -483,7 +483,7 @@ def test_an_estimate_in_another_convention_blocks(action: str, x0: Latents) -> N
     result = guard.step(batch(), x0, noise_level=1.0)
     assert result.stop
     assert not result.latents.tensor.any()
-    assert "x0 must be of the space, scaling and size of the latents" in guard.verdicts[0].reason
+    assert "x0 must have the space, scaling and size of the latents" in guard.verdicts[0].reason
 
 
 def test_a_batch_of_another_size_after_one_was_blocked() -> None:
@@ -523,7 +523,7 @@ def test_an_alpha_that_is_none_blocks(alpha: float) -> None:
 
 def test_fail_needs_to_know_the_images() -> None:
     guard = Session(scorer())
-    with pytest.raises(LatentsError, match=r"how many images there are is not known: begin\(count"):
+    with pytest.raises(LatentsError, match=r"the number of images is unknown: call begin\(count"):
         guard.fail("the loop broke")
     guard.begin(2)
     assert guard.fail("the loop\nbroke", noise_level=3.0, final=True)
@@ -610,7 +610,7 @@ def test_a_session_made_from_names() -> None:
 def test_a_scorer_of_another_policy_is_refused() -> None:
     shared = scorer(ALWAYS)
     assert session(shared.policy, shared).scorer is shared
-    with pytest.raises(PolicyError, match=r"policy 'weapons'.* the scorer is of policy 'test'"):
+    with pytest.raises(PolicyError, match=r"policy 'weapons'.* the scorer has policy 'test'"):
         session("weapons", shared)
 
 

@@ -75,7 +75,7 @@ def test_merging(command, tmp_path):
     both = tmp_path / "both.safetensors"
     ran = command("concept", "merge", *parts, "-o", both)
     assert ran.code == 0, ran.err
-    assert "merged of 2 and not measured since" in ran.out
+    assert "merged from 2 and not measured since" in ran.out
     assert load_concept(both).entries[0].positives == 8
     write_concept(parts[0], "motorcycle", load_concept(parts[0]).entries)
     ran = command("concept", "merge", *parts, "-o", both)
@@ -111,7 +111,7 @@ def test_pictures_are_encoded_first(command, tmp_path, monkeypatch):
     out = tmp_path / "cross.safetensors"
     ran = command("concept", "learn", "cross", *given, "-o", out)
     assert ran.code == 2
-    assert "00.png is a picture, and latents are read here: give --autoencoder" in ran.err
+    assert "00.png is a picture, but this command reads latents: give --autoencoder" in ran.err
     assert len(ran.err.strip().splitlines()) == 1
     weights = tmp_path / "taef2_encoder.pth"
     torch.manual_seed(0)

@@ -190,7 +190,7 @@ def test_check_names_what_a_taxonomy_leaves_out(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "family: note: in no category of openai: beer, wine, spirits" in result.stderr
     assert (
-        "family: note: nano-flux2 sees nothing of openai 'sexual', whose score is null (nudity)"
+        "family: note: nano-flux2 cannot see openai 'sexual', so its score is null (nudity)"
     ) in result.stderr
     refused = runner.invoke(app, ["policy", "check", "default", "--taxonomy", "openai"])
     assert refused.exit_code == 2

@@ -44,11 +44,11 @@ class NoArray:
         (np.zeros(ONE, "S4"), "must be floating point"),
         (np.zeros(ONE, [("a", "f4")]), "must be floating point"),
         (np.zeros(ONE, "M8[s]"), "must be floating point, got datetime64"),
-        ([[1.0], [1.0, 2.0]], "must be a NumPy array, list is none"),
+        ([[1.0], [1.0, 2.0]], "must be a NumPy array, list is not one"),
         (None, "must be floating point, got object"),
         ("latents", "must be floating point"),
         ({}, "must be floating point, got object"),
-        (NoArray(), "must be a NumPy array, NoArray is none: not today"),
+        (NoArray(), "must be a NumPy array, NoArray is not one: not today"),
         (np.ma.masked_values(np.zeros(ONE, np.float32), 0), "this array masks some"),
     ],
 )

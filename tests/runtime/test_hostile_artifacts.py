@@ -292,7 +292,7 @@ def test_a_file_from_before_prompts_were_recorded_loads_and_scan_says_so(
         "gore",
     ]
     run = Scan(ROOT / "examples/latents.pt", model=path, runtime="onnx", device="cpu")
-    assert any("export it anew" in note for note in run.notes)
+    assert any("export it again" in note for note in run.notes)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_a_shard_that_kills_its_actors_is_given_up(tmp_path: Path, calm: Path) -
     assert poison.killed >= 3
     (record,) = [row for row in records_of(run) if row["source"].startswith(str(shards[1]))]
     assert record["decision"] == "block"
-    assert record["error"] == "3 processes that scanned nothing else died of it"
+    assert record["error"] == "3 processes that scanned only this shard died"
     whole = scan_run(tmp_path / "whole", options, shards)
     others = [row for row in records_of(whole) if not row["source"].startswith(str(shards[1]))]
     assert [row for row in records_of(run) if row != record] == others
@@ -195,7 +195,7 @@ def test_what_ends_a_run_on_a_node_ends_it_here(
         options = options_of(calm)
         with pytest.raises(TooManyErrorsError, match="images or files could not be read"):
             ray_run(tmp_path / "run", options, bad, max_errors=1)
-        with pytest.raises(UsageError, match="too few for an actor of 2 and 0"):
+        with pytest.raises(UsageError, match="too few for an actor with 2 and 0"):
             ray_run(tmp_path / "wide", options, bad, pool=Pool(cpus=2))
         # A store that takes nothing: its folder for parts is a file.
         place = tmp_path / "full"

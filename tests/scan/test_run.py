@@ -172,7 +172,7 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path, calm: Path) -> N
     before = {
         name: (tmp_path / "run" / name).stat().st_mtime_ns for name in _files(tmp_path / "run")
     }
-    with pytest.raises(UsageError, match="there is a run in"):
+    with pytest.raises(UsageError, match="there is already a run in"):
         scan_run(tmp_path / "run", options, shards)
     run = scan_run(tmp_path / "run", options, shards, resume=True)
     assert run.pending() == []
@@ -188,7 +188,9 @@ def test_a_run_of_another_version_is_refused(tmp_path: Path, calm: Path) -> None
     scan_run(tmp_path / "run", options_of(calm), shards)
     path = tmp_path / "run" / "run.json"
     path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
-    with pytest.raises(UsageError, match=r"another version .* is 1, not 2\): go on with that"):
+    with pytest.raises(
+        UsageError, match=r"another version .* is 1, not 2\): continue it with that"
+    ):
         scan_run(tmp_path / "run", options_of(calm), shards, resume=True)
 
 
@@ -258,7 +260,7 @@ def test_what_a_crash_left_is_repaired(tmp_path: Path, calm: Path) -> None:
     again = scan_run(run, options, shards, resume=True)
     assert records_of(again) == records_of(whole)
     assert _files(run) == _files(tmp_path / "whole")
-    assert "4 shards were not whole" in " ".join(again.notes)
+    assert "4 shards were incomplete" in " ".join(again.notes)
 
 
 def test_a_shard_that_changed_is_named_and_scanned_again(tmp_path: Path, calm: Path) -> None:
@@ -377,7 +379,7 @@ def test_samples_beside_damage_are_not_copied(tmp_path: Path, calm: Path) -> Non
 
 def test_only_shards_can_be_copied(tmp_path: Path, calm: Path) -> None:
     file = write_latents(tmp_path / "a.safetensors", 1)
-    with pytest.raises(UsageError, match=r"a\.safetensors is none: scan it without --keep"):
+    with pytest.raises(UsageError, match=r"a\.safetensors is not one: scan it without --keep"):
         scan_run(tmp_path / "run", options_of(calm, keep="allow"), [file])
 
 
@@ -397,7 +399,7 @@ def test_options_can_be_sent_and_cannot_be_wrong(calm: Path) -> None:
 
 def test_a_run_is_not_put_where_it_would_be_scanned(tmp_path: Path, calm: Path) -> None:
     write_shards(tmp_path / "shards", 1, 1)
-    with pytest.raises(UsageError, match=r"lies in .*shards, which is scanned"):
+    with pytest.raises(UsageError, match=r"is inside .*shards, which is scanned"):
         scan_run(tmp_path / "shards" / "run", options_of(calm), [tmp_path / "shards"])
     with pytest.raises(UsageError, match="must be a folder"):
         scan_run(tmp_path / "shards" / "00000.tar", options_of(calm), [tmp_path / "shards"])
@@ -467,8 +469,8 @@ def test_the_command_runs_and_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--resume"], "--resume is of a run: give --run DIR, too"),
-        (["--keep", "allow"], "--keep is of a run"),
+        (["--resume"], "--resume belongs to a run: give --run DIR, too"),
+        (["--keep", "allow"], "--keep belongs to a run"),
         (["--run", "R", "--format", "json"], "a run writes its records into its folder"),
         (["--run", "R", "--max-memory", "much"], "--max-memory must be a size such as 512MiB"),
         (["--run", "R", "--task", "3/3"], "--task must be K/N with K from 0 to N - 1"),

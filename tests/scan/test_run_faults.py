@@ -193,7 +193,7 @@ def test_a_full_disk_ends_a_run_that_can_go_on(tmp_path: Path, calm: Path) -> No
     ran = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
     assert "File too large" in ran.stderr
-    assert "0 of 2 shards are done; --resume goes on" in ran.stderr
+    assert "0 of 2 shards are done; --resume continues it" in ran.stderr
     assert "Traceback" not in ran.stderr
     options = options_of(calm, batch_size=2, sink="json")
     again = scan_run(run, options, shards, resume=True)

@@ -126,7 +126,7 @@ def test_no_room_for_a_copy_ends_a_run_that_can_go_on(tmp_path: Path, calm: Path
         ran = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
         assert ran.returncode == 2
         assert "File too large; run" in ran.stderr
-        assert "0 of 2 shards are done; --resume goes on" in ran.stderr
+        assert "0 of 2 shards are done; --resume continues it" in ran.stderr
         again = scan_run(run, options_of(calm), [address], resume=True)
         assert _without_source(records_of(again)) == _without_source(plain(shards, calm))
 

@@ -112,7 +112,7 @@ def test_a_tally_that_is_not_the_one_that_was_written_is_not_counted(tmp_path: P
     run = run_folder(tmp_path / "run", True)
     path = run / "tallies" / "000001.json"
     path.write_bytes(path.read_bytes().replace(b'"block":1', b'"block":7'))
-    with pytest.raises(UsageError, match=r"tallies/000001\.json is not what was written"):
+    with pytest.raises(UsageError, match=r"tallies/000001\.json was changed after"):
         collect([run])
 
 
@@ -134,25 +134,25 @@ def test_all_kinds_of_parts_go_together(tmp_path: Path, command: Any) -> None:
     ("name", "content", "said"),
     [
         ("a.txt", b"", "must be a run folder, or end in"),
-        ("a.json", b"{}", "is no tally"),
-        ("a.json", b"[", "is not the JSON that it should be"),
-        ("a.json", b"[" * 100_000, "is not the JSON that it should be"),
-        ("a.jsonl", b'{"source": NaN}\n', "NaN is no number"),
+        ("a.json", b"{}", "is not a tally"),
+        ("a.json", b"[", "is not valid JSON"),
+        ("a.json", b"[" * 100_000, "is not valid JSON"),
+        ("a.jsonl", b'{"source": NaN}\n', "NaN is not a number"),
         ("a.jsonl", b'{"source": "a"}\n', "record 1: must have a source and an index"),
         ("a.jsonl", b"[]\n", "record 1: must be an object"),
         ("manifest/0.json", b"{}", "has neither a tally nor a part"),
-        ("manifest/0.json", b'{"part": {"name": "../x.jsonl"}}', "outside of its run"),
-        ("manifest/0.json", b'{"part": {"name": "/etc/x.jsonl"}}', "outside of its run"),
+        ("manifest/0.json", b'{"part": {"name": "../x.jsonl"}}', "outside its run"),
+        ("manifest/0.json", b'{"part": {"name": "/etc/x.jsonl"}}', "outside its run"),
         ("manifest/0.json", b'{"tally": {}}', "has neither a tally nor a part"),
-        ("manifest/0.json", b'{"tally": {"name": "../x.json"}}', "outside of its run"),
+        ("manifest/0.json", b'{"tally": {"name": "../x.json"}}', "outside its run"),
         (
             "manifest/0.json",
             b'{"tally": {"name": "tallies/0.json"}}',
-            "tallies/0.json is not there",
+            "tallies/0.json is missing",
         ),
         ("manifest/0.json", b'{"schema_version": 1}', "is of another version of latentguard"),
-        ("parts/0.json", b"{}", "no run with shards that are done"),
-        ("missing.json/x", b"", "no run with shards that are done"),
+        ("parts/0.json", b"{}", "not a run with finished shards"),
+        ("missing.json/x", b"", "not a run with finished shards"),
     ],
 )
 def test_what_is_no_part_is_an_error_that_names_it(
@@ -404,10 +404,10 @@ def test_a_scan_of_a_sample_says_what_it_estimates(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--seed", 1), "give --sample IMAGES, too"),
-        (("--sample-shards", 1), "give --sample IMAGES, too"),
+        (("--seed", 1), "need --sample IMAGES"),
+        (("--sample-shards", 1), "need --sample IMAGES"),
         (("--sample", 0), "greater than or equal to 1"),
-        (("--sample", 5, "--run", "run", "--keep", "allow"), "a sample is no whole to be copied"),
+        (("--sample", 5, "--run", "run", "--keep", "allow"), "--keep needs whole shards"),
         (("--sample", 5, "--run", "run", "--task", "0/2"), "leave out --task"),
         (("--summary", "out.txt"), "must be a file that ends in .json"),
         (("--summary", "no/such/run.json"), "there is no folder"),
@@ -475,4 +475,4 @@ def test_a_run_on_another_file_system_is_reported(
     ran = command("scan", "report", place, place, "-o", tmp_path / "run.json")
     assert (ran.code, "is given twice" in ran.err) == (2, True)
     ran = command("scan", "report", "memory://nothing", "-o", tmp_path / "run.json")
-    assert (ran.code, "no run with shards that are done" in ran.err) == (2, True)
+    assert (ran.code, "not a run with finished shards" in ran.err) == (2, True)

@@ -277,8 +277,8 @@ def mixed(tmp_path: Path) -> Path:
 
 def test_what_is_passed_over_is_counted_and_named(mixed: Path, calm: Path, command: Any) -> None:
     said = (
-        "passed over, as no latents: 3 files (.json 2, .md 1); the first files: a.json, b.json, "
-        "readme.md"
+        "passed over, because they are not latents: 3 files (.json 2, .md 1); the first files: "
+        "a.json, b.json, readme.md"
     )
     table = command("scan", mixed, "--policy", calm)
     assert (table.code, table.out.splitlines()[-2]) == (0, said)
@@ -302,7 +302,7 @@ def test_a_file_that_could_hold_latents_is_not_passed_over(
     good, failed = (json.loads(line) for line in ran.out.splitlines())
     assert failed["source"] == str(mixed / "latents.ckpt")
     assert failed["decision"] == "block"
-    assert "could hold latents, but is of a type that is not read" in failed["error"]
+    assert "could hold latents, but its type cannot be read" in failed["error"]
     assert good["error"] is None
 
 
@@ -332,7 +332,7 @@ def test_options_that_say_what_files_do_not(tmp_path: Path, calm: Path, command:
     (tmp_path / "a.txt").write_text("a cat")
     ran = command("scan", tmp_path / "a.npz", *said, *options)
     assert ran.code == 0
-    assert "left aside, as said: 1 other array (--key)" in ran.err
+    assert "skipped on request: 1 other array (--key)" in ran.err
     (tmp_path / "latents.npy").unlink()
     assert command("scan", tmp_path, *said, *options).code == 0
     assert command("scan", tmp_path, *said, *options, "--strict").code == 3

@@ -47,7 +47,7 @@ class RunFolder:
         wanted = {"schema_version": SCHEMA_VERSION, **manifest}
         if file.exists():
             if not resume:
-                raise UsageError(f"{path}: there is a run already; --resume goes on with it")
+                raise UsageError(f"{path}: there is already a run; --resume continues it")
             _check_same(file, wanted)
             return
         if path.is_dir() and any(path.iterdir()):
