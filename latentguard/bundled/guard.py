@@ -73,6 +73,36 @@ def bundled_guard(
     return Guard.over(artifact, network, batching=batching, max_cells=max_cells)
 
 
+def packaged_text(model: str, space: LatentSpace | None = None) -> tuple[NanoText, str]:
+    """The text side of a packaged model, and the space that it reads. Raises ModelError
+    where no packaged model has that name, or it reads several spaces and `space` is None."""
+    entry = _packaged(model)
+    weights = read_weights(bundled_path(entry.name))
+    own = entry.space or (None if space is None else space.name)
+    if own is None:
+        raise ModelError(_SEVERAL.format(entry.name))
+    return NanoText(weights, entry.name), own
+
+
+_SEVERAL = "model {} reads the RGB view of several latent spaces: say of which (space=..., --space)"
+
+
+def _all_packaged() -> list[Entry]:
+    return [entry for entry in CATALOG.values() if entry.bundled]
+
+
+def _packaged(model: str) -> Entry:
+    """The packaged model of a name. Raises ModelError."""
+    for entry in _all_packaged():
+        if entry.name == model:
+            return entry
+    names = ", ".join(entry.name for entry in _all_packaged())
+    raise ModelError(
+        f"model {model} needs torch: pip install 'latentguard[torch]' (--runtime torch). Without "
+        f"it the packaged ones judge: {names}"
+    )
+
+
 class _Bundled(Network):
     """A packaged graph, which reads prepared latents and the concept bank."""
 
@@ -114,33 +144,23 @@ def chosen(
     wanted = policy.space if space is None else LatentSpace.of(space).name
     if model == "auto" and policy.model is not None:
         model = policy.model
-    packaged = [entry for entry in CATALOG.values() if entry.bundled]
     if model == "auto":
         if wanted is None:
             raise ModelError(
                 "say which latent space, by space=... or --space, or name a model: the best one "
                 "depends on the space"
             )
-        found = next((entry for entry in packaged if entry.reads(wanted)), None)
+        found = next((entry for entry in _all_packaged() if entry.reads(wanted)), None)
         if found is None:
             raise ModelError(
                 f"no packaged model reads latents of space {wanted}: it has no RGB view that is "
                 "fine enough to be read"
             )
     else:
-        found = next((entry for entry in packaged if entry.name == model), None)
-        if found is None:
-            names = ", ".join(entry.name for entry in packaged)
-            raise ModelError(
-                f"model {model} needs torch: pip install 'latentguard[torch]' (--runtime torch). "
-                f"Without it the packaged ones judge: {names}"
-            )
+        found = _packaged(model)
     own = found.space or wanted
     if own is None:
-        raise ModelError(
-            f"model {found.name} reads the RGB view of several latent spaces: say of which "
-            "(space=..., --space)"
-        )
+        raise ModelError(_SEVERAL.format(found.name))
     if wanted is not None and not found.reads(wanted):
         raise ModelError(f"model {found.name} reads {own} latents, not {wanted}")
     if policy.space not in (None, own):

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from latentguard.encoders import Encoder
+    from latentguard.bank import TextSide
     from latentguard.judge import Rules
     from latentguard.policy import Concept, Policy
 
@@ -160,12 +160,7 @@ def check(
     from latentguard.policy import load_policy
     from latentguard.text import visible
 
-    encoder = None
-    if model is not None:
-        from latentguard.encoders import load_encoder
-        from latentguard.spaces import LatentSpace
-
-        encoder = load_encoder(model, "cpu", None if space is None else LatentSpace.of(space))
+    sees = None if model is None else _text_side(model, space)
     failed = False
     for name in files:
         try:
@@ -175,13 +170,13 @@ def check(
             for sentence in error.errors:
                 typer.echo(visible(sentence, 4000), err=True)
             continue
-        refused = encoder is not None and not _check_seen(name, policy, encoder)
+        refused = sees is not None and not _check_seen(name, policy, *sees)
         failed = failed or refused
         if not refused:
             typer.echo(f"{name}: ok, {len(policy.concepts)} concepts, sha256 {policy.sha256}")
         for scheme in taxonomy:
             try:
-                for sentence in _taxonomy_notes(policy, scheme, encoder):
+                for sentence in _taxonomy_notes(policy, scheme, None if sees is None else sees[0]):
                     typer.echo(visible(f"{name}: note: {sentence}", 4000), err=True)
             except PolicyError as error:
                 failed = True
@@ -217,43 +212,64 @@ def _strange_names(policy: Policy) -> Iterator[str]:
         yield f"model '{policy.model}' is not known here: see `latentguard models list`"
 
 
-def _taxonomy_notes(policy: Policy, name: str, encoder: Encoder | None) -> Iterator[str]:
+def _text_side(model: str, space: str | None) -> tuple[TextSide, str]:
+    """What knows a model's prompts, and the space that it reads; a packaged model needs no torch.
+
+    Raises ModelError where there is no such model.
+    """
+    from importlib.util import find_spec
+
+    from latentguard.spaces import LatentSpace
+
+    own = None if space is None else LatentSpace.of(space)
+    if find_spec("torch") is None:
+        from latentguard.bundled.guard import packaged_text
+
+        return packaged_text(model, own)
+    from latentguard.concepts import EncoderText
+    from latentguard.encoders import load_encoder
+
+    encoder = load_encoder(model, "cpu", own)
+    return EncoderText(encoder), encoder.space
+
+
+def _taxonomy_notes(policy: Policy, name: str, text: TextSide | None) -> Iterator[str]:
     """What verdicts leave out of a scheme. Raises PolicyError if the policy is not mapped to it."""
     rules = _mapped(policy, name)
     unmapped = [rule.id for rule in rules.concepts if name not in rule.taxonomy]
     if unmapped:
         yield f"in no category of {name}: {', '.join(unmapped)}"
-    if encoder is None:
+    if text is None:
         return
-    from latentguard.concepts import coverage_of
+    from latentguard.bank import coverage_of
 
     seen = {
         concept.id: any(found.seen)
-        for concept, found in zip(policy.concepts, coverage_of(policy, encoder), strict=True)
+        for concept, found in zip(policy.concepts, coverage_of(policy, text), strict=True)
     }
     for category, concepts in rules.mapped[name].items():
         if not any(seen[rule.id] for rule in concepts):
             ids = ", ".join(rule.id for rule in concepts)
-            yield (f"{encoder.name} cannot see {name} '{category}', so its score is null ({ids})")
+            yield (f"{text.name} cannot see {name} '{category}', so its score is null ({ids})")
 
 
-def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
+def _check_seen(name: str, policy: Policy, side: TextSide, space: str) -> bool:
     """List the prompts that a model cannot see; return whether it may judge by the policy."""
-    from latentguard.concepts import coverage_of
+    from latentguard.bank import coverage_of
     from latentguard.coverage import check_coverage
     from latentguard.errors import CoverageError, ModelError, PolicyError
     from latentguard.policy import lines_of
     from latentguard.text import visible
 
-    if policy.space not in (None, encoder.space):
+    if policy.space not in (None, space):
         typer.echo(
-            f"{name}: the policy is written for {policy.space} latents, model {encoder.name} reads "
-            f"{encoder.space}",
+            f"{name}: the policy is written for {policy.space} latents, model {side.name} reads "
+            f"{space}",
             err=True,
         )
         return False
     try:
-        coverage = coverage_of(policy, encoder)
+        coverage = coverage_of(policy, side)
     except (ModelError, PolicyError) as error:  # of a file of examples
         typer.echo(visible(f"{name}: {error}", 4000), err=True)
         return False
@@ -267,7 +283,7 @@ def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
                     place, texts = ("contrast",), policy.contrast
                 follows = "" if key == "prompts" else "; no image is compared with it"
                 found[(*place, texts.index(text))] = (
-                    f"'{text}' is not visible to {encoder.name}: coverage {number:.3f}, "
+                    f"'{text}' is not visible to {side.name}: coverage {number:.3f}, "
                     f"{seen.needed:g} is needed{follows}"
                 )
     for (file, line), (place, sentence) in zip(
@@ -275,7 +291,7 @@ def _check_seen(name: str, policy: Policy, encoder: Encoder) -> bool:
     ):
         typer.echo(f"{file}:{line}: {_place(place)} {sentence}", err=True)
     try:
-        check_coverage(policy, encoder.name, coverage)
+        check_coverage(policy, side.name, coverage)
     except CoverageError as error:
         typer.echo(f"{name}: {error}", err=True)
         return False

