@@ -70,7 +70,7 @@ def test_a_model_file_and_drawn_latents(command: Command, tmp_path: Path) -> Non
     with Guard(out) as guard:
         assert guard.metadata["model"]["name"] == "small+merge=0.5"
     assert "8 latents drawn with the space's statistics" in ran.out
-    assert "give real ones with --check before" in ran.err
+    assert "compare real ones with --check before" in ran.err
 
 
 @pytest.mark.parametrize(
