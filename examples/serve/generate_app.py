@@ -152,21 +152,32 @@ def _in(loop: asyncio.AbstractEventLoop, call: Callable[[Any], None], value: Any
         loop.call_soon_threadsafe(call, value)
 
 
-def main() -> int:
-    """The command line."""
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What every generating service is told on its command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_choice(parser)
     parser.add_argument("--policy", default="default")
     parser.add_argument("--model", default="auto", help="what judges")
-    parser.add_argument("--audit", help="a file: one JSON line for each image and scored step")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-requests", type=int, default=LIMITS.max_requests)
     parser.add_argument("--seconds", type=float, default=LIMITS.seconds, help="until an answer")
+    return parser
+
+
+def limits_of(given: argparse.Namespace) -> Limits:
+    """What the options say of how much a service takes."""
+    return Limits(LIMITS.max_bytes, max_requests=given.max_requests, seconds=given.seconds)
+
+
+def main() -> int:
+    """The command line."""
+    parser = options(__doc__)
+    parser.add_argument("--audit", help="a file: one JSON line for each image and scored step")
     given = parser.parse_args()
-    limits = Limits(LIMITS.max_bytes, max_requests=given.max_requests, seconds=given.seconds)
+    limits = limits_of(given)
     try:
         generation = Generation(
             painter(chosen(given)),

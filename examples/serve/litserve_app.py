@@ -12,7 +12,6 @@ Requests and answers are those of generate_app.py. Every answer but 200 says `"d
 # No `from __future__ import annotations`: LitServe reads the type of a request from its annotation,
 # which then would be a string.
 
-import argparse
 import os
 import signal
 import sys
@@ -24,9 +23,9 @@ import litserve
 from bounded import Bounded
 from checks import Limits, Refused
 from fastapi import HTTPException
-from generate_app import LIMITS
+from generate_app import LIMITS, limits_of, options
 from generation import Asked, Generation
-from painters import Choice, add_choice, chosen, painter
+from painters import Choice, chosen, painter
 from refusals import add_refusals, refusal
 
 from latentguard.errors import LatentGuardError
@@ -80,18 +79,8 @@ def server(
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_choice(parser)
-    parser.add_argument("--policy", default="default")
-    parser.add_argument("--model", default="auto", help="what judges")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-requests", type=int, default=LIMITS.max_requests)
-    parser.add_argument("--seconds", type=float, default=LIMITS.seconds, help="until an answer")
-    given = parser.parse_args()
-    limits = Limits(LIMITS.max_bytes, max_requests=given.max_requests, seconds=given.seconds)
+    given = options(__doc__).parse_args()
+    limits = limits_of(given)
     try:
         load_policy(given.policy)  # before workers start, each of which would say it
         made = server(chosen(given), given.policy, given.model, limits)

@@ -25,7 +25,8 @@ from latentguard.encode.autoencoders import Autoencoder, load_autoencoder
 from latentguard.encode.folders import find_pictures
 from latentguard.encoders.catalog import ANY_VIEW
 from latentguard.encoders.nano import save_nano
-from latentguard.encoders.nano_net import KERNEL, OCTAVES
+from latentguard.encoders.nano_net import KERNEL
+from latentguard.encoders.nano_sizes import OCTAVES
 from latentguard.errors import ModelError
 from latentguard.policy import load_policy, shipped_policies
 from latentguard.spaces import LatentSpace

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.bank import BankRows
-from latentguard.bundled.prepare import GRID, Array, grid_of, picture_of
+from latentguard.bundled.prepare import Array, grid_of, picture_of
 from latentguard.bundled.text import NanoText
 from latentguard.bundled.weights import Weights, read_graph, read_weights
 from latentguard.encoders.any_view import of_space
 from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path
 from latentguard.encoders.class_text import DIM, LOGIT_SCALE
+from latentguard.encoders.nano_sizes import GRID
 from latentguard.errors import ModelError
 from latentguard.policy import Policy, load_policy
 from latentguard.runtime import Batching, Guard

@@ -12,12 +12,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+from latentguard.encoders.nano_sizes import COARSE, GRID, OCTAVES, SMALLEST
 
-GRID = 32
-SMALLEST = 8
-OCTAVES = (0.056, 0.068, 0.079, 0.09)
-COARSE = 0.143
+Array = NDArray[np.float32]
 
 
 def grid_of(latents: Array, halve: Array, bias: Array, mean: Array, std: Array) -> Array:

@@ -153,6 +153,20 @@ class EncoderBase:
             self.merge = share
 
 
+def clean_estimate(
+    latents: Tensor, noise: Tensor | None, alpha: Tensor | None, sigma: Tensor | None
+) -> Tensor:
+    """The x0 prediction (latents - sigma * noise) / alpha, in float32; latents alone stay as they
+    are. Raises as `check_prediction` does."""
+    check_prediction(latents, noise, alpha, sigma)
+    x = latents
+    if noise is not None and sigma is not None:
+        x = x.float() - sigma.float().view(-1, 1, 1, 1) * noise.float()
+    if alpha is not None:
+        x = x.float() / alpha.float().view(-1, 1, 1, 1)
+    return x
+
+
 def check_prediction(
     latents: Tensor, noise: Tensor | None, alpha: Tensor | None, sigma: Tensor | None
 ) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from latentguard.atomic import replacing
 from latentguard.encoders.any_view import of_space
-from latentguard.encoders.base import EncoderBase, Features, Head, check_prediction
+from latentguard.encoders.base import EncoderBase, Features, Head, clean_estimate
 from latentguard.encoders.catalog import ANY_VIEW, CATALOG, Entry, bundled_path
 from latentguard.encoders.class_text import (
     CLASSES,
@@ -130,13 +130,11 @@ class NanoEncoder(nn.Module, EncoderBase):
         Returns:
             pooled [B, 1008] and tokens [B, N, 1008] of unit norm, differentiable in latents.
         """
-        check_prediction(latents, noise, alpha, sigma)
-        x = latents
-        if noise is not None and sigma is not None:
-            x = x.float() - sigma.float().view(-1, 1, 1, 1) * noise.float()
-        if alpha is not None:
-            x = x.float() / alpha.float().view(-1, 1, 1, 1)
-        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x = (
+            clean_estimate(latents, noise, alpha, sigma)
+            .to(self.dtype)
+            .contiguous(memory_format=torch.channels_last)
+        )
         cells = self.net.feature_map(x)
         grid = (cells.shape[2], cells.shape[3])
         places = cells.flatten(2).transpose(1, 2)

@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentguard.encoders.lite import ENTRY_CHANNELS, ConvBN, Lite2, LiteStem, LiteTrunk
-
-GRID = 32
-"""Cells per side at which the trunk was trained: 256 px at factor 8."""
+from latentguard.encoders.nano_sizes import COARSE, GRID, OCTAVES, SMALLEST
 
 
 class ResidualBlock(nn.Module):
@@ -32,8 +30,6 @@ class ResidualBlock(nn.Module):
 
 KERNEL = 6
 """Cells per side that a halving looks at."""
-SMALLEST = 8
-"""Rows or columns below which a grid is not halved."""
 
 
 class LatentAdapter(nn.Module):
@@ -128,13 +124,6 @@ class NanoNet(nn.Module):
     def read(self, grid: Tensor) -> Tensor:
         """The same of a grid that the adapter has brought to its size."""
         return self.trunk.feature_map(self.adapter.read(grid))
-
-
-OCTAVES = (0.056, 0.068, 0.079, 0.09)
-"""Deviation of the octaves of pictures of 64 x 64 pixels in [0, 1], the finest first: the geometric
-mean over 300 photos of Caltech-101."""
-COARSE = 0.143
-"""Deviation of what is coarser than all of them."""
 
 
 def leveled(view: Tensor, octaves: int = len(OCTAVES)) -> Tensor:

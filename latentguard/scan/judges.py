@@ -81,7 +81,28 @@ class Judges(ABC):
         return SpaceJudge(info, judge)
 
 
-class TorchJudges(Judges):
+class ModelJudges(Judges):
+    """Judges with one named model, or with one for each space that occurs."""
+
+    _named: SpaceJudge | None = None
+
+    def __init__(self, rules: Rules) -> None:
+        super().__init__(rules)
+        self._judges: dict[str, SpaceJudge | str] = {}
+
+    def of(self, space: str) -> SpaceJudge | str:
+        if self._named is not None:
+            return self._reading(self._named, space)
+        if space not in self._judges:
+            self._judges[space] = self._choose(space)
+        return self._judges[space]
+
+    @abstractmethod
+    def _choose(self, space: str) -> SpaceJudge | str:
+        """The judge of a space that has not occurred yet, or why there is none."""
+
+
+class TorchJudges(ModelJudges):
     """Judges with one model, or (`auto`) with the one that the policy names, or with the best one
     on this machine for each space. A model of several spaces (`nano-view`) is loaded for each.
 
@@ -99,18 +120,10 @@ class TorchJudges(Judges):
         super().__init__(Rules.of(loaded.to_dict()))
         self._policy, self._device = loaded, device
         _check_device(device)
-        self._judges: dict[str, SpaceJudge | str] = {}
         if model == "auto" and loaded.model is not None:
             model = loaded.model
         self._by_space = model if _of_several(model) else None
         self._named = None if self._by_space is not None else self._load(model, space)
-
-    def of(self, space: str) -> SpaceJudge | str:
-        if self._named is not None:
-            return self._reading(self._named, space)
-        if space not in self._judges:
-            self._judges[space] = self._choose(space)
-        return self._judges[space]
 
     def _load(
         self, model: Encoder | str | Path, space: str | Path | LatentSpace | None
@@ -151,7 +164,7 @@ class TorchJudges(Judges):
         return self._load(name, space)
 
 
-class BundledJudges(Judges):
+class BundledJudges(ModelJudges):
     """Judges with the packaged models, without torch: the one that is named, or (`auto`) the one
     that the policy names, or the best one for each space.
 
@@ -170,21 +183,12 @@ class BundledJudges(Judges):
         super().__init__(Rules.of(policy.to_dict()))
         self._policy, self._providers = policy, _providers(device)
         self._model = policy.model if model == "auto" and policy.model is not None else model
-        self._judges: dict[str, SpaceJudge | str] = {}
         entry = CATALOG.get(self._model)
-        self._named: SpaceJudge | None = None
         if space is not None or (self._model != "auto" and (entry is None or entry.space)):
             named = None if space is None else _name(space)
             judge = self._load(named)
             self._judges[judge.info.space] = judge
             self._named = judge if self._model != "auto" else None
-
-    def of(self, space: str) -> SpaceJudge | str:
-        if self._named is not None:
-            return self._reading(self._named, space)
-        if space not in self._judges:
-            self._judges[space] = self._choose(space)
-        return self._judges[space]
 
     def _choose(self, space: str) -> SpaceJudge | str:
         from latentguard.bundled.guard import chosen

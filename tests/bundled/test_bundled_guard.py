@@ -103,8 +103,8 @@ def test_a_model_under_another_name() -> None:
 
 
 def test_prompts_of_ones_own() -> None:
-    pytest.importorskip("all_minilm_l6_v2")
-    pytest.importorskip("transformers")
+    pytest.importorskip("all_minilm_l6_v2", reason="the sentence encoder: pip install [nano]")
+    pytest.importorskip("transformers", reason="the sentence encoder runs in transformers: [nano]")
     policy = own_policy(prompts=["steam train", "coffee maker"])
     assert_same(policy, "nano-flux2", load_latents(EXAMPLES)[:4])
 
@@ -241,7 +241,7 @@ def test_names_of_classes_need_no_sentence_encoder(tmp_path: Path) -> None:
 def test_names_of_classes_are_placed_as_the_sentence_encoder_places_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("all_minilm_l6_v2")
+    pytest.importorskip("all_minilm_l6_v2", reason="the sentence encoder: pip install [nano]")
     from latentguard.encoders import class_text
     from latentguard.encoders.nano import load_nano
 
@@ -264,7 +264,7 @@ def test_a_policy_is_checked_without_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nano-flux2", "nano-view"])
 def test_a_graph_refers_to_the_weights_beside_it(name: str) -> None:
-    onnx = pytest.importorskip("onnx")
+    onnx = pytest.importorskip("onnx", reason="reads the graph by onnx: pip install [export]")
     weights = read_weights(bundled_path(name))
     model = onnx.load(weights.path.with_suffix(".onnx"), load_external_data=False)
     places = {}

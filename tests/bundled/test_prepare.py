@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentguard.bundled import prepare
 from latentguard.bundled.prepare import grid_of, picture_of, resize_matrix
-from latentguard.encoders import load_encoder, nano_net
+from latentguard.encoders import load_encoder
 from latentguard.encoders.nano import NanoEncoder
 from latentguard.encoders.nano_net import NanoNet, RgbViewNet
 
@@ -87,8 +86,3 @@ def test_the_picture_of_a_view(size: tuple[int, int], space: str) -> None:
     )
     expected = read_by(net, latents)
     assert (found.clip(0, 1) - 127 / 255) / (128 / 255) == pytest.approx(expected, abs=2e-4)
-
-
-def test_both_halves_know_the_same_numbers() -> None:
-    for name in ("GRID", "SMALLEST", "OCTAVES", "COARSE"):
-        assert getattr(prepare, name) == getattr(nano_net, name), name

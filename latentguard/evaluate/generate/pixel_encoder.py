@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentguard.encoders import EncoderBase, Features, Head
-from latentguard.encoders.base import check_prediction
+from latentguard.encoders.base import clean_estimate
 from latentguard.errors import LatentsError, ModelError
 from latentguard.evaluate.generate.generators import module_sha256
 from latentguard.spaces import Latents, LatentSpace
@@ -93,12 +93,8 @@ class PixelEncoder(EncoderBase):
         sigma: Tensor | None = None,
     ) -> Features:
         """The embedding of the decoded pictures, and nothing by place."""
-        check_prediction(latents, noise, alpha, sigma)
-        if noise is not None and alpha is not None and sigma is not None:
-            latents = latents - _each(sigma, latents) * noise
-        if alpha is not None:
-            latents = latents / _each(alpha, latents)
-        pictures = self._decode(Latents(latents, self._space, scaled=True)).float()
+        clean = clean_estimate(latents, noise, alpha, sigma).to(latents)
+        pictures = self._decode(Latents(clean, self._space, scaled=True)).float()
         pooled = self._clip.encode_image(self.prepared(pictures))
         return Features(pooled, pooled.new_empty(len(pooled), 0, pooled.shape[1]), (0, 0))
 
@@ -134,7 +130,3 @@ class PixelEncoder(EncoderBase):
         self._clip.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
-
-
-def _each(level: Tensor, latents: Tensor) -> Tensor:
-    return level.view(-1, 1, 1, 1).to(latents)
