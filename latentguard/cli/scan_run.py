@@ -73,6 +73,7 @@ def scan_run(
         passed,
         resume=bool(options["resume"]),
         task=task,
+        tell=lambda sentence: None if quiet else typer.echo(f"latentguard: {sentence}", err=True),
     )
     stopped: TooManyErrorsError | None = None
     try:

@@ -1,4 +1,4 @@
-"""Which process works on which shards of a run: a file lock, which ends with its process.
+"""Which process works on which shards of a run in a folder: file locks, which end with a process.
 
 Each task at work has a file next to `run.json`, whose own lock orders the tasks that come and go. A
 file that no process holds was left by a process that was killed.
@@ -11,7 +11,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,6 +30,9 @@ class Lease:
 
     def __init__(self, gate: Path, path: Path, descriptor: int) -> None:
         self._gate, self._path, self._descriptor = gate, path, descriptor
+
+    def check(self) -> None:
+        """Nothing is to be checked: the lock lasts as long as this process."""
 
     def release(self) -> None:
         """Let others work on them. A second call does nothing."""
@@ -59,17 +62,35 @@ def hold(folder: Path, gate: Path, task: Task) -> Lease | None:
     """
     try:
         with _locked(gate):
-            for path in folder.glob("task-*.lock"):
-                found = _NAME.fullmatch(path.name)
-                if found is not None and _overlap(task, (int(found[1]), int(found[2]))):
-                    _remove_if_left(path, folder)
-            path = folder / f"task-{task[0]}-of-{task[1]}.lock"
+            for name in overlapping((path.name for path in folder.glob("task-*.lock")), task):
+                _remove_if_left(folder / name, folder)
+            path = folder / task_file(task)
             descriptor = os.open(path, _FLAGS | os.O_CREAT, 0o666)
             _lock(descriptor, wait=False)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return Lease(gate, path, descriptor)
     except _NoLocksError:
         return None
+
+
+def task_file(task: Task) -> str:
+    """The name of a task's file."""
+    return f"task-{task[0]}-of-{task[1]}.lock"
+
+
+def overlapping(names: Iterable[str], task: Task) -> list[str]:
+    """Those of the names that are files of tasks which share a shard with this one."""
+    found = [(name, _NAME.fullmatch(name)) for name in names]
+    tasks = {name: (int(match[1]), int(match[2])) for name, match in found if match is not None}
+    return [name for name, other in tasks.items() if other[1] and _overlap(task, other)]
+
+
+def refusal(who: str, place: str | Path) -> str:
+    """The sentence for whoever finds another process at work on the same shards."""
+    return (
+        f"{who} is at work on the run in {place}: let it end, or give each process its own shards "
+        "(--task K/N)"
+    )
 
 
 def _overlap(one: Task, other: Task) -> bool:
@@ -83,10 +104,7 @@ def _remove_if_left(path: Path, folder: Path) -> None:
     try:
         if not _lock(descriptor, wait=False):
             said = os.read(descriptor, _MAX_WHO).decode("utf-8", "replace").strip()
-            raise UsageError(
-                f"{said or 'another process'} is at work on the run in {folder}: let it end, or "
-                "give each process its own shards (--task K/N)"
-            )
+            raise UsageError(refusal(said or "another process", folder))
         path.unlink()
     finally:
         os.close(descriptor)

@@ -10,7 +10,7 @@
 
 A shard is done if its file in the manifest exists and agrees with the other files. Other files that
 a killed process left are not part of the run, and are removed when the run continues or ends. One
-process at a time works on a shard (lease.py).
+process at a time works on a shard (lease.py, and beat.py on object stores).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from latentguard.files import PassedOver
 from latentguard.files.addresses import is_address, shown
 from latentguard.files.remote import FileState, state_of_address, state_of_path
 from latentguard.judge import PolicyId
+from latentguard.scan.beat import Beat, Tell, hold_elsewhere
 from latentguard.scan.entry import Entry, Written
 from latentguard.scan.judges import Judges
 from latentguard.scan.judging import Judging
@@ -56,6 +57,10 @@ def ignored(records: Sequence[ScanRecord]) -> None:
     """Does nothing."""
 
 
+def untold(sentence: str) -> None:
+    """Does nothing."""
+
+
 @dataclass
 class Run:
     """A run's folder, opened by one process.
@@ -65,6 +70,7 @@ class Run:
     done: by number, the entries that hold.
     errors: how many images or files could not be read or judged so far.
     notes: sentences about what was found and mended.
+    tell: told in one sentence what is waited for.
     """
 
     place: str
@@ -77,7 +83,8 @@ class Run:
     done: dict[int, Entry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     errors: int = 0
-    _lease: Lease | None = field(default=None, repr=False)
+    tell: Tell = field(default=untold, repr=False)
+    _lease: Lease | Beat | None = field(default=None, repr=False)
 
     @property
     def wanted(self) -> list[Shard]:
@@ -121,6 +128,8 @@ class Run:
         self._hold()
         try:
             yield
+            if self._lease is not None:
+                self._lease.check()
             tidy(self.store, self.done, listing(self.store), self.task)
         finally:
             self.close()
@@ -133,7 +142,10 @@ class Run:
 
     def _hold(self) -> None:
         folder = self.store.folder
-        if self._lease is not None or folder is None:
+        if self._lease is not None:
+            return
+        if folder is None:
+            self._lease = hold_elsewhere(self.store, self.place, self.task, self.tell)
             return
         try:
             self._lease = hold(folder, folder / RUN, self.task)
@@ -147,7 +159,12 @@ class Run:
         return entry
 
     def note(self, entry: Entry) -> None:
-        """Remember that a shard is done."""
+        """Remember that a shard is done.
+
+        Raises UsageError where another process may have taken over this one's shards.
+        """
+        if self._lease is not None:
+            self._lease.check()
         self.errors += entry.errors
         self.done[entry.number] = entry
 
@@ -204,11 +221,11 @@ def open_run(
     *,
     resume: bool = False,
     task: Task = (0, 1),
+    tell: Tell = untold,
 ) -> Run:
     """Begin a run, or go on with one.
 
-    In a folder of this machine the shards are this process's until `run_local` or `run_ray` ends,
-    or `Run.close`.
+    The shards are this process's until `run_local` or `run_ray` ends, or `Run.close`.
 
     Args:
         paths: what to scan. Where a run goes on they may be left out, else they must hold the same
@@ -217,6 +234,8 @@ def open_run(
         resume: whether the run may be there already.
         task: (K, N): only the shards with number % N == K are this process's, as others may be at
             theirs.
+        tell: told in one sentence what is waited for: on an object store, whether a process of
+            another machine is still at work.
 
     Raises:
         UsageError: there is a run and `resume` is false; it was begun with another policy, model,
@@ -243,7 +262,7 @@ def open_run(
         said = _begin(store, options, judges, planned)
     shards = _agreed(place, store, said, options, judges, planned)
     shards, sampled = _drawn(shards, options)
-    run = Run(place, judges.rules.policy, store, options, shards, sampled, task)
+    run = Run(place, judges.rules.policy, store, options, shards, sampled, task, tell=tell)
     run._hold()
     try:
         _load(run, judges)

@@ -16,6 +16,7 @@ from remote_server import serving
 from run_helpers import options_of, plain, records_of, scan_run, write_shard, write_shards
 from scan_helpers import write_latents
 
+from latentguard.errors import UsageError
 from latentguard.files import remote as remote_module
 from latentguard.scan.sinks import read_part
 
@@ -165,6 +166,32 @@ def test_kept_samples_of_a_remote_shard(tmp_path: Path, calm: Path, s3: Any) -> 
     assert kept is not None
     s3.get_file(f"bucket/kept/{kept.name}", str(tmp_path / "copy.tar"))
     assert _members(tmp_path / "copy.tar") == _members(shard)
+
+
+def test_a_driver_that_was_killed_holds_nothing_on_s3(tmp_path: Path, calm: Path, s3: Any) -> None:
+    shards = write_shards(tmp_path / "shards", 2, 1)
+    code = (
+        "import sys, time; from latentguard.policy import load_policy\n"
+        "from latentguard.scan import RunOptions, open_run\n"
+        "options = RunOptions(load_policy(sys.argv[1]), device='cpu')\n"
+        "run = open_run('s3://bucket/driver', options, options.judges(), sys.argv[2:])\n"
+        "print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(calm), *map(str, shards)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(
+        UsageError, match=f"^process {holder.pid} on .* is at work on the run in s3"
+    ):
+        scan_run("s3://bucket/driver", options_of(calm), shards, resume=True)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert s3.exists("bucket/driver/task-0-of-1.lock")
+    run = scan_run("s3://bucket/driver", options_of(calm), shards, resume=True)
+    assert _remote_records(s3, run, tmp_path) == plain(shards, calm)
+    assert not s3.exists("bucket/driver/task-0-of-1.lock")
 
 
 def _members(path: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from hypothesis import strategies as st
 from run_helpers import options_of, plain, records_of, scan_run, write_shards
 
 from latentguard.errors import UsageError
+from latentguard.scan import beat
 from latentguard.scan.judging import Judging
 from latentguard.scan.lease import hold
 from latentguard.scan.local import run_local
 from latentguard.scan.run import Run, open_run
+from latentguard.scan.store import open_store
 
 pytest.importorskip(
     "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
@@ -166,3 +169,103 @@ def test_the_command_says_who_is_at_work(tmp_path: Path, calm: Path, command: An
         first.kill()
         first.wait()
     assert command(*given, "--workers", 0).code == 0
+
+
+# -- object stores ---------------------------------------------------------------------------
+
+
+def _elsewhere(name: str, calm: Path, shards: list[Path], told: list[str] | None = None) -> Run:
+    pytest.importorskip("fsspec", reason="needs pip install 'latentguard[scale]'")
+    options, paths = options_of(calm), list(map(str, shards))
+    tell = [].append if told is None else told.append
+    place = f"memory://{name}"
+    return open_run(place, options, options.judges(), paths, resume=True, tell=tell)
+
+
+@pytest.fixture
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beat, "BEAT", 0.02)
+    monkeypatch.setattr(beat, "PATIENCE", 1.0)
+    monkeypatch.setattr(beat, "_LOOK", 0.02)
+
+
+@pytest.mark.usefixtures("quick_beats")
+def test_on_an_object_store_a_second_process_is_refused_too(tmp_path: Path, calm: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 2, 1)
+    first = _elsewhere("held", calm, shards)
+    refused = rf"^process {os.getpid()} on .* is at work on the run in memory://held"
+    with pytest.raises(UsageError, match=refused):
+        _elsewhere("held", calm, shards)
+    # Seen from another machine, it lives as long as its file changes.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(beat, "_machine", lambda: "another machine")
+        told: list[str] = []
+        with pytest.raises(UsageError, match=refused):
+            _elsewhere("held", calm, shards, told)
+        assert "waiting up to 1 seconds to see whether it is still at work" in told[0]
+    run_local(first, Judging(options_of(calm).judges()), workers=0)
+    assert "task-0-of-1.lock" not in open_store("memory://held").sizes("")
+    _elsewhere("held", calm, shards).close()
+
+
+@pytest.mark.usefixtures("quick_beats")
+def test_what_a_killed_process_held_on_an_object_store_is_free_again(
+    tmp_path: Path, calm: Path
+) -> None:
+    shards = write_shards(tmp_path / "shards", 2, 1)
+    _elsewhere("left", calm, shards).close()
+    store = open_store("memory://left")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    about = {"process": ended.pid, "host": "here", "machine": beat._machine(), "began": 1}
+    for left, waits in ((about, beat._machine() is None), ({**about, "machine": "x"}, True)):
+        store.write("task-0-of-1.lock", json.dumps(left).encode())
+        told: list[str] = []
+        _elsewhere("left", calm, shards, told).close()
+        assert bool(told) == waits
+    for damaged in (b"", b"[1]", b"{", b"\xff"):
+        store.write("task-0-of-1.lock", damaged)
+        _elsewhere("left", calm, shards).close()
+
+
+@pytest.mark.usefixtures("quick_beats")
+def test_a_process_that_lost_its_shards_stops(tmp_path: Path, calm: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 3, 1)
+    run = _elsewhere("lost", calm, shards)
+    store = open_store("memory://lost")
+    judging = Judging(options_of(calm).judges())
+    run.scan(run.shards[0], judging)
+    store.write("task-0-of-1.lock", b'{"token": "of another process"}')
+    time.sleep(0.3)
+    with pytest.raises(UsageError, match="another process may be at work: let it end, and contin"):
+        run_local(run, judging, workers=0)
+    assert sorted(run.done) == [0]
+    # What it had taken over is not removed.
+    assert store.read("task-0-of-1.lock") == b'{"token": "of another process"}'
+
+
+@pytest.mark.usefixtures("quick_beats")
+def test_a_process_that_stood_still_stops(
+    tmp_path: Path, calm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shards(tmp_path / "shards", 1, 1)
+    monkeypatch.setattr(beat, "BEAT", 600.0)
+    run = _elsewhere("still", calm, shards)
+    monkeypatch.setattr(beat, "PATIENCE", 0.0)
+    with pytest.raises(UsageError, match="was not renewed for more than 0 seconds"):
+        run_local(run, Judging(options_of(calm).judges()), workers=0)
+    assert not run.done
+
+
+def test_of_two_that_take_an_object_stores_shards_at_once_one_is_refused(tmp_path: Path) -> None:
+    store = open_store("memory://at-once")
+    one, other = (beat.Beat(store, "memory://at-once", name) for name in _BOTH)
+    one.begin((0, 2))
+    with pytest.raises(UsageError, match="is at work on the run in memory://at-once"):
+        other.begin((0, 1))
+    assert set(store.sizes("")) == {_BOTH[0]}
+    one.release()
+    assert not store.sizes("")
+
+
+_BOTH = ("task-0-of-2.lock", "task-0-of-1.lock")
