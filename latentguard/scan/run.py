@@ -330,10 +330,17 @@ def _agreed(
         )
     now = json.loads(json.dumps(options.identity(judges)))
     for key in now:
-        if begun.get(key) != now[key]:
+        was, value = begun.get(key), now[key]
+        if was != value:
+            if isinstance(was, dict) and was.keys() == value.keys() and key == "reading":
+                key = next(name for name in value if was[name] != value[name])
+                was, value = was[key], value[key]
+            before, after = _in_words(was), _in_words(value)
+            if before == after:
+                before, after = _brief(was), _brief(value)
             raise UsageError(
-                f"the run in {place} was begun with {key} {_brief(begun.get(key))}, but now it is "
-                f"{_brief(now[key])}: continue with the former value, or begin another run"
+                f"the run in {place} was begun with {key} {before}, but now it is {after}: give "
+                "the options that it was begun with, or begin another run"
             )
     lines = store.read(_list_name(digest))
     if lines is None or hashlib.sha256(lines).hexdigest() != digest:
@@ -346,8 +353,21 @@ def _agreed(
     return [replace(shard, files=tuple(next(files) for _ in shard.files)) for shard in shards]
 
 
+def _in_words(value: Any) -> str:
+    """A value of an option in a sentence: `family 1.0 (sha256 100f98a0ecc6)`."""
+    if isinstance(value, list) and value:
+        return ", ".join(map(_in_words, value))
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        sha256 = value.get("sha256")
+        words = [value["name"], value.get("version"), sha256 and f"(sha256 {sha256[:12]})"]
+        return " ".join(word for word in words if word)
+    if value is None:
+        return "not set"
+    return _brief(value)
+
+
 def _brief(value: Any) -> str:
-    text = json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 

@@ -200,15 +200,22 @@ def test_another_policy_model_or_option_is_refused(
     shards = write_shards(tmp_path / "shards", 2, 1)
     scan_run(tmp_path / "run", options_of(calm, model="nano-flux2"), shards)
     other = policy(("revolver", "block", ALWAYS), name="other")
-    for options, word in (
-        (options_of(other, model="nano-flux2"), "policy"),
-        (options_of(calm, model="nano-sdxl"), "model"),
-        (options_of(calm), "model"),
-        (options_of(calm, model="nano-flux2", views="crops"), "model"),
-        (options_of(calm, model="nano-flux2", sink="json"), "sink"),
-        (options_of(calm, model="nano-flux2", reading=Reading.of("flux2", True)), "reading"),
+    sha = r"\(sha256 [0-9a-f]{12}\)"
+    for options, words in (
+        (
+            options_of(other, model="nano-flux2"),
+            rf"policy made 7 {sha}, but now it is made 7 {sha}: give the options that it was begun",
+        ),
+        (options_of(calm, model="nano-sdxl"), rf"model nano-flux2 {sha}, but now it is nano-view"),
+        (options_of(calm), rf"model nano-flux2 {sha}, but now it is auto: give"),
+        (options_of(calm, model="nano-flux2", views="crops"), "model "),
+        (options_of(calm, model="nano-flux2", sink="json"), "sink parquet, but now it is json:"),
+        (
+            options_of(calm, model="nano-flux2", reading=Reading.of("flux2", True)),
+            "space not set, but now it is flux2:",
+        ),
     ):
-        with pytest.raises(UsageError, match=f"was begun with ({word})"):
+        with pytest.raises(UsageError, match=f"was begun with {words}"):
             scan_run(tmp_path / "run", options, shards, resume=True)
     # How fast is nobody's business.
     same = options_of(calm, model="nano-flux2", batch_size=1, device="cpu")
