@@ -206,7 +206,7 @@ def test_another_policy_model_or_option_is_refused(
             options_of(other, model="nano-flux2"),
             rf"policy made 7 {sha}, but now it is made 7 {sha}: give the options that it was begun",
         ),
-        (options_of(calm, model="nano-sdxl"), rf"model nano-flux2 {sha}, but now it is nano-view"),
+        (options_of(calm, model="nano-sdxl"), rf"model nano-flux2 {sha}, but now it is nano-sdxl"),
         (options_of(calm), rf"model nano-flux2 {sha}, but now it is auto: give"),
         (options_of(calm, model="nano-flux2", views="crops"), "model "),
         (options_of(calm, model="nano-flux2", sink="json"), "sink parquet, but now it is json:"),
