@@ -7,6 +7,7 @@ compare with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ RECALL = 0.95
 
 BATCH = 8 << 20
 """Numbers of one bootstrap array (64 MiB); more resamples go in further batches."""
+
+_Z = 1.959964
 
 Array = NDArray[np.float64]
 
@@ -56,7 +59,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95 % bootstrap interval."""
+    """A value and its 95 % interval."""
 
     value: float
     low: float
@@ -124,6 +127,10 @@ def separation(
 ) -> Separation:
     """AUROC, average precision and FPR at 95 % recall with 95 % bootstrap intervals.
 
+    Scores that are fully separated have no spread for a bootstrap to find. Then AUROC has
+    Newcombe's interval and the false-positive rate has Wilson's; the interval of average precision
+    stays a point, because no such interval of it is in use.
+
     Args:
         positives, negatives: scores [P] and [N], higher means more like the concept.
         resamples: draws with replacement, of positives and negatives apart (their numbers stay).
@@ -150,16 +157,51 @@ def separation(
             np.percentile(np.concatenate(kept), [2.5, 97.5]) if resamples else (value, value)
         )
         estimates.append(Interval(value, float(low), float(high)))
-    return Separation(
-        estimates[0], estimates[1], estimates[2], len(sides[0]), len(sides[1]), counts
-    )
+    area, precision, fpr = estimates
+    if resamples and _at_an_end(area):
+        area = auroc_interval(float(round(area.value)), len(sides[0]), len(sides[1]))
+    if resamples and _at_an_end(fpr):
+        fpr = wilson(round(fpr.value) * len(sides[1]), len(sides[1]))
+    return Separation(area, precision, fpr, len(sides[0]), len(sides[1]), counts)
+
+
+def _at_an_end(interval: Interval) -> bool:
+    """Whether it is nothing but 0 or 1, up to rounding."""
+    ends = np.array([interval.low, interval.value, interval.high])
+    return bool(np.allclose(ends, round(interval.value), rtol=0, atol=1e-9))
+
+
+def auroc_interval(area: float, positives: int, negatives: int) -> Interval:
+    """The 95 % interval of an AUROC by Newcombe's method 5 (2006), which is no point at 1.
+
+    A bootstrap of few examples that are all on their side says [1, 1], and promises too much.
+    """
+    even = (positives + negatives) / 2 - 1
+
+    def beyond(true: float) -> float:
+        """How many deviations of a true area the one found is away, squared, less the limit's."""
+        spread = 1 + even * ((1 - true) / (2 - true) + true / (1 + true))
+        variance = true * (1 - true) * spread / (positives * negatives)
+        return (area - true) ** 2 - _Z**2 * variance
+
+    return Interval(area, _root(beyond, 0.0, area), _root(beyond, 1.0, area))
+
+
+def _root(beyond: Callable[[float], float], outside: float, inside: float) -> float:
+    """Where it changes sign between a point outside of the interval and one inside of it."""
+    if beyond(outside) <= 0:
+        return outside
+    for _ in range(60):
+        middle = (outside + inside) / 2
+        outside, inside = (middle, inside) if beyond(middle) > 0 else (outside, middle)
+    return inside
 
 
 def wilson(hits: int, n: int) -> Interval:
     """A proportion with its 95 % Wilson interval (Wilson 1927)."""
     if n <= 0 or not 0 <= hits <= n:
         raise ValueError(f"wilson: hits must be 0 to n and n positive, got {hits} of {n}")
-    z = 1.959964
+    z = _Z
     p = hits / n
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

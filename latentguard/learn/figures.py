@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from latentguard.evaluate.calibrate import images_needed, threshold
-from latentguard.evaluate.metrics import Interval, auroc, count, wilson
+from latentguard.evaluate.metrics import Interval, auroc, auroc_interval, count, wilson
 
 RATES = (0.01, 0.001)
 """False-positive rates at which recall is told."""
-_Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -86,32 +85,6 @@ def figures(positives: ArrayLike, negatives: ArrayLike, logit_scale: float) -> F
     even = tuple(wilson(int((side >= 0).sum()), len(side)) for side in (high, low))
     interval = auroc_interval(area, len(high), len(low))
     return Figures(interval, (even[0], even[1]), tuple(rates), tuple(needed), len(high), len(low))
-
-
-def auroc_interval(area: float, positives: int, negatives: int) -> Interval:
-    """The 95 % interval of an AUROC by Newcombe's method 5 (2006), which is no point at 1.
-
-    A bootstrap of few examples that are all on their side says [1, 1], and promises too much.
-    """
-    even = (positives + negatives) / 2 - 1
-
-    def beyond(true: float) -> float:
-        """How many deviations of a true area the one found is away, squared, less the limit's."""
-        spread = 1 + even * ((1 - true) / (2 - true) + true / (1 + true))
-        variance = true * (1 - true) * spread / (positives * negatives)
-        return (area - true) ** 2 - _Z**2 * variance
-
-    return Interval(area, _root(beyond, 0.0, area), _root(beyond, 1.0, area))
-
-
-def _root(beyond: Callable[[float], float], outside: float, inside: float) -> float:
-    """Where it changes sign between a point outside of the interval and one inside of it."""
-    if beyond(outside) <= 0:
-        return outside
-    for _ in range(60):
-        middle = (outside + inside) / 2
-        outside, inside = (middle, inside) if beyond(middle) > 0 else (outside, middle)
-    return inside
 
 
 def interval_of(said: dict[str, Any]) -> Interval:

@@ -88,6 +88,13 @@ def test_separable_and_constant_scores():
     perfect = metrics.separation([2.0, 3.0], [0.0, 1.0], 50)
     assert (perfect.auroc.value, perfect.average_precision.value) == (1, 1)
     assert perfect.fpr_at_recall.value == 0
+    # Newcombe's and Wilson's: two of each side cannot promise more.
+    assert perfect.auroc.low < 0.7
+    assert (perfect.auroc.high, perfect.fpr_at_recall.low) == (1, 0)
+    assert perfect.fpr_at_recall.high == pytest.approx(metrics.wilson(0, 2).high)
+    backward = metrics.separation(np.linspace(0, 1, 7), np.linspace(2, 3, 9), 50)
+    assert backward.auroc.low == 0 < backward.auroc.high < 0.3
+    assert backward.fpr_at_recall.low < backward.fpr_at_recall.high == 1
     constant = metrics.separation([1.0, 1.0], [1.0, 1.0, 1.0], 50)
     assert constant.auroc.value == 0.5
     assert constant.average_precision.value == pytest.approx(0.4)

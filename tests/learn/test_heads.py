@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="learning needs torch")
 
-from latentguard.learn.figures import auroc_interval, figures
+from latentguard.evaluate.metrics import auroc_interval
+from latentguard.learn.figures import figures
 from latentguard.learn.heads import solve
 from latentguard.learn.platt import fit
 from latentguard.learn.statistics import Sums
