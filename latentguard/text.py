@@ -47,6 +47,11 @@ def unseen(text: str) -> str | None:
     return None
 
 
+def counted(number: int, noun: str = "") -> str:
+    """`1,234 images`, `1 image`; without a noun the number alone."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}" if noun else f"{number:,}"
+
+
 def first_line(error: BaseException, otherwise: str | None = None) -> str:
     """The gist of a library's error: the first line of what it says, at most 300 characters.
 

@@ -221,10 +221,10 @@ def _task(text: str) -> Task:
 
 
 def _say(out: Path, sources: Sources, outcome: Outcome, to_file: bool) -> None:
-    from latentguard.text import visible
+    from latentguard.text import counted, visible
 
-    where = "" if to_file else f" in {_counted(outcome.shards, 'shard')}"
-    typer.echo(f"{out}: latents of {_counted(outcome.pictures, 'picture')}{where}")
+    where = "" if to_file else f" in {counted(outcome.shards, 'shard')}"
+    typer.echo(f"{out}: latents of {counted(outcome.pictures, 'picture')}{where}")
     if sources.passed.counts:
         typer.echo(f"passed over, because they are not pictures: {sources.passed}", err=True)
     if outcome.problems:
@@ -232,13 +232,9 @@ def _say(out: Path, sources: Sources, outcome: Outcome, to_file: bool) -> None:
         first = outcome.problems[0]
         typer.echo(
             visible(
-                f"{_counted(len(outcome.problems), 'picture')} could not be encoded (see "
+                f"{counted(len(outcome.problems), 'picture')} could not be encoded (see "
                 f"{listed}); the first: {first.source}: {first.error}",
                 2000,
             ),
             err=True,
         )
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

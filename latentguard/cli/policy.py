@@ -158,7 +158,7 @@ def check(
     from latentguard.cli.exit_codes import EXIT_USAGE
     from latentguard.errors import PolicyError
     from latentguard.policy import load_policy
-    from latentguard.text import visible
+    from latentguard.text import counted, visible
 
     sees = None if model is None else _text_side(model, space)
     failed = False
@@ -173,7 +173,8 @@ def check(
         refused = sees is not None and not _check_seen(name, policy, *sees)
         failed = failed or refused
         if not refused:
-            typer.echo(f"{name}: ok, {len(policy.concepts)} concepts, sha256 {policy.sha256}")
+            concepts = counted(len(policy.concepts), "concept")
+            typer.echo(f"{name}: ok, {concepts}, sha256 {policy.sha256}")
         for scheme in taxonomy:
             try:
                 for sentence in _taxonomy_notes(policy, scheme, None if sees is None else sees[0]):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from latentguard.files.tar import is_header
+from latentguard.text import counted
 
 HEAD = 512
 """How many bytes of a file `could_hold_latents` looks at, the size of a .tar header."""
@@ -156,20 +157,19 @@ class PassedOver:
         """One line that counts and names them; empty where there are none."""
         parts = []
         if self.files:
-            parts.append(_counted(self.files, "file"))
+            parts.append(_named(self.files, "file"))
         if self.members:
-            parts.append(_counted(self.members, "shard member"))
+            parts.append(_named(self.members, "shard member"))
         if self.links:
-            parts.append(f"{self.links:,} {_plural('link', self.links)} to folders that are read")
+            parts.append(f"{counted(self.links, 'link')} to folders that are read")
         if self.texts:
-            parts.append(f"{self.texts:,} {_plural('array', self.texts)} of text embeddings")
+            parts.append(f"{counted(self.texts, 'array')} of text embeddings")
         line = f"passed over, because they are not latents: {', '.join(parts)}" if parts else ""
         aside = []
         if self.left:
-            aside.append(f"{self.left:,} other {_plural('array', self.left)} (--key)")
+            aside.append(f"{counted(self.left, 'other array')} (--key)")
         if self.left_members:
-            members = _plural("shard member", self.left_members)
-            aside.append(f"{self.left_members:,} other {members} (--member)")
+            aside.append(f"{counted(self.left_members, 'other shard member')} (--member)")
         said = f"skipped on request: {', '.join(aside)}" if aside else ""
         more = ", ..." if self.files.total() > len(self.names) else ""
         named = f"the first files: {', '.join(self.names)}{more}" if self.names else ""
@@ -193,11 +193,6 @@ def _label(name: str) -> str:
     return suffix if plain else "other"
 
 
-def _counted(counts: Counter[str], noun: str) -> str:
-    total = counts.total()
+def _named(counts: Counter[str], noun: str) -> str:
     named = ", ".join(f"{label} {count:,}" for label, count in counts.most_common())
-    return f"{total:,} {_plural(noun, total)} ({named})"
-
-
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
+    return f"{counted(counts.total(), noun)} ({named})"

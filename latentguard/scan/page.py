@@ -16,7 +16,8 @@ from latentguard.scan.image import ramp
 from latentguard.scan.report_data import ReportData
 from latentguard.scan.scales import BARS, Scales
 from latentguard.scan.summary import ModelInfo, Summary
-from latentguard.scan.templating import asset, content_policy, counted, environment
+from latentguard.scan.templating import asset, content_policy, environment
+from latentguard.text import counted
 
 
 def page(

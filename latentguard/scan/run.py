@@ -44,6 +44,7 @@ from latentguard.scan.shard import Facts, Shard, plan, scan_shard, unreadable
 from latentguard.scan.store import Store, number_of, open_store
 from latentguard.scan.tidy import Listing, listing, tidy
 from latentguard.scan.unit import ENTRIES, Unit, entry_name
+from latentguard.text import counted
 
 RUN = "run.json"
 SCHEMA_VERSION = 2
@@ -421,13 +422,13 @@ def _load(run: Run, judges: Judges) -> None:
             del whole[number]
             run.notes.append(f"{shown(run.shards[number].files[0])}: {reason}; it is scanned again")
     if damaged:
-        run.notes.append(f"{damaged:,} shards were incomplete and are scanned again")
+        run.notes.append(f"incomplete and scanned again: {counted(damaged, 'shard')}")
     _check_models(run, judges, whole.values())
     for entry in whole.values():
         run.note(entry)
     left = tidy(run.store, run.done, there, task)
     if left:
-        run.notes.append(f"removed {left:,} files that an interrupted process had left")
+        run.notes.append(f"removed {counted(left, 'file')} that an interrupted process had left")
 
 
 def _entry(run: Run, number: int) -> Entry | None:

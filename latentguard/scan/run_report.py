@@ -9,7 +9,7 @@ from latentguard import __version__
 from latentguard.atomic import replacing
 from latentguard.scan.parts import Collected
 from latentguard.scan.tally import Tally
-from latentguard.text import visible
+from latentguard.text import counted, visible
 
 
 def render(collected: Collected, date: datetime | None = None) -> str:
@@ -57,23 +57,19 @@ def summary(collected: Collected) -> str:
     """One line: how many images, what became of them, and by which policy."""
     tally = collected.tally
     counts = ", ".join(f"{tally.outcomes[o]:,} {name}" for o, name in _NAMES.items())
-    errors = _counted(tally.outcomes["error"], "error")
+    errors = counted(tally.outcomes["error"], "error")
     policy = tally.policy
     by = f" · policy {policy.name} {policy.version} ({policy.sha256[:12]})" if policy else ""
-    shards = f" in {_counted(collected.shards, 'shard')}" if collected.shards else ""
-    return visible(f"{_counted(tally.images, 'image')}{shards}: {counts}, {errors}{by}", 2000)
+    shards = f" in {counted(collected.shards, 'shard')}" if collected.shards else ""
+    return visible(f"{counted(tally.images, 'image')}{shards}: {counts}, {errors}{by}", 2000)
 
 
 _NAMES = {"allow": "allowed", "review": "review", "block": "blocked"}
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _headline(tally: Tally) -> str:
     flagged = tally.images - tally.outcomes["allow"]
     if tally.images == 0:
         return "Nothing was scanned"
-    images = _counted(tally.images, "image") + (" looked at" if tally.sample is not None else "")
+    images = counted(tally.images, "image") + (" looked at" if tally.sample is not None else "")
     return f"{flagged:,} of {images} not allowed" if flagged else f"All of {images} allowed"

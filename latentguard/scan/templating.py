@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 from latentguard.scan.image import data_uri
 from latentguard.scan.text import visible
+from latentguard.text import counted
 
 BADGES = {
     "block": ("✕", "blocked"),
@@ -61,11 +62,6 @@ def _picture(png: bytes) -> Markup:
 
 def _number(value: float) -> str:
     return f"{value:.3f}".replace("-", "−") if np.isfinite(value) else "unknown"
-
-
-def counted(number: int, noun: str = "") -> str:
-    """1234, "image": 1,234 images."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}" if noun else f"{number:,}"
 
 
 def _paragraphs(text: str) -> list[str]:

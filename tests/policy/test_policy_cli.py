@@ -134,7 +134,7 @@ def test_check_with_a_model_of_a_policy_that_marks(tmp_path: Path) -> None:
     path.write_text(MIXED.replace("contrast", "uncovered: warn\ncontrast"))
     result = runner.invoke(app, ["policy", "check", str(path), "--model", "nano-flux2"])
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"{path}: ok, 1 concepts")
+    assert result.stdout.startswith(f"{path}: ok, 1 concept")
     assert "'a sword' is not visible to nano-flux2" in result.stderr
 
 

@@ -267,7 +267,7 @@ def test_what_a_crash_left_is_repaired(tmp_path: Path, calm: Path) -> None:
     again = scan_run(run, options, shards, resume=True)
     assert records_of(again) == records_of(whole)
     assert _files(run) == _files(tmp_path / "whole")
-    assert "4 shards were incomplete" in " ".join(again.notes)
+    assert "incomplete and scanned again: 4 shards" in " ".join(again.notes)
 
 
 def test_a_shard_that_changed_is_named_and_scanned_again(tmp_path: Path, calm: Path) -> None:
