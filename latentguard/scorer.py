@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+
+
+_BOUND = ("encoder", "bank", "bound", "first", "thorough", "_features", "_judge", "_final")
+"""What a Scorer has once its space is known."""
+_BINDING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -127,17 +133,20 @@ class Scorer:
             name, device = self.policy.cascade.first, self.encoder.device
             first = load_encoder(name, device, self.encoder.space if needs_space(name) else None)
             self.first = Scorer(alone, first)
-        self._judge = self._final = self._judging(self)
+        self._judge = final = self._judging(self)
         if self.policy.views == "crops" and not traits(self.encoder).reads_crops:
             self.thorough = self._over(Crops(self.encoder))
-            self._final = self.thorough._final
+            final = self.thorough._judge
+        self._final = final  # the last one: from now on `space` is known, in all threads
 
     def _over(self, encoder: Encoder) -> Scorer:
         """The same over an encoder with the same text side."""
         other = copy(self)
         other.encoder, other._features, other.thorough = encoder, encoder.features, other
         other.bound = other._bound()
-        other._judge = other._final = other._judging(other)
+        # The first model of a cascade reads images whole: what it allows was not seen in crops.
+        in_crops = self.first is not None and traits(self.first.encoder).reads_crops
+        other._judge = other._final = other._judging(other) if in_crops else _Alone(other)
         return other
 
     def _judging(self, scorer: Scorer) -> Judge[Latents | Prediction]:
@@ -148,12 +157,7 @@ class Scorer:
         return CascadeJudge(_Alone(self.first), _Alone(scorer), unsure, pick)
 
     def __getattr__(self, name: str) -> Any:
-        if name in (
-            *("encoder", "bank", "bound", "first", "thorough"),
-            "_features",
-            "_judge",
-            "_final",
-        ):
+        if name in _BOUND:
             raise ModelError(
                 f"model {str(self._model)!r} depends on the latents' space, which is not known "
                 f"before the first latents: to use {name.lstrip('_')} now, give space=... or name "
@@ -164,7 +168,7 @@ class Scorer:
     @property
     def space(self) -> str | None:
         """The latent space that it reads; None before the first latents have determined it."""
-        return self.encoder.space if "encoder" in vars(self) else None
+        return self.encoder.space if "_final" in vars(self) else None
 
     def compile(self, mode: str = "default") -> None:
         """Compile the encoder with torch.compile.
@@ -245,8 +249,22 @@ class Scorer:
             raise PolicyError(f"policy '{rules.policy.name}': {error}") from error
 
     def _know(self, latents: Latents | Prediction) -> None:
-        if self.space is None:
-            self._bind(_space(latents).name)
+        name = _space(latents).name
+        if self.space is not None:
+            return
+        with _BINDING:
+            self._bind_once(name)
+
+    def _bind_once(self, space: str) -> None:
+        """Bind, unless another thread has meanwhile. Where it fails nothing is left of it."""
+        if self.space is not None:
+            return
+        try:
+            self._bind(space)
+        except BaseException:
+            for attribute in _BOUND:
+                vars(self).pop(attribute, None)
+            raise
 
     def _seen(self, latents: Latents | Prediction) -> Features:
         """Tokens and all: without them a matrix product of another size rounds otherwise, and a
@@ -356,14 +374,28 @@ class _Alone:
 
 
 def _space(latents: Latents | Prediction) -> LatentSpace:
-    return (latents.latents if isinstance(latents, Prediction) else latents).space
+    """Raises LatentsError for what is neither of them."""
+    found = latents.latents if isinstance(latents, Prediction) else latents
+    if isinstance(found, Latents):
+        return found.space
+    raise LatentsError(
+        "latents must say of which space they are: give Latents(tensor, space, scaled), got "
+        f"{type(latents).__name__}"
+    )
+
+
+def _is_at(model: Encoder, device: torch.device | str) -> bool:
+    wanted = torch.device(device)
+    same = wanted.type == model.device.type
+    return same and wanted.index in (None, model.device.index)
 
 
 def _encoder(
     model: Encoder | str | Path, device: torch.device | str | None, space: str | None
 ) -> Encoder:
     if isinstance(model, Encoder):
-        return model if device is None else model.to(device)
+        # A copy goes elsewhere: other scorers may use this one where it is.
+        return model if device is None or _is_at(model, device) else deepcopy(model).to(device)
     if model == "auto":
         assert space is not None
         model = best_encoder(space)

@@ -57,9 +57,13 @@ def bundled_guard(
             policy asks for something that needs torch: another model, a cascade, crops, learned
             examples.
         CoverageError (both of them): the model cannot see all of the policy's prompts.
+        LatentsError: `space` is unknown, or has another scaling or order of tokens than the space
+            of the same name that models read.
     """
     loaded = load_policy(policy)
     _check_plain(loaded)
+    if space is not None:
+        LatentSpace.of(space).check_standard("this guard")
     entry, own = chosen(loaded, model, space)
     weights = read_weights(bundled_path(entry.name))
     metadata = weights.metadata

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from latentguard.encoders.nano_sizes import COARSE, GRID, OCTAVES, SMALLEST
+from latentguard.encoders.nano_sizes import COARSE, GRID, OCTAVES, SMALLEST, VIEW
 
 Array = NDArray[np.float32]
 
@@ -41,7 +41,7 @@ def picture_of(latents: Array, factors: Array, bias: Array, size: int, octaves: 
     rgb = np.einsum("bchw,cr->brhw", latents, factors, optimize=True)
     view: Array = (rgb + bias.reshape(3, 1, 1)) * np.float32(0.5) + np.float32(0.5)
     if octaves:
-        view = _leveled(view, octaves)
+        view = _leveled(view.clip(*VIEW), octaves)
     ratio: float = size / (view.shape[2] * view.shape[3]) ** 0.5
     sides = [max(32, round(n * ratio / 32) * 32) for n in view.shape[2:]]
     if sides != list(view.shape[2:]):

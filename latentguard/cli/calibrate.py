@@ -115,6 +115,11 @@ def calibrate(
     pictures_too = (autoencoder, size, encoded) != (None, None, None)
     if trajectories and pictures_too:
         raise UsageError("--autoencoder, --size and --encoded are about pictures, not records")
+    if trajectories and (noise_levels, estimate, scaled, seed) != ("0", "none", None, 0):
+        raise UsageError(
+            "--noise-levels, --estimate, --scaled and --seed are about latents: records say at "
+            "which noise levels, and from which estimates, they were scored"
+        )
     if policy in shipped_policies() and not dry_run:
         raise PolicyError(
             f"policy '{policy}' ships with latentguard, and a lock file belongs next to a policy "
@@ -167,13 +172,14 @@ def _from_records(
     paths: list[Path], policy: Policy, model: str, device: str | None, space: str | None
 ) -> Margins:
     from latentguard.evaluate.trajectories import read_trajectories
-
-    if model == "auto":
-        return read_trajectories(paths, policy)
-    from latentguard.encoders import load_encoder
     from latentguard.spaces import LatentSpace
 
-    encoder = load_encoder(model, device, None if space is None else LatentSpace.of(space))
+    own = None if space is None else LatentSpace.of(space)
+    if model == "auto":
+        return read_trajectories(paths, policy, space=None if own is None else own.name)
+    from latentguard.encoders import load_encoder
+
+    encoder = load_encoder(model, device, own)
     return read_trajectories(paths, policy, (encoder.name, encoder.sha256), encoder.space)
 
 

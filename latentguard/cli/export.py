@@ -156,7 +156,9 @@ def onnx_(
     if space is not None:
         from latentguard.spaces import LatentSpace
 
-        space = LatentSpace.of(space).name  # a file's space is known by its name from here on
+        own = LatentSpace.of(space)
+        own.check_standard("an exported file")
+        space = own.name  # a file's space is known by its name from here on
     encoder = load_encoder(model, "cpu", space if needs_space(model) else None)
     result = export_onnx(
         policy,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentguard.encoders.lite import ENTRY_CHANNELS, ConvBN, Lite2, LiteStem, LiteTrunk
-from latentguard.encoders.nano_sizes import COARSE, GRID, OCTAVES, SMALLEST
+from latentguard.encoders.nano_sizes import COARSE, GRID, OCTAVES, SMALLEST, VIEW
 
 
 class ResidualBlock(nn.Module):
@@ -191,7 +191,7 @@ class RgbViewNet(nn.Module):
     def from_view(self, rgb: Tensor) -> Tensor:
         """RGB view [B, 3, h, w] in [0, 1] -> [B, 1280, ~size/32, ~size/32]."""
         if self.octaves:
-            rgb = leveled(rgb, self.octaves)
+            rgb = leveled(rgb.clamp(*VIEW), self.octaves)
         ratio = self.size / (rgb.shape[-2] * rgb.shape[-1]) ** 0.5
         size = tuple(max(32, round(n * ratio / 32) * 32) for n in rgb.shape[-2:])
         if size != tuple(rgb.shape[-2:]):

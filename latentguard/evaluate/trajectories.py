@@ -151,8 +151,10 @@ def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
     except ValueError:
         pass
     else:
-        for item in whole if isinstance(whole, list) else [whole]:
-            yield path, item
+        if isinstance(whole, list):
+            yield from ((f"{path}[{index}]", item) for index, item in enumerate(whole))
+        else:
+            yield path, whole
         return
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
@@ -179,7 +181,7 @@ def _one(session: Mapping[str, Any], item: Mapping[str, Any], where: str, index:
         raise LatentsError(f"{where}: has no scores but an error: {item['error']}")
     _refuse_action(item, where)
     level = item["noise_level"]
-    # Without a name for the generation every line is an image of its own.
+    # Without a name for the generation every line, or item of a list, is an image of its own.
     name = session.get("request_id", where)
     concepts = [concept for concept in item["concepts"] if concept.get("covered", True)]
     margins = {str(concept["id"]): float(concept["margin"]) for concept in concepts}

@@ -19,6 +19,7 @@ _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE))
 
 from latentguard.judge import ModelId, Rules, decide  # noqa: E402
+from latentguard.judge.numbers import usable  # noqa: E402
 
 
 class TritonPythonModel:
@@ -58,9 +59,9 @@ class TritonPythonModel:
         if len({len(latents), len(probability), len(margin), len(best)}) != 1:
             raise ValueError("latents and scores are of different numbers of images")
         # Clips in a network can hide a NaN; no image gets its score from one.
-        finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
+        good = usable(latents)
         probability, margin = (
-            np.where(finite[:, None], scores, np.nan).astype(np.float32)
+            np.where(good[:, None], scores, np.nan).astype(np.float32)
             for scores in (probability, margin)
         )
         verdicts = decide(probability, margin, best, self._bound)

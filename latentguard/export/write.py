@@ -122,7 +122,14 @@ def export_onnx(
             size and is given none; or a `first_precision` is given without a cascade.
         LatentsError: latents of another space or size, or a space whose statistics are unknown.
     """
+    if space is not None:
+        LatentSpace.of(space).check_standard("an exported file")
     scorer, out = Scorer(policy, model, space=space, device="cpu").thorough, Path(out)
+    if scorer.first is not None and scorer.policy.views == "crops":
+        raise ModelError(
+            f"policy '{scorer.policy.name}' has views: crops and a cascade, whose first model "
+            "reads images whole: export it with one of the two"
+        )
     if first_precision is not None and scorer.first is None:
         raise ModelError(f"policy '{scorer.policy.name}' has no cascade, and so no first model")
     first_precision = first_precision or precision

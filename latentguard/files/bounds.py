@@ -55,3 +55,5 @@ MAX_PARQUET_FOOTER = 16 * MIB
 MAX_BATCH_BYTES = 16 * MIB
 # The index.json of an MDS folder: some 100,000 shards. It is read as a whole.
 MAX_MDS_INDEX = 64 * MIB
+# A number of latents, as `judge.numbers.LARGEST` is for arrays that come from elsewhere.
+MAX_MAGNITUDE = 1e6

@@ -16,6 +16,7 @@ import numpy as np
 
 from latentguard.errors import LatentsError
 from latentguard.files.addresses import Remote, found, shown
+from latentguard.files.bounds import MAX_MAGNITUDE
 from latentguard.files.claims import Claims, Image, Payload, if_moments
 from latentguard.files.mds import SHARDS, read_mds
 from latentguard.files.numpy_files import open_npy, open_npz
@@ -461,4 +462,10 @@ def _problem(image: Image | LatentsError) -> str | None:
     """Why an image cannot be used, whatever its space; None where it can."""
     if isinstance(image, LatentsError):
         return str(image)
-    return None if np.isfinite(widened(image)).all() else "the latents hold NaN or Inf"
+    numbers = widened(image)
+    if not np.isfinite(numbers).all():
+        return "the latents hold NaN or Inf"
+    largest = max(float(numbers.max(initial=0)), -float(numbers.min(initial=0)))
+    if largest > MAX_MAGNITUDE:
+        return f"the latents hold numbers up to {largest:.3g}; none exceed {MAX_MAGNITUDE:g}"
+    return None

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -296,8 +297,8 @@ def layout_of(pipe: Any, space: LatentSpace) -> Layout:
 def pixels_in(arguments: Mapping[str, Any]) -> Size | None:
     """Height and width among the arguments of a pipeline's functions."""
     height, width = arguments.get("height"), arguments.get("width")
-    if isinstance(height, int) and isinstance(width, int):
-        return height, width
+    if isinstance(height, Integral) and isinstance(width, Integral):  # NumPy's, too
+        return int(height), int(width)
     return None
 
 

@@ -134,7 +134,7 @@ def retried(call: GuardedCall, output: Any, draws: Draws, repeat: Repeat) -> Any
                 tries[row].append(other.tried(row, draws.seed(number, row)))
             taken = [row for row in rows if other.allows(row)]
             if taken:
-                whole = len(rows) == call.count
+                whole = len(taken) == call.count  # others may be in it that were not judged
                 output = made if whole else call.merged(output, made, taken)
             allowed = taken
         except Exception as error:

@@ -214,9 +214,13 @@ class Session:
             estimate_source: where x0 came from, for the record. Without x0: what `latents` are.
 
         If judging raises an exception, `step` does not raise it. Every image that is not blocked
-        yet gets the decision of the policy's `on_error`.
+        yet gets the decision of the policy's `on_error`. Raises LatentsError for latents that are
+        no Latents.
         """
         began = time.perf_counter()
+        _check_types(latents, x0)
+        noise_level, alpha = _plain(noise_level), _plain(alpha)
+        x0_noise_level = None if x0_noise_level is None else _plain(x0_noise_level)
         state = self._state
         self.begin(len(latents))
         state.finished = False  # the loop continued, whatever was judged before
@@ -253,7 +257,12 @@ class Session:
                 raise
             logger.exception("request %s: step %d could not be judged", self.request_id, index)
             self._resolve()
-            verdicts = self._failed(error, level)
+            failures = self._failed(error, level)
+            # A match that was found before something else went wrong stands.
+            verdicts = [
+                found if found is not None and found.decision == "block" else failure
+                for found, failure in zip(verdicts or failures, failures, strict=True)
+            ]
         self._preview(judged, verdicts)
         self._settle(index, level, source, final, verdicts, steering, began)
         return self._result(self.blanked(latents), self._current())
@@ -631,6 +640,28 @@ def session(
             )
         return Session(model, request_id, budget=budget)
     return Session(Scorer(policy, model, space=space, device=device), request_id, budget=budget)
+
+
+def _check_types(latents: Latents, x0: Latents | Prediction | None) -> None:
+    """Raises LatentsError."""
+    for name, value in (("latents", latents), ("x0", x0)):
+        fits = isinstance(value, Latents) or (
+            name == "x0" and (value is None or isinstance(value, Prediction))
+        )
+        if not fits:
+            raise LatentsError(
+                f"{name} must say of which space they are: give Latents(tensor, space, scaled), "
+                f"got {type(value).__name__}"
+            )
+
+
+def _plain(number: Any) -> float:
+    """A number as a float: a scheduler's sigmas are tensors. NaN for what is none, which
+    `_check_numbers` refuses."""
+    try:
+        return float(number)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def _check_numbers(noise_level: float, x0_noise_level: float | None, alpha: float) -> None:

@@ -67,7 +67,7 @@ class Steerer:
         """Steer a batch.
 
         Args:
-            latents: [B, C, H, W] or packed tokens, to be moved.
+            latents: [B, C, H, W], patches or packed tokens, to be moved.
             x0: the clean estimates of the same images, in either layout.
             concepts: for each image the ids of the concepts to move it away from.
             noise_level: of the latents from which x0 was predicted.
@@ -157,6 +157,9 @@ class Steerer:
         way = Latents(moving.detach() - start, x0.space, x0.scaled)
         if latents.layout == "packed":
             way = way.to_packed()
+        elif latents.layout == "patches":
+            patches = way.space.patchify(way.tensor)
+            way = Latents(patches, way.space, way.scaled, latents.layout)
         moved = given + alpha * _per_image(carry, given) * way.tensor
         moved = torch.where(_per_image(taken > 0, given), _same_norm(moved, given), given)
         return moved, self._records(thresholds, first, last, taken)

@@ -11,6 +11,8 @@ from latentguard.ops import checks, library, onnx, reference
 from latentguard.ops.arguments import Bank, Head, Saved, Weights, text
 
 NAME = "concept_similarity"
+# Shared memory beside the rows, as ConceptMemory in csrc/cuda/concepts.h adds it up.
+_BESIDE = 41_344
 
 
 def concept_similarity(
@@ -67,7 +69,8 @@ def concept_similarity(
 def use_kernels(rows: Tensor, head: Head, bank: Bank) -> bool:
     """Whether a call goes to the operator: see `library.use_kernels` and `library.fits`."""
     weights = (head.ln_weight, head.ln_bias, head.projection, bank.concepts, bank.contrast)
-    return library.use_kernels(rows, *weights) and library.fits(rows, bank.concepts)
+    widest = max(rows.shape[-1], bank.concepts.shape[-1])
+    return library.use_kernels(rows, *weights) and library.fits(rows.device, widest, _BESIDE)
 
 
 def _reference(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -129,7 +129,19 @@ def use_kernels(tensor: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights))
 
 
-def fits(features: torch.Tensor, bank: torch.Tensor) -> bool:
-    """Whether rows this wide fit the CUDA kernels' shared memory; the CPU takes any width."""
-    widest = max(features.shape[-1], bank.shape[-1])
-    return features.device.type != "cuda" or widest <= LARGEST_WIDTH
+def fits(device: torch.device, width: int, beside: int) -> bool:
+    """Whether 16 rows of floats fit the shared memory of a block of CUDA's kernels; the CPU takes
+    any width.
+
+    beside: bytes that the kernel needs besides.
+    """
+    if device.type != "cuda":
+        return True
+    return width <= LARGEST_WIDTH and 64 * (width + 4) + beside <= _shared_memory(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a GPU grants a block; 0 for one that the kernels are not compiled for."""
+    about = cast(Any, torch.cuda.get_device_properties(device))  # stubs lack a field
+    return int(about.shared_memory_per_block_optin) if about.major >= 8 else 0

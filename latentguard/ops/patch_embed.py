@@ -11,6 +11,8 @@ from latentguard.ops import checks, library, onnx, reference
 from latentguard.ops.arguments import Conversion, text
 
 NAME = "patch_embed"
+# Shared memory beside the rows, as in csrc/cuda/patch_embed.cu.
+_BESIDE = 41_216
 
 
 def patch_embed(
@@ -60,7 +62,8 @@ def patch_embed(
     """
     weights = (weight, class_embedding, positional_embedding, ln_weight, ln_bias)
     conversion = Conversion(scale, shift, noise, alpha, sigma)
-    if library.use_kernels(latents, *weights, scale, shift, alpha, sigma):
+    serves = library.use_kernels(latents, *weights, scale, shift, alpha, sigma)
+    if serves and library.fits(latents.device, weight.shape[0], _BESIDE):
         tokens: Tensor = torch.ops.latentguard.patch_embed(latents, *weights, eps, *conversion)
         return tokens
     return _reference(latents, *weights, eps, conversion)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from latentguard.errors import ModelError
 from latentguard.judge import BoundRules, Heatmaps, Judged, ModelId, Rules, Verdict, decide
+from latentguard.judge.numbers import usable
 from latentguard.runtime.artifact import Artifact
 from latentguard.runtime.batching import Array, Batcher, Batching, Outputs
 from latentguard.runtime.names import HEATMAP, INPUT, OUTPUTS
@@ -88,14 +89,15 @@ class Network:
         return f"{self.path}: was exported without heat maps: use --heatmaps"
 
     def outputs(self, array: Array, heatmaps: bool = False) -> Outputs:
-        """The outputs of the graph for [B, C, H, W]. Rows of images that are not finite are NaN.
+        """The outputs of the graph for [B, C, H, W]. Rows of images with numbers that are not
+        finite, or beyond every latent's (`judge.numbers`), are NaN.
 
         Heat maps are only computed if asked for, and never together with the arrays of other
         threads. Raises Overloaded, and the errors of ONNX Runtime.
         """
-        finite = np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
         # Clips in a network can hide a NaN; no image gets its score from one.
-        safe = array if finite.all() else np.where(finite[:, None, None, None], array, 0)
+        good = usable(array)
+        safe = array if good.all() else np.where(good[:, None, None, None], array, 0)
         run: Callable[[Array], Outputs] = self._run
         if heatmaps:
             run = self._run_with_heatmaps
@@ -108,7 +110,7 @@ class Network:
             if len(value) != len(array):
                 raise RuntimeError(f"{self.path.name} gives {len(value)} rows of {name}")
             if name != "best_prompt":
-                value[~finite] = np.nan
+                value[~good] = np.nan
         return outputs
 
     def gather(self, batching: Batching) -> None:

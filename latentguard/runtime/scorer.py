@@ -115,7 +115,9 @@ class Guard:
         self._max_cells = max_cells
         self._main, self._first = main, first
         self.providers: tuple[str, ...] = main.providers
-        self._judge: Judge[Array] = main if first is None else self._cascade(first)
+        # A first model that reads images whole must not allow what was not looked at in crops.
+        alone = first is None or self.policy.get("views") == "crops"
+        self._judge: Judge[Array] = main if first is None or alone else self._cascade(first)
         self._networks = [main] if first is None else [first, main]
         if batching is not None:
             for network in self._networks:

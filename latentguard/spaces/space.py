@@ -202,6 +202,17 @@ class LatentSpace:
         """
         return SPACES.get(self.name, self)
 
+    def check_standard(self, model: str) -> None:
+        """Raise LatentsError where a model that is known by the space's name alone would misread
+        plain arrays: this space has another scaling, or another order of tokens, than its name."""
+        standard = self.standard
+        if self.packed_order != standard.packed_order or not self.is_scaled_as(standard):
+            raise LatentsError(
+                f"{model} reads arrays as {standard} latents, and this space has another scaling "
+                "or order of tokens: leave the space out, and give it with the latents "
+                "(LatentArray(array, space, scaled), or a file that names it)"
+            )
+
     # -- finding a space ---------------------------------------------------------------------
 
     @staticmethod

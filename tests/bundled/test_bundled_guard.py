@@ -22,6 +22,7 @@ from latentguard.errors import (
     ModelError,
     PolicyError,
 )
+from latentguard.export import export_onnx
 from latentguard.files import load_latents
 from latentguard.policy import Policy, load_policy, shipped_policies
 from latentguard.scan import scan_files
@@ -302,3 +303,48 @@ def test_the_shipped_graph_is_what_the_model_gives(
     fresh = bundled_guard("family", name, space="flux2").scores(array)
     for key, value in shipped.items():
         assert fresh[key] == pytest.approx(value, abs=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("model", "space", "named"),
+    [("nano-flux2", "ideogram4", "flux2"), ("nano-view", "sdxl-playground25", "sdxl")],
+)
+def test_a_space_that_models_know_in_another_scaling_or_order_is_refused(
+    model: str, space: str, named: str, tmp_path: Path
+) -> None:
+    said = f"reads arrays as {named} latents, and this space has another scaling or order of tokens"
+    with pytest.raises(LatentsError, match=f"this guard {said}"):
+        bundled_guard("family", model, space=space)
+    with pytest.raises(LatentsError, match=f"an exported file {said}"):
+        export_onnx("family", model, tmp_path / "guard.onnx", space=space)
+    # With the latents the space may be given.
+    if named == "flux2":
+        found = load_latents(EXAMPLES)[:3]
+        own = Latents(found.tensor, LatentSpace.get(space), True)
+        guard = bundled_guard("family", model)
+        assert guard.judge(own.to_standard().tensor.numpy()).verdicts == guard.scan(
+            found.tensor.numpy()
+        )
+
+
+@pytest.mark.parametrize("value", [100.0, 1e4, 1e6, 1e18, 3e38])
+@pytest.mark.parametrize("corner", [(0, 0), (15, 16)])
+def test_one_huge_cell_hides_nothing_from_nano_view(value: float, corner: tuple[int, int]) -> None:
+    """Beside it the rest of the picture must not vanish, in either runtime."""
+    found = load_latents(EXAMPLES)
+    guard, scorer = (
+        bundled_guard("family", "nano-view", space="flux2"),
+        Scorer("family", "nano-view", space="flux2", device="cpu"),
+    )
+    flagged = [i for i, v in enumerate(scorer.verdicts(found)) if v.decision != "allow"]
+    assert len(flagged) > 8
+    tensor = found.tensor[flagged].float().clone()
+    cell = tensor[:, :, corner[0], corner[1]]
+    cell.copy_(value * cell.sign())
+    torchs = scorer.verdicts(Latents(tensor, "flux2", True))
+    onnxs = guard.scan(tensor.numpy())
+    for verdicts in (torchs, onnxs):
+        kept = sum(verdict.decision != "allow" for verdict in verdicts)
+        assert kept >= 0.75 * len(flagged), [verdict.decision for verdict in verdicts]
+    if value > 1e6:
+        assert all("not finite" in str(verdict.error) for verdict in onnxs)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner  # noqa: E402
 from latentguard import Scorer  # noqa: E402
 from latentguard.cli import app, register  # noqa: E402
 from latentguard.encoders.catalog import bundled_path  # noqa: E402
-from latentguard.errors import LatentGuardError, LatentsError, ModelError, PolicyError  # noqa: E402
+from latentguard.errors import LatentGuardError, LatentsError, ModelError, PolicyError, UsageError  # noqa: E402
 from latentguard.evaluate.calibrate import measure  # noqa: E402
 from latentguard.evaluate.estimates import Wiener, add_noise, unit_variance  # noqa: E402
 from latentguard.files import load_latents, save_latents  # noqa: E402
@@ -145,6 +145,11 @@ def test_from_trajectories(tmp_path, policy_path):
     _run("--trajectories", log, "--policy", policy_path)
     lock = load_lock(lock_path(policy_path))
     assert [entry.noise_level for entry in lock.entries] == [0.5, 0.5]
+    with pytest.raises(LatentsError, match="the records are of space 'flux2', not 'sdxl'"):
+        _run("--trajectories", log, "--policy", policy_path, "--space", "sdxl")
+    for option in (("--noise-levels", "1"), ("--estimate", "wiener"), ("--seed", 1), ("--scaled",)):
+        with pytest.raises(UsageError, match="--seed are about latents: records say at which"):
+            _run("--trajectories", log, "--policy", policy_path, *option)
     expected = sorted(margin[:, 0].tolist())[23]
     found = next(e for e in lock.entries if e.concept == "handguns").margins[0].margin
     assert expected < found < expected + 1e-6

@@ -90,6 +90,10 @@ def test_plain_verdicts_are_images_of_their_own(tmp_path):
     found = read_trajectories(_log(tmp_path, lines), POLICY, model, "sdxl")
     assert sorted(found.values["guns"][1.0]) == [0.1, 0.2]
     assert (found.model, found.space) == (model, "sdxl")
+    listed = tmp_path / "verdicts.json"
+    listed.write_text(json.dumps(lines))
+    again = read_trajectories([listed], POLICY, model, "sdxl")
+    assert sorted(again.values["guns"][1.0]) == [0.1, 0.2]
 
 
 def test_sessions_as_json(tmp_path):

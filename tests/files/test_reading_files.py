@@ -14,6 +14,8 @@ from files_helpers import flux2_batch, npy_bytes, only_error, read_all, torch_by
 
 from latentguard.errors import LatentsError
 from latentguard.files import Record, load_latents, read_latents, save_latents
+from latentguard.files.bounds import MAX_MAGNITUDE
+from latentguard.judge.numbers import LARGEST
 from latentguard.spaces import SPACES, BatchNorm, Latents, LatentSpace
 
 PHOTOS = Path(__file__).parents[1] / "spaces" / "taef2_photos.safetensors"
@@ -295,6 +297,12 @@ def test_one_bad_image_among_good_ones(tmp_path: Path) -> None:
     assert [r.error for r in records] == [None, *["the latents hold NaN or Inf"] * 2, None]
     with pytest.raises(LatentsError, match=r"a\.npy, image 1: the latents hold NaN or Inf"):
         load_latents(tmp_path / "a.npy", **SAYS)
+    batch[1:3] = 0
+    batch[1, 3, 2, 2] = -3e38
+    np.save(tmp_path / "d.npy", batch.numpy())
+    errors = [r.error for r in read_all(tmp_path / "d.npy", **SAYS)]
+    assert errors == [None, "the latents hold numbers up to 3e+38; none exceed 1e+06", None, None]
+    assert MAX_MAGNITUDE == LARGEST
     # The convention is recognized from the images that can be read.
     photos = load_latents(PHOTOS).tensor.clone()
     photos[0] = float("inf")

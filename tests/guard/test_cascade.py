@@ -141,3 +141,26 @@ def test_a_first_model_that_is_not_calibrated_is_refused(tmp_path: Path) -> None
 def test_unsure_is_a_margin() -> None:
     with pytest.raises(PolicyError, match=r"cascade.unsure must be between 0 and 2, got -1"):
         cascade(-1)
+
+
+@pytest.mark.parametrize("first", ["nano-view", "nano-flux2"])
+def test_a_small_object_is_found_in_crops_whatever_the_first_model_is_sure_of(
+    latents: Latents, first: str
+) -> None:
+    names = list(latents.ids or ())
+    large = latents.tensor[[names.index("pagoda")]].repeat(1, 1, 4, 4)
+    large[0, :, 48:80, 48:80] = latents.tensor[names.index("revolver")]
+    picture = Latents(large, "flux2", True)
+    decisions = {}
+    for extra in ("views: whole", "views: crops", f"views: crops\n{_FIRST.format(first)}"):
+        rule = policy(0.5, extra=extra)
+        (verdict,) = Scorer(rule, "nano-flux2", device="cpu").verdicts(picture)
+        decisions[extra.partition("\n")[2] or extra] = verdict.decision
+    assert decisions == {
+        "views: whole": "allow",
+        "views: crops": "block",
+        _FIRST.format(first): "block",
+    }
+
+
+_FIRST = "cascade: {{first: {}, unsure: 0.1}}"

@@ -171,3 +171,18 @@ def test_steering_that_fails_blocks_at_the_end() -> None:
     assert [record.actions[0] for record in guard.history] == ["steered"] * 3 + ["blocked"]
     assert guard.verdicts[0].reason.endswith("and it is too late to steer")
     assert "concept 'guns' matched 'revolver'" in guard.verdicts[0].reason
+
+
+def test_patches_are_steered_as_their_cells_are(photos: Latents) -> None:
+    names = list(photos.ids or ())
+    cells = photos[[names.index("revolver")]]
+    patches = Latents(cells.space.patchify(cells.tensor), cells.space, True, "patches")
+    moved = []
+    for latents in (cells, patches):
+        session = Session(Scorer(policy(0.5, "steer"), NANO))
+        result = session.step(latents, latents, noise_level=0.5)
+        assert result.verdicts[0].error is None
+        moved.append(result.latents)
+    assert not torch.equal(moved[0].tensor, cells.tensor)
+    assert moved[1].layout == "patches"
+    assert torch.allclose(cells.space.patchify(moved[0].tensor), moved[1].tensor, atol=1e-5)

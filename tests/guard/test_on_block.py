@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentguard import LatentGuard, Latents, LatentSpace
+from latentguard.encoders import Features
 from latentguard.errors import GuardError, PolicyError
 from latentguard.guard import Blocked, Budget, GenerationBlocked
 from latentguard.guard.blur import CELLS, coarse, enlarged, means, painted
@@ -752,3 +754,24 @@ def test_with_a_guard_in_the_pipeline_all_images_of_a_prompt_are_told_of() -> No
     pipe = guarded(guard_of("sdxl", ALWAYS, "{retry: 1}"))
     output = pipe(**small.sdxl_arguments(1, 2), num_images_per_prompt=2)
     assert [len(outcome.attempts) for outcome in output.latentguard.outcomes] == [1, 1]
+
+
+class _HalfJudged(LinearEncoder):
+    """Blocks both images of a call; in the repetition one is harmless, and one has no score."""
+
+    def features(self, latents: torch.Tensor, *more: Any) -> Any:
+        self.calls += 1
+        gun = self.encode_text(["revolver"])[0]
+        pooled = torch.stack([gun, gun] if self.calls <= 2 else [-gun, gun * math.nan])
+        return Features(pooled, pooled[:, None], (1, 1))
+
+
+@pytest.mark.parametrize("on_error", ["block", "review", "allow"])
+def test_of_a_repetition_only_what_was_judged_and_allowed_is_taken(on_error: str) -> None:
+    extra = f"on_block: {{retry: 1}}\non_error: {on_error}"
+    rule = policy(0.9, extra=extra, concept=FINAL_ONLY)
+    pipe = small.sdxl()
+    pipe.callback_on_step_end = LatentGuard(rule, _HalfJudged("sdxl", 4))
+    output = pipe(**small.sdxl_arguments(2, 2, generator=torch.Generator().manual_seed(0)))
+    assert [image.any() for image in output.images] == [True, False]
+    assert [one.kind for one in output.latentguard.outcomes] == ["retried", "blanked"]

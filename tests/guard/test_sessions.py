@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import subprocess
@@ -435,6 +436,47 @@ def test_on_error_decides(decision: str) -> None:
     assert result.latents.tensor.any() == (decision != "block")
     if decision != "block":
         assert result.latents is latents
+
+
+@pytest.mark.parametrize("decision", ["review", "allow"])
+@pytest.mark.parametrize("final", [False, True])
+def test_a_match_stands_where_something_else_goes_wrong_after_it(
+    decision: str, final: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = batch()
+    limit, (worst,) = threshold_between(latents)
+    guard = Session(scorer(limit, extra=f"on_error: {decision}"))
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(guard, "_hold" if final else "_steer", broken)
+    result = guard.step(latents, noise_level=0.0 if final else 1.0, final=final)
+    expected = ["block" if i == worst else decision for i in range(3)]
+    assert [verdict.decision for verdict in result.verdicts] == expected
+    assert [bool(one.any()) for one in result.latents.tensor] == [i != worst for i in range(3)]
+
+
+@pytest.mark.parametrize("given", [torch.zeros(1, 4, 8, 8), None, [0.0]])
+def test_latents_that_do_not_say_their_space_are_refused(given: Any) -> None:
+    guard = Session(scorer())
+    with pytest.raises(LatentsError, match=r"latents must say of which space they are: give Late"):
+        guard.step(given, noise_level=1.0)
+    for call in (guard.scorer.verdicts, guard.scorer.score):
+        with pytest.raises(LatentsError, match="must say of which space they are"):
+            call(given)
+    if given is not None:
+        with pytest.raises(LatentsError, match="x0 must say of which space they are"):
+            guard.step(batch(), given, noise_level=1.0)
+    assert not guard.history
+
+
+def test_noise_levels_may_be_tensors() -> None:
+    guard = Session(scorer())
+    sigma = torch.tensor(0.5)
+    guard.step(batch(), batch(), noise_level=sigma, x0_noise_level=sigma, alpha=torch.tensor(1.0))
+    assert json.loads(json.dumps(guard.to_dict()))["history"][0]["noise_level"] == 0.5
+    assert guard.step(batch(), noise_level="far").stop  # type: ignore[arg-type]
 
 
 def test_an_encoder_that_raises_is_logged_and_blocks(caplog: pytest.LogCaptureFixture) -> None:

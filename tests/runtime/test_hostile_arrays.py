@@ -114,7 +114,7 @@ def test_an_image_over_the_limit(artifact: Any) -> None:
         small.scan(huge)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300, 1e30, -1.1e6])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_one_number_that_is_none_blocks_its_image_only(
     guard: Guard, arrays: np.ndarray, value: float, dtype: type[np.floating]

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from latentguard import Latents, Scorer
-from latentguard.errors import LatentsError, ModelError
+from latentguard import Latents, Scorer, load_encoder
+from latentguard.errors import CoverageError, LatentsError, ModelError
 from latentguard.files import load_latents
 from latentguard.policy import load_policy
+from latentguard.policy.loading import parse_policy
 from latentguard.policy.models import Cascade
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "latents.pt"
+
+
+UNSEEN = """
+schema_version: 1
+name: unseen
+version: "1"
+concepts:
+  - {id: nudity, category: sexual, prompts: [nude person], threshold: {margin: 0.1}, action: block}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +84,41 @@ def test_the_first_model_of_a_cascade_reads_the_space_of_the_second(latents: Lat
 def test_space_and_device_are_named() -> None:
     with pytest.raises(TypeError):
         Scorer("family", "auto", "cpu")  # type: ignore[misc]
+
+
+def test_a_scorer_that_could_not_be_bound_says_so_each_time(latents: Latents) -> None:
+    scorer = Scorer(parse_policy(UNSEEN), "nano-view", device="cpu")
+    for _ in range(2):
+        with pytest.raises(CoverageError, match="cannot see"):
+            scorer.verdicts(latents)
+    assert scorer.space is None
+
+
+def test_threads_that_bring_the_first_latents_get_the_same_verdicts(
+    latents: Latents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = Scorer(load_policy("family").with_views("crops"), device="cpu")
+    bind, calls = Scorer._bind, []
+
+    def slow(self: Scorer, space: str | None) -> None:
+        calls.append(space)
+        time.sleep(0.1)
+        bind(self, space)
+
+    monkeypatch.setattr(Scorer, "_bind", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: scorer.verdicts(latents), range(4)))
+    assert all(one == found[0] for one in found)
+    assert found[0][0].model.name.endswith("+views=crops")
+    assert calls == ["flux2"]
+
+
+def test_an_encoder_is_not_taken_from_where_another_scorer_uses_it(latents: Latents) -> None:
+    encoder = load_encoder("nano-flux2", "cpu")
+    scorer = Scorer("family", encoder, device="cpu")
+    assert scorer.encoder is encoder
+    before = scorer.verdicts(latents)
+    with suppress(NotImplementedError, RuntimeError):  # a second device; it has no numbers
+        Scorer("family", encoder, device="meta").verdicts(latents)
+    assert encoder.device.type == "cpu"
+    assert scorer.verdicts(latents) == before
