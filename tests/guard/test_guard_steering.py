@@ -175,7 +175,7 @@ def test_steering_that_fails_blocks_at_the_end() -> None:
 
 def test_patches_are_steered_as_their_cells_are(photos: Latents) -> None:
     names = list(photos.ids or ())
-    cells = photos[[names.index("revolver")]]
+    cells = photos[names.index("revolver")]
     patches = Latents(cells.space.patchify(cells.tensor), cells.space, True, "patches")
     moved = []
     for latents in (cells, patches):

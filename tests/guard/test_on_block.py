@@ -762,7 +762,8 @@ class _HalfJudged(LinearEncoder):
     def features(self, latents: torch.Tensor, *more: Any) -> Any:
         self.calls += 1
         gun = self.encode_text(["revolver"])[0]
-        pooled = torch.stack([gun, gun] if self.calls <= 2 else [-gun, gun * math.nan])
+        rows = [gun, gun] if self.calls <= 2 else [-gun, gun * math.nan]
+        pooled = torch.stack(rows[: len(latents)])
         return Features(pooled, pooled[:, None], (1, 1))
 
 
