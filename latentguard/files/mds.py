@@ -220,8 +220,8 @@ def _read_index(path: Path, changed: int, size: int) -> _Index:
 def _parsed(data: bytes) -> _Index:
     try:
         value = json.loads(data)
-    except (ValueError, RecursionError):
-        return _Index([])
+    except (ValueError, RecursionError) as error:
+        raise LatentsError(f"has an index.json beside it that is not JSON ({error})") from error
     shards = value.get("shards") if isinstance(value, dict) else None
     entries = shards if isinstance(shards, list) else []
     return _Index([one for one in entries if isinstance(one, dict) and one.get("format") == "mds"])

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _MAGIC = b"PAR1"
 _MAX_ROWS = 256
+# Bytes of a value of fixed size that no latents fit in, such as a UUID.
+_TOO_SHORT = 64
 _SHAPES = ("shape", "latents_shape", "latent_shape")
 # img2dataset's tables say the size of pictures.
 _IMG2DATASET = {"original_height", "original_width"}
@@ -178,6 +180,8 @@ def _check_groups(metadata: pq.FileMetaData, size: int) -> None:
                 )
             packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
             limit = min(MAX_INFLATED, MIN_INFLATED + MAX_RATIO * max(0, packed))
+            if not flat:  # a run of equal numbers takes no room in the file
+                unpacked = max(unpacked, 4 * chunk.num_values)
             if not 0 <= packed <= size or not 0 <= unpacked <= limit:
                 raise LatentsError(
                     f"holds a part of {unpacked} bytes in {packed}, over the limit of {limit}: "
@@ -193,6 +197,9 @@ def _check_groups(metadata: pq.FileMetaData, size: int) -> None:
 def batches(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Some rows of a row group at a time, as many as fit a bound of bytes.
 
+    Of values of any length it is one: a dictionary may repeat a large one in each row. That is
+    hardly slower (16 microseconds a row for 14, of 36 kB).
+
     Raises LatentsError for a damaged part.
     """
     pa = pyarrow()
@@ -200,6 +207,9 @@ def batches(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa
     rows = max(1, row_group.num_rows)
     each = max(1, row_group.total_byte_size // rows)
     count = max(1, min(_MAX_ROWS, MAX_BATCH_BYTES // each))
+    chunks = (row_group.column(index) for index in range(row_group.num_columns))
+    if any(chunk.physical_type == "BYTE_ARRAY" for chunk in chunks):
+        count = 1
     try:
         yield from file.iter_batches(count, row_groups=[group], columns=columns, use_threads=False)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -211,11 +221,12 @@ def _check_heads(
 ) -> None:
     """LatentsError where a column of pictures or text begins a row group with what tensors are."""
     known = (table.latents, *table.unread)
-    columns = [f.name for f in schema if _is_bytes(pa, f.type) and f.name not in known]
+    columns = [f.name for f in schema if _holds_bytes(pa, f.type) and f.name not in known]
     for batch in batches(file, group, columns):
         for name in batch.schema.names if batch.num_rows else ():
-            value = batch.column(name)[0].as_py()
-            if value is not None and begins_as_numbers(value[:512]):
+            column = batch.column(name)
+            value = getattr(column, "storage", column)[0].as_py()
+            if isinstance(value, bytes) and begins_as_numbers(value[:512]):
                 raise LatentsError(
                     f"holds what could be latents in the column {name[:60]!r}, which is not read: "
                     "name the one that counts (--key)"
@@ -246,20 +257,52 @@ def _column(pa: Any, field: pa.Field) -> Column:
         return Column(name, plain, not plain, tuple(kind.shape))
     if _is_bytes(pa, kind):
         return Column(name, True)
+    # Of other types only what can hide nothing is passed over.
+    hides = _could_hide(pa, kind) and not Column(name, False).harmless
     axes: list[int | None] = []
     while _is_list(pa, kind):
         axes.append(kind.list_size if pa.types.is_fixed_size_list(kind) else None)
         kind = kind.value_type
-    if not axes:
-        nested = pa.types.is_struct(kind) or pa.types.is_map(kind) or pa.types.is_union(kind)
-        return Column(name, False, bool(nested) and not Column(name, False).harmless)
-    if not _is_number(pa, kind):
-        return Column(name, False)
+    if not axes or not _is_number(pa, kind):
+        return Column(name, False, hides)
     sizes = tuple(size for size in axes if size is not None)
     if len(sizes) == len(axes) > 1:
         return Column(name, True, shape=sizes)
     # Lists of lists are boxes or features as often as tokens.
     return Column(name, True, shape=() if len(axes) < 3 else None)
+
+
+def _unwrapped(pa: Any, kind: pa.DataType) -> pa.DataType:
+    """A type without the ways of storing it: dictionaries, runs, extensions."""
+    while True:
+        if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+            kind = kind.value_type
+        elif isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        else:
+            return kind
+
+
+def _holds_bytes(pa: Any, kind: pa.DataType) -> bool:
+    kind = _unwrapped(pa, kind)
+    short = pa.types.is_fixed_size_binary(kind) and kind.byte_width <= _TOO_SHORT
+    return (_is_bytes(pa, kind) and not short) or bool(kind == pa.binary_view())
+
+
+def _could_hide(pa: Any, kind: pa.DataType) -> bool:
+    """Whether values of a type that is not read could be arrays, or pickles of them."""
+    types, kind, listed = pa.types, _unwrapped(pa, kind), False
+    while _is_list(pa, kind) or types.is_list_view(kind) or types.is_large_list_view(kind):
+        kind, listed = _unwrapped(pa, kind.value_type), True
+    if listed and (_is_number(pa, kind) or kind in (pa.uint16(), pa.int16())):
+        return True  # the last two may be the bits of bfloat16
+    if types.is_fixed_size_binary(kind) and kind.byte_width <= _TOO_SHORT and not listed:
+        return False
+    known = (
+        *(types.is_string, types.is_large_string, types.is_string_view, types.is_boolean),
+        *(types.is_integer, types.is_floating, types.is_decimal, types.is_temporal, types.is_null),
+    )
+    return not any(is_known(kind) for is_known in known)
 
 
 def _is_number(pa: Any, kind: pa.DataType) -> bool:

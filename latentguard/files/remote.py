@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -46,6 +47,7 @@ _SPARE = 64 << 20
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,150}")
 # Copies of index.json in this process, and what they are copies of.
 _INDEXES: dict[Path, FileState] = {}
+_INDEXING = threading.Lock()
 # What does not get better by waiting.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING_STATUS = range(400, 500)
@@ -168,9 +170,12 @@ def _place(fs: AbstractFileSystem, path: str) -> Iterator[Path]:
     except _MissingError:
         index.unlink(missing_ok=True)
     else:
-        if _INDEXES.get(index) != state or not index.exists():
-            _copy(fs, f"{folder}/{INDEX}", state, index)
-            _INDEXES[index] = state
+        with _INDEXING:
+            if _INDEXES.get(index) != state or not index.exists():
+                whole = index.with_name(f".{INDEX}.part")
+                _copy(fs, f"{folder}/{INDEX}", state, whole)
+                whole.replace(index)
+                _INDEXES[index] = state
     yield place
 
 

@@ -4,6 +4,9 @@ A task at work has a file next to `run.json`, which it writes anew every BEAT se
 the file of another task watches it: while its contents change that task is at work, and if they
 stay the same for PATIENCE seconds its process was killed. So no clocks are compared. Of processes
 of this machine it is known at once.
+
+The Hugging Face Hub makes a commit of each writing, and allows some hundred an hour: there nothing
+is held, as on file systems without locks.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import UsageError
+from latentguard.files.addresses import shown
 from latentguard.scan.lease import Task, overlapping, refusal, task_file
-from latentguard.scan.store import Store
+from latentguard.scan.store import Store, open_store
 
 BEAT = 15.0
 """Seconds from one writing to the next."""
@@ -38,8 +42,9 @@ Tell = Callable[[str], None]
 class Beat:
     """The shards of a task, until `release` or the end of this process."""
 
-    def __init__(self, store: Store, place: str, name: str) -> None:
-        self._store, self._place, self._name = store, place, name
+    def __init__(self, store: Store, address: str, name: str) -> None:
+        self._store, self._address, self._name = store, address, name
+        self._place = shown(address)
         self._about = _about_this_process()
         self._count, self._last, self._lost = 0, time.monotonic(), False
         self._ended = threading.Event()
@@ -48,7 +53,9 @@ class Beat:
     def begin(self, task: Task) -> None:
         """Take the task. Raises UsageError where another process has just taken its shards."""
         if not self._store.create(self._name, self._contents()):
-            raise UsageError(refusal(_who(self._store.read(self._name)), self._place))
+            said = self._store.read(self._name)
+            if not self._is_ours(said):  # else the answer to a first attempt was lost
+                raise UsageError(refusal(_who(said), self._place))
         # Not every file system can refuse the second of two that write at the same moment.
         for other in overlapping(self._store.sizes(""), task):
             said = self._store.read(other)
@@ -80,16 +87,18 @@ class Beat:
                 self._store.remove(self._name)
 
     def _renew(self) -> None:
+        store: Store | None = None
         while not self._ended.wait(BEAT):
-            try:
-                if not self._is_ours(self._store.read(self._name)):
+            with suppress(Exception):  # of the store, or a full disk: tried again, `check` knows
+                # A connection of this thread's own: those of some file systems serve one.
+                store = store or open_store(self._address)
+                if not self._is_ours(store.read(self._name)):
                     self._lost = True
                     return
                 self._count += 1
-                self._store.write(self._name, self._contents())
-                self._last = time.monotonic()
-            except UsageError:  # the store does not answer: tried again, and `check` knows
-                continue
+                store.write(self._name, self._contents())
+                if store.read(self._name) == self._contents():
+                    self._last = time.monotonic()
 
     def _contents(self) -> bytes:
         return json.dumps({**self._about, "count": self._count}).encode("ascii") + b"\n"
@@ -98,16 +107,18 @@ class Beat:
         return said is not None and _fields(said).get("token") == self._about["token"]
 
 
-def hold_elsewhere(store: Store, place: str, task: Task, tell: Tell) -> Beat:
-    """The lease on a task of a run on an object store.
+def hold_elsewhere(store: Store, address: str, task: Task, tell: Tell) -> Beat | None:
+    """The lease on a task of a run on an object store; None where it cannot be held.
 
     Where a process of another machine left its file, this takes up to PATIENCE seconds.
 
     Raises:
         UsageError: another process works on some of these shards, or the store cannot be written.
     """
-    _outwait(store, place, overlapping(store.sizes(""), task), tell)
-    beat = Beat(store, place, task_file(task))
+    if address.lower().startswith("hf://"):
+        return None
+    _outwait(store, shown(address), overlapping(store.sizes(""), task), tell)
+    beat = Beat(store, address, task_file(task))
     beat.begin(task)
     return beat
 
@@ -164,7 +175,20 @@ def _lives(fields: dict[str, Any]) -> bool | None:
     machine, process = fields.get("machine"), fields.get("process")
     if machine is None or machine != _machine() or not isinstance(process, int):
         return None
-    return _began(process) == fields.get("began")
+    began = _began(process)
+    if began is None and _may_exist(process):
+        return None  # /proc may hide the processes of other users
+    return began == fields.get("began")
+
+
+def _may_exist(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _machine() -> str | None:
@@ -177,10 +201,11 @@ def _machine() -> str | None:
 
 
 def _began(process: int) -> int | None:
-    """When a process began, in ticks since the machine did; None where there is none (Linux)."""
+    """When a process began, in ticks since the machine did; -1 of one that has ended, None where
+    it is not seen (Linux)."""
     try:
         state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else int(rest[18])
+        return -1 if state in "ZX" else int(rest[18])
     except (OSError, ValueError, IndexError):
         return None
 

@@ -232,7 +232,7 @@ class Scan:
 
     def _draw(self, images: int) -> Sampler:
         """A sample of the files. Lists all of them."""
-        files = {_name(file): file for file in found(self.paths, self.passed)}
+        files = {_name(file): file for file in found(self.paths, self.passed, self.reading.strict)}
         plan = SamplePlan.of(files, images, self.seed, self.sample_shards)
         return Sampler(plan, lambda name: read_file(files[name], self.reading, self.passed))
 

@@ -20,7 +20,7 @@ from latentguard.files.tar import Member, printable, read_members
 from latentguard.judge import DECISIONS
 from latentguard.scan.options import Keep
 from latentguard.scan.record import ScanRecord
-from latentguard.scan.schema import sample_key
+from latentguard.scan.schema import sample_key, split_source
 from latentguard.scan.shard import Shard
 
 
@@ -42,8 +42,8 @@ class Decisions:
         self._of: dict[str, str] = {}
 
     def add(self, record: ScanRecord) -> None:
-        _, inside, member = record.source.partition("::")
-        if inside:
+        _, member = split_source(record.source)
+        if member is not None:
             known = self._of.get(member, "allow")
             self._of[member] = max(known, record.verdict.decision, key=DECISIONS.index)
 

@@ -57,8 +57,13 @@ def send(pipe: Connection, message: Any) -> None:
 
 
 def receive(pipe: Connection) -> Any:
-    """The next message. Raises EOFError or OSError if the other end is gone."""
-    return pipe.recv()
+    """The next message. Raises EOFError or ConnectionError if the other end is gone."""
+    try:
+        return pipe.recv()
+    except OSError as error:
+        if error.errno is None:  # "got end of file during message"
+            raise EOFError(str(error)) from error
+        raise
 
 
 def held(batch: list[ArrayRecord]) -> int:

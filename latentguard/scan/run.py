@@ -333,7 +333,7 @@ def _agreed(
     for key in now:
         was, value = begun.get(key), now[key]
         if was != value:
-            if isinstance(was, dict) and was.keys() == value.keys() and key == "reading":
+            if key == "reading" and isinstance(was, dict) and was.keys() == value.keys():
                 key = next(name for name in value if was[name] != value[name])
                 was, value = was[key], value[key]
             before, after = _in_words(was), _in_words(value)
@@ -351,7 +351,16 @@ def _agreed(
         return shards
     _check_same_files(place, shards, planned)
     files = iter([name for shard in planned for name in shard.files])
-    return [replace(shard, files=tuple(next(files) for _ in shard.files)) for shard in shards]
+    # What could not be listed then may be there now.
+    mended = {name for shard in planned if shard.error is None for name in map(shown, shard.files)}
+    return [
+        replace(
+            shard,
+            files=tuple(next(files) for _ in shard.files),
+            error=None if mended.issuperset(map(shown, shard.files)) else shard.error,
+        )
+        for shard in shards
+    ]
 
 
 def _in_words(value: Any) -> str:

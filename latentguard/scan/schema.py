@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # As webdataset.tariterators.base_plus_ext has it.
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_INSIDE = re.compile(
+    r"(.*?[.](?:tar|parquet|mds(?:[.](?:zstd|zst|gz))?))::(.*)", re.DOTALL | re.IGNORECASE
+)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _CONCEPT = (
     "id",
@@ -44,13 +47,23 @@ def need_pyarrow() -> None:
         ) from error
 
 
+def split_source(source: str) -> tuple[str, str | None]:
+    """The file and the part of it that a record names; None where it names none.
+
+    A path may contain `::` itself: the first one behind the suffix of a shard or table counts.
+    """
+    found = _INSIDE.match(source)
+    shard, inside, part = source.partition("::") if found is None else (found[1], "::", found[2])
+    return shard, part if inside else None
+
+
 def sample_key(source: str, name: str | None) -> str | None:
     """`__key__` of a record: WebDataset's key of the member it comes from, else its id.
 
     A row of a table has its id, or its place.
     """
-    shard, inside, member = source.partition("::")
-    if not inside:
+    shard, member = split_source(source)
+    if member is None:
         return name
     if shard and not shard.lower().endswith(".tar"):
         return member if name is None else name

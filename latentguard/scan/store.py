@@ -229,7 +229,8 @@ class _Remote(Store):
                 if name.endswith(_PARTIAL) and mine(number_of(name.removeprefix("."))):
                     left.append(path)
         for path in left:
-            self._fs.rm_file(path)
+            with suppress(FileNotFoundError):  # a writer has just finished it
+                self._fs.rm_file(path)
         return len(left)
 
     def _try(self, what: str, action: Callable[[], Result]) -> Result:

@@ -284,6 +284,9 @@ def test_a_shard_that_an_index_elsewhere_names_is_missed(memory: str) -> None:
     first, *_ = read_arrays(address, "sdxl", True)
     assert first.error == "cannot be read: is a damaged index.json: a shard without a name"
     assert first.source.endswith("/set/below/mds/index.json")
+    fs.pipe_file("/set/below/mds/index.json", b"[1, 2")
+    first, *_ = read_arrays(address, "sdxl", True)
+    assert "has an index.json beside it that is not JSON" in (first.error or "")
     # That of another tool says nothing of shards.
     fs.pipe_file("/set/below/mds/index.json", b"[1, 2]")
     assert all(record.error is None for record in read_arrays(address, "sdxl", True))

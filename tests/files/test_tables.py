@@ -142,6 +142,50 @@ def test_which_column(tmp_path: Path) -> None:
     assert "could be latents in the column 'jpg'" in only_error(path, **SD)
 
 
+_ARRAYS = [npy_bytes(one) for one in SINGLE]
+_FLAT = SINGLE.reshape(8, -1)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(_ARRAYS).dictionary_encode(),
+        pa.array(_ARRAYS, pa.binary_view()),
+        pa.array([[one] for one in _ARRAYS]),
+        pa.array(_FLAT.tolist(), pa.list_view(pa.float32())),
+        pa.array((_FLAT.view(np.uint32) >> 16).astype(np.uint16).tolist(), pa.list_(pa.uint16())),
+        pa.array([[{"row": row} for row in one] for one in _FLAT[:, :2].tolist()]),
+    ],
+    ids=["dictionary", "view", "lists of bytes", "list view", "bits of bfloat16", "structures"],
+)
+def test_a_second_column_is_not_passed_over_for_how_it_is_stored(
+    tmp_path: Path, column: Any
+) -> None:
+    columns = {"latents": _ARRAYS, "latents_b": column}
+    records = read_all(write(tmp_path / "a.parquet", columns), **SD)
+    assert "could be latents but were not looked at (latents_b)" in (records[-1].error or "")
+    # Under a harmless name it is looked into.
+    if column.type in (pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())):
+        path = write(tmp_path / "b.parquet", {"latents": _ARRAYS, "image": column})
+        assert "could be latents in the column 'image'" in only_error(path, **SD)
+
+
+def test_columns_of_other_types_are_passed_over(tmp_path: Path) -> None:
+    beside = {
+        "caption": pa.array(["a cat"] * 8).dictionary_encode(),
+        "label": pa.array([1] * 8, pa.uint16()),
+        "tokens": pa.array([[1, 2, 3]] * 8, pa.list_(pa.int32())),
+        "uuid": pa.array([bytes(16)] * 8, pa.binary(16)).cast(pa.uuid())
+        if hasattr(pa, "uuid")
+        else pa.array([1] * 8),
+        "when": pa.array([0] * 8, pa.timestamp("ms")),
+        "price": pa.array([None] * 8, pa.decimal128(5, 2)),
+        "nothing": pa.nulls(8),
+        "flag": [True] * 8,
+    }
+    good(write(tmp_path / "a.parquet", {"latents": _ARRAYS, **beside}), **SD)
+
+
 def test_cells_that_are_no_latents(tmp_path: Path) -> None:
     ragged = SINGLE.tolist()
     ragged[1][0][0] = [1.0]
@@ -191,6 +235,35 @@ def test_a_parquet_file_that_grows_out_of_little(
     monkeypatch.setattr(parquet, "MAX_RATIO", 0)
     monkeypatch.setattr(parquet, "MIN_INFLATED", 10)
     assert "write smaller row groups" in only_error(path, **SD)
+
+
+def test_of_large_values_one_is_held_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = npy_bytes(np.zeros((4, 64, 64), np.float32))
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"latents": [value] * 300}), path, compression="zstd")
+    sizes = []
+    bounded = parquet.bounded
+
+    def watched(found: Any, size: int) -> Any:
+        for batch in bounded(found, size):
+            sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(parquet, "bounded", watched)
+    assert len(read_all(path, **SD)) == 300
+    assert max(sizes) < 2 * len(value)
+
+
+def test_numbers_that_repeat_are_no_way_around_the_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"latents": [[0.0] * 2_000_000] * 2}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr(parquet, "MIN_INFLATED", 10_000_000)
+    assert "holds a part of 16000000 bytes" in only_error(path, **SD)
 
 
 @pytest.mark.parametrize("group", [1, 1000])

@@ -334,7 +334,7 @@ def _contents(path: Path) -> dict[str, bytes]:
 def test_kept_samples_are_copied_with_all_of_their_members(
     tmp_path: Path, calm: Path, policy: Callable[..., Path]
 ) -> None:
-    shards = write_shards(tmp_path / "shards", 2, 4)
+    shards = write_shards(tmp_path / "sh::ards", 2, 4)
     half, blocked = _halved(shards, calm, policy)
     original = {k: v for shard in shards for k, v in _contents(shard).items()}
     copied: dict[str, bytes] = {}

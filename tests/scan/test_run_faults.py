@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ from run_helpers import (
     write_shards,
 )
 
-from latentguard.scan import ScanRecord
+from latentguard.scan import ScanRecord, local
+from latentguard.scan.reader import READY
 
 pytest.importorskip(
     "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
@@ -266,3 +268,39 @@ def test_a_shard_that_changes_while_it_is_read_is_an_error(tmp_path: Path, calm:
     again = scan_run(tmp_path / "run", options, shards, resume=True)
     assert "changed since it was scanned" in again.notes[0]
     assert records_of(again) == records_of(scan_run(tmp_path / "whole", options, shards))
+
+
+def _dies_while_it_sends(pipe: Any, options: Any) -> None:
+    """A reader that is killed within a message, as by the system for its memory."""
+    pipe.send(READY)
+    if pipe.recv() is not None:
+        pipe.recv()
+        os.write(pipe.fileno(), struct.pack("!i", 50_000_000) + bytes(1000))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reader_that_is_killed_while_it_sends_is_replaced(
+    tmp_path: Path, calm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "serve", _dies_while_it_sends)
+    shards = write_shards(tmp_path / "shards", 1, 2)
+    run = scan_run(tmp_path / "run", options_of(calm), shards, 1)
+    (row,) = records_of(run)
+    assert row["error"].startswith("3 processes that read it died, the last one with signal 9")
+    monkeypatch.undo()
+    again = scan_run(tmp_path / "run", options_of(calm), shards, resume=True)
+    assert records_of(again) == plain(shards, calm)
+
+
+def test_a_file_that_could_not_be_listed_is_scanned_once_it_can(tmp_path: Path, calm: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (shard,) = write_shards(tmp_path / "shards", 1, 2)
+    link = folder / "a.tar"
+    link.symlink_to(tmp_path / "later.tar")
+    run = scan_run(tmp_path / "run", options_of(calm), [folder])
+    assert run.errors == 1
+    shard.rename(tmp_path / "later.tar")
+    again = scan_run(tmp_path / "run", options_of(calm), [folder], resume=True)
+    assert again.errors == 0
+    assert len(records_of(again)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -269,3 +270,48 @@ def test_of_two_that_take_an_object_stores_shards_at_once_one_is_refused(tmp_pat
 
 
 _BOTH = ("task-0-of-2.lock", "task-0-of-1.lock")
+
+
+def test_an_answer_that_was_lost_is_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("memory://answer-lost")
+    create = type(store).create
+    monkeypatch.setattr(type(store), "create", lambda *args: create(*args) and False)
+    held = beat.hold_elsewhere(store, "memory://answer-lost", (0, 1), [].append)
+    assert held is not None
+    held.release()
+    assert beat.hold_elsewhere(store, "hf://datasets/a/run", (0, 1), [].append) is None
+
+
+@pytest.mark.usefixtures("quick_beats")
+def test_a_full_disk_for_a_moment_does_not_end_the_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("memory://full-disk")
+    held = beat.hold_elsewhere(store, "memory://full-disk", (0, 1), [].append)
+    assert held is not None
+    writing = type(store).writing
+    failed: list[str] = []
+
+    def full(self: Any, name: str) -> Any:
+        if len(failed) < 3:
+            failed.append(name)
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return writing(self, name)
+
+    monkeypatch.setattr(type(store), "writing", full)
+    before = store.read("task-0-of-1.lock")
+    until = time.monotonic() + 30
+    while store.read("task-0-of-1.lock") == before and time.monotonic() < until:
+        time.sleep(0.02)
+    assert len(failed) == 3
+    assert store.read("task-0-of-1.lock") != before
+    held.release()
+
+
+def test_a_process_that_is_not_seen_may_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    if beat._machine() is None:
+        pytest.skip("needs Linux: processes are told apart by /proc")
+    about = beat._about_this_process()
+    assert beat._lives(about) is True
+    assert beat._lives({**about, "began": 1}) is False
+    assert beat._lives({**about, "machine": "x"}) is None
+    monkeypatch.setattr(beat, "_began", lambda process: None)  # as with hidepid
+    assert beat._lives(about) is None
