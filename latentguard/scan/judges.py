@@ -5,6 +5,7 @@ The engine only uses `Judges.of`. torch and the ONNX runtime differ only in how 
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -209,6 +210,8 @@ class BundledJudges(ModelJudges):
             self._model,
             space=space,
             providers=self._providers,
+            threads=_threads(),
+            spin=False,
             max_cells=MAX_IMAGE_CELLS,
         )
         said = guard.metadata
@@ -242,7 +245,14 @@ class OnnxJudges(Judges):
         from latentguard.runtime import Guard
 
         begun = perf_counter()
-        guard = Guard(path, sha256, providers=_providers(device), max_cells=MAX_IMAGE_CELLS)
+        guard = Guard(
+            path,
+            sha256,
+            providers=_providers(device),
+            threads=_threads(),
+            spin=False,
+            max_cells=MAX_IMAGE_CELLS,
+        )
         super().__init__(guard.rules)
         if policy is not None:
             self._check_policy(path, policy)
@@ -344,6 +354,13 @@ def _providers(device: str | None) -> list[str | tuple[str, dict[str, str]]] | N
     if name == "cuda" and (not index or index.isdigit()):
         return [("CUDAExecutionProvider", {"device_id": index or "0"}), "CPUExecutionProvider"]
     raise ModelError(f"device {str(device)!r} cannot be used: with ONNX Runtime it is cpu or cuda")
+
+
+def _threads() -> int | None:
+    """The threads of ONNX Runtime, which does not look for this variable itself. Ray sets it to the
+    cores of an actor. Threads that wait do not spin: they would take these cores from readers."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isascii() and said.isdigit() and 0 < int(said) < 1024 else None
 
 
 def _name(space: str | Path | LatentSpace) -> str:
