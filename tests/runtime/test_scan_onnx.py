@@ -24,10 +24,11 @@ from latentguard.errors import LatentsError, ModelError, PolicyError
 from latentguard.export.metadata import write_metadata
 from latentguard.files import save_latents
 from latentguard.policy import load_policy
+from latentguard.runtime import network
 from latentguard.runtime.artifact import METADATA
 from latentguard.runtime.network import Network
 from latentguard.scan import Scan, ScanRecord, Summary
-from latentguard.scan.judges import _providers
+from latentguard.scan.judges import _providers, make_judges
 from latentguard.scan.schema import from_row
 from latentguard.spaces import Latents
 
@@ -346,3 +347,22 @@ def test_a_file_without_heat_maps_says_so(artifact: Path) -> None:
     assert all(record.heatmaps is None and not record.failed for record in records)
     assert len(run.notes) == 1
     assert run.notes[0].endswith("guard.onnx: was exported without heat maps: use --heatmaps")
+
+
+@pytest.mark.parametrize(("said", "threads"), [("1", 1), ("", None), ("2,2", None)])
+def test_threads_are_those_of_the_environment_and_do_not_spin(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, said: str, threads: int | None
+) -> None:
+    """Ray sets them to the cores of an actor; readers need what spinning threads would take."""
+    made: list[tuple[Any, ...]] = []
+    create = network.create_session
+
+    def watched(*args: Any) -> Any:
+        made.append(args[2:])
+        return create(*args)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr(network, "create_session", watched)
+    for policy, model in ((load_policy("family"), "nano-flux2"), (None, artifact)):
+        assert not isinstance(make_judges(policy, model, runtime="onnx").of("flux2"), str)
+    assert made == [(threads, False)] * 2
