@@ -149,7 +149,8 @@ def _outwait(store: Store, place: str, names: Iterable[str], tell: Tell) -> None
         for name, said in list(watched.items()):
             now = store.read(name)
             if now is not None and now != said:
-                raise UsageError(refusal(_who(now), place))
+                # Not every file system shows a file only once it is whole.
+                raise UsageError(refusal(_who(now if _fields(now) else said), place))
             if now is None or over:
                 del watched[name]
                 store.remove(name)
