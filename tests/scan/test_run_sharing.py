@@ -195,7 +195,9 @@ def test_on_an_object_store_a_second_process_is_refused_too(tmp_path: Path, calm
     shards = write_shards(tmp_path / "shards", 2, 1)
     first = _elsewhere("held", calm, shards)
     # The file system of the test may show a file while it is written: then nobody is named.
-    refused = rf"^(process {os.getpid()} on .*|another process) is at work on the run in memory://he"
+    refused = (
+        rf"^(process {os.getpid()} on .*|another process) is at work on the run in memory://he"
+    )
     with pytest.raises(UsageError, match=refused):
         _elsewhere("held", calm, shards)
     # Seen from another machine, it lives as long as its file changes.
