@@ -220,13 +220,17 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     assert "two columns of the same name" in only_error(path, **SD)
 
 
+def repeated(folder: Path, rows: int) -> tuple[Path, bytes]:
+    """One value, stored once in a dictionary, and mentioned by many rows."""
+    value, path = npy_bytes(np.zeros((4, 64, 64), np.float32)), folder / "a.parquet"
+    pq.write_table(pa.table({"latents": [value] * rows}), path, compression="zstd")
+    return path, value
+
+
 def test_a_parquet_file_that_grows_out_of_little(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One value, stored once in a dictionary, and mentioned by many rows."""
-    value = npy_bytes(np.zeros((4, 64, 64), np.float32))
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"latents": [value] * 3000}), path, compression="zstd")
+    path, value = repeated(tmp_path, 3000)
     monkeypatch.setattr(parquet, "MIN_INFLATED", 20 * len(value))
     monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 10)
     records = read_all(path, **SD)
@@ -240,9 +244,7 @@ def test_a_parquet_file_that_grows_out_of_little(
 def test_of_large_values_one_is_held_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    value = npy_bytes(np.zeros((4, 64, 64), np.float32))
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"latents": [value] * 300}), path, compression="zstd")
+    path, value = repeated(tmp_path, 300)
     sizes = []
     bounded = parquet.bounded
 
