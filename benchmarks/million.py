@@ -3,6 +3,7 @@
     python benchmarks/million.py --run runs/million                # until it is done
     python benchmarks/million.py --run runs/million --minutes 30   # a sitting, ended by SIGKILL
     python benchmarks/million.py --run runs/million --bare         # and the bare encoder with it
+    python benchmarks/million.py --run runs/rest --first 58        # shards 58 to 99 alone
 
 Each sitting is `latentguard scan ADDRESSES --run RUN --resume`, as anybody types it, over 100
 shards of 10,000 latents that a server of this machine makes when they are asked for (shards.py). A
@@ -62,7 +63,7 @@ def sitting(args: argparse.Namespace) -> dict[str, Any]:
             f"--batch-size={args.batch}",
             "--fail-on=never",
         ]
-        command += [f"http://127.0.0.1:{args.port}/{{00000..{args.shards - 1:05d}}}.tar"]
+        command += [f"http://127.0.0.1:{args.port}/{{{args.first:05d}..{args.shards - 1:05d}}}.tar"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         looker = threading.Thread(target=watch, args=(process, most), daemon=True)
         looker.start()
@@ -105,7 +106,8 @@ def table(on: dict[str, Any], args: argparse.Namespace, said: list[dict[str, Any
     lines = [
         "# A million latents",
         "",
-        f"{on['cpu']}, {on['cores']} cores, no GPU; torch {on['torch']}. {len(done)} shards of "
+        f"{on['cpu']}, {on['cores']} cores, no GPU; torch {on['torch']}. {len(done)} shards, from "
+        f"number {args.first} of {args.shards} on, of "
         f"{args.images // args.shards:,} latents of 24 x 24 cells, {MODEL}, policy {POLICY}, "
         f"batches of {args.batch}, the {args.runtime} runtime. {images:,} images are in the run, "
         f"each once; {errors} could not be read.",
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--bare", action="store_true", help="Measure the bare encoder, too.")
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--shards", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="Begin with the shard of this number.")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--runtime", choices=["torch", "onnx"], default="torch")
     parser.add_argument("--port", type=int, default=18_123)
@@ -150,7 +153,7 @@ def main() -> None:
     sittings = [json.loads(line) for line in log.read_text().splitlines()]
     page = table(machine(), args, sittings)
     print(page)
-    if len(entries(args.run)) == args.shards:
+    if len(entries(args.run)) == args.shards - args.first:
         result = {
             "machine": machine(),
             "settings": vars(args) | {"run": None},
