@@ -65,7 +65,7 @@ def sitting(args: argparse.Namespace) -> dict[str, Any]:
         ]
         command += [f"http://127.0.0.1:{args.port}/{{{args.first:05d}..{args.shards - 1:05d}}}.tar"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-        looker = threading.Thread(target=watch, args=(process, most), daemon=True)
+        looker = threading.Thread(target=watch, args=(process, most, 3.0), daemon=True)
         looker.start()
         try:
             process.wait(timeout=args.minutes * 60 if args.minutes else None)

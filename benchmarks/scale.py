@@ -145,15 +145,18 @@ def contender(args: argparse.Namespace, *more: str) -> dict[str, Any]:
     return {**json.loads(said.splitlines()[-1]), "memory": most[0]}
 
 
-def watch(process: subprocess.Popen[Any], most: list[int]) -> None:
-    """Note the most memory that a process and those below it have, as long as it lives."""
+def watch(process: subprocess.Popen[Any], most: list[int], every: float = 0.5) -> None:
+    """Note the most memory that a process and those below it have, as long as it lives.
+
+    Looking takes 20 ms or more: a long run is looked at less often.
+    """
     while process.poll() is None:
         try:
             own = psutil.Process(process.pid)
             most[0] = max(most[0], sum(map(_held, [own, *own.children(recursive=True)])))
         except psutil.Error:
             pass
-        time.sleep(0.5)
+        time.sleep(every)
 
 
 def _held(process: psutil.Process) -> int:
