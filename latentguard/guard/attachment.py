@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -134,6 +135,7 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     attached = getattr(pipe, CALLBACK, None)
     guarded = attached is not None or inside or bool(_running(pipe))
     if not guarded and not holds_guard([*args, *kwargs.values()]):
+        _tell_of_idle(pipe)
         return original(pipe, *args, **kwargs)
     if not (isinstance(outer, Outermost) and outer.again):  # which repeats a call that is told of
         for guard in [g for value in (attached, *args, *kwargs.values()) for g in guards_in(value)]:
@@ -149,6 +151,17 @@ def run(original: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
     rest = {k: v for k, v in arguments.items() if k not in (CALLBACK, "self")}
     _check_places(type(pipe).__name__, rest)
     return _guarded(original, pipe, signature, arguments, attached)
+
+
+def _tell_of_idle(pipe: Any) -> None:
+    """Warn of a call without a guard whose pipeline keeps one as an attribute of another name."""
+    for name, value in vars(pipe).items():
+        if holds_guard(value, 0):
+            warnings.warn(
+                f"{type(pipe).__name__} keeps a LatentGuard as {name}, and this call is not "
+                f"guarded: attach it, pipe.{CALLBACK} = pipe.{name}",
+                stacklevel=4,
+            )
 
 
 def _guarded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +108,20 @@ def test_none_detaches() -> None:
     pipe.callback_on_step_end = None
     assert pipe.callback_on_step_end is None
     assert pipe(**small.sdxl_arguments()).images.any()
+
+
+def test_a_guard_that_is_kept_and_not_attached_is_told_of_by_each_call() -> None:
+    pipe = small.sdxl()
+    pipe.guard = guard = guard_for("sdxl", ALWAYS)
+    with pytest.warns(UserWarning, match="keeps a LatentGuard as guard, and this call") as told:
+        pipe(**small.sdxl_arguments(1))
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe(**small.sdxl_arguments(1), callback_on_step_end=pipe.guard)
+        pipe.callback_on_step_end = pipe.guard
+        pipe(**small.sdxl_arguments(1))
+    assert guard.verdicts[0].decision == "block"
 
 
 def test_among_multi_pipeline_callbacks_the_guard_is_last() -> None:
