@@ -36,9 +36,11 @@ from latentguard.judge import (
     Verdict,
     decide,
 )
+from latentguard.judge.numbers import LARGEST
 from latentguard.policy import Policy, load_policy
 from latentguard.spaces import Latents, LatentSpace, Prediction
 from latentguard.spaces.prediction import clean, pick
+from latentguard.spaces.space import at_least_single
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,7 +188,7 @@ class Scorer:
 
         Raises LatentsError when the latents are of another space than the encoder's.
         """
-        return self._scores(self._seen(latents), noise_level)
+        return self._scores(latents, self._seen(latents), noise_level)
 
     @torch.no_grad()
     def verdicts(
@@ -273,7 +275,10 @@ class Scorer:
         with self._exactly():
             return self._features(*self._input(latents))
 
-    def _scores(self, features: Features, noise_level: float) -> Scores:
+    def _scores(
+        self, latents: Latents | Prediction, features: Features, noise_level: float
+    ) -> Scores:
+        """Scores from features of these latents; NaN for images that cannot be judged."""
         with self._exactly():
             probability, margin, best = ops.concept_similarity(
                 features.pooled.contiguous(),
@@ -283,7 +288,10 @@ class Scorer:
             )
         scores = probability, margin, best
         scale = self.encoder.logit_scale
-        return Scores(*strongest_view(features.tiles, *scores, features.lead, scale), noise_level)
+        probability, margin, best = strongest_view(features.tiles, *scores, features.lead, scale)
+        good = _usable(latents).to(margin.device)[:, None]
+        probability, margin = (torch.where(good, x, torch.nan) for x in (probability, margin))
+        return Scores(probability, margin, best, noise_level)
 
     def _heatmaps(self, features: Features) -> NDArray[np.float32]:
         if len(features.tokens) != len(features.pooled) and not features.lead:
@@ -363,7 +371,7 @@ class _Alone:
         heatmaps: bool = False,
     ) -> Judged:
         features = self.scorer._seen(latents)
-        verdicts = self.scorer.decide(self.scorer._scores(features, noise_level), final)
+        verdicts = self.scorer.decide(self.scorer._scores(latents, features, noise_level), final)
         return Judged(verdicts, self._maps(features) if heatmaps else None)
 
     def _maps(self, features: Features) -> Heatmaps:
@@ -371,6 +379,22 @@ class _Alone:
             return Heatmaps(self.scorer._heatmaps(features))
         except Exception as error:  # they are an addition: the verdicts stand without them
             return Heatmaps.failed(error)
+
+
+def _usable(latents: Latents | Prediction) -> Tensor:
+    """Which images have finite numbers of at most `judge.numbers.LARGEST`, [B].
+
+    Of a prediction, the largest number that its x0 can have counts. Nothing waits for the device.
+    """
+    if isinstance(latents, Prediction):
+        noise = latents.sigma * _largest(latents.noise)
+        return (_largest(latents.latents.tensor) + noise) / latents.alpha <= LARGEST
+    return _largest(latents.tensor) <= LARGEST
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """The largest magnitude in each image, NaN if one of its numbers is, [B] float32 or float64."""
+    return at_least_single(tensor.detach().abs().flatten(1).amax(1))
 
 
 def _space(latents: Latents | Prediction) -> LatentSpace:
