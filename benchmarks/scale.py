@@ -81,6 +81,7 @@ def scan(args: argparse.Namespace) -> dict[str, Any]:
     """A run of an engine: what its manifest says it took."""
     from latentguard.files import Reading
     from latentguard.policy import load_policy
+    from latentguard.scan.judges import default_lanes
     from latentguard.scan.judging import Judging
     from latentguard.scan.options import RunOptions
     from latentguard.scan.parts import collect
@@ -95,7 +96,8 @@ def scan(args: argparse.Namespace) -> dict[str, Any]:
         batch_size=args.batch,
         reading=Reading.of("flux2", True),
     )
-    judges = ToldJudges(options) if args.engine == "ray" else options.judges()
+    ray = args.engine == "ray"
+    judges = ToldJudges(options) if ray else options.judges(lanes=default_lanes())
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.scratch) as place:
         run = open_run(place, options, judges, args.paths)

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -110,7 +111,9 @@ def _work(
     mine = sum(shard.number % run.task[1] == run.task[0] for shard in run.wanted)
     left = len(run.pending())
     readers = engine.readers
-    workers = None if readers is None else {"read": readers, "decode": readers}
+    workers = None
+    if readers is not None:
+        workers = {"read": readers, "decode": readers, "score": judging.judges.lanes}
     with shown(shards=mine, done=mine - left, workers=workers, **showing) as progress:
         shower = _Shown(run, judging, Told(progress, judging.judges.notes, quiet))
         engine.work(run, judging, shower, max_errors=max_errors)
@@ -144,6 +147,7 @@ def _engine(options: Mapping[str, Any]) -> _Engine:
 
 
 def _local(options: Mapping[str, Any]) -> _Engine:
+    from latentguard.scan.judges import default_lanes
     from latentguard.scan.local import MAX_MEMORY, run_local
     from latentguard.scan.options import RunOptions
     from latentguard.scan.reader import default_workers
@@ -162,7 +166,8 @@ def _local(options: Mapping[str, Any]) -> _Engine:
         )
         shown([])  # the last shard
 
-    return _Engine(RunOptions.judges, work, max(readers, 1))
+    lanes = default_lanes() if readers else 1
+    return _Engine(partial(RunOptions.judges, lanes=lanes), work, max(readers, 1))
 
 
 def _ray(options: Mapping[str, Any]) -> _Engine:

@@ -47,8 +47,10 @@ class Judges(ABC):
     """The judges of a scan, by latent space.
 
     rules: the policy. models: those that took part so far. notes: sentences for people. loading:
-    seconds that loading models took so far.
+    seconds that loading models took so far. lanes: how many batches are best judged at once.
     """
+
+    lanes = 1
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
@@ -178,11 +180,13 @@ class BundledJudges(ModelJudges):
         model: str,
         device: str | None,
         space: str | Path | LatentSpace | None,
+        lanes: int = 1,
     ) -> None:
         from latentguard.encoders.catalog import CATALOG
 
         super().__init__(Rules.of(policy.to_dict()))
         self._policy, self._providers = policy, _providers(device)
+        self.lanes, self._threads = lanes, _threads(lanes)
         self._model = policy.model if model == "auto" and policy.model is not None else model
         entry = CATALOG.get(self._model)
         if space is not None or (self._model != "auto" and (entry is None or entry.space)):
@@ -210,7 +214,7 @@ class BundledJudges(ModelJudges):
             self._model,
             space=space,
             providers=self._providers,
-            threads=_threads(),
+            threads=self._threads,
             spin=False,
             max_cells=MAX_IMAGE_CELLS,
         )
@@ -240,6 +244,7 @@ class OnnxJudges(Judges):
         device: str | None,
         space: str | Path | LatentSpace | None,
         sha256: str | None,
+        lanes: int = 1,
     ) -> None:
         from latentguard.files.bounds import MAX_IMAGE_CELLS
         from latentguard.runtime import Guard
@@ -249,11 +254,12 @@ class OnnxJudges(Judges):
             path,
             sha256,
             providers=_providers(device),
-            threads=_threads(),
+            threads=_threads(lanes),
             spin=False,
             max_cells=MAX_IMAGE_CELLS,
         )
         super().__init__(guard.rules)
+        self.lanes = lanes
         if policy is not None:
             self._check_policy(path, policy)
         if space is not None and _name(space) != guard.space:
@@ -356,9 +362,29 @@ def _providers(device: str | None) -> list[str | tuple[str, dict[str, str]]] | N
     raise ModelError(f"device {str(device)!r} cannot be used: with ONNX Runtime it is cpu or cuda")
 
 
-def _threads() -> int | None:
-    """The threads of ONNX Runtime, which does not look for this variable itself. Ray sets it to the
-    cores of an actor. Threads that wait do not spin: they would take these cores from readers."""
+MOST_LANES = 4
+"""Each lane has the memory of a run of its own."""
+
+
+def default_lanes() -> int:
+    """How many batches ONNX Runtime judges at once on this machine, with an equal share of its
+    cores each: that is faster than one batch with all of them, of which each operator waits for
+    the slowest."""
+    return min(MOST_LANES, _cores())
+
+
+def _threads(lanes: int) -> int | None:
+    """The threads of one run of ONNX Runtime; None leaves them to it. Threads that wait do not
+    spin: they would take these cores from readers."""
+    return max(1, _cores() // lanes) if lanes > 1 else _told_threads()
+
+
+def _cores() -> int:
+    return _told_threads() or os.cpu_count() or 1
+
+
+def _told_threads() -> int | None:
+    """ONNX Runtime does not look for this variable itself. Ray sets it to the cores of an actor."""
     said = os.environ.get("OMP_NUM_THREADS", "")
     return int(said) if said.isascii() and said.isdigit() and 0 < int(said) < 1024 else None
 
@@ -387,8 +413,12 @@ def make_judges(
     runtime: Runtime = "auto",
     sha256: str | None = None,
     views: Views | None = None,
+    lanes: int = 1,
 ) -> Judges:
-    """The judges of a scan. Options and errors are those of `scan_files`."""
+    """The judges of a scan. Options and errors are those of `scan_files`.
+
+    lanes: how many batches the caller judges at once, where ONNX Runtime does; torch judges one.
+    """
     where = None if device is None else str(device)
     if resolved(runtime, model) == "onnx":
         if not isinstance(model, (str, Path)):
@@ -396,7 +426,7 @@ def make_judges(
         if _exported(model):
             if views is not None:
                 raise ModelError("an exported file has its own views: leave --views out")
-            return OnnxJudges(model, policy, where, space, sha256)
+            return OnnxJudges(model, policy, where, space, sha256, lanes)
     elif isinstance(model, (str, Path)) and str(model).endswith(".onnx"):
         raise ModelError(f"{model} is an exported file: give --runtime onnx, or leave it out")
     if sha256 is not None:
@@ -405,7 +435,7 @@ def make_judges(
     if views is not None:
         policy = policy.with_views(views)
     if resolved(runtime, model) == "onnx":
-        return BundledJudges(policy, str(model), where, space)
+        return BundledJudges(policy, str(model), where, space, lanes)
     return TorchJudges(policy, model, device, space)
 
 

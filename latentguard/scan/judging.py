@@ -6,8 +6,9 @@ records, to the bit, in any process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +31,9 @@ MAX_CELLS = 1 << 26
 class Judging:
     """Judges batches of images. An image that cannot be read or judged is a record with an error.
 
-    seconds: time that judging took so far, without loading models.
+    Several threads may judge batches at once; `Judges.lanes` says how many are good.
+
+    seconds: time that judging took so far, in all threads, without loading models.
 
     previews, heatmaps: whether records carry an RGB view and heat maps of margins; `late` is for
     views that are drawn when somebody asks a record (`ScanRecord.draw`).
@@ -47,6 +50,7 @@ class Judging:
         self.judges, self.taxonomies = judges, tuple(taxonomies)
         self.previews, self._heated = previews, heatmaps
         self.seconds = 0.0
+        self._lock = Lock()
 
     @property
     def rules(self) -> Rules:
@@ -55,12 +59,23 @@ class Judging:
 
     def judge(self, batch: Sequence[ArrayRecord]) -> list[ScanRecord]:
         """The records of a batch in its order; images of one shape are scored together."""
-        begun, loading = perf_counter(), self.judges.loading
-        records = self._judged(batch)
-        self.seconds += perf_counter() - begun - (self.judges.loading - loading)
-        return records
+        return self.timed(batch)[0]
 
-    def _judged(self, batch: Sequence[ArrayRecord]) -> list[ScanRecord]:
+    def timed(self, batch: Sequence[ArrayRecord]) -> tuple[list[ScanRecord], float]:
+        """As `judge`, and the seconds that it took, without loading models."""
+        spaces = {record.latents.space.name for record in batch if record.latents is not None}
+        with self._lock:  # a model is loaded once
+            of = {space: self.judges.of(space) for space in sorted(spaces)}
+        begun = perf_counter()
+        records = self._judged(batch, of)
+        seconds = perf_counter() - begun
+        with self._lock:
+            self.seconds += seconds
+        return records, seconds
+
+    def _judged(
+        self, batch: Sequence[ArrayRecord], of: Mapping[str, SpaceJudge | str]
+    ) -> list[ScanRecord]:
         done: dict[int, ScanRecord] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         judges: dict[tuple[Any, ...], SpaceJudge] = {}
@@ -69,7 +84,7 @@ class Judging:
             if latents is None:
                 done[place] = self._unreadable(record, record.error or "cannot be read")
                 continue
-            judge = self.judges.of(latents.space.name)
+            judge = of[latents.space.name]
             if isinstance(judge, str):
                 done[place] = self._unreadable(record, judge)
                 continue
@@ -164,8 +179,9 @@ class Judging:
         return heatmaps.margins
 
     def _note(self, note: str) -> None:
-        if note not in self.judges.notes:
-            self.judges.notes.append(note)
+        with self._lock:
+            if note not in self.judges.notes:
+                self.judges.notes.append(note)
 
 
 def batches(records: Iterable[ArrayRecord], batch_size: int) -> Iterator[list[ArrayRecord]]:

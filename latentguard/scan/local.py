@@ -1,8 +1,9 @@
 """The local engine: some processes read, and this process judges and writes.
 
 Each reader has a thread here, which passes it shards and receives its batches. If the reader dies,
-the thread passes its shard to another one. This process judges batches as they arrive. The batches
-of one shard arrive in order, because they come from one reader.
+the thread passes its shard to another one. This process judges batches as they arrive, several at a
+time where that is faster (`Judges.lanes`), and writes their records in the order of arrival. The
+batches of one shard arrive in order, because they come from one reader.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -23,6 +25,7 @@ from latentguard.scan.entry import Entry
 from latentguard.scan.judging import Judging
 from latentguard.scan.options import RunOptions
 from latentguard.scan.reader import GO, READY, NoRoom, held, receive, send, serve
+from latentguard.scan.record import ScanRecord
 from latentguard.scan.run import Run, Told, fail_unit, ignored
 from latentguard.scan.shard import Facts, Shard
 from latentguard.scan.unit import Unit
@@ -118,7 +121,13 @@ class _Done:
     """A thread has no more to do."""
 
 
-_Event = _Batch | _Read | _Lost | _Failed | _Done
+class _Judged:
+    """A batch has been judged."""
+
+
+_Event = _Batch | _Read | _Lost | _Failed | _Done | _Judged
+_Next = tuple[_Batch, Future[tuple[list[ScanRecord], float]]] | _Read | _Lost | _Failed
+"""What is written next, of a batch once it has been judged."""
 
 
 class _Budget:
@@ -160,6 +169,8 @@ class _Driver:
     def work(self, pending: Sequence[Shard], workers: int, max_memory: int) -> None:
         budget = _Budget(max_memory)
         events: SimpleQueue[_Event] = SimpleQueue()
+        waiting: deque[_Next] = deque()
+        lanes = ThreadPoolExecutor(self._judging.judges.lanes)
         work = _Work(pending)
         readers = [
             _Supervisor(work, events, budget, self._run.options)
@@ -170,15 +181,19 @@ class _Driver:
             for thread in threads:
                 thread.start()
             left = len(threads)
-            while left:
+            while left or waiting:
                 event = events.get()
-                if isinstance(event, _Done):
+                if isinstance(event, _Batch):
+                    judged = lanes.submit(self._judging.timed, event.records)
+                    judged.add_done_callback(lambda _: events.put(_Judged()))
+                    waiting.append((event, judged))
+                elif isinstance(event, _Done):
                     left -= 1
-                elif isinstance(event, _Batch):
-                    self._judge(event)
-                    budget.change(-event.size)
-                else:
-                    self._finish(event)
+                elif not isinstance(event, _Judged):
+                    waiting.append(event)
+                # What was judged early waits for those before it.
+                while waiting and self._ready(waiting[0]):
+                    self._write(waiting.popleft(), budget)
         finally:
             work.stop()
             budget.close()
@@ -188,12 +203,21 @@ class _Driver:
                 unit.abandon()
             for thread in threads:
                 thread.join(timeout=10)
+            lanes.shutdown(cancel_futures=True)
 
-    def _judge(self, batch: _Batch) -> None:
-        before = self._judging.seconds
-        records = self._judging.judge(batch.records)
-        self._unit(batch.shard).add(records, self._judging.seconds - before)
+    @staticmethod
+    def _ready(next_one: _Next) -> bool:
+        return not isinstance(next_one, tuple) or next_one[1].done()
+
+    def _write(self, next_one: _Next, budget: _Budget) -> None:
+        if not isinstance(next_one, tuple):
+            self._finish(next_one)
+            return
+        batch, judged = next_one
+        records, seconds = judged.result()
+        self._unit(batch.shard).add(records, seconds)
         self._told(records)
+        budget.change(-batch.size)
 
     def _unit(self, shard: Shard) -> Unit:
         if shard.number not in self._units:

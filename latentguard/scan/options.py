@@ -61,8 +61,12 @@ class RunOptions:
                 "--sample"
             )
 
-    def judges(self) -> Judges:
-        """Load what judges. Raises as `scan_files` does."""
+    def judges(self, lanes: int = 1) -> Judges:
+        """Load what judges. Raises as `scan_files` does.
+
+        lanes: how many batches are judged at once without torch; `judges.default_lanes()` for
+        `run_local` with workers.
+        """
         judges = make_judges(
             self.policy,
             self.model,
@@ -71,6 +75,7 @@ class RunOptions:
             runtime=self.runtime,
             sha256=self.sha256,
             views=self.views,
+            lanes=lanes,
         )
         check_schemes(judges.rules, self.taxonomies)
         return judges
