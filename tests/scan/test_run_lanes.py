@@ -107,9 +107,7 @@ def test_a_batch_that_ends_the_run_ends_it(tmp_path: Path, calm: Path) -> None:
     assert len({(r["source"], r["id"]) for r in records}) == len(records) == 18
 
 
-def test_an_image_that_fails_in_its_lane_is_an_error_of_its_own(
-    tmp_path: Path, calm: Path
-) -> None:
+def test_an_image_that_fails_in_its_lane_is_an_error_of_its_own(tmp_path: Path, calm: Path) -> None:
     import tarfile
 
     path = tmp_path / "a.tar"
