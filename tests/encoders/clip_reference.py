@@ -53,9 +53,9 @@ class Reference:
         """What training wrote: the official layout, with all that a reader has to pass over."""
         state = {"module.logit_scale": torch.tensor(np.log(50.0), dtype=torch.float32)}
         for key, value in self.image.state_dict().items():
-            state[f"module.visual.latent_vit.{key}"] = value.to(dtype)
+            state[f"module.visual.latent_vit.{key}"] = value.to(dtype, copy=True)
         for key, value in self.text.state_dict().items():
-            state[f"module.{key}"] = value.to(dtype)
+            state[f"module.{key}"] = value.to(dtype, copy=True)
         state["module.visual.vae_encoder.conv_in.weight"] = torch.zeros(128, 3, 3, 3)
         state["module.visual.vae_encoder.mid_block.attentions.0.to_q.bias"] = torch.zeros(512)
         state["module.visual.vae_quant_conv.weight"] = torch.zeros(8, 8, 1, 1)
