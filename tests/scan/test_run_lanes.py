@@ -21,8 +21,12 @@ from latentguard.scan.local import run_local
 from latentguard.scan.run import open_run
 from latentguard.spaces import LatentArray
 
-pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-pytest.importorskip("pyarrow", reason="needs pyarrow")
+pytest.importorskip(
+    "onnxruntime", reason="needs pip install 'latentguard[onnx]', which the dev extra has"
+)
+pytest.importorskip(
+    "pyarrow", reason="needs pip install 'latentguard[scale]', which the dev extra has"
+)
 
 
 class Watched(Judges):
