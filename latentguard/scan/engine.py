@@ -239,14 +239,13 @@ class Scan:
     def _judged(self) -> Iterator[ScanRecord]:
         waiting = batches(self._records, self.batch_size)
         while True:
-            begun, loading = perf_counter(), self._judges.loading
+            begun = perf_counter()
             batch = next(waiting, None)
-            read = perf_counter()
-            self._spent("read", read - begun)
+            self._spent("read", perf_counter() - begun)
             if batch is None:
                 return
-            records = self._judging.judge(batch)
-            self._spent("score", perf_counter() - read - (self._judges.loading - loading))
+            records, seconds = self._judging.timed(batch)
+            self._spent("score", seconds)
             yield from records
 
     def _spent(self, phase: str, seconds: float) -> None:

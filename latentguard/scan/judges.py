@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 from latentguard.errors import ModelError, PolicyError
@@ -46,8 +45,8 @@ class SpaceJudge:
 class Judges(ABC):
     """The judges of a scan, by latent space.
 
-    rules: the policy. models: those that took part so far. notes: sentences for people. loading:
-    seconds that loading models took so far. lanes: how many batches are best judged at once.
+    rules: the policy. models: those that took part so far. notes: sentences for people. lanes: how
+    many batches are best judged at once.
     """
 
     lanes = 1
@@ -56,7 +55,6 @@ class Judges(ABC):
         self.rules = rules
         self.models: list[ModelInfo] = []
         self.notes: list[str] = []
-        self.loading = 0.0
 
     @abstractmethod
     def of(self, space: str) -> SpaceJudge | str:
@@ -134,7 +132,6 @@ class TorchJudges(ModelJudges):
         from latentguard.encoders.base import traits
         from latentguard.scorer import Scorer
 
-        begun = perf_counter()
         scorer = Scorer(self._policy, model, space=space, device=self._device)
 
         def judge(latents: LatentArray, heatmaps: bool) -> Judged:
@@ -145,7 +142,6 @@ class TorchJudges(ModelJudges):
         info = _info(judging.bound, notes, judging.bank.unseen_contrast)
         if "views" not in self._policy.model_fields_set:  # otherwise somebody chose the views
             info = replace(info, crop_side=traits(judging.encoder).crop_side)
-        self.loading += perf_counter() - begun
         return self._joined(info, judge)
 
     def _choose(self, space: str) -> SpaceJudge | str:
@@ -208,7 +204,6 @@ class BundledJudges(ModelJudges):
         from latentguard.bundled import bundled_guard
         from latentguard.files.bounds import MAX_IMAGE_CELLS
 
-        begun = perf_counter()
         guard = bundled_guard(
             self._policy,
             self._model,
@@ -224,7 +219,6 @@ class BundledJudges(ModelJudges):
             info = replace(info, crop_side=said["crop_side"])
         if self._model == "auto":
             self._note_bundled(guard.model.name, guard.space)
-        self.loading += perf_counter() - begun
         return self._joined(info, _judging(guard))
 
 
@@ -249,7 +243,6 @@ class OnnxJudges(Judges):
         from latentguard.files.bounds import MAX_IMAGE_CELLS
         from latentguard.runtime import Guard
 
-        begun = perf_counter()
         guard = Guard(
             path,
             sha256,
@@ -273,7 +266,6 @@ class OnnxJudges(Judges):
         notes = str(metadata["model"].get("notes") or "")
         info = _info(guard.bound, notes, metadata["unseen_contrast"] or ())
         self._judge = self._joined(info, _judging(guard))
-        self.loading += perf_counter() - begun
 
     def of(self, space: str) -> SpaceJudge | str:
         return self._reading(self._judge, space)
